@@ -1,0 +1,31 @@
+"""mustdrop: multimodal models that drop the vision tokens that do not matter, at every stage of a token's life.
+
+    import mustdrop
+    mustdrop.patch(model)            # then model.generate(...) as before
+"""
+
+from mustdrop import errors
+from mustdrop.adapters import adapters
+from mustdrop.method import Method, methods
+from mustdrop.patching import patch, patched, trace, unpatch
+from mustdrop.pruners import DecodeCachePruner, PrefillPruner, VisionStagePruner
+from mustdrop.selection import Selection
+from mustdrop.trace import Trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DecodeCachePruner",
+    "Method",
+    "PrefillPruner",
+    "Selection",
+    "Trace",
+    "VisionStagePruner",
+    "adapters",
+    "errors",
+    "methods",
+    "patch",
+    "patched",
+    "trace",
+    "unpatch",
+]

@@ -1,0 +1,48 @@
+"""One file per model family. See docs/add-a-model.md."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+
+from torch import nn
+
+from mustdrop.adapters.base import Adapter
+from mustdrop.errors import UnsupportedModelError, did_you_mean
+
+
+@cache
+def registry() -> dict[str, Adapter]:
+    """Name -> adapter of every module in this package; a module defines one final `Adapter` subclass or more."""
+    found = {}
+    for module in pkgutil.iter_modules(__path__):
+        if module.name == "base":
+            continue
+        for value in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
+            if isinstance(value, type) and issubclass(value, Adapter) and value is not Adapter:
+                adapter = value()
+                found[adapter.name] = adapter
+    return found
+
+
+def adapters() -> tuple[str, ...]:
+    """Names of the model families that `patch` knows, sorted."""
+    return tuple(sorted(registry()))
+
+
+def find(model: object) -> Adapter:
+    """The adapter for `model`.
+
+    Raises:
+        UnsupportedModelError: no adapter; the message lists the supported classes and the nearest.
+    """
+    names = [kind.__name__ for kind in type(model).__mro__]
+    for adapter in registry().values():
+        if any(name in adapter.classes for name in names):
+            return adapter
+    known = [name for adapter in registry().values() for name in adapter.classes]
+    hint = " Pass the model itself, not its processor, config or pipeline." if not isinstance(model, nn.Module) else ""
+    raise UnsupportedModelError(
+        f"mustdrop has no adapter for {type(model).__name__}. {did_you_mean(type(model).__name__, known)}{hint} docs/add-a-model.md shows how to add one."
+    )

@@ -1,0 +1,190 @@
+"""What `keep` means: the equal-token budget, and how it is spread over the filter layers.
+
+`keep` is the mean over the decoder layers of the vision tokens that a layer processes (a filter layer counts its
+input, because that is what it computes on). It is the "192 / 128 / 64 tokens" of the papers' tables, never exceeded.
+METHODS: MustDrop arXiv 2411.10803; the geometric schedule is ours, see docs/fidelity.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from mustdrop.errors import BudgetError, ConfigError
+
+Keep = int | float
+
+_EPS = 1e-6
+
+
+def check_keep(keep: Keep, what: str = "keep") -> Keep:
+    """Reject a `keep` that can never be right, whatever the image.
+
+    Args:
+        keep: int (tokens) or float in (0, 1] (share of the prompt's vision tokens).
+        what: name used in the message.
+
+    Raises:
+        BudgetError: not a number, not positive, or a float above 1.
+    """
+    if isinstance(keep, bool) or not isinstance(keep, int | float):
+        raise BudgetError(f"{what} must be a number of tokens (int) or a share in (0, 1] (float), got {keep!r}.")
+    if isinstance(keep, float) and not 0.0 < keep <= 1.0:
+        raise BudgetError(
+            f"{what}={keep} is a share and must lie in (0, 1]. Write an int for a number of tokens, e.g. {what}=64."
+        )
+    if keep <= 0:
+        raise BudgetError(f"{what}={keep} must be positive: the smallest possible budget is 1 token.")
+    return keep
+
+
+def tokens_of(keep: Keep, total: int, what: str = "keep") -> float:
+    """`keep` in tokens for a prompt with `total` vision tokens.
+
+    Raises:
+        BudgetError: more tokens than the prompt has, or less than one.
+    """
+    check_keep(keep, what)
+    tokens = keep * total if isinstance(keep, float) else float(keep)
+    if tokens > total + _EPS:
+        raise BudgetError(
+            f"{what}={keep} is more than the {total} vision tokens of this prompt. Use {what}<={total}, or a share in (0, 1]."
+        )
+    if tokens < 1 - _EPS:
+        raise BudgetError(
+            f"{what}={keep} of {total} vision tokens is {tokens:.3g}, less than one token. "
+            f"The smallest possible {what} here is {1 / total:.4g} (or the int 1)."
+        )
+    return tokens
+
+
+def scaled_layers(reference: Sequence[int], depth: int, n_layers: int) -> tuple[int, ...]:
+    """Layer indices published for a model of `depth` layers, carried over to one of `n_layers`.
+
+    Each index x becomes floor(n_layers * x / depth + 1/2), kept within [1, n_layers - 2] so that a filter neither reads
+    the first layer nor follows the last; duplicates collapse. `n_layers == depth` gives the published indices.
+    """
+    high = max(n_layers - 2, 0)
+    low = min(1, high)
+    return tuple(sorted({min(max(math.floor(n_layers * x / depth + 0.5), low), high) for x in reference}))
+
+
+def spans(n_layers: int, layers: Sequence[int]) -> tuple[int, ...]:
+    """How many decoder layers run before the first filter, between filters, and after the last.
+
+    A filter at layer l scores with layer l and takes effect after it, so layer l counts as "before".
+
+    Raises:
+        ConfigError: a layer outside the model, or layers that are not strictly ascending.
+    """
+    check_layers(layers, n_layers)
+    edges = [0, *[layer + 1 for layer in layers], n_layers]
+    return tuple(b - a for a, b in zip(edges, edges[1:], strict=False))
+
+
+def check_layers(layers: Sequence[int], n_layers: int, what: str = "layers") -> None:
+    """Raise `ConfigError` unless `layers` are ascending, distinct and leave at least one layer to run after them."""
+    bad = [layer for layer in layers if not 0 <= layer <= n_layers - 2]
+    if bad:
+        raise ConfigError(
+            f"{what}={tuple(layers)}: {bad} outside this model. It has {n_layers} decoder layers; a filter can follow "
+            f"layers 0 to {n_layers - 2}."
+        )
+    if list(layers) != sorted(set(layers)):
+        raise ConfigError(f"{what}={tuple(layers)} must be ascending without repeats, e.g. {tuple(sorted(set(layers)))}.")
+
+
+def smallest(total: int, n_layers: int, layers: Sequence[int]) -> int:
+    """The smallest `keep` in tokens that filters after `layers` can reach: one survivor from the first filter on."""
+    before = spans(n_layers, layers)[0]
+    return max(1, math.ceil((before * total + (n_layers - before)) / n_layers - _EPS))
+
+
+def schedule(total: int, n_layers: int, layers: Sequence[int], keep: Keep) -> tuple[int, ...]:
+    """Survivors after each filter so that the mean over the decoder layers meets `keep` and never exceeds it.
+
+    The shape is geometric (survivors after the k-th filter: total * rho**k) with rho solved by bisection; what rounding
+    leaves over is given back from the last filter to the first, one token at a time.
+
+    Args:
+        total: vision tokens of the prompt at the input of the language model.
+        n_layers: decoder layers.
+        layers: filter layers, ascending, 0-based; the tokens leave after the layer.
+        keep: int (tokens) or float (share of `total`).
+
+    Returns:
+        One count per filter layer, each at least 1 and not ascending.
+
+    Raises:
+        BudgetError: `keep` cannot be met; the message names the smallest that can.
+        ConfigError: layers outside the model.
+    """
+    return spread(total, n_layers, layers, tokens_of(keep, total), what=f"keep={keep}")
+
+
+def spread(total: int, n_layers: int, layers: Sequence[int], tokens: float, what: str = "keep") -> tuple[int, ...]:
+    """`schedule` for a budget already in tokens, which may exceed `total` (then nothing is dropped)."""
+    width = spans(n_layers, layers)
+    if tokens >= total - _EPS or not layers:
+        if tokens < total - _EPS:
+            raise BudgetError(f"{what} needs at least one filter layer, and there is none.")
+        return (total,) * len(layers)
+    limit = math.floor(n_layers * tokens + _EPS) - width[0] * total
+    if limit < sum(width[1:]):
+        least = smallest(total, n_layers, layers)
+        raise BudgetError(
+            f"{what} is impossible with {total} vision tokens and filters after layers {tuple(layers)} of {n_layers}: the "
+            f"first {width[0]} layers process all {total}. The smallest possible keep is {least} "
+            f"({least / total:.3g} of the tokens). Filter earlier, or drop tokens at the vision stage."
+        )
+
+    def counts(rho: float) -> list[int]:
+        return [max(1, math.floor(total * rho ** (k + 1) + _EPS)) for k in range(len(layers))]
+
+    def cost(survivors: Sequence[int]) -> int:
+        return sum(w * n for w, n in zip(width[1:], survivors, strict=True))
+
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(counts(middle)) <= limit else (low, middle)
+    survivors = counts(low)
+    left = limit - cost(survivors)
+    for k in reversed(range(len(layers))):
+        ceiling = survivors[k - 1] if k else total
+        extra = min(left // width[k + 1], ceiling - survivors[k])
+        survivors[k] += extra
+        left -= extra * width[k + 1]
+    return tuple(survivors)
+
+
+def entry(total: int, n_layers: int, layers: Sequence[int], tokens: float) -> int:
+    """How many vision tokens the encoder may hand over when the filters must meet `tokens` equal tokens.
+
+    The largest number for which the last filter still leaves a quarter of the budget. Without this limit a small
+    budget is spent almost entirely on the layers before the first filter, and the last layers see a handful of tokens.
+
+    Args:
+        total: vision tokens that the encoder has.
+        n_layers: decoder layers.
+        layers: filter layers.
+        tokens: the budget in equal tokens.
+    """
+    if not layers:
+        return min(total, math.floor(tokens + _EPS))
+    low, high = min(total, math.floor(tokens + _EPS)), total
+    while low < high:  # survivors of the last filter fall as more tokens enter
+        middle = (low + high + 1) // 2
+        try:
+            fits = spread(middle, n_layers, layers, tokens)[-1] >= tokens / 4
+        except BudgetError:
+            fits = False
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low
+
+
+def share_out(amount: int, sizes: Sequence[int]) -> list[int]:
+    """Split `amount` tokens over images in proportion to their `sizes`; the parts add up to `amount`."""
+    total = sum(sizes)
+    ends = [amount * sum(sizes[: i + 1]) // total for i in range(len(sizes))]
+    return [b - a for a, b in zip([0, *ends], ends, strict=False)]

@@ -1,0 +1,66 @@
+"""What differs between transformers versions. The only file that may look at a version.
+
+Supported: transformers >= 5.4, where `cache_position` is gone, a cache layer owns its length and `generate` carries the
+positions. Up to 5.17, beams over rows with different image counts are mixed up by transformers itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from torch import nn
+
+from mustdrop.errors import UnsupportedOptionError
+
+MINIMUM_TRANSFORMERS = "5.4"
+TRANSFORMERS = Version(transformers.__version__)
+
+Attention = Callable[..., Any]
+
+
+def require_supported_transformers() -> None:
+    """Raise `UnsupportedOptionError` on a transformers release older than the minimum."""
+    if Version(MINIMUM_TRANSFORMERS) > TRANSFORMERS:
+        raise UnsupportedOptionError(
+            f"mustdrop needs transformers >= {MINIMUM_TRANSFORMERS}, found {transformers.__version__}: pip install -U transformers."
+        )
+
+
+def attention_registry() -> Any:
+    """transformers' table of attention functions by name."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS
+
+
+def attention_function(module: nn.Module, implementation: str | None) -> Attention:
+    """The function that `module` would call under `implementation`; "eager" lives in the module's own file."""
+    if implementation not in (None, "eager"):
+        return attention_registry()[implementation]  # type: ignore[no-any-return]
+    for kind in type(module).__mro__:
+        function = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function  # type: ignore[no-any-return]
+    raise UnsupportedOptionError(f"{type(module).__name__} has no eager attention function to score with: use attn_implementation='sdpa'.")
+
+
+def dynamic_cache(config: Any) -> Any:
+    """An empty growing cache for a text model."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=config)
+
+
+def crop_length(tokens: int, logical: int) -> int:
+    """How many tokens `crop(tokens)` removes: negative means "remove that many" everywhere, positive was a target length before 5.20."""
+    return -tokens if tokens < 0 else max(0, logical - tokens) if tokens else 0
+
+
+def is_compiling() -> bool:
+    """Whether `torch.compile` is tracing."""
+    return bool(torch.compiler.is_compiling())

@@ -1,0 +1,98 @@
+"""The cost account: FLOPs and KV bytes, with what the same call would have cost without pruning.
+
+FLOPs count a multiply-add as two. A linear layer costs 2 * in * out per token; attention costs 4 * heads * head_dim per visible
+(query, key) pair (scores and values; causal, so n tokens after p cached ones see n * p + n * (n + 1) / 2); scoring costs
+2 * heads * head_dim per (text row, key) pair at a filter layer. Norms, rotations and activations are left out. The language
+head counts once per prompt and per decode step. `prefill` and `decode_step` are the decoder layers and the head, `vision` the
+encoder's layers and its patch embedding, `projector` what maps features into the language model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A quantity of the call beside what it would have been without pruning.
+
+    Attributes:
+        actual: as it was.
+        unpruned: counterpart without pruning.
+        parts: what it is made of, by name.
+    """
+
+    actual: float
+    unpruned: float
+    parts: dict[str, Compared] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float:
+        """actual / unpruned; 1.0 where both are zero."""
+        return self.actual / self.unpruned if self.unpruned else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers for JSON."""
+        out: dict[str, Any] = {"actual": self.actual, "unpruned": self.unpruned, "ratio": self.ratio}
+        return out | ({"parts": {name: part.to_dict() for name, part in self.parts.items()}} if self.parts else {})
+
+
+def total(parts: dict[str, Compared], counted: Sequence[str]) -> Compared:
+    """Sum of the parts named in `counted`; all parts stay visible."""
+    return Compared(sum(parts[n].actual for n in counted), sum(parts[n].unpruned for n in counted), parts)
+
+
+def linear_flops(module: nn.Module) -> int:
+    """FLOPs per token of all linear layers inside `module`."""
+    layers = [m for m in module.modules() if hasattr(m, "in_features") and hasattr(m, "out_features")]
+    return sum(2 * int(m.in_features) * int(m.out_features) for m in layers)  # type: ignore[arg-type]
+
+
+def causal_pairs(new: int, past: int) -> int:
+    """Visible (query, key) pairs of `new` tokens after `past` cached ones."""
+    return new * past + new * (new + 1) // 2
+
+
+@dataclass(frozen=True)
+class TextCost:
+    """Cost of a decoder stack.
+
+    Attributes:
+        linear: FLOPs per token of each layer's linear layers.
+        width: heads * head_dim.
+        head: FLOPs of the language head for one token.
+    """
+
+    linear: tuple[int, ...]
+    width: int
+    head: int
+
+    @classmethod
+    def of(cls, layers: nn.ModuleList, config: Any, head: nn.Module | None) -> TextCost:
+        """Read the sizes off a model."""
+        heads = int(config.num_attention_heads)
+        dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+        return cls(tuple(linear_flops(layer) for layer in layers), heads * dim, linear_flops(head) if head is not None else 0)
+
+    def prefill(self, new: Sequence[int], past: Sequence[int]) -> int:
+        """One prompt: `new` tokens per layer after `past` cached ones."""
+        return self.head + sum(c * n + 4 * self.width * causal_pairs(n, p) for c, n, p in zip(self.linear, new, past, strict=True))
+
+    def step(self, cached: Sequence[int]) -> int:
+        """One decode step over `cached` entries per layer."""
+        return self.head + sum(c + 4 * self.width * (n + 1) for c, n in zip(self.linear, cached, strict=True))
+
+    def scoring(self, raters: int, keys: int) -> int:
+        """One filter: `raters` text rows against `keys`."""
+        return 2 * self.width * raters * keys
+
+
+def encoder_flops(blocks: nn.ModuleList, config: Any, tokens: Sequence[int], patches: int) -> int:
+    """One image through the encoder: `tokens` per layer, `patches` embedded."""
+    embed = 2 * patches * int(config.num_channels) * int(config.patch_size) ** 2 * int(config.hidden_size)
+    width = int(config.hidden_size)
+    return embed + sum(linear_flops(block) * n + 4 * width * n * n for block, n in zip(blocks, tokens, strict=True))

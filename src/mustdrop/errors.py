@@ -1,0 +1,63 @@
+"""Every error and warning that mustdrop raises on purpose.
+
+Each message says what was expected, what came, and what to do. All errors derive from `MustDropError`, and from the
+built-in class that a caller who does not know mustdrop would catch (`ValueError`, `TypeError`, ...).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MustDropError(Exception):
+    """Base class of all errors raised by mustdrop."""
+
+
+class UnsupportedModelError(MustDropError, TypeError):
+    """No adapter knows this model, or the model lacks what a stage needs."""
+
+
+class UnknownMethodError(MustDropError, ValueError):
+    """The method name is not registered."""
+
+
+class UnknownKnobError(MustDropError, ValueError):
+    """A method or pruner has no setting of this name."""
+
+
+class BudgetError(MustDropError, ValueError):
+    """A `keep` that is not positive, larger than what there is, or too small for the chosen layers."""
+
+
+class ConfigError(MustDropError, ValueError):
+    """A setting out of range, settings that contradict each other, or a layer that the model does not have."""
+
+
+class UnsupportedOptionError(MustDropError, NotImplementedError):
+    """A cache, attention backend or generation option that pruning does not support."""
+
+
+class NotPatchedError(MustDropError, RuntimeError):
+    """The call needs a patched model (or one that has already run)."""
+
+
+class CacheStateError(MustDropError, RuntimeError):
+    """A pruned cache was used in a way that would give wrong numbers."""
+
+
+class NothingDroppedWarning(UserWarning):
+    """A patched model ran on an image and kept every vision token."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A sentence that lists the known names and, if there is one, the nearest.
+
+    Args:
+        name: what the caller wrote.
+        known: all valid names.
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"Known: {', '.join(names) or 'none'}.{hint}"

@@ -1,0 +1,1 @@
+"""Attention statistics without materialised attention maps. `reference` is the specification."""

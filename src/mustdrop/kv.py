@@ -1,0 +1,306 @@
+"""Cache layers that store fewer entries than the sequence is long. The only file that knows Hugging Face caches.
+
+Outside, a `PrunedLayer` speaks logical lengths: everything in transformers (positions, masks, chat continuation, crop)
+goes on as if no token had been dropped. Inside, it stores only the entries that are left, and for each the logical position
+it came from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from mustdrop.compat import crop_length, dynamic_cache
+from mustdrop.errors import CacheStateError, UnsupportedOptionError
+from mustdrop.runtime.rows import PAD, has_padding, pack, take
+
+REFUSED_IMPLEMENTATIONS = "static, sliding_window, hybrid, quantized, offloaded and paged caches"
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What the next `update` of a layer brings.
+
+    Attributes:
+        positions: (B, n) long, logical position of each new entry, PAD on padding.
+        vision: (B, n) bool, which of them are vision tokens.
+        totals: (B,) long, vision tokens of the chunk, dropped ones included.
+        advance: logical tokens that the chunk stands for (n plus what was dropped).
+    """
+
+    positions: Tensor
+    vision: Tensor
+    totals: Tensor
+    advance: int
+
+
+class PrunedLayer(DynamicLayer):  # type: ignore[misc]
+    """A growing cache layer with a logical length and fewer physical slots.
+
+    `positions`, `vision` and `attended` describe the first slots, those of the last prefill; slots after them are decoded
+    tokens whose positions follow one another, so that a decode step adds no bookkeeping tensor.
+    """
+
+    def __init__(self, is_sliding: bool = False) -> None:
+        super().__init__()
+        self.is_sliding = is_sliding
+        self.logical = 0
+        self.positions: Tensor | None = None
+        self.vision: Tensor | None = None
+        self.attended: Tensor | None = None
+        self.totals: Tensor | None = None
+        self.padded = False
+        self.steps = 0  # decode steps since the last prefill
+        self.arrival: Arrival | None = None
+        self.prepared = False
+
+    @classmethod
+    def adopt(cls, layer: Any) -> PrunedLayer:
+        """Take over a layer of transformers, with what it holds.
+
+        Raises:
+            UnsupportedOptionError: a layer type that cannot be pruned, or a sliding layer that has already forgotten.
+        """
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise UnsupportedOptionError(
+                f"the cache holds {type(layer).__name__} layers; mustdrop prunes growing caches (DynamicCache) and refuses "
+                f"{REFUSED_IMPLEMENTATIONS}. Pass past_key_values=DynamicCache(config=model.config) or none at all."
+            )
+        new = cls(bool(layer.is_sliding))
+        if layer.is_initialized and layer.keys is not None and layer.keys.numel():
+            new.logical = layer.get_seq_length()
+            if layer.keys.shape[-2] != new.logical:
+                raise UnsupportedOptionError("a sliding-window cache that has already dropped its oldest entries cannot be continued on a patched model.")
+            new.keys, new.values = layer.keys, layer.values
+            new.dtype, new.device, new.is_initialized = layer.keys.dtype, layer.keys.device, True
+        return new
+
+    # -- what transformers asks ---------------------------------------------------------------------------------------
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append entries; the arrival set by the layer hook says which logical positions they have."""
+        if self.positions is not None and not self.prepared:
+            raise CacheStateError(
+                "this cache holds entries of a pruned prompt, and the model that uses it is not patched (any more). Patch it "
+                "again with mustdrop.patch(model, ...), or start with a new cache."
+            )
+        arrival, self.arrival, self.prepared = self.arrival, None, False
+        if arrival is None:
+            self.logical += key_states.shape[-2]
+            self.steps += 1
+        else:
+            known = self.slot_positions()
+            marks = self.slot_vision()
+            self.positions = arrival.positions if known is None else torch.cat([known, arrival.positions], 1)
+            self.vision = arrival.vision if marks is None else torch.cat([marks, arrival.vision], 1)
+            self.totals = arrival.totals if self.totals is None else self.totals + arrival.totals
+            self.attended, self.steps = None, 0
+            self.logical += arrival.advance
+        return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
+
+    def get_seq_length(self, *args: Any) -> int:
+        """Logical length: how many tokens the sequence has, dropped ones included."""
+        return self.logical
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Logical (length, offset): transformers builds logical masks, the layer hooks map them to slots."""
+        return self.logical + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.positions = self.vision = self.attended = self.totals = self.arrival = None
+        self.logical = self.steps = 0
+        self.padded = self.prepared = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Select batch rows for beam search."""
+        if self.slots:
+            self._rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every batch row."""
+        if self.slots:
+            self._rows(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the batch rows `indices`."""
+        if self.slots:
+            self._rows(lambda t: t[indices, ...])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest tokens.
+
+        Raises:
+            CacheStateError: the range reaches back to where vision tokens were dropped.
+        """
+        remove = crop_length(tokens_to_remove, self.logical)
+        if not remove or not self.slots:
+            return
+        known = self.slot_positions()
+        if known is not None:
+            newest = torch.arange(self.logical - remove, self.logical, device=known.device)
+            if known.shape[1] < remove or not bool((known[:, -remove:] == newest).all()):
+                raise CacheStateError(f"cannot crop {remove} tokens from a pruned cache: vision tokens were dropped in that range.")
+            kept = self.slots - remove
+            if self.positions is not None and kept < self.positions.shape[1]:
+                self.positions = self.positions[:, :kept]
+                self.vision = self.vision[:, :kept] if self.vision is not None else None
+                self.attended = self.attended[:, :kept] if self.attended is not None else None
+        self.keys, self.values = self.keys[..., :-remove, :], self.values[..., :-remove, :]
+        self.logical -= remove
+
+    # -- what the runtime asks ----------------------------------------------------------------------------------------
+
+    @property
+    def slots(self) -> int:
+        """Physical entries stored."""
+        return 0 if self.keys is None or not self.is_initialized or not self.keys.numel() else int(self.keys.shape[-2])
+
+    def slot_positions(self, extra: int = 0) -> Tensor | None:
+        """(B, slots + extra) logical position per slot, PAD on padding; `extra` counts tokens about to arrive."""
+        if not self.slots:
+            return None
+        batch, device = self.keys.shape[0], self.keys.device
+        known = 0 if self.positions is None else self.positions.shape[1]
+        tail = torch.arange(self.logical - (self.slots - known), self.logical + extra, device=device).expand(batch, -1)
+        return tail if self.positions is None else torch.cat([self.positions, tail], 1)
+
+    def slot_vision(self) -> Tensor | None:
+        """(B, slots) bool, which slots hold vision tokens."""
+        if not self.slots:
+            return None
+        known = 0 if self.vision is None else self.vision.shape[1]
+        tail = torch.zeros(self.keys.shape[0], self.slots - known, dtype=torch.bool, device=self.keys.device)
+        return tail if self.vision is None else torch.cat([self.vision, tail], 1)
+
+    def lengths(self, start: int, valid: Tensor) -> Tensor:
+        """(B,) long, stored entries per row without padding; `valid` (B, q) marks real tokens of the chunk at `start`."""
+        positions = self.slot_positions()
+        if positions is None:
+            return torch.zeros(valid.shape[0], dtype=torch.long)
+        real = positions != PAD
+        inside = (positions >= start) & (positions < start + valid.shape[1])
+        if positions.shape[0] == valid.shape[0]:
+            real &= ~inside | take(valid.to(positions.device), (positions - start).clamp(0, valid.shape[1] - 1), 1)
+        return real.sum(1)
+
+    def storage_bytes(self) -> int:
+        """Bytes of the tensors that hold keys and values."""
+        return 0 if not self.slots else self.keys.nbytes + self.values.nbytes
+
+    def accumulate(self, probability: Tensor) -> None:
+        """Add the attention of the newest tokens to the entries of the prompt.
+
+        Args:
+            probability: (B, slots) float32, head-mean attention summed over the new query rows.
+        """
+        if self.positions is None:
+            return
+        part = probability[:, : self.positions.shape[1]]
+        self.attended = part if self.attended is None else self.attended + part
+
+    def evict(self, keep: Tensor) -> None:
+        """Keep only the slots where `keep` (B, slots) is True: storage shrinks, padding goes too.
+
+        Args:
+            keep: (B, slots) bool. Rows that keep fewer are padded on the left.
+        """
+        positions, vision = self.slot_positions(), self.slot_vision()
+        if positions is None or vision is None:
+            return
+        index = pack(keep & (positions != PAD))
+        self._cut(index, take(positions, index, 1).masked_fill(index == PAD, PAD), take(vision, index, 1) & (index != PAD), has_padding(index))
+
+    def forget_if_whole(self) -> None:
+        """Drop the bookkeeping of a layer that holds every token: it is a plain cache layer again."""
+        if self.slots == self.logical:
+            self.positions = self.vision = self.attended = self.totals = None
+
+    def _cut(self, index: Tensor, positions: Tensor, vision: Tensor, padded: bool) -> None:
+        if index.shape[1] == self.slots:
+            return
+        if self.attended is not None:
+            padding = self.slots - self.attended.shape[1]
+            self.attended = take(torch.nn.functional.pad(self.attended, (0, padding)), index, 1)
+        self.keys, self.values = take(self.keys, index, 2), take(self.values, index, 2)
+        self.positions, self.vision, self.padded = positions, vision, padded
+
+    def _rows(self, select: Any) -> None:
+        self.keys, self.values = select(self.keys), select(self.values)
+        for name in ("positions", "vision", "attended", "totals"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, select(value))
+
+
+def evict_dropped(layers: list[PrunedLayer], start: int, here: Tensor) -> None:
+    """Cut from every layer the vision entries of the chunk at `start` that are not `here` at its end.
+
+    Layers that hold the same tokens share one index and, afterwards, the same bookkeeping tensors.
+
+    Args:
+        layers: the cache layers to cut.
+        start: logical position of the chunk's first token.
+        here: (B, length) bool, tokens of the chunk that the last decoder layer still processed.
+    """
+    shared: dict[int, tuple[Tensor, Tensor, Tensor, bool]] = {}
+    for layer in layers:
+        key = id(layer.positions)
+        if key not in shared:
+            positions, vision = layer.slot_positions(), layer.slot_vision()
+            if positions is None or vision is None:
+                continue
+            inside = (positions >= start) & (positions < start + here.shape[1])
+            stays = take(here.to(positions.device), (positions - start).clamp(0, here.shape[1] - 1), 1)
+            index = pack((positions != PAD) & (~vision | ~inside | stays))
+            gone = index == PAD
+            shared[key] = (index, take(positions, index, 1).masked_fill(gone, PAD), take(vision, index, 1) & ~gone, has_padding(index))
+        layer._cut(*shared[key])  # noqa: SLF001  (same module)
+
+
+def adopt(cache: Any, text_config: Any, n_layers: int, use_cache: bool) -> Any:
+    """Make every layer of `cache` a `PrunedLayer`, in place; a new cache if there is none and one is wanted.
+
+    Args:
+        cache: `past_key_values` as it came, or None.
+        text_config: configuration of the text model.
+        n_layers: decoder layers.
+        use_cache: whether the caller wants a cache.
+
+    Returns:
+        The cache to use, or None.
+
+    Raises:
+        UnsupportedOptionError: a cache that cannot be pruned; the message names it.
+    """
+    if cache is None:
+        if not use_cache:
+            return None
+        cache = dynamic_cache(text_config)
+    check(cache)
+    if len(cache.layers) < n_layers:
+        cache.layers.extend(PrunedLayer() for _ in range(n_layers - len(cache.layers)))
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is not PrunedLayer:
+            cache.layers[i] = PrunedLayer.adopt(layer)
+    return cache
+
+
+def check(cache: Any) -> None:
+    """Raise `UnsupportedOptionError` if `cache` cannot be pruned; nothing is changed."""
+    if not hasattr(cache, "layers") or getattr(cache, "offloading", False):
+        kind = "an offloading cache" if getattr(cache, "offloading", False) else f"a {type(cache).__name__}"
+        raise UnsupportedOptionError(f"{kind} cannot be pruned; mustdrop refuses {REFUSED_IMPLEMENTATIONS}. Use a DynamicCache.")
+    for layer in cache.layers:
+        if type(layer) is not PrunedLayer:
+            PrunedLayer.adopt(layer)

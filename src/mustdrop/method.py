@@ -1,0 +1,93 @@
+"""A method is a recipe that fills the three sockets. One file in `methods/` per published method, found by its name."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from mustdrop.budget import Keep
+from mustdrop.errors import ConfigError, UnknownKnobError, UnknownMethodError, did_you_mean
+from mustdrop.pruners import DecodeCachePruner, PrefillPruner, VisionStagePruner
+from mustdrop.pruners.base import Settings
+
+DEFAULT_METHOD = "mustdrop"
+DEFAULT_KEEP: Keep = 1 / 3
+
+
+@dataclass(frozen=True)
+class Method:
+    """Three sockets and a name.
+
+    Attributes:
+        vision: what happens in the vision encoder, or None.
+        prefill: what happens between decoder layers, or None.
+        decode: what happens to the KV cache, or None.
+        name: the registered name, or "custom".
+    """
+
+    vision: VisionStagePruner | None = None
+    prefill: PrefillPruner | None = None
+    decode: DecodeCachePruner | None = None
+    name: str = "custom"
+    settings: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        for socket, kind in (("vision", VisionStagePruner), ("prefill", PrefillPruner), ("decode", DecodeCachePruner)):
+            value = getattr(self, socket)
+            if value is not None and not isinstance(value, kind):
+                raise ConfigError(f"{socket}= takes a {kind.__name__}, got {type(value).__name__}: write {socket}={kind.__name__}(...).")
+        kinds = {p.compat for p in (self.vision, self.prefill) if p is not None}
+        if len(kinds) > 1:
+            raise ConfigError('vision and prefill pruners disagree on compat ("paper" and "released"): use the same for both.')
+
+    @property
+    def renumber(self) -> bool:
+        """Whether positions are renumbered after every drop, as the authors' released code does."""
+        return any(p is not None and p.compat == "released" for p in (self.vision, self.prefill))
+
+
+class Recipe(Settings):
+    """Base of the recipes in `methods/`: the knobs are fields, `build` fills the sockets."""
+
+    def build(self) -> Method:
+        """The method with these knobs."""
+        raise NotImplementedError
+
+
+@cache
+def registry() -> dict[str, type[Recipe]]:
+    """Name -> recipe class of every module in `mustdrop.methods`; a module defines exactly one public `Recipe`."""
+    found: dict[str, type[Recipe]] = {}
+    package = importlib.import_module("mustdrop.methods")  # the attribute mustdrop.methods is the function
+    for module in pkgutil.iter_modules(package.__path__):
+        namespace = vars(importlib.import_module(f"{package.__name__}.{module.name}"))
+        (recipe,) = [v for v in namespace.values() if isinstance(v, type) and issubclass(v, Recipe) and v is not Recipe]
+        found[module.name] = recipe
+    return found
+
+
+def methods() -> tuple[str, ...]:
+    """Names that `patch(model, name)` knows, sorted."""
+    return tuple(sorted(registry()))
+
+
+def find(name: str, **knobs: Any) -> Method:
+    """The registered method `name` with its knobs.
+
+    Raises:
+        UnknownMethodError: no such method; the message lists the known ones and the nearest.
+        UnknownKnobError: the method has no such knob.
+        BudgetError, ConfigError: a knob out of range.
+    """
+    known = registry()
+    if name not in known:
+        raise UnknownMethodError(f"there is no method {name!r}. {did_you_mean(str(name), known)}")
+    recipe = known[name]
+    for knob in knobs:
+        if knob not in recipe.model_fields:
+            raise UnknownKnobError(f"method {name!r} has no knob {knob!r}. {did_you_mean(knob, recipe.model_fields)}")
+    built = recipe(**knobs).build()
+    return Method(built.vision, built.prefill, built.decode, name, {k: v for k, v in knobs.items() if v is not None})

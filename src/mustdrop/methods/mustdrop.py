@@ -1,0 +1,61 @@
+"""MustDrop: multi-stage vision token dropping (arXiv 2411.10803). All three stages."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from mustdrop.budget import Keep
+from mustdrop.method import DEFAULT_KEEP, Method, Recipe
+from mustdrop.pruners import DecodeCachePruner, PrefillPruner, VisionStagePruner
+from mustdrop.pruners.base import Compat
+
+
+class MustDrop(Recipe):
+    """Merge similar neighbours in the encoder, filter by dual attention in the prefill, cut the cache for decoding.
+
+    Attributes:
+        keep: equal-token budget, int or share; one third if neither thresholds nor the rank rule are given.
+        global_threshold: gamma of the dual filter, together with `individual_threshold`.
+        individual_threshold: alpha of the dual filter.
+        scale: rank rule, tokens per unit of rank (the `--scale` of the authors' first read-me).
+        bias: rank rule, tokens on top (`--bias`).
+        layers: filter layers; None is (2, 6, 10, 14) of 32, scaled to the model.
+        window: side of the merging windows.
+        threshold: similarity from which a window merges.
+        key_share: share of pinned tokens.
+        decode_keep: vision entries per layer that stay in the cache while decoding; None keeps all after the cut.
+        interval: decode steps between two evictions.
+        compat: "released" reproduces the authors' code decision by decision.
+    """
+
+    keep: Keep | None = None
+    global_threshold: float | None = None
+    individual_threshold: float | None = None
+    scale: float | None = None
+    bias: float | None = None
+    layers: tuple[int, ...] | None = None
+    window: int | None = Field(3, ge=2)
+    threshold: float = 0.8
+    key_share: float = 0.08
+    decode_keep: Keep | None = None
+    interval: int = 8
+    compat: Compat = "paper"
+
+    def build(self) -> Method:
+        """Fill all three sockets."""
+        data_decide = any(v is not None for v in (self.global_threshold, self.scale, self.bias))
+        return Method(
+            vision=VisionStagePruner(
+                window=self.window, threshold=self.threshold, key_share=self.key_share, compat=self.compat
+            ),
+            prefill=PrefillPruner(
+                layers=self.layers,
+                keep=DEFAULT_KEEP if self.keep is None and not data_decide else self.keep,
+                global_threshold=self.global_threshold,
+                individual_threshold=self.individual_threshold,
+                scale=self.scale,
+                bias=self.bias,
+                compat=self.compat,
+            ),
+            decode=DecodeCachePruner(keep=self.decode_keep, interval=self.interval),
+        )

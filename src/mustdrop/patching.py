@@ -1,0 +1,142 @@
+"""`patch`, `unpatch`, `patched`, `trace`: the only way in and out of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch import nn
+
+from mustdrop.adapters import find as find_adapter
+from mustdrop.budget import Keep
+from mustdrop.errors import ConfigError, NotPatchedError
+from mustdrop.method import DEFAULT_METHOD, Method
+from mustdrop.method import find as find_method
+from mustdrop.pruners import DecodeCachePruner, PrefillPruner, VisionStagePruner
+from mustdrop.runtime.core import Runtime
+from mustdrop.trace import Trace
+
+M = TypeVar("M", bound=nn.Module)
+
+_ATTRIBUTE = "_mustdrop"
+
+
+def patch(
+    model: M,
+    method: Method | str | None = None,
+    *,
+    keep: Keep | None = None,
+    vision: VisionStagePruner | None = None,
+    prefill: PrefillPruner | None = None,
+    decode: DecodeCachePruner | None = None,
+    **knobs: Any,
+) -> M:
+    """Make `model` drop vision tokens. Patching a patched model replaces what was there.
+
+    Args:
+        model: a Hugging Face vision-language model of a known family (`mustdrop.adapters()`).
+        method: a published method by name (`mustdrop.methods()`), or a `Method`. Default: "mustdrop", unless one of
+            the three pruners is given.
+        keep: equal-token budget: int (tokens) or share in (0, 1] of the prompt's vision tokens. It is the mean over the
+            decoder layers of the vision tokens that a layer processes; never exceeded. Default one third.
+        vision: what happens in the vision encoder.
+        prefill: what happens between decoder layers.
+        decode: what happens to the KV cache.
+        **knobs: further settings of the named method.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: no adapter for the model, or it lacks what a stage needs.
+        UnknownMethodError, UnknownKnobError: names that do not exist; the message lists the known ones.
+        BudgetError, ConfigError: values out of range, layers that the model does not have, settings that contradict.
+        UnsupportedOptionError: an attention backend that cannot be pruned.
+    """
+    chosen = _method(method, keep, vision, prefill, decode, knobs)
+    runtime = Runtime(model, find_adapter(model), chosen)  # fails before the model is touched
+    unpatch(model)
+    try:
+        runtime.install()
+    except BaseException:
+        runtime.uninstall()
+        raise
+    object.__setattr__(model, _ATTRIBUTE, runtime)
+    return model
+
+
+def unpatch(model: M) -> M:
+    """Take mustdrop out of `model` again; it computes bit for bit what it did before. No-op on a model that is not patched."""
+    runtime = _runtime(model)
+    if runtime is not None:
+        runtime.uninstall()
+        object.__delattr__(model, _ATTRIBUTE)
+    return model
+
+
+@contextmanager
+def patched(model: M, method: Method | str | None = None, **settings: Any) -> Iterator[M]:
+    """`patch` for the length of a `with` block; afterwards the model is as it was, also after an exception.
+
+    A model that was already patched gets its former method back.
+
+    Args:
+        model: see `patch`.
+        method: see `patch`.
+        **settings: see `patch`.
+    """
+    before = _runtime(model)
+    patch(model, method, **settings)
+    try:
+        yield model
+    finally:
+        unpatch(model)
+        if before is not None:
+            patch(model, before.method)
+
+
+def trace(model: nn.Module) -> Trace:
+    """What the last generate or forward of a patched model kept (of this thread, if it made one).
+
+    Raises:
+        NotPatchedError: the model is not patched, or has not run since.
+    """
+    runtime = _runtime(model)
+    if runtime is None:
+        raise NotPatchedError(f"this {type(model).__name__} is not patched: call mustdrop.patch(model) first.")
+    found = runtime.local.record or runtime.last
+    if found is None:
+        raise NotPatchedError("the patched model has not run yet: call model.generate(...) or model(...) first.")
+    return found  # type: ignore[no-any-return]
+
+
+def _runtime(model: nn.Module) -> Runtime | None:
+    return vars(model).get(_ATTRIBUTE) if isinstance(model, nn.Module) else None
+
+
+def _method(
+    given: Method | str | None,
+    keep: Keep | None,
+    vision: VisionStagePruner | None,
+    prefill: PrefillPruner | None,
+    decode: DecodeCachePruner | None,
+    knobs: dict[str, Any],
+) -> Method:
+    sockets = {"vision": vision, "prefill": prefill, "decode": decode}
+    composed = {name: value for name, value in sockets.items() if value is not None}
+    if composed:
+        extra = [name for name, value in {"a method": given, "keep": keep, **knobs}.items() if value is not None]
+        if extra:
+            raise ConfigError(
+                f"patch takes either a method or a composition of pruners; got {', '.join(composed)} and {', '.join(extra)}. Put settings into "
+                "the pruners, e.g. prefill=PrefillPruner(keep=64)."
+            )
+        return Method(**composed)
+    if isinstance(given, Method):
+        if keep is not None or knobs:
+            raise ConfigError("a Method object is complete: give keep and knobs to its pruners, or name a method instead.")
+        return given
+    if keep is not None:
+        knobs = {"keep": keep, **knobs}
+    return find_method(DEFAULT_METHOD if given is None else given, **knobs)

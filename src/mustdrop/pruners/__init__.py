@@ -1,0 +1,7 @@
+"""The three sockets, one per stage of a vision token's life. Each is a frozen object, callable on plain tensors."""
+
+from mustdrop.pruners.decode import DecodeCachePruner
+from mustdrop.pruners.prefill import PrefillPruner
+from mustdrop.pruners.vision import VisionStagePruner
+
+__all__ = ["DecodeCachePruner", "PrefillPruner", "VisionStagePruner"]

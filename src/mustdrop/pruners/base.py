@@ -1,0 +1,41 @@
+"""Frozen settings with errors in mustdrop's own terms."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mustdrop.errors import ConfigError, MustDropError, UnknownKnobError, did_you_mean
+
+Compat = Literal["paper", "released"]
+
+
+class Settings(BaseModel):
+    """A frozen pydantic object that raises mustdrop's errors: unknown names, wrong types, values out of range."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+    def __init__(self, **data: Any) -> None:
+        known = type(self).model_fields
+        for name in data:
+            if name not in known:
+                raise UnknownKnobError(f"{type(self).__name__} has no setting {name!r}. {did_you_mean(name, known)}")
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise translated(type(self).__name__, error) from error
+
+
+def translated(owner: str, error: ValidationError) -> MustDropError:
+    """The mustdrop error behind a pydantic `ValidationError`: what a validator raised, or expected / got in one line."""
+    for item in error.errors():
+        cause = item.get("ctx", {}).get("error")
+        if isinstance(cause, MustDropError):
+            return cause
+    lines = [
+        f"{owner}.{'.'.join(str(part) for part in item['loc'] if not isinstance(part, int)) or 'settings'}: "
+        f"{item['msg']}, got {item['input']!r}"
+        for item in error.errors()
+    ]
+    return ConfigError("; ".join(dict.fromkeys(lines)) + ".")

@@ -1,0 +1,137 @@
+"""Prefill stage: at chosen decoder layers, drop the vision tokens that the text does not attend to."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from mustdrop.budget import Keep, check_keep, check_layers, scaled_layers, schedule
+from mustdrop.errors import ConfigError
+from mustdrop.pruners.base import Compat, Settings
+from mustdrop.rules.ranking import keep_best
+from mustdrop.rules.text_attention import dual_filter, dual_score, dual_statistics, rank_counts
+from mustdrop.selection import Selection
+
+# Filter layers of the released code, for the 32 layers of LLaVA-1.5-7B.
+PAPER_LAYERS, PAPER_DEPTH = (2, 6, 10, 14), 32
+
+
+class PrefillPruner(Settings):
+    """Dual-attention filtering between decoder layers.
+
+    A vision token goes only if its global attention (sum over the text tokens) and its individual attention (maximum
+    over them) are both low, and it is not pinned. How many go is set in one of three ways: a budget (`keep`), thresholds,
+    or the rank rule (`scale`, `bias`).
+
+    Source: MustDrop (arXiv 2411.10803), prefilling stage; the rank rule is SparseVLM's (arXiv 2410.04417).
+
+    Attributes:
+        layers: decoder layers (0-based) whose attention scores and after which tokens leave. None is the paper's
+            (2, 6, 10, 14) of 32 layers, scaled to the model's depth.
+        keep: equal-token budget: mean over all decoder layers of the vision tokens that a layer processes. int or share.
+        global_threshold: gamma, in [0, 1]: share of the text's attention to all alive vision tokens.
+        individual_threshold: alpha, in [0, 1]: attention probability. Given with `keep`, the two only weigh the ranking
+            max(global / gamma, individual / alpha).
+        scale: tokens kept per unit of the attention matrix' numerical rank.
+        bias: tokens kept on top of scale * rank.
+        compat: "released" renumbers positions after every filter, as the authors' code does. See docs/fidelity.md.
+
+    Raises:
+        ConfigError, BudgetError, UnknownKnobError: on construction, see the message.
+    """
+
+    layers: tuple[int, ...] | None = None
+    keep: Keep | None = None
+    global_threshold: float | None = Field(None, ge=0, le=1)
+    individual_threshold: float | None = Field(None, ge=0, le=1)
+    scale: float | None = Field(None, ge=0)
+    bias: float | None = None
+    compat: Compat = "paper"
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _keep(cls, value: object) -> object:
+        return None if value is None else check_keep(value, "PrefillPruner.keep")  # type: ignore[arg-type]
+
+    @model_validator(mode="after")
+    def _complete(self) -> PrefillPruner:
+        if (self.global_threshold is None) != (self.individual_threshold is None):
+            raise ConfigError(
+                "PrefillPruner needs global_threshold and individual_threshold together (a token goes only if both are "
+                f"undercut); got global_threshold={self.global_threshold}, individual_threshold={self.individual_threshold}."
+            )
+        if self.rank and (self.keep is not None or self.global_threshold is not None):
+            raise ConfigError("PrefillPruner takes one way to set how many: keep, thresholds, or scale and bias. Got scale/bias and another.")
+        if not self.rank and self.keep is None and self.global_threshold is None:
+            raise ConfigError(
+                "PrefillPruner needs one way to set how many tokens go: keep=..., global_threshold= and "
+                "individual_threshold=, or scale= and bias=."
+            )
+        if self.keep is not None and 0 in (self.global_threshold, self.individual_threshold):
+            raise ConfigError("thresholds given with keep weigh the ranking max(global/gamma, individual/alpha) and must be above 0.")
+        if self.layers is not None and not self.layers:
+            raise ConfigError("PrefillPruner.layers=() filters nowhere; leave the prefill pruner out instead.")
+        return self
+
+    @property
+    def rank(self) -> bool:
+        """Whether the rank rule sets how many tokens stay."""
+        return self.scale is not None or self.bias is not None
+
+    def filter_layers(self, n_layers: int) -> tuple[int, ...]:
+        """The filter layers in a model of `n_layers` decoder layers.
+
+        Raises:
+            ConfigError: a layer outside the model.
+        """
+        layers = scaled_layers(PAPER_LAYERS, PAPER_DEPTH, n_layers) if self.layers is None else self.layers
+        check_layers(layers, n_layers, "PrefillPruner.layers")
+        return layers
+
+    def counts(self, total: int, n_layers: int) -> tuple[int, ...]:
+        """Survivors after each filter layer for `total` vision tokens under `keep` (see `mustdrop.budget.schedule`)."""
+        if self.keep is None:
+            raise ConfigError("PrefillPruner.counts needs keep=...: with thresholds or the rank rule the data decide.")
+        return schedule(total, n_layers, self.filter_layers(n_layers), self.keep)
+
+    def __call__(
+        self,
+        attention: Tensor,
+        alive: Tensor | None = None,
+        *,
+        count: Tensor | int | None = None,
+        pinned: Tensor | None = None,
+        importance: Tensor | None = None,
+    ) -> Selection:
+        """Choose the vision tokens that stay after one filter layer.
+
+        Args:
+            attention: (B, T, N) softmax probability, averaged over heads, that text token t gives to vision token n.
+            alive: (B, N) bool, candidates; all if None.
+            count: tokens to keep, (B,) long or one int for all rows: `counts(...)[k]` at the k-th filter. Needed with `keep`.
+            pinned: (B, N) bool, tokens that are not dropped (unless `count` is smaller than their number).
+            importance: (B, N), orders pinned tokens among themselves.
+
+        Returns:
+            `Selection` over the N tokens, ascending.
+
+        Raises:
+            ConfigError: `count` is missing in budget mode, or shapes do not fit.
+        """
+        if attention.ndim != 3:
+            raise ConfigError(f"attention must be (batch, text tokens, vision tokens), got shape {tuple(attention.shape)}.")
+        batch, _, n = attention.shape
+        if alive is None:
+            alive = torch.ones(batch, n, dtype=torch.bool, device=attention.device)
+        statistics = dual_statistics(attention, alive)
+        if self.keep is None and not self.rank:
+            stay = dual_filter(statistics, alive, self.global_threshold or 0.0, self.individual_threshold or 0.0)
+            return Selection.from_mask(stay if pinned is None else stay | (pinned & alive))
+        if self.rank:
+            count = rank_counts(attention, alive, 1.0 if self.scale is None else self.scale, self.bias or 0.0)
+        if count is None:
+            raise ConfigError("PrefillPruner(keep=...) called without count: pass counts(total, n_layers)[k] at the k-th filter layer.")
+        count = torch.as_tensor(count, device=attention.device).expand(batch)
+        score = dual_score(statistics, self.global_threshold or 1.0, self.individual_threshold or 1.0)
+        return Selection.from_mask(keep_best(score, count, alive, pinned, importance))

@@ -1,0 +1,144 @@
+"""Vision stage: merge similar neighbours inside the encoder, pin what the encoder finds critical, select to a budget."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from mustdrop.budget import Keep, check_keep
+from mustdrop.errors import ConfigError
+from mustdrop.pruners.base import Compat, Settings
+from mustdrop.rules.encoder_attention import random_scores, uniform_scores
+from mustdrop.rules.ranking import keep_best
+from mustdrop.rules.windows import merge_windows, window_similarity
+from mustdrop.selection import Selection
+
+
+class VisionStagePruner(Settings):
+    """Local spatial merging, key-set pinning and selection inside the vision encoder.
+
+    Source: MustDrop (arXiv 2411.10803), vision encoding stage; defaults are those of the released code.
+
+    Attributes:
+        window: side of the merging windows in patches; None merges nothing.
+        threshold: mean pairwise cosine similarity in [-1, 1] from which a window becomes its mean.
+        layer: encoder layer (0-based) after which windows merge; later encoder layers run on fewer tokens.
+        key_share: share of the tokens that is pinned (the paper's key set), in [0, 1].
+        key_layer: encoder layer whose attention scores the tokens (negative counts from the end): the attention that the
+            CLS token gives or, in an encoder without CLS, the mean attention that a token receives.
+        keep: tokens that enter the language model at most: int, share of the prompt's vision tokens, or "auto" (as many as
+            the prefill budget can use; no limit where the prefill stage has no budget).
+        score: what selects when `keep` asks for fewer: "attention", or the baselines "random" and "uniform" (a grid).
+        seed: seed of score="random".
+        compat: "released" reproduces the authors' code: windows per batch, merged windows first. See docs/fidelity.md.
+
+    Raises:
+        ConfigError, BudgetError, UnknownKnobError: on construction, see the message.
+    """
+
+    window: int | None = Field(3, ge=2)
+    threshold: float = Field(0.8, ge=-1, le=1)
+    layer: int = Field(0, ge=0)
+    key_share: float = Field(0.08, ge=0, le=1)
+    key_layer: int = -1
+    keep: Keep | Literal["auto"] = "auto"
+    score: Literal["attention", "random", "uniform"] = "attention"
+    seed: int = 0
+    compat: Compat = "paper"
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _keep(cls, value: object) -> object:
+        return value if value == "auto" else check_keep(value, "VisionStagePruner.keep")  # type: ignore[arg-type]
+
+    @model_validator(mode="after")
+    def _complete(self) -> VisionStagePruner:
+        if self.compat == "released" and self.keep != "auto":
+            raise ConfigError(f'VisionStagePruner(compat="released") has no budget: the authors\' code does not select. Got keep={self.keep}.')
+        return self
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether encoder attention has to be read: for pinning or for selecting by it."""
+        return self.key_share > 0 or (self.score == "attention" and self.selects)
+
+    @property
+    def selects(self) -> bool:
+        """Whether `keep` can ask for fewer tokens than merging leaves."""
+        return self.compat == "paper"
+
+    def merge(self, features: Tensor, grid: tuple[int, int], at_least: Tensor | None = None) -> Selection:
+        """Merge similar windows of one encoder layer's output.
+
+        Args:
+            features: (B, N, C), patches in raster order, without CLS.
+            grid: (rows, columns) of the patches, rows * columns == N.
+            at_least: (B,) long, tokens that must remain.
+
+        Returns:
+            `Selection` with `merge_into`; `selection.apply(features)` are the M remaining tokens.
+
+        Raises:
+            ConfigError: the grid does not fit the features, or is smaller than one window.
+        """
+        if self.window is None:
+            return Selection.from_mask(torch.ones(features.shape[:2], dtype=torch.bool, device=features.device))
+        similarity = window_similarity(features, grid, self.window)
+        return merge_windows(similarity, grid, self.window, self.threshold, at_least, released=self.compat == "released")
+
+    def select(self, importance: Tensor, alive: Tensor, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Select to a budget and pin the key set.
+
+        Args:
+            importance: (B, N) encoder attention per token.
+            alive: (B, N) bool, tokens that exist (not padding, not merged away).
+            count: (B,) long, tokens to keep; None keeps all.
+
+        Returns:
+            (keep, pinned), both (B, N) bool; pinned is a subset of keep.
+        """
+        keep = alive
+        if count is not None:
+            keep = keep_best(self.scores(importance), count, alive)
+        # a hair below the product: 0.08 * 450 is 36.000000000000004 in floating point and must pin 36
+        share = torch.ceil(keep.sum(1) * self.key_share - 1e-9).long()
+        return keep, keep_best(importance, share, keep)
+
+    def scores(self, importance: Tensor) -> Tensor:
+        """(B, N) scores that `select` ranks by, higher stays: `importance` itself, or the random / uniform baseline."""
+        if self.score == "attention":
+            return importance
+        n, device = importance.shape[1], importance.device
+        row = uniform_scores(n, device) if self.score == "uniform" else random_scores(n, self.seed, device)
+        return row.expand_as(importance)
+
+    def __call__(
+        self, features: Tensor, importance: Tensor, grid: tuple[int, int], count: Tensor | None = None
+    ) -> tuple[Selection, Tensor]:
+        """Merge, select and pin in one step, for a stack of your own that does all at one point.
+
+        Args:
+            features: (B, N, C) patches in raster order.
+            importance: (B, N) attention that each patch gets from CLS, or receives on average.
+            grid: (rows, columns) of the patches.
+            count: (B,) long, tokens to keep; None keeps what merging leaves. `self.keep` is used if it is a number.
+
+        Returns:
+            (selection, pinned): the survivors of the N patches, and (B, M) bool, True on the pinned ones.
+        """
+        total = features.shape[1]
+        if count is None and self.keep != "auto":
+            tokens = int(self.keep * total) if isinstance(self.keep, float) else int(self.keep)
+            count = torch.full((features.shape[0],), tokens, device=features.device)
+        merged = self.merge(features, grid, at_least=count)
+        alive = merged.mask(total)
+        keep, pinned = self.select(importance, alive, count)
+        slots = Selection.from_mask(keep) if self.compat == "paper" else Selection(merged.keep, merged.valid)
+        inherited = slots.assignment(total)
+        if merged.merge_into is not None:
+            owner = merged.keep.gather(1, merged.merge_into.clamp(min=0))
+            inherited = inherited.gather(1, owner)
+        return Selection(slots.keep, slots.valid, inherited), pinned.gather(1, slots.keep) & slots.valid

@@ -1,0 +1,145 @@
+"""A trace as a table for the terminal and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mustdrop.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mustdrop.trace import Trace
+
+
+def quantity(value: float, unit: str) -> str:
+    """A number with a metric prefix: 1.23 GFLOPs."""
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if abs(value) < 1000 or prefix == "P":
+            break
+        value /= 1000
+    return f"{value:.3g} {prefix}{unit}"
+
+
+def groups(trace: Trace) -> Iterator[tuple[int, int]]:
+    """Runs of decoder layers (first, last) with the same tokens and cache lengths."""
+    layers = trace.tokens.shape[0]
+    first = 0
+    for i in range(1, layers + 1):
+        same = i < layers and bool((trace.tokens[i] == trace.tokens[first]).all() and (trace.kv_lengths[i] == trace.kv_lengths[first]).all())
+        if not same:
+            yield first, i - 1
+            first = i
+
+
+def table(trace: Trace) -> str:
+    """The trace as text: tokens and cache per layer and sample, then costs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    batch = trace.tokens.shape[1]
+    shown = range(min(batch, 4))
+    rich = Table(title=f"mustdrop trace: {trace.method}", title_justify="left")
+    rich.add_column("decoder layers")
+    for b in shown:
+        name = f"sample {b}: " if batch > 1 else ""
+        rich.add_column(f"{name}vision tokens", justify="right")
+        rich.add_column("cache entries", justify="right")
+    rich.add_row("prompt", *[cell for b in shown for cell in (str(int(trace.total[b])), "")], end_section=True)
+    for first, last in groups(trace):
+        name = f"{first}" if first == last else f"{first}-{last}"
+        rich.add_row(name, *[cell for b in shown for cell in (str(int(trace.tokens[first, b])), str(int(trace.kv_lengths[first, b])))])
+    rich.add_section()
+    rich.add_row("equal tokens", *[cell for b in shown for cell in (f"{float(trace.equal_tokens[b]):.2f}", "")])
+    console = Console(width=40 + 34 * len(shown), color_system=None)
+    with console.capture() as capture:
+        console.print(rich)
+        if batch > len(shown):
+            console.print(f"(and {batch - len(shown)} more samples)")
+        console.print(
+            f"FLOPs of the prompt  {quantity(trace.flops.actual, 'FLOPs')} of {quantity(trace.flops.unpruned, 'FLOPs')} ({trace.flops.ratio:.1%})\n"
+            f"FLOPs a decode step  {trace.flops.parts['decode_step'].ratio:.1%} of the unpruned step\n"
+            f"KV cache             {quantity(trace.kv_bytes.actual, 'B')} of {quantity(trace.kv_bytes.unpruned, 'B')} ({trace.kv_bytes.ratio:.1%})\n"
+            f"backend              {trace.backend}",
+            highlight=False,
+        )
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def draw(trace: Trace, image: Any, path: str | Path | None, sample: int) -> Any:
+    """See `Trace.draw`."""
+    try:
+        import matplotlib
+
+        from PIL import Image  # isort: skip
+    except ImportError as error:
+        raise ImportError("drawing needs matplotlib and pillow: pip install 'mustdrop[viz]'.") from error
+    from matplotlib.figure import Figure
+
+    del matplotlib
+    images = list(image) if isinstance(image, list | tuple) else [image]
+    grids = trace.grids[sample] if trace.grids else []
+    if len(images) != len(grids):
+        raise ConfigError(
+            f"sample {sample} has {len(grids)} images, got {len(images)} to draw on."
+            + ("" if grids else " The images were not encoded in this call (features were given, or the prompt has none).")
+        )
+    opened = [im if isinstance(im, Image.Image) else Image.open(im) for im in images]
+    layers = trace.tokens.shape[0]
+    changes = [0, *[f + 1 for f in trace.filters if f + 1 < layers]]
+    titles = ["image", *[f"into layer {at}: {len(trace.kept(at, sample))} of {int(trace.total[sample])}" for at in changes]]
+    titles[1] = f"after the vision stage: {len(trace.kept(0, sample))} of {int(trace.total[sample])}"
+    figure = Figure(figsize=(2.6 * len(titles), 2.9 * len(images)), layout="constrained")
+    axes = figure.subplots(len(images), len(titles), squeeze=False)
+    offset = 0
+    for row, (picture, (height, width, prefix)) in enumerate(zip(opened, grids, strict=True)):
+        pixels = _fitted(picture.convert("RGB"), trace.fit, height, width)
+        for column, title in enumerate(titles):
+            ax = axes[row][column]
+            ax.set_axis_off()
+            if row == 0:
+                ax.set_title(title, fontsize=9)
+            if column == 0:
+                ax.imshow(pixels)
+                continue
+            ax.imshow(_shaded(pixels, _coverage(trace, changes[column - 1], sample, offset + prefix, height, width)))
+        offset += prefix + height * width
+    if path is not None:
+        figure.savefig(path, dpi=110)
+    return figure
+
+
+def _coverage(trace: Trace, layer: int, sample: int, first: int, height: int, width: int) -> Any:
+    """(height, width) float: 1 where a patch is alive itself, 0.5 where it lives on inside a merged window, else 0."""
+    import torch
+
+    n = int(trace.total[sample])
+    alive = torch.zeros(n)
+    kept = trace.kept(layer, sample)
+    slots = trace.assignment(sample)
+    owner = torch.full((n + 1,), -1)
+    entered = trace.kept(0, sample)
+    owner[slots[entered]] = entered  # slot -> the patch that names it
+    living = torch.isin(owner[slots.clamp(min=0)], kept) & (slots >= 0)
+    alive[living] = 0.5
+    alive[kept] = 1.0
+    return alive[first : first + height * width].view(height, width)
+
+
+def _fitted(picture: Any, fit: str, height: int, width: int) -> Any:
+    """The part of the image that the model saw, at 16 pixels per patch."""
+    from PIL import ImageOps
+
+    size = (width * 16, height * 16)
+    return ImageOps.fit(picture, size) if fit == "crop" else picture.resize(size)
+
+
+def _shaded(pixels: Any, coverage: Any) -> Any:
+    """The image with dropped patches greyed out and merged ones lightly tinted."""
+    import numpy as np
+
+    array = np.asarray(pixels, dtype=np.float32) / 255
+    mask = np.kron(coverage.numpy(), np.ones((16, 16), dtype=np.float32))[..., None]
+    grey = array.mean(2, keepdims=True) * 0.25 + 0.7
+    tinted = array * 0.6 + np.array([0.25, 0.55, 0.95], dtype=np.float32) * 0.4
+    return np.where(mask >= 1, array, np.where(mask > 0, tinted, grey))

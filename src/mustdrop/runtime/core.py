@@ -1,0 +1,275 @@
+"""`Runtime`: everything that one patched model carries. Its bound methods are the hooks, so a deep copy is complete."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mustdrop import kv
+from mustdrop.adapters.base import Adapter
+from mustdrop.compat import require_supported_transformers
+from mustdrop.errors import ConfigError, NothingDroppedWarning, UnsupportedModelError, UnsupportedOptionError
+from mustdrop.method import Method
+from mustdrop.runtime import tap
+from mustdrop.runtime.encoder import KEY, BlockHook, EncoderStage, FeaturesWrapper
+from mustdrop.runtime.plan import RowPlan, plan_row
+from mustdrop.runtime.state import Call, Local
+from mustdrop.runtime.text import AttentionCapture, LayerHook, TextStage
+from mustdrop.trace import Trace, record
+
+_MEDIA = ("pixel_values", "pixel_values_images", "pixel_values_videos")
+
+
+class Runtime:
+    """Hooks, capture points and run state of one patched model."""
+
+    def __init__(self, model: nn.Module, adapter: Adapter, method: Method) -> None:
+        require_supported_transformers()
+        self.model, self.adapter, self.method = model, adapter, method
+        self.base, self.text = adapter.base(model), adapter.text(model)
+        self.layers = adapter.decoder_layers(model)
+        self.depth = len(self.layers)
+        self.filters: tuple[int, ...] = () if method.prefill is None else method.prefill.filter_layers(self.depth)
+        if method.renumber and not hasattr(self.text, "rotary_emb"):
+            raise UnsupportedModelError(f'compat="released" renumbers positions and needs rotary embeddings; {type(self.text).__name__} has none.')
+        self.local = Local()
+        self.encoder: EncoderStage | None = None
+        if method.vision is not None:
+            self.encoder = EncoderStage(method.vision, adapter.tower(model), self.local)
+            self.encoder.check(adapter.read_layer(model, {}))
+        if method.decode is not None and method.decode.full_layers > self.depth:
+            raise ConfigError(f"DecodeCachePruner.full_layers={method.decode.full_layers}: this model has {self.depth} decoder layers.")
+        self.stage = TextStage(self)
+        self.last: Trace | None = None
+        self.warned = False
+        self.handles: list[Any] = []
+        self.tapped: list[nn.Module] = []
+        self.overridden: list[tuple[nn.Module, str]] = []
+        self._check_backend()
+
+    @property
+    def implementation(self) -> str:
+        """Attention implementation of the text model, as it is now."""
+        return str(self.text.config._attn_implementation or "eager")  # type: ignore[union-attr]
+
+    @property
+    def flash(self) -> bool:
+        """Whether the text model runs a flash-attention kernel."""
+        return "flash" in self.implementation
+
+    def _check_backend(self) -> None:
+        name = self.implementation
+        if name.startswith("paged") or "flex" in name:
+            raise UnsupportedOptionError(
+                f"attn_implementation={name!r} cannot be pruned (its masks have no rows and columns): use model.set_attn_implementation('sdpa')."
+            )
+
+    def plan(self, total: int) -> RowPlan:
+        """Numbers for a prompt with `total` vision tokens."""
+        return plan_row(self.method, total, self.depth, self.filters)
+
+    # -- installing ---------------------------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Register hooks, capture points and wrappers."""
+        for module, before, after in (
+            (self.model, self.before_model, self.after_model),
+            (self.base, self.before_base, self.after_base),
+            (self.text, self.stage.before_text, self.stage.after_text),
+        ):
+            self.handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            self.handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
+        for i, layer in enumerate(self.layers):
+            self.handles.append(layer.register_forward_pre_hook(LayerHook(self.stage, i), with_kwargs=True))
+        scored = range(self.depth) if self.method.decode is not None and self.method.decode.keep is not None else self.filters
+        for i in scored:
+            self._tap(self.layers[i], ("text", i), AttentionCapture(self.stage, i), f"decoder layer {i}")
+        if self.encoder is not None:
+            tower = self.encoder.tower
+            for i, block in enumerate(tower.blocks):
+                self.handles.append(block.register_forward_pre_hook(BlockHook(self.encoder, i), with_kwargs=True))
+            self.handles.append(tower.module.register_forward_hook(self.encoder.after_tower, prepend=True))
+            if self.encoder.pruner.needs_attention:
+                self._tap(tower.blocks[self.encoder.key_layer], KEY, self.encoder.capture, f"encoder layer {self.encoder.key_layer}")
+            for name in self.adapter.features:
+                self._override(self.base, name, FeaturesWrapper(self, getattr(self.base, name)))
+        if hasattr(self.model, "generate"):
+            self._override(self.model, "generate", GenerateWrapper(self, self.model.generate))
+
+    def uninstall(self) -> None:
+        """Undo `install`; the model is as it was."""
+        for handle in self.handles:
+            handle.remove()
+        for module in self.tapped:
+            tap.remove(module)
+        for module, name in self.overridden:
+            object.__delattr__(module, name)
+        self.handles, self.tapped, self.overridden = [], [], []
+
+    def _tap(self, block: nn.Module, key: object, capture: Any, what: str) -> None:
+        attention = tap.attention_of(block)
+        if attention is None:
+            raise UnsupportedModelError(f"{what} ({type(block).__name__}) has no attention module whose queries and keys could be read.")
+        tap.install(attention, key, self.local, capture)
+        self.tapped.append(attention)
+
+    def _override(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+        object.__setattr__(module, name, function)
+        self.overridden.append((module, name))
+
+    # -- one call -----------------------------------------------------------------------------------------------------
+
+    def begin(self, owner: object, ids: Tensor | None, embeds: Tensor | None, media: bool) -> Call:
+        """Start a call; budgets are checked here, before any work.
+
+        Args:
+            owner: who ends it.
+            ids: (B, S) prompt ids of this call, or None.
+            embeds: (B, S, C) prompt embeddings where there are no ids.
+            media: whether images come with the call.
+        """
+        self._check_backend()
+        call = Call(owner)
+        if media:
+            mask = self.placeholders(ids, embeds)
+            call.totals = [] if mask is None else mask.sum(1).tolist()
+            call.plans = [self.plan(total) for total in call.totals]
+        self.local.call = call
+        return call
+
+    def end(self, owner: object, failed: bool = False) -> None:
+        """Finish the call if `owner` began it, and keep its trace."""
+        local = self.local
+        call = local.call
+        if call is None or call.owner is not owner:
+            return
+        local.call = local.forward = local.vision = local.encoder = local.capture = None
+        if failed:
+            return
+        local.record = self.last = record(self, call)
+        if any(call.totals) and not self.warned and not self.last.dropped_anything:
+            self.warned = True
+            warnings.warn(
+                f"method {self.method.name!r} kept every vision token of this prompt: {self._why_nothing()}",
+                NothingDroppedWarning,
+                stacklevel=3,
+            )
+
+    def _why_nothing(self) -> str:
+        prefill = self.method.prefill
+        if prefill is None:
+            return "it has no prefill stage and its vision stage found nothing to drop."
+        if prefill.keep is not None:
+            return f"keep={prefill.keep} asks for all of them."
+        return "its thresholds drop nothing here; raise global_threshold and individual_threshold, or set keep."
+
+    def placeholders(self, ids: Tensor | None, embeds: Tensor | None) -> Tensor | None:
+        """(B, S) bool, positions that stand for vision features."""
+        wanted = torch.tensor(self.adapter.placeholder_ids(self.model))
+        if ids is not None:
+            return torch.isin(ids, wanted.to(ids.device))
+        if embeds is None:
+            return None
+        rows = self.text.get_input_embeddings()(wanted.to(embeds.device)).to(embeds.dtype)  # type: ignore[operator]
+        return (embeds[:, :, None] == rows).all(-1).any(-1)
+
+    # -- hooks --------------------------------------------------------------------------------------------------------
+
+    def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Begin a call for a plain forward; take a copy of the labels so that dropped tokens can leave the loss."""
+        if self.local.call is None:
+            self._begin_forward(module, args, kwargs)
+        call = self.local.call
+        if call is not None and isinstance(kwargs.get("labels"), Tensor):
+            call.labels = kwargs["labels"] = kwargs["labels"].clone()
+        return args, kwargs
+
+    def before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Find the vision positions of this pass; begin a call if the base model is called by itself."""
+        if self.local.call is None:
+            self._begin_forward(module, args, kwargs)
+        ids, embeds = _ids(args, kwargs)
+        # without media, a placeholder id is a token that somebody generated or guessed, not an image
+        self.local.vision = self.placeholders(ids, embeds) if _has_media(kwargs) else None
+
+    def after_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """End the call that `before_base` began."""
+        self.local.vision = None
+        self.end(module, failed=output is None)
+
+    def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """End the call that `before_model` began."""
+        if self.local.call is not None:
+            self.local.call.labels = None
+        self.end(module, failed=output is None)
+
+    def _begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if kwargs.get("past_key_values") is not None:
+            kv.check(kwargs["past_key_values"])
+        self.begin(module, *_ids(args, kwargs), _has_media(kwargs))
+
+
+class GenerateWrapper:
+    """Stands in for `model.generate`: refuses what pruning cannot do before any work, and brackets the call for the trace."""
+
+    def __init__(self, runtime: Runtime, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, function)
+        self.runtime, self.function = runtime, function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        runtime = self.runtime
+        if runtime.local.call is not None:  # generate inside a call of this model, e.g. by an assisted decoder
+            return self.function(*args, **kwargs)
+        self._check(args, kwargs)
+        ids, embeds = self._prompt(args, kwargs)
+        runtime.begin(self, ids, embeds, _has_media(kwargs))
+        failed = True
+        try:
+            output = self.function(*args, **kwargs)
+            failed = False
+        finally:
+            runtime.end(self, failed)
+        return output
+
+    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        config = kwargs.get("generation_config") or self.runtime.model.generation_config
+
+        def option(name: str) -> Any:
+            return kwargs[name] if name in kwargs else getattr(config, name, None)
+
+        implementation = option("cache_implementation")
+        if implementation not in (None, "dynamic") and option("use_cache") is not False:
+            raise UnsupportedOptionError(
+                f"cache_implementation={implementation!r} cannot be pruned; mustdrop refuses {kv.REFUSED_IMPLEMENTATIONS}. "
+                "Leave it out, or use 'dynamic'."
+            )
+        if option("prefill_chunk_size"):
+            raise UnsupportedOptionError(
+                "prefill_chunk_size cuts the prompt before the text has been seen, so vision tokens cannot be scored: leave it out."
+            )
+        if kwargs.get("past_key_values") is not None:
+            kv.check(kwargs["past_key_values"])
+
+    def _prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+        """The part of the prompt that the cache does not hold yet."""
+        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        if ids is not None and past and ids.shape[1] > past and (mask is None or mask.shape[1] == ids.shape[1]):
+            ids = ids[:, past:]
+        return ids, kwargs.get("inputs_embeds")
+
+
+def _ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    return kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
+
+
+def _has_media(kwargs: dict[str, Any]) -> bool:
+    return any(kwargs.get(name) is not None for name in _MEDIA) or bool(kwargs.get("mm_encoder_outputs"))
+
+

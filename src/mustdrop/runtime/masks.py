@@ -1,0 +1,97 @@
+"""Attention masks: what transformers built for logical positions, mapped to the rows and slots that exist."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mustdrop.errors import UnsupportedOptionError
+from mustdrop.runtime.rows import PAD, take
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which rows ask and which slots answer in one layer.
+
+    Attributes:
+        rows: (B, n) long, index of each query row inside the current chunk, PAD on padding.
+        queries: (B, n) long, logical position of each query row, PAD on padding.
+        slots: (B, k) long, logical position of each key slot, PAD on padding. The last n slots are the query rows.
+        padded: whether any of them is PAD.
+        reordered: causality follows the physical order instead of the logical positions.
+    """
+
+    rows: Tensor
+    queries: Tensor
+    slots: Tensor
+    padded: bool
+    reordered: bool = False
+
+    def causal(self) -> Tensor:
+        """(B, n, k) bool: slot exists and does not come after the query. A padded query sees itself, so no row is empty."""
+        n, k = self.queries.shape[1], self.slots.shape[1]
+        here = torch.arange(k - n, k, device=self.slots.device)
+        there = torch.arange(k, device=self.slots.device)
+        before = there <= here[:, None] if self.reordered else self.slots[:, None] <= self.queries[..., None]
+        return ((self.slots != PAD)[:, None] & before) | (there == here[:, None]) & (self.queries == PAD)[..., None]
+
+
+def physical_mask(mask: Tensor | None, layout: Layout, implementation: str, dtype: torch.dtype) -> Tensor | None:
+    """The mask one layer needs.
+
+    Args:
+        mask: what transformers passed: None, (B, keys) for flash attention, or (B or 1, 1, queries, keys), bool or additive.
+        layout: rows and slots of this layer.
+        implementation: attention implementation of the text model.
+        dtype: dtype of an additive mask, for eager attention.
+
+    Returns:
+        None where a plain causal pattern is right, else a mask of the same kind over (n, k).
+
+    Raises:
+        UnsupportedOptionError: a mask that is not a tensor (flex attention).
+    """
+    if mask is not None and not isinstance(mask, Tensor):
+        raise UnsupportedOptionError(f"attention masks of type {type(mask).__name__} cannot be pruned: use attn_implementation='sdpa'.")
+    flash = "flash" in implementation
+    fresh = layout.slots.shape[1] == layout.queries.shape[1]
+    if mask is not None and mask.ndim == 2:
+        visible = take(mask, layout.slots, 1).bool() & (layout.slots != PAD)
+        return None if bool(visible.all()) else visible
+    if flash:
+        return (layout.slots != PAD) if layout.padded else None
+    if layout.reordered or mask is None:
+        single = layout.queries.shape[1] == 1
+        if not layout.padded and (single or (fresh and implementation == "sdpa")):
+            return None
+        return _cast(layout.causal()[:, None], None, implementation, dtype)
+    known = mask if mask.shape[0] == layout.rows.shape[0] else mask.expand(layout.rows.shape[0], -1, -1, -1)
+    known = take(take(known, layout.rows, 2), layout.slots.clamp(max=mask.shape[-1] - 1), 3)
+    if not layout.padded:
+        return known
+    hidden = (layout.slots == PAD)[:, None, None]
+    alone = (layout.queries == PAD)[:, None, :, None]
+    n, k = layout.queries.shape[1], layout.slots.shape[1]
+    itself = torch.eye(n, k, dtype=torch.bool, device=known.device).roll(k - n, 1) if k > n else torch.eye(n, dtype=torch.bool, device=known.device)
+    if known.dtype == torch.bool:
+        return torch.where(alone, itself, known & ~hidden)
+    lowest = torch.finfo(known.dtype).min
+    closed = torch.where(itself, 0.0, lowest).to(known.dtype)
+    return torch.where(alone, closed, known.masked_fill(hidden, lowest))
+
+
+def encoder_mask(visible: Tensor, implementation: str, dtype: torch.dtype) -> Tensor | None:
+    """The mask for encoder layers over ragged tokens: `visible` (B, N) bool; None if all are."""
+    if bool(visible.all()):
+        return None
+    return visible if "flash" in implementation else _cast(visible[:, None, None], visible.shape[1], implementation, dtype)
+
+
+def _cast(visible: Tensor, rows: int | None, implementation: str, dtype: torch.dtype) -> Tensor:
+    if rows is not None:
+        visible = visible.expand(-1, -1, rows, -1)
+    if implementation != "eager":
+        return visible
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)

@@ -1,0 +1,82 @@
+"""What a method asks of one prompt: budgets turned into numbers, before any work is done."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mustdrop import budget
+from mustdrop.errors import BudgetError
+from mustdrop.method import Method
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """Numbers for one prompt.
+
+    Attributes:
+        total: vision tokens of the prompt.
+        tokens: equal-token budget of the prefill stage in tokens, None where thresholds or the rank rule decide.
+        at_most: vision tokens that may enter the language model.
+        at_least: vision tokens that merging must leave.
+    """
+
+    total: int
+    tokens: float | None
+    at_most: int
+    at_least: int
+
+
+def plan_row(method: Method, total: int, n_layers: int, layers: Sequence[int]) -> RowPlan:
+    """Turn the budgets of `method` into numbers for a prompt with `total` vision tokens.
+
+    Raises:
+        BudgetError: a budget above the prompt's tokens, or one that the filter layers cannot meet.
+    """
+    if not total:
+        return RowPlan(0, None, 0, 0)
+    tokens = None
+    if method.prefill is not None and method.prefill.keep is not None:
+        tokens = budget.tokens_of(method.prefill.keep, total)
+    if method.decode is not None and isinstance(method.decode.keep, int) and method.decode.keep > total:
+        raise BudgetError(f"DecodeCachePruner.keep={method.decode.keep} is more than the {total} vision tokens of this prompt.")
+    at_most, at_least = total, 0 if tokens is None else _merge_floor(tokens, total)
+    vision = method.vision
+    if vision is not None and vision.selects:
+        if vision.keep != "auto":
+            at_most = math.floor(budget.tokens_of(vision.keep, total, "VisionStagePruner.keep") + 1e-6)
+            at_least = at_most
+        elif tokens is not None:
+            at_most = budget.entry(total, n_layers, layers, tokens)
+    if tokens is not None:
+        # the counts depend on how many tokens merging leaves; the most that can come must be possible
+        budget.spread(at_most, n_layers, layers, tokens, what=f"keep={method.prefill.keep}" if method.prefill else "keep")
+    return RowPlan(total, tokens, at_most, min(at_least, at_most))
+
+
+def _merge_floor(tokens: float, total: int) -> int:
+    """Tokens that merging must leave under a budget of `tokens` equal tokens.
+
+    Merging does not know the question, the filters do. So merging leaves twice the budget, or half-way between budget and
+    image where that is less, and the filters choose from that; at a budget of everything nothing may merge.
+    """
+    return math.ceil(min(2 * tokens, (tokens + total) / 2) - 1e-6)
+
+
+def rows_of_images(sizes: Sequence[int], totals: Sequence[int]) -> list[int] | None:
+    """Which prompt each image belongs to: images fill the prompts' placeholders in order. None if they do not fit.
+
+    Args:
+        sizes: features per image.
+        totals: placeholders per prompt.
+    """
+    rows, image = [], 0
+    for row, total in enumerate(totals):
+        while total > 0 and image < len(sizes):
+            rows.append(row)
+            total -= sizes[image]
+            image += 1
+        if total:
+            return None
+    return rows if image == len(sizes) else None

@@ -1,0 +1,164 @@
+"""Run state: one `Call` per generate or forward and thread, one `Forward` per pass through the text model."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mustdrop.runtime.plan import RowPlan
+from mustdrop.runtime.rows import PAD, take
+
+
+@dataclass
+class ImageMarks:
+    """What the vision stage decided for one image, all (N,) over its features in order.
+
+    Attributes:
+        alive: features that enter the language model.
+        pinned: the key set.
+        importance: encoder attention.
+        order: place of an alive feature among those of its image.
+        assignment: index of the alive feature that each feature became part of, -1 where it is gone.
+        passed: tokens that each encoder layer processed, for the cost account.
+        grid: (rows, columns, features before the patches).
+    """
+
+    alive: Tensor
+    pinned: Tensor
+    importance: Tensor
+    order: Tensor
+    assignment: Tensor
+    passed: tuple[int, ...]
+    grid: tuple[int, int, int]
+
+
+@dataclass
+class Prefill:
+    """Record of the prompt's pass, for the trace. Rows are batch rows of that pass.
+
+    Attributes:
+        vision: (B, q) bool, vision tokens.
+        start: logical tokens that the cache held before.
+        rows: per decoder layer and once more for the end, (B, n) logical row indices inside the chunk (None = all of them).
+        valid: (B, q) bool, tokens that are not padding.
+        past: per decoder layer, entries that its cache held before.
+        raters: text rows that scored (the most of any sample).
+        scored: filter layers that scored.
+        marks: per row, what the vision stage decided (empty without one).
+    """
+
+    vision: Tensor
+    start: int
+    valid: Tensor
+    rows: list[Tensor | None] = field(default_factory=list)
+    past: list[int] = field(default_factory=list)
+    raters: int = 0
+    scored: list[int] = field(default_factory=list)
+    marks: list[list[ImageMarks]] = field(default_factory=list)
+
+
+@dataclass
+class Call:
+    """One generate or one forward of the patched model.
+
+    Attributes:
+        owner: who began it and will end it.
+        totals: vision tokens per prompt.
+        plans: numbers per prompt.
+        marks: per prompt and image, what the vision stage decided (empty without one).
+        grids: per prompt and image, (rows, columns, features before the patches).
+        prefill: record of the first pass through the text model.
+        labels: our copy of the labels.
+        cache: the cache that the call used.
+        steps: logical tokens that followed the first pass.
+    """
+
+    owner: object
+    totals: list[int] = field(default_factory=list)
+    plans: list[RowPlan] = field(default_factory=list)
+    marks: list[list[ImageMarks]] = field(default_factory=list)
+    grids: list[list[tuple[int, int, int]]] = field(default_factory=list)
+    prefill: Prefill | None = None
+    labels: Tensor | None = None
+    cache: Any = None
+    steps: int = 0
+
+
+@dataclass
+class Forward:
+    """One pass through the text model.
+
+    Attributes:
+        length: logical tokens of the chunk.
+        start: logical tokens that the cache held before.
+        batch: rows.
+        cache: the adopted cache, or None.
+        vision: (B, length) bool; None if there is nothing to prune in this pass.
+        valid: (B, length) bool.
+        rows: (B, n) long, chunk index of each current row, PAD on padding; None while all rows are there.
+        alive: (B, length) bool, tokens that the vision stage kept.
+        order: (B, length) long, sort key of the rows; None = ascending.
+        pinned: (B, length) bool.
+        importance: (B, length) float.
+        raters: (B, length) bool, text rows that score.
+        counts: per filter, (B,) survivors; None where the data decide.
+        record: what the trace learns about this pass, None if it describes another one.
+        attention: statistics captured by the tap of the last filter layer: (B, T, n).
+        memo: masks and positions shared by layers of one layout.
+    """
+
+    length: int
+    start: int
+    batch: int
+    cache: Any = None
+    vision: Tensor | None = None
+    valid: Tensor | None = None
+    rows: Tensor | None = None
+    padded: bool = False
+    alive: Tensor | None = None
+    order: Tensor | None = None
+    pinned: Tensor | None = None
+    importance: Tensor | None = None
+    raters: Tensor | None = None
+    counts: list[Tensor] | None = None
+    record: Prefill | None = None
+    attention: Tensor | None = None
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether this pass carries vision tokens."""
+        return self.vision is not None
+
+    def index(self, device: torch.device) -> Tensor:
+        """(B, n) chunk index of each current row."""
+        if self.rows is not None:
+            return self.rows
+        return torch.arange(self.length, device=device).expand(self.batch, -1)
+
+    def current(self, x: Tensor) -> Tensor:
+        """(B, n) values of a (B, length) bool tensor at the current rows, False on padding."""
+        return x if self.rows is None else take(x, self.rows, 1) & (self.rows != PAD)
+
+
+class Local(threading.local):
+    """State of one thread. Copying a model copies no state."""
+
+    def __init__(self) -> None:
+        self.call: Call | None = None
+        self.forward: Forward | None = None
+        self.vision: Tensor | None = None
+        self.encoder: Any = None
+        self.capture: object = None
+        self.inside = False
+        self.record: Any = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Local:
+        return Local()
+
+    def __reduce__(self) -> Any:
+        return Local, ()

@@ -1,0 +1,84 @@
+"""Reading queries and keys of one attention call without `output_attentions`.
+
+An attention module looks up its function by `self.config._attn_implementation` at every call. While a model is patched,
+the modules that may be read have a proxy in place of their config. It answers like the config itself; only while a capture
+is wanted, in this thread, does it name a function that calls the model's own attention and then hands over q and k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from mustdrop.compat import attention_function, attention_registry
+from mustdrop.runtime.state import Local
+
+Capture = Callable[[nn.Module, Tensor, Tensor, Tensor | None, dict[str, Any]], None]
+
+_PREFIX = "mustdrop_"
+
+
+class ConfigProxy:
+    """A module's config, plus a capture point.
+
+    Attributes:
+        real: the config of the module.
+        key: what `local.capture` must hold for the capture to happen.
+    """
+
+    def __init__(self, real: Any, key: object, local: Local, capture: Capture) -> None:
+        self.__dict__.update(real=real, key=key, local=local, capture=capture)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "real" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.real, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.real, name, value)
+
+    @property
+    def _attn_implementation(self) -> Any:
+        name = self.real._attn_implementation
+        if self.local.inside or self.local.capture != self.key:
+            return name
+        tapped = _PREFIX + str(name or "eager")
+        registry = attention_registry()
+        if tapped not in registry:
+            registry.register(tapped, _captured_attention)
+        return tapped
+
+
+def _captured_attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    """The model's own attention, then the capture. Registered under names that only a wanted capture returns."""
+    proxy: Any = module.config
+    local: Local = proxy.local
+    local.inside, local.capture = True, None
+    try:
+        out = attention_function(module, proxy.real._attn_implementation)(module, q, k, v, attention_mask, *args, **kwargs)
+    finally:
+        local.inside = False
+    proxy.capture(module, q, k, attention_mask, kwargs)
+    return out
+
+
+def install(module: nn.Module, key: object, local: Local, capture: Capture) -> None:
+    """Put a capture point on an attention module."""
+    module.config = ConfigProxy(module.config, key, local, capture)  # type: ignore[assignment]
+
+
+def remove(module: nn.Module) -> None:
+    """Give the module its config back."""
+    if isinstance(module.config, ConfigProxy):
+        module.config = module.config.real
+
+
+def attention_of(block: nn.Module) -> nn.Module | None:
+    """The attention module of an encoder or decoder layer, or None."""
+    for name in ("self_attn", "attention", "attn"):
+        module = getattr(block, name, None)
+        if isinstance(module, nn.Module) and hasattr(module, "config"):
+            return module
+    return None

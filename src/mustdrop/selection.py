@@ -1,0 +1,80 @@
+"""`Selection`: the one type that every rule returns. Dropping and merging are the same operation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which tokens of a batch survive, and into which survivor each other token was merged.
+
+    Attributes:
+        keep: (B, M) long, indices of the surviving tokens, ascending (the released order of MustDrop is the one
+            exception). Rows with fewer than M survivors are padded at the end; padding holds index 0.
+        valid: (B, M) bool, False on padding.
+        merge_into: (B, N) long or None. The slot (column of `keep`) that token n became part of, -1 where it is gone.
+            None means that nothing was merged: tokens that are not kept are gone.
+    """
+
+    keep: Tensor
+    valid: Tensor
+    merge_into: Tensor | None = None
+
+    @classmethod
+    def from_mask(cls, alive: Tensor, order: Tensor | None = None) -> Selection:
+        """Selection of the True positions of `alive`, (B, N) bool, ascending by index or by `order`, (B, N) long."""
+        index = torch.arange(alive.shape[1], device=alive.device).expand_as(alive)
+        last = torch.iinfo(torch.long).max
+        counts = alive.sum(1)
+        slots = int(counts.max()) if alive.numel() else 0
+        keep = (index if order is None else order).masked_fill(~alive, last).argsort(dim=1, stable=True)[:, :slots]
+        valid = torch.arange(slots, device=alive.device) < counts[:, None]
+        return cls(keep.masked_fill(~valid, 0), valid)
+
+    @property
+    def counts(self) -> Tensor:
+        """(B,) long, survivors per row."""
+        return self.valid.sum(1)
+
+    def mask(self, n: int) -> Tensor:
+        """(B, n) bool, True at surviving tokens."""
+        out = torch.zeros(self.keep.shape[0], n + 1, dtype=torch.bool, device=self.keep.device)
+        return out.scatter_(1, self.keep.masked_fill(~self.valid, n), True)[:, :n]
+
+    def assignment(self, n: int) -> Tensor:
+        """(B, n) long, token -> slot, -1 where the token is gone."""
+        if self.merge_into is not None:
+            return self.merge_into
+        out = torch.full((self.keep.shape[0], n + 1), -1, dtype=torch.long, device=self.keep.device)
+        slot = torch.arange(self.keep.shape[1], device=self.keep.device).expand_as(self.keep)
+        return out.scatter_(1, self.keep.masked_fill(~self.valid, n), slot)[:, :n]
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Survivors of `x` (B, N, C) as (B, M, C): gathered, or the mean of what was merged. Padding is zero."""
+        if self.merge_into is None:
+            out = x.gather(1, self.keep[..., None].expand(-1, -1, x.shape[-1]))
+        else:
+            slots = self.keep.shape[1]
+            slot = self.merge_into.masked_fill(self.merge_into < 0, slots)[..., None].expand(-1, -1, x.shape[-1])
+            total = x.new_zeros(x.shape[0], slots + 1, x.shape[-1], dtype=torch.float32).scatter_add_(1, slot, x.float())
+            out = (total[:, :slots] / self.sizes().clamp(min=1)[..., None]).to(x.dtype)
+        return out.masked_fill(~self.valid[..., None], 0)
+
+    def sizes(self) -> Tensor:
+        """(B, M) long, how many original tokens each slot stands for (0 on padding)."""
+        if self.merge_into is None:
+            return self.valid.long()
+        slots = self.keep.shape[1]
+        slot = self.merge_into.masked_fill(self.merge_into < 0, slots)
+        ones = torch.ones_like(slot)
+        return torch.zeros(slot.shape[0], slots + 1, dtype=torch.long, device=slot.device).scatter_add_(1, slot, ones)[:, :slots]
+
+    def expand(self, x: Tensor, n: int) -> Tensor:
+        """Inverse of `apply`: (B, M, C) -> (B, n, C), every token gets its slot's row (zero where it is gone)."""
+        slot = self.assignment(n)
+        out = x.gather(1, slot.clamp(min=0)[..., None].expand(-1, -1, x.shape[-1]))
+        return out.masked_fill((slot < 0)[..., None], 0)
