@@ -1,7 +1,7 @@
 """mustdrop: multimodal models that drop the vision tokens that do not matter, at every stage of a token's life.
 
-    import mustdrop
-    mustdrop.patch(model)            # then model.generate(...) as before
+import mustdrop
+mustdrop.patch(model)            # then model.generate(...) as before
 """
 
 from mustdrop import errors

@@ -7,6 +7,7 @@ METHODS: MustDrop arXiv 2411.10803; the geometric schedule is ours, see docs/fid
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -48,7 +49,8 @@ def tokens_of(keep: Keep, total: int, what: str = "keep") -> float:
     tokens = keep * total if isinstance(keep, float) else float(keep)
     if tokens > total + _EPS:
         raise BudgetError(
-            f"{what}={keep} is more than the {total} vision tokens of this prompt. Use {what}<={total}, or a share in (0, 1]."
+            f"{what}={keep} is more than the {total} vision tokens of this prompt. Use "
+            f"{what}<={total}, or a share in (0, 1]."
         )
     if tokens < 1 - _EPS:
         raise BudgetError(
@@ -79,7 +81,7 @@ def spans(n_layers: int, layers: Sequence[int]) -> tuple[int, ...]:
     """
     check_layers(layers, n_layers)
     edges = [0, *[layer + 1 for layer in layers], n_layers]
-    return tuple(b - a for a, b in zip(edges, edges[1:], strict=False))
+    return tuple(b - a for a, b in itertools.pairwise(edges))
 
 
 def check_layers(layers: Sequence[int], n_layers: int, what: str = "layers") -> None:
@@ -91,7 +93,9 @@ def check_layers(layers: Sequence[int], n_layers: int, what: str = "layers") -> 
             f"layers 0 to {n_layers - 2}."
         )
     if list(layers) != sorted(set(layers)):
-        raise ConfigError(f"{what}={tuple(layers)} must be ascending without repeats, e.g. {tuple(sorted(set(layers)))}.")
+        raise ConfigError(
+            f"{what}={tuple(layers)} must be ascending without repeats, e.g. {tuple(sorted(set(layers)))}."
+        )
 
 
 def smallest(total: int, n_layers: int, layers: Sequence[int]) -> int:
@@ -133,7 +137,8 @@ def spread(total: int, n_layers: int, layers: Sequence[int], tokens: float, what
     if limit < sum(width[1:]):
         least = smallest(total, n_layers, layers)
         raise BudgetError(
-            f"{what} is impossible with {total} vision tokens and filters after layers {tuple(layers)} of {n_layers}: the "
+            f"{what} is impossible with {total} vision tokens and filters after layers "
+            f"{tuple(layers)} of {n_layers}: the "
             f"first {width[0]} layers process all {total}. The smallest possible keep is {least} "
             f"({least / total:.3g} of the tokens). Filter earlier, or drop tokens at the vision stage."
         )
@@ -187,4 +192,4 @@ def share_out(amount: int, sizes: Sequence[int]) -> list[int]:
     """Split `amount` tokens over images in proportion to their `sizes`; the parts add up to `amount`."""
     total = sum(sizes)
     ends = [amount * sum(sizes[: i + 1]) // total for i in range(len(sizes))]
-    return [b - a for a, b in zip([0, *ends], ends, strict=False)]
+    return [b - a for a, b in itertools.pairwise([0, *ends])]

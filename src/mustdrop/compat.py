@@ -27,12 +27,13 @@ def require_supported_transformers() -> None:
     """Raise `UnsupportedOptionError` on a transformers release older than the minimum."""
     if Version(MINIMUM_TRANSFORMERS) > TRANSFORMERS:
         raise UnsupportedOptionError(
-            f"mustdrop needs transformers >= {MINIMUM_TRANSFORMERS}, found {transformers.__version__}: pip install -U transformers."
+            f"mustdrop needs transformers >= {MINIMUM_TRANSFORMERS}, found "
+            f"{transformers.__version__}: pip install -U transformers."
         )
 
 
 def attention_registry() -> Any:
-    """transformers' table of attention functions by name."""
+    """Transformers' table of attention functions by name."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     return ALL_ATTENTION_FUNCTIONS
@@ -46,7 +47,9 @@ def attention_function(module: nn.Module, implementation: str | None) -> Attenti
         function = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
         if function is not None:
             return function  # type: ignore[no-any-return]
-    raise UnsupportedOptionError(f"{type(module).__name__} has no eager attention function to score with: use attn_implementation='sdpa'.")
+    raise UnsupportedOptionError(
+        f"{type(module).__name__} has no eager attention function to score with: use attn_implementation='sdpa'."
+    )
 
 
 def dynamic_cache(config: Any) -> Any:
@@ -57,7 +60,10 @@ def dynamic_cache(config: Any) -> Any:
 
 
 def crop_length(tokens: int, logical: int) -> int:
-    """How many tokens `crop(tokens)` removes: negative means "remove that many" everywhere, positive was a target length before 5.20."""
+    """How many tokens `crop(tokens)` removes.
+
+    Negative means "remove that many" everywhere, positive was a target length before 5.20.
+    """
     return -tokens if tokens < 0 else max(0, logical - tokens) if tokens else 0
 
 

@@ -1,10 +1,12 @@
 """The cost account: FLOPs and KV bytes, with what the same call would have cost without pruning.
 
-FLOPs count a multiply-add as two. A linear layer costs 2 * in * out per token; attention costs 4 * heads * head_dim per visible
-(query, key) pair (scores and values; causal, so n tokens after p cached ones see n * p + n * (n + 1) / 2); scoring costs
-2 * heads * head_dim per (text row, key) pair at a filter layer. Norms, rotations and activations are left out. The language
-head counts once per prompt and per decode step. `prefill` and `decode_step` are the decoder layers and the head, `vision` the
-encoder's layers and its patch embedding, `projector` what maps features into the language model.
+FLOPs count a multiply-add as two. A linear layer costs 2 * in * out per token. Attention costs 4 * heads * head_dim per
+visible (query, key) pair, for scores and values; it is causal, so n tokens after p cached ones see
+n * p + n * (n + 1) / 2 pairs. Scoring costs 2 * heads * head_dim per (text row, key) pair at a filter layer. Norms,
+rotations and activations are left out. The language head counts once per prompt and once per decode step.
+
+The parts: `vision` is the encoder's layers and its patch embedding, `projector` what maps features into the language
+model, `scoring` what pruning adds, `prefill` and `decode_step` the decoder layers and the head.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ class Compared:
 
     @property
     def ratio(self) -> float:
-        """actual / unpruned; 1.0 where both are zero."""
+        """`actual` / `unpruned`; 1.0 where both are zero."""
         return self.actual / self.unpruned if self.unpruned else 1.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -48,8 +50,8 @@ def total(parts: dict[str, Compared], counted: Sequence[str]) -> Compared:
 
 def linear_flops(module: nn.Module) -> int:
     """FLOPs per token of all linear layers inside `module`."""
-    layers = [m for m in module.modules() if hasattr(m, "in_features") and hasattr(m, "out_features")]
-    return sum(2 * int(m.in_features) * int(m.out_features) for m in layers)  # type: ignore[arg-type]
+    layers: list[Any] = [m for m in module.modules() if hasattr(m, "in_features") and hasattr(m, "out_features")]
+    return sum(2 * int(m.in_features) * int(m.out_features) for m in layers)
 
 
 def causal_pairs(new: int, past: int) -> int:
@@ -76,11 +78,17 @@ class TextCost:
         """Read the sizes off a model."""
         heads = int(config.num_attention_heads)
         dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-        return cls(tuple(linear_flops(layer) for layer in layers), heads * dim, linear_flops(head) if head is not None else 0)
+        return cls(
+            tuple(linear_flops(layer) for layer in layers),
+            heads * dim,
+            linear_flops(head) if head is not None else 0,
+        )
 
     def prefill(self, new: Sequence[int], past: Sequence[int]) -> int:
         """One prompt: `new` tokens per layer after `past` cached ones."""
-        return self.head + sum(c * n + 4 * self.width * causal_pairs(n, p) for c, n, p in zip(self.linear, new, past, strict=True))
+        return self.head + sum(
+            c * n + 4 * self.width * causal_pairs(n, p) for c, n, p in zip(self.linear, new, past, strict=True)
+        )
 
     def step(self, cached: Sequence[int]) -> int:
         """One decode step over `cached` entries per layer."""

@@ -1,7 +1,8 @@
 """Cache layers that store fewer entries than the sequence is long. The only file that knows Hugging Face caches.
 
 Outside, a `PrunedLayer` speaks logical lengths: everything in transformers (positions, masks, chat continuation, crop)
-goes on as if no token had been dropped. Inside, it stores only the entries that are left, and for each the logical position
+goes on as if no token had been dropped. Inside, it stores only the entries that are left, and for each the logical
+position
 it came from.
 """
 
@@ -38,15 +39,40 @@ class Arrival:
     advance: int
 
 
-class PrunedLayer(DynamicLayer):  # type: ignore[misc]
+@dataclass(frozen=True)
+class _Cut:
+    """A gather of cache slots, and the bookkeeping after it. Layers with the same slots share one."""
+
+    index: Tensor
+    positions: Tensor
+    vision: Tensor
+    padded: bool
+
+    @classmethod
+    def of(cls, positions: Tensor, vision: Tensor, keep: Tensor) -> _Cut | None:
+        """The cut that keeps the slots where `keep` (B, slots) is True; None if no row loses anything."""
+        real = positions != PAD
+        if bool((keep | ~real).all()):
+            return None
+        index = pack(keep & real)
+        gone = index == PAD
+        return cls(
+            index, take(positions, index, 1).masked_fill(gone, PAD), take(vision, index, 1) & ~gone, has_padding(index)
+        )
+
+
+class PrunedLayer(DynamicLayer):
     """A growing cache layer with a logical length and fewer physical slots.
 
-    `positions`, `vision` and `attended` describe the first slots, those of the last prefill; slots after them are decoded
+    `positions`, `vision` and `attended` describe the first slots, those of the last prefill; slots after them are
+    decoded
     tokens whose positions follow one another, so that a decode step adds no bookkeeping tensor.
     """
 
     def __init__(self, is_sliding: bool = False) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.keys: Any = None
+        self.values: Any = None
         self.is_sliding = is_sliding
         self.logical = 0
         self.positions: Tensor | None = None
@@ -67,14 +93,18 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]
         """
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise UnsupportedOptionError(
-                f"the cache holds {type(layer).__name__} layers; mustdrop prunes growing caches (DynamicCache) and refuses "
+                f"the cache holds {type(layer).__name__} layers; mustdrop prunes growing caches "
+                f"(DynamicCache) and refuses "
                 f"{REFUSED_IMPLEMENTATIONS}. Pass past_key_values=DynamicCache(config=model.config) or none at all."
             )
         new = cls(bool(layer.is_sliding))
         if layer.is_initialized and layer.keys is not None and layer.keys.numel():
             new.logical = layer.get_seq_length()
             if layer.keys.shape[-2] != new.logical:
-                raise UnsupportedOptionError("a sliding-window cache that has already dropped its oldest entries cannot be continued on a patched model.")
+                raise UnsupportedOptionError(
+                    "a sliding-window cache that has already dropped its oldest entries cannot be "
+                    "continued on a patched model."
+                )
             new.keys, new.values = layer.keys, layer.values
             new.dtype, new.device, new.is_initialized = layer.keys.dtype, layer.keys.device, True
         return new
@@ -85,7 +115,8 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]
         """Append entries; the arrival set by the layer hook says which logical positions they have."""
         if self.positions is not None and not self.prepared:
             raise CacheStateError(
-                "this cache holds entries of a pruned prompt, and the model that uses it is not patched (any more). Patch it "
+                "this cache holds entries of a pruned prompt, and the model that uses it is not "
+                "patched (any more). Patch it "
                 "again with mustdrop.patch(model, ...), or start with a new cache."
             )
         arrival, self.arrival, self.prepared = self.arrival, None, False
@@ -100,7 +131,7 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]
             self.totals = arrival.totals if self.totals is None else self.totals + arrival.totals
             self.attended, self.steps = None, 0
             self.logical += arrival.advance
-        return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
+        return super().update(key_states, value_states, *args, **kwargs)
 
     def get_seq_length(self, *args: Any) -> int:
         """Logical length: how many tokens the sequence has, dropped ones included."""
@@ -150,7 +181,9 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]
         if known is not None:
             newest = torch.arange(self.logical - remove, self.logical, device=known.device)
             if known.shape[1] < remove or not bool((known[:, -remove:] == newest).all()):
-                raise CacheStateError(f"cannot crop {remove} tokens from a pruned cache: vision tokens were dropped in that range.")
+                raise CacheStateError(
+                    f"cannot crop {remove} tokens from a pruned cache: vision tokens were dropped in that range."
+                )
             kept = self.slots - remove
             if self.positions is not None and kept < self.positions.shape[1]:
                 self.positions = self.positions[:, :kept]
@@ -184,7 +217,10 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]
         return tail if self.vision is None else torch.cat([self.vision, tail], 1)
 
     def lengths(self, start: int, valid: Tensor) -> Tensor:
-        """(B,) long, stored entries per row without padding; `valid` (B, q) marks real tokens of the chunk at `start`."""
+        """(B,) long, stored entries per row without padding.
+
+        `valid` (B, q) marks real tokens of the chunk at `start`.
+        """
         positions = self.slot_positions()
         if positions is None:
             return torch.zeros(valid.shape[0], dtype=torch.long)
@@ -218,22 +254,23 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]
         positions, vision = self.slot_positions(), self.slot_vision()
         if positions is None or vision is None:
             return
-        index = pack(keep & (positions != PAD))
-        self._cut(index, take(positions, index, 1).masked_fill(index == PAD, PAD), take(vision, index, 1) & (index != PAD), has_padding(index))
+        cut = _Cut.of(positions, vision, keep)
+        if cut is not None:
+            self.apply(cut)
 
     def forget_if_whole(self) -> None:
         """Drop the bookkeeping of a layer that holds every token: it is a plain cache layer again."""
         if self.slots == self.logical:
             self.positions = self.vision = self.attended = self.totals = None
+            self.padded = False
 
-    def _cut(self, index: Tensor, positions: Tensor, vision: Tensor, padded: bool) -> None:
-        if index.shape[1] == self.slots:
-            return
+    def apply(self, cut: _Cut) -> None:
+        """Gather what a cut leaves."""
         if self.attended is not None:
             padding = self.slots - self.attended.shape[1]
-            self.attended = take(torch.nn.functional.pad(self.attended, (0, padding)), index, 1)
-        self.keys, self.values = take(self.keys, index, 2), take(self.values, index, 2)
-        self.positions, self.vision, self.padded = positions, vision, padded
+            self.attended = take(torch.nn.functional.pad(self.attended, (0, padding)), cut.index, 1)
+        self.keys, self.values = take(self.keys, cut.index, 2), take(self.values, cut.index, 2)
+        self.positions, self.vision, self.padded = cut.positions, cut.vision, cut.padded
 
     def _rows(self, select: Any) -> None:
         self.keys, self.values = select(self.keys), select(self.values)
@@ -253,7 +290,7 @@ def evict_dropped(layers: list[PrunedLayer], start: int, here: Tensor) -> None:
         start: logical position of the chunk's first token.
         here: (B, length) bool, tokens of the chunk that the last decoder layer still processed.
     """
-    shared: dict[int, tuple[Tensor, Tensor, Tensor, bool]] = {}
+    shared: dict[int, _Cut | None] = {}
     for layer in layers:
         key = id(layer.positions)
         if key not in shared:
@@ -262,10 +299,10 @@ def evict_dropped(layers: list[PrunedLayer], start: int, here: Tensor) -> None:
                 continue
             inside = (positions >= start) & (positions < start + here.shape[1])
             stays = take(here.to(positions.device), (positions - start).clamp(0, here.shape[1] - 1), 1)
-            index = pack((positions != PAD) & (~vision | ~inside | stays))
-            gone = index == PAD
-            shared[key] = (index, take(positions, index, 1).masked_fill(gone, PAD), take(vision, index, 1) & ~gone, has_padding(index))
-        layer._cut(*shared[key])  # noqa: SLF001  (same module)
+            shared[key] = _Cut.of(positions, vision, ~vision | ~inside | stays)
+        cut = shared[key]
+        if cut is not None:
+            layer.apply(cut)
 
 
 def adopt(cache: Any, text_config: Any, n_layers: int, use_cache: bool) -> Any:
@@ -300,7 +337,9 @@ def check(cache: Any) -> None:
     """Raise `UnsupportedOptionError` if `cache` cannot be pruned; nothing is changed."""
     if not hasattr(cache, "layers") or getattr(cache, "offloading", False):
         kind = "an offloading cache" if getattr(cache, "offloading", False) else f"a {type(cache).__name__}"
-        raise UnsupportedOptionError(f"{kind} cannot be pruned; mustdrop refuses {REFUSED_IMPLEMENTATIONS}. Use a DynamicCache.")
+        raise UnsupportedOptionError(
+            f"{kind} cannot be pruned; mustdrop refuses {REFUSED_IMPLEMENTATIONS}. Use a DynamicCache."
+        )
     for layer in cache.layers:
         if type(layer) is not PrunedLayer:
             PrunedLayer.adopt(layer)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import mustdrop.methods  # noqa: F401  (loaded before the package binds this name to the function `methods`)
 from mustdrop.budget import Keep
 from mustdrop.errors import ConfigError, UnknownKnobError, UnknownMethodError, did_you_mean
 from mustdrop.pruners import DecodeCachePruner, PrefillPruner, VisionStagePruner
@@ -35,13 +36,22 @@ class Method:
     settings: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        for socket, kind in (("vision", VisionStagePruner), ("prefill", PrefillPruner), ("decode", DecodeCachePruner)):
+        for socket, kind in (
+            ("vision", VisionStagePruner),
+            ("prefill", PrefillPruner),
+            ("decode", DecodeCachePruner),
+        ):
             value = getattr(self, socket)
             if value is not None and not isinstance(value, kind):
-                raise ConfigError(f"{socket}= takes a {kind.__name__}, got {type(value).__name__}: write {socket}={kind.__name__}(...).")
+                raise ConfigError(
+                    f"{socket}= takes a {kind.__name__}, got {type(value).__name__}: write "
+                    f"{socket}={kind.__name__}(...)."
+                )
         kinds = {p.compat for p in (self.vision, self.prefill) if p is not None}
         if len(kinds) > 1:
-            raise ConfigError('vision and prefill pruners disagree on compat ("paper" and "released"): use the same for both.')
+            raise ConfigError(
+                'vision and prefill pruners disagree on compat ("paper" and "released"): use the same for both.'
+            )
 
     @property
     def renumber(self) -> bool:

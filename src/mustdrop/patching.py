@@ -67,7 +67,10 @@ def patch(
 
 
 def unpatch(model: M) -> M:
-    """Take mustdrop out of `model` again; it computes bit for bit what it did before. No-op on a model that is not patched."""
+    """Take mustdrop out of `model` again; it computes bit for bit what it did before.
+
+    No-op on a model that is not patched.
+    """
     runtime = _runtime(model)
     if runtime is not None:
         runtime.uninstall()
@@ -108,10 +111,10 @@ def trace(model: nn.Module) -> Trace:
     found = runtime.local.record or runtime.last
     if found is None:
         raise NotPatchedError("the patched model has not run yet: call model.generate(...) or model(...) first.")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
-def _runtime(model: nn.Module) -> Runtime | None:
+def _runtime(model: object) -> Runtime | None:
     return vars(model).get(_ATTRIBUTE) if isinstance(model, nn.Module) else None
 
 
@@ -129,13 +132,16 @@ def _method(
         extra = [name for name, value in {"a method": given, "keep": keep, **knobs}.items() if value is not None]
         if extra:
             raise ConfigError(
-                f"patch takes either a method or a composition of pruners; got {', '.join(composed)} and {', '.join(extra)}. Put settings into "
+                f"patch takes either a method or a composition of pruners; got {', '.join(composed)} "
+                f"and {', '.join(extra)}. Put settings into "
                 "the pruners, e.g. prefill=PrefillPruner(keep=64)."
             )
-        return Method(**composed)
+        return Method(vision, prefill, decode)
     if isinstance(given, Method):
         if keep is not None or knobs:
-            raise ConfigError("a Method object is complete: give keep and knobs to its pruners, or name a method instead.")
+            raise ConfigError(
+                "a Method object is complete: give keep and knobs to its pruners, or name a method instead."
+            )
         return given
     if keep is not None:
         knobs = {"keep": keep, **knobs}

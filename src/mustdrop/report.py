@@ -26,7 +26,9 @@ def groups(trace: Trace) -> Iterator[tuple[int, int]]:
     layers = trace.tokens.shape[0]
     first = 0
     for i in range(1, layers + 1):
-        same = i < layers and bool((trace.tokens[i] == trace.tokens[first]).all() and (trace.kv_lengths[i] == trace.kv_lengths[first]).all())
+        same = i < layers and bool(
+            (trace.tokens[i] == trace.tokens[first]).all() and (trace.kv_lengths[i] == trace.kv_lengths[first]).all()
+        )
         if not same:
             yield first, i - 1
             first = i
@@ -48,7 +50,10 @@ def table(trace: Trace) -> str:
     rich.add_row("prompt", *[cell for b in shown for cell in (str(int(trace.total[b])), "")], end_section=True)
     for first, last in groups(trace):
         name = f"{first}" if first == last else f"{first}-{last}"
-        rich.add_row(name, *[cell for b in shown for cell in (str(int(trace.tokens[first, b])), str(int(trace.kv_lengths[first, b])))])
+        rich.add_row(
+            name,
+            *[cell for b in shown for cell in (str(int(trace.tokens[first, b])), str(int(trace.kv_lengths[first, b])))],
+        )
     rich.add_section()
     rich.add_row("equal tokens", *[cell for b in shown for cell in (f"{float(trace.equal_tokens[b]):.2f}", "")])
     console = Console(width=40 + 34 * len(shown), color_system=None)
@@ -57,9 +62,11 @@ def table(trace: Trace) -> str:
         if batch > len(shown):
             console.print(f"(and {batch - len(shown)} more samples)")
         console.print(
-            f"FLOPs of the prompt  {quantity(trace.flops.actual, 'FLOPs')} of {quantity(trace.flops.unpruned, 'FLOPs')} ({trace.flops.ratio:.1%})\n"
+            f"FLOPs of the prompt  {quantity(trace.flops.actual, 'FLOPs')} of "
+            f"{quantity(trace.flops.unpruned, 'FLOPs')} ({trace.flops.ratio:.1%})\n"
             f"FLOPs a decode step  {trace.flops.parts['decode_step'].ratio:.1%} of the unpruned step\n"
-            f"KV cache             {quantity(trace.kv_bytes.actual, 'B')} of {quantity(trace.kv_bytes.unpruned, 'B')} ({trace.kv_bytes.ratio:.1%})\n"
+            f"KV cache             {quantity(trace.kv_bytes.actual, 'B')} of "
+            f"{quantity(trace.kv_bytes.unpruned, 'B')} ({trace.kv_bytes.ratio:.1%})\n"
             f"backend              {trace.backend}",
             highlight=False,
         )
@@ -82,12 +89,19 @@ def draw(trace: Trace, image: Any, path: str | Path | None, sample: int) -> Any:
     if len(images) != len(grids):
         raise ConfigError(
             f"sample {sample} has {len(grids)} images, got {len(images)} to draw on."
-            + ("" if grids else " The images were not encoded in this call (features were given, or the prompt has none).")
+            + (
+                ""
+                if grids
+                else " The images were not encoded in this call (features were given, or the prompt has none)."
+            )
         )
     opened = [im if isinstance(im, Image.Image) else Image.open(im) for im in images]
     layers = trace.tokens.shape[0]
     changes = [0, *[f + 1 for f in trace.filters if f + 1 < layers]]
-    titles = ["image", *[f"into layer {at}: {len(trace.kept(at, sample))} of {int(trace.total[sample])}" for at in changes]]
+    titles = [
+        "image",
+        *[f"into layer {at}: {len(trace.kept(at, sample))} of {int(trace.total[sample])}" for at in changes],
+    ]
     titles[1] = f"after the vision stage: {len(trace.kept(0, sample))} of {int(trace.total[sample])}"
     figure = Figure(figsize=(2.6 * len(titles), 2.9 * len(images)), layout="constrained")
     axes = figure.subplots(len(images), len(titles), squeeze=False)

@@ -60,7 +60,9 @@ class Selection:
         else:
             slots = self.keep.shape[1]
             slot = self.merge_into.masked_fill(self.merge_into < 0, slots)[..., None].expand(-1, -1, x.shape[-1])
-            total = x.new_zeros(x.shape[0], slots + 1, x.shape[-1], dtype=torch.float32).scatter_add_(1, slot, x.float())
+            total = x.new_zeros(x.shape[0], slots + 1, x.shape[-1], dtype=torch.float32).scatter_add_(
+                1, slot, x.float()
+            )
             out = (total[:, :slots] / self.sizes().clamp(min=1)[..., None]).to(x.dtype)
         return out.masked_fill(~self.valid[..., None], 0)
 
@@ -71,7 +73,9 @@ class Selection:
         slots = self.keep.shape[1]
         slot = self.merge_into.masked_fill(self.merge_into < 0, slots)
         ones = torch.ones_like(slot)
-        return torch.zeros(slot.shape[0], slots + 1, dtype=torch.long, device=slot.device).scatter_add_(1, slot, ones)[:, :slots]
+        return torch.zeros(slot.shape[0], slots + 1, dtype=torch.long, device=slot.device).scatter_add_(1, slot, ones)[
+            :, :slots
+        ]
 
     def expand(self, x: Tensor, n: int) -> Tensor:
         """Inverse of `apply`: (B, M, C) -> (B, n, C), every token gets its slot's row (zero where it is gone)."""

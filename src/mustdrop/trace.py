@@ -27,15 +27,16 @@ class Trace:
         method: name of the method.
         total: (B,) long, vision tokens of each prompt.
         tokens: (L, B) long, vision tokens that each decoder layer processed in the prefill.
-        kv_lengths: (L, B) long, cache entries per layer at the end of the call (text and vision, without padding); zeros
-            if no cache was used.
-        flops: FLOPs of the prompt (vision, projector, scoring, prefill), beside the unpruned call; `parts` has these and the
-            decode step. See `mustdrop.cost` for the formulas.
+        kv_lengths: (L, B) long, cache entries per layer at the end of the call (text and vision, without padding);
+            zeros if no cache was used.
+        flops: FLOPs of the prompt (vision, projector, scoring, prefill), beside the unpruned call; `parts` has these
+            and the decode step. See `mustdrop.cost` for the formulas.
         kv_bytes: bytes of keys and values stored at the end, beside the unpruned call.
-        backend: attention implementation of the text model, and what computed the scores.
+        backend: attention implementation of the text model.
         filters: decoder layers after which tokens left.
         fit: how the image processor fits an image to the grid.
-        grids: per sample, (rows, columns, feature rows before the patches) of each image; empty if the encoder did not run.
+        grids: per sample, (rows, columns, feature rows before the patches) of each image; empty if the encoder
+            did not run.
     """
 
     method: str
@@ -54,12 +55,13 @@ class Trace:
     @property
     def equal_tokens(self) -> Tensor:
         """(B,) float, mean over the decoder layers of the vision tokens that a layer processed."""
-        return self.tokens.double().mean(0)
+        return self.tokens.float().mean(0)
 
     @property
     def dropped_anything(self) -> bool:
-        """Whether any vision token was dropped or merged, at any stage."""
-        return bool((self.tokens < self.total).any()) or any(len(a) < n for a, n in zip(self._alive[-1], self.total.tolist(), strict=True))
+        """Whether any vision token was dropped, merged or evicted, at any stage."""
+        fewer = any(len(left) < n for left, n in zip(self._alive[-1], self.total.tolist(), strict=True))
+        return fewer or bool((self.tokens < self.total).any()) or self.kv_bytes.actual < self.kv_bytes.unpruned
 
     def kept(self, layer: int, sample: int = 0) -> Tensor:
         """Original indices of the vision tokens alive at the input of a decoder layer.
@@ -81,7 +83,8 @@ class Trace:
         """Where each original vision token went at the vision stage.
 
         Returns:
-            (N,) long: slot among the vision tokens that entered the language model, in their order; -1 where it is gone.
+            (N,) long: slot among the vision tokens that entered the language model, in their order; -1 where it is
+            gone.
         """
         self._check(0, sample)
         n = int(self.total[sample])
@@ -89,7 +92,11 @@ class Trace:
             return torch.arange(n)
         out, base, slots = [], 0, 0
         for mark in self._marks[sample]:
-            places = mark.order.masked_fill(~mark.alive, torch.iinfo(torch.long).max).argsort(stable=True).argsort(stable=True)
+            places = (
+                mark.order.masked_fill(~mark.alive, torch.iinfo(torch.long).max)
+                .argsort(stable=True)
+                .argsort(stable=True)
+            )
             out.append(torch.where(mark.assignment < 0, -1, places[mark.assignment.clamp(min=0)] + slots))
             base, slots = base + len(mark.alive), slots + int(mark.alive.sum())
         return torch.cat(out) if out else torch.zeros(0, dtype=torch.long)
@@ -103,7 +110,10 @@ class Trace:
     def _check(self, layer: int, sample: int) -> None:
         layers, batch = self.tokens.shape
         if not 0 <= layer <= layers:
-            raise ConfigError(f"layer={layer}: this trace has decoder layers 0 to {layers - 1}, and {layers} for what is left at the end.")
+            raise ConfigError(
+                f"layer={layer}: this trace has decoder layers 0 to {layers - 1}, and {layers} for "
+                f"what is left at the end."
+            )
         if not 0 <= sample < batch:
             raise ConfigError(f"sample={sample}: this trace has {batch} batch rows, 0 to {batch - 1}.")
 
@@ -166,7 +176,7 @@ def record(runtime: Runtime, call: Call) -> Trace:
     if prefill is None:  # nothing went through the text model
         empty = torch.zeros(1, 1, dtype=torch.bool)
         prefill = Prefill(empty, 0, empty)
-    rows = prefill.rows if prefill.rows else [None] * (depth + 1)
+    rows: list[Tensor | None] = prefill.rows or [None] * (depth + 1)
     alive = _alive(prefill, rows)
     tokens = torch.tensor([[len(a) for a in layer] for layer in alive[:depth]])
     cache = call.cache
@@ -181,7 +191,7 @@ def record(runtime: Runtime, call: Call) -> Trace:
         kv_lengths=kv_lengths,
         flops=_flops(runtime, call, prefill, rows, kv_lengths),
         kv_bytes=_kv_bytes(cache, depth),
-        backend=f"{runtime.implementation} attention, PyTorch scores",
+        backend=runtime.implementation,
         filters=runtime.filters,
         fit=runtime.adapter.fit(runtime.model),
         grids=_grids(call, prefill),
@@ -191,7 +201,10 @@ def record(runtime: Runtime, call: Call) -> Trace:
 
 
 def _alive(prefill: Prefill, rows: list[Tensor | None]) -> list[list[Tensor]]:
-    """Per layer and sample, ascending ordinals among the sample's vision tokens; layers that share rows share the result."""
+    """Per layer and sample, ascending ordinals among the sample's vision tokens.
+
+    Layers that share rows share the result.
+    """
     vision = prefill.vision.cpu()
     ordinal = vision.long().cumsum(1) - 1
     everything = [torch.arange(int(n)) for n in vision.sum(1)]
@@ -211,7 +224,15 @@ def _alive(prefill: Prefill, rows: list[Tensor | None]) -> list[list[Tensor]]:
 
 
 def _on_cpu(mark: ImageMarks) -> ImageMarks:
-    return ImageMarks(mark.alive.cpu(), mark.pinned.cpu(), mark.importance.cpu(), mark.order.cpu(), mark.assignment.cpu(), mark.passed, mark.grid)
+    return ImageMarks(
+        mark.alive.cpu(),
+        mark.pinned.cpu(),
+        mark.importance.cpu(),
+        mark.order.cpu(),
+        mark.assignment.cpu(),
+        mark.passed,
+        mark.grid,
+    )
 
 
 def _grids(call: Call, prefill: Prefill) -> list[list[tuple[int, int, int]]]:
@@ -223,7 +244,9 @@ def _kv_bytes(cache: Any, depth: int) -> Compared:
     if cache is None:
         return Compared(0, 0)
     actual = sum(layer.storage_bytes() for layer in cache.layers[:depth])
-    unpruned = sum(layer.storage_bytes() // layer.slots * layer.logical for layer in cache.layers[:depth] if layer.slots)
+    unpruned = sum(
+        layer.storage_bytes() // layer.slots * layer.logical for layer in cache.layers[:depth] if layer.slots
+    )
     return Compared(actual, unpruned)
 
 
@@ -245,10 +268,12 @@ def _flops(runtime: Runtime, call: Call, prefill: Prefill, rows: list[Tensor | N
         "projector": _projector_cost(runtime, call),
         "scoring": Compared(scoring, 0),
         "prefill": Compared(
-            sum(text.prefill(new[b], past) for b in range(batch)), sum(text.prefill([whole[b]] * depth, start) for b in range(batch))
+            sum(text.prefill(new[b], past) for b in range(batch)),
+            sum(text.prefill([whole[b]] * depth, start) for b in range(batch)),
         ),
         "decode_step": Compared(
-            sum(text.step(kv_lengths[:, b].tolist()) for b in range(kv_lengths.shape[1])), sum(text.step([n] * depth) for n in logical)
+            sum(text.step(kv_lengths[:, b].tolist()) for b in range(kv_lengths.shape[1])),
+            sum(text.step([n] * depth) for n in logical),
         ),
     }
     return total(parts, ("vision", "projector", "scoring", "prefill"))

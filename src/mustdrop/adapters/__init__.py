@@ -44,5 +44,6 @@ def find(model: object) -> Adapter:
     known = [name for adapter in registry().values() for name in adapter.classes]
     hint = " Pass the model itself, not its processor, config or pipeline." if not isinstance(model, nn.Module) else ""
     raise UnsupportedModelError(
-        f"mustdrop has no adapter for {type(model).__name__}. {did_you_mean(type(model).__name__, known)}{hint} docs/add-a-model.md shows how to add one."
+        f"mustdrop has no adapter for {type(model).__name__}. "
+        f"{did_you_mean(type(model).__name__, known)}{hint} docs/add-a-model.md shows how to add one."
     )

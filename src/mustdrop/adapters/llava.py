@@ -32,7 +32,8 @@ class Llava(Adapter):
         if kind not in _TOWERS:
             raise UnsupportedModelError(
                 f"the vision stage of the llava adapter knows {', '.join(_TOWERS)} towers, not {kind}. "
-                "Leave the vision stage out: mustdrop.patch(model, prefill=PrefillPruner(...), decode=DecodeCachePruner())."
+                "Leave the vision stage out: mustdrop.patch(model, prefill=PrefillPruner(...), "
+                "decode=DecodeCachePruner())."
             )
         module = model.model.vision_tower
         depth = module.config.num_hidden_layers
@@ -51,7 +52,8 @@ class Llava(Adapter):
         prefix = _TOWERS.get(vision.model_type, 0) if strategy == "full" else 0
         if strategy == "default" and not _TOWERS.get(vision.model_type, 0):
             raise ConfigError(
-                'vision_feature_select_strategy="default" cuts the first patch of a tower without a CLS token: use "full" for this model.'
+                'vision_feature_select_strategy="default" cuts the first patch of a tower without a CLS token: '
+                'use "full" for this model.'
             )
         return [ImageLayout((side, side), prefix) for _ in range(len(arguments["pixel_values"]))]
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from mustdrop.budget import Keep
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import DecodeCachePruner, PrefillPruner, VisionStagePruner
-from mustdrop.pruners.base import Compat
+from mustdrop.pruners.base import Budget, Compat
 
 
 class MustDrop(Recipe):
@@ -28,7 +27,7 @@ class MustDrop(Recipe):
         compat: "released" reproduces the authors' code decision by decision.
     """
 
-    keep: Keep | None = None
+    keep: Budget | None = None
     global_threshold: float | None = None
     individual_threshold: float | None = None
     scale: float | None = None
@@ -37,7 +36,7 @@ class MustDrop(Recipe):
     window: int | None = Field(3, ge=2)
     threshold: float = 0.8
     key_share: float = 0.08
-    decode_keep: Keep | None = None
+    decode_keep: Budget | None = None
     interval: int = 8
     compat: Compat = "paper"
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from mustdrop.budget import Keep
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import VisionStagePruner
+from mustdrop.pruners.base import Budget
 
 
 class Random(Recipe):
@@ -15,9 +15,11 @@ class Random(Recipe):
         seed: the draw depends on (number of tokens, seed) alone.
     """
 
-    keep: Keep = DEFAULT_KEEP
+    keep: Budget = DEFAULT_KEEP
     seed: int = 0
 
     def build(self) -> Method:
         """Only the vision socket is filled."""
-        return Method(vision=VisionStagePruner(window=None, key_share=0, keep=self.keep, score="random", seed=self.seed))
+        return Method(
+            vision=VisionStagePruner(window=None, key_share=0, keep=self.keep, score="random", seed=self.seed)
+        )

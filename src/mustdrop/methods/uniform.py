@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from mustdrop.budget import Keep
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import VisionStagePruner
+from mustdrop.pruners.base import Budget
 
 
 class Uniform(Recipe):
@@ -14,7 +14,7 @@ class Uniform(Recipe):
         keep: tokens (int) or share of the prompt's vision tokens.
     """
 
-    keep: Keep = DEFAULT_KEEP
+    keep: Budget = DEFAULT_KEEP
 
     def build(self) -> Method:
         """Only the vision socket is filled."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+from mustdrop.budget import Keep, check_keep
 from mustdrop.errors import ConfigError, MustDropError, UnknownKnobError, did_you_mean
 
+# Checked before pydantic converts anything: True is not 1 token, and "64" is not 64.
+Budget = Annotated[Keep, BeforeValidator(check_keep)]
 Compat = Literal["paper", "released"]
 
 
@@ -28,7 +31,10 @@ class Settings(BaseModel):
 
 
 def translated(owner: str, error: ValidationError) -> MustDropError:
-    """The mustdrop error behind a pydantic `ValidationError`: what a validator raised, or expected / got in one line."""
+    """The mustdrop error behind a pydantic `ValidationError`.
+
+    What a validator raised, or expected / got in one line.
+    """
     for item in error.errors():
         cause = item.get("ctx", {}).get("error")
         if isinstance(cause, MustDropError):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
-from mustdrop.budget import Keep, check_keep
-from mustdrop.pruners.base import Settings
+from mustdrop.pruners.base import Budget, Settings
 from mustdrop.rules.ranking import keep_best
 from mustdrop.selection import Selection
 
@@ -15,7 +14,8 @@ from mustdrop.selection import Selection
 class DecodeCachePruner(Settings):
     """Output-aware cache policy.
 
-    At the end of the prefill the earlier layers' caches lose the vision tokens that later layers dropped. Then, if `keep`
+    At the end of the prefill the earlier layers' caches lose the vision tokens that later layers dropped. Then, if
+    `keep`
     is set, attention of the generated tokens to the remaining vision entries is accumulated per layer, and every
     `interval` steps the least attended entries leave the cache, down to `keep`. Text entries always stay.
 
@@ -33,15 +33,10 @@ class DecodeCachePruner(Settings):
         ConfigError, BudgetError, UnknownKnobError: on construction, see the message.
     """
 
-    keep: Keep | None = None
+    keep: Budget | None = None
     interval: int = Field(8, ge=1)
     cascade: bool = True
     full_layers: int = Field(2, ge=0)
-
-    @field_validator("keep", mode="before")
-    @classmethod
-    def _keep(cls, value: object) -> object:
-        return None if value is None else check_keep(value, "DecodeCachePruner.keep")  # type: ignore[arg-type]
 
     def counts(self, totals: Tensor) -> Tensor:
         """`keep` as a number of entries per row, for prompts with `totals` (B,) vision tokens."""

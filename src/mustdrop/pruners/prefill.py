@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from mustdrop.budget import Keep, check_keep, check_layers, scaled_layers, schedule
+from mustdrop.budget import check_layers, scaled_layers, schedule
 from mustdrop.errors import ConfigError
-from mustdrop.pruners.base import Compat, Settings
+from mustdrop.pruners.base import Budget, Compat, Settings
 from mustdrop.rules.ranking import keep_best
 from mustdrop.rules.text_attention import dual_filter, dual_score, dual_statistics, rank_counts
 from mustdrop.selection import Selection
@@ -21,7 +21,8 @@ class PrefillPruner(Settings):
     """Dual-attention filtering between decoder layers.
 
     A vision token goes only if its global attention (sum over the text tokens) and its individual attention (maximum
-    over them) are both low, and it is not pinned. How many go is set in one of three ways: a budget (`keep`), thresholds,
+    over them) are both low, and it is not pinned. How many go is set in one of three ways: a budget (`keep`),
+    thresholds,
     or the rank rule (`scale`, `bias`).
 
     Source: MustDrop (arXiv 2411.10803), prefilling stage; the rank rule is SparseVLM's (arXiv 2410.04417).
@@ -29,7 +30,8 @@ class PrefillPruner(Settings):
     Attributes:
         layers: decoder layers (0-based) whose attention scores and after which tokens leave. None is the paper's
             (2, 6, 10, 14) of 32 layers, scaled to the model's depth.
-        keep: equal-token budget: mean over all decoder layers of the vision tokens that a layer processes. int or share.
+        keep: equal-token budget: mean over all decoder layers of the vision tokens that a layer processes. int or
+            share.
         global_threshold: gamma, in [0, 1]: share of the text's attention to all alive vision tokens.
         individual_threshold: alpha, in [0, 1]: attention probability. Given with `keep`, the two only weigh the ranking
             max(global / gamma, individual / alpha).
@@ -42,34 +44,35 @@ class PrefillPruner(Settings):
     """
 
     layers: tuple[int, ...] | None = None
-    keep: Keep | None = None
+    keep: Budget | None = None
     global_threshold: float | None = Field(None, ge=0, le=1)
     individual_threshold: float | None = Field(None, ge=0, le=1)
     scale: float | None = Field(None, ge=0)
     bias: float | None = None
     compat: Compat = "paper"
 
-    @field_validator("keep", mode="before")
-    @classmethod
-    def _keep(cls, value: object) -> object:
-        return None if value is None else check_keep(value, "PrefillPruner.keep")  # type: ignore[arg-type]
-
     @model_validator(mode="after")
     def _complete(self) -> PrefillPruner:
         if (self.global_threshold is None) != (self.individual_threshold is None):
             raise ConfigError(
                 "PrefillPruner needs global_threshold and individual_threshold together (a token goes only if both are "
-                f"undercut); got global_threshold={self.global_threshold}, individual_threshold={self.individual_threshold}."
+                f"undercut); got global_threshold={self.global_threshold}, "
+                f"individual_threshold={self.individual_threshold}."
             )
         if self.rank and (self.keep is not None or self.global_threshold is not None):
-            raise ConfigError("PrefillPruner takes one way to set how many: keep, thresholds, or scale and bias. Got scale/bias and another.")
+            raise ConfigError(
+                "PrefillPruner takes one way to set how many: keep, thresholds, or scale and bias. "
+                "Got scale/bias and another."
+            )
         if not self.rank and self.keep is None and self.global_threshold is None:
             raise ConfigError(
                 "PrefillPruner needs one way to set how many tokens go: keep=..., global_threshold= and "
                 "individual_threshold=, or scale= and bias=."
             )
         if self.keep is not None and 0 in (self.global_threshold, self.individual_threshold):
-            raise ConfigError("thresholds given with keep weigh the ranking max(global/gamma, individual/alpha) and must be above 0.")
+            raise ConfigError(
+                "thresholds given with keep weigh the ranking max(global/gamma, individual/alpha) and must be above 0."
+            )
         if self.layers is not None and not self.layers:
             raise ConfigError("PrefillPruner.layers=() filters nowhere; leave the prefill pruner out instead.")
         return self
@@ -109,7 +112,8 @@ class PrefillPruner(Settings):
         Args:
             attention: (B, T, N) softmax probability, averaged over heads, that text token t gives to vision token n.
             alive: (B, N) bool, candidates; all if None.
-            count: tokens to keep, (B,) long or one int for all rows: `counts(...)[k]` at the k-th filter. Needed with `keep`.
+            count: tokens to keep, (B,) long or one int for all rows: `counts(...)[k]` at the k-th filter. Needed
+                with `keep`.
             pinned: (B, N) bool, tokens that are not dropped (unless `count` is smaller than their number).
             importance: (B, N), orders pinned tokens among themselves.
 
@@ -120,7 +124,9 @@ class PrefillPruner(Settings):
             ConfigError: `count` is missing in budget mode, or shapes do not fit.
         """
         if attention.ndim != 3:
-            raise ConfigError(f"attention must be (batch, text tokens, vision tokens), got shape {tuple(attention.shape)}.")
+            raise ConfigError(
+                f"attention must be (batch, text tokens, vision tokens), got shape {tuple(attention.shape)}."
+            )
         batch, _, n = attention.shape
         if alive is None:
             alive = torch.ones(batch, n, dtype=torch.bool, device=attention.device)
@@ -131,7 +137,10 @@ class PrefillPruner(Settings):
         if self.rank:
             count = rank_counts(attention, alive, 1.0 if self.scale is None else self.scale, self.bias or 0.0)
         if count is None:
-            raise ConfigError("PrefillPruner(keep=...) called without count: pass counts(total, n_layers)[k] at the k-th filter layer.")
+            raise ConfigError(
+                "PrefillPruner(keep=...) called without count: pass counts(total, n_layers)[k] at "
+                "the k-th filter layer."
+            )
         count = torch.as_tensor(count, device=attention.device).expand(batch)
         score = dual_score(statistics, self.global_threshold or 1.0, self.individual_threshold or 1.0)
         return Selection.from_mask(keep_best(score, count, alive, pinned, importance))

@@ -1,16 +1,20 @@
-"""Vision stage: merge similar neighbours inside the encoder, pin what the encoder finds critical, select to a budget."""
+"""Vision stage.
+
+Merge similar neighbours inside the encoder, pin what the encoder finds critical, select to a budget.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from mustdrop.budget import Keep, check_keep
+from mustdrop.budget import tokens_of
 from mustdrop.errors import ConfigError
-from mustdrop.pruners.base import Compat, Settings
+from mustdrop.pruners.base import Budget, Compat, Settings
 from mustdrop.rules.encoder_attention import random_scores, uniform_scores
 from mustdrop.rules.ranking import keep_best
 from mustdrop.rules.windows import merge_windows, window_similarity
@@ -27,9 +31,11 @@ class VisionStagePruner(Settings):
         threshold: mean pairwise cosine similarity in [-1, 1] from which a window becomes its mean.
         layer: encoder layer (0-based) after which windows merge; later encoder layers run on fewer tokens.
         key_share: share of the tokens that is pinned (the paper's key set), in [0, 1].
-        key_layer: encoder layer whose attention scores the tokens (negative counts from the end): the attention that the
+        key_layer: encoder layer whose attention scores the tokens (negative counts from the end): the attention
+            that the
             CLS token gives or, in an encoder without CLS, the mean attention that a token receives.
-        keep: tokens that enter the language model at most: int, share of the prompt's vision tokens, or "auto" (as many as
+        keep: tokens that enter the language model at most: int, share of the prompt's vision tokens, or "auto"
+            (as many as
             the prefill budget can use; no limit where the prefill stage has no budget).
         score: what selects when `keep` asks for fewer: "attention", or the baselines "random" and "uniform" (a grid).
         seed: seed of score="random".
@@ -44,20 +50,18 @@ class VisionStagePruner(Settings):
     layer: int = Field(0, ge=0)
     key_share: float = Field(0.08, ge=0, le=1)
     key_layer: int = -1
-    keep: Keep | Literal["auto"] = "auto"
+    keep: Literal["auto"] | Budget = "auto"
     score: Literal["attention", "random", "uniform"] = "attention"
     seed: int = 0
     compat: Compat = "paper"
 
-    @field_validator("keep", mode="before")
-    @classmethod
-    def _keep(cls, value: object) -> object:
-        return value if value == "auto" else check_keep(value, "VisionStagePruner.keep")  # type: ignore[arg-type]
-
     @model_validator(mode="after")
     def _complete(self) -> VisionStagePruner:
         if self.compat == "released" and self.keep != "auto":
-            raise ConfigError(f'VisionStagePruner(compat="released") has no budget: the authors\' code does not select. Got keep={self.keep}.')
+            raise ConfigError(
+                'VisionStagePruner(compat="released") has no budget, because the authors\' code does not select; '
+                f"got keep={self.keep}. Leave keep out."
+            )
         return self
 
     @property
@@ -87,7 +91,9 @@ class VisionStagePruner(Settings):
         if self.window is None:
             return Selection.from_mask(torch.ones(features.shape[:2], dtype=torch.bool, device=features.device))
         similarity = window_similarity(features, grid, self.window)
-        return merge_windows(similarity, grid, self.window, self.threshold, at_least, released=self.compat == "released")
+        return merge_windows(
+            similarity, grid, self.window, self.threshold, at_least, released=self.compat == "released"
+        )
 
     def select(self, importance: Tensor, alive: Tensor, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Select to a budget and pin the key set.
@@ -131,7 +137,7 @@ class VisionStagePruner(Settings):
         """
         total = features.shape[1]
         if count is None and self.keep != "auto":
-            tokens = int(self.keep * total) if isinstance(self.keep, float) else int(self.keep)
+            tokens = math.floor(tokens_of(self.keep, total, "VisionStagePruner.keep") + 1e-6)
             count = torch.full((features.shape[0],), tokens, device=features.device)
         merged = self.merge(features, grid, at_least=count)
         alive = merged.mask(total)

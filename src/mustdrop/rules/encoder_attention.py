@@ -7,7 +7,15 @@ from torch import Tensor
 
 
 def uniform_scores(n: int, device: torch.device | None = None) -> Tensor:
-    """(n,) float64 scores under which the best k tokens, for every k, are spread evenly over the sequence (van der Corput)."""
+    """Scores under which the best k tokens, for every k, are spread evenly over the sequence (van der Corput order).
+
+    Args:
+        n: tokens.
+        device: where to put the result.
+
+    Returns:
+        (n,) float64.
+    """
     index = torch.arange(n, device=device)
     score = torch.zeros(n, dtype=torch.float64, device=device)
     half = 0.5

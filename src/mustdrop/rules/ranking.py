@@ -7,19 +7,31 @@ from torch import Tensor
 
 
 def rank_descending(score: Tensor) -> Tensor:
-    """Rank of each entry of `score` (B, N) in its row: 0 is the highest; ties go to the lower index. Returns (B, N) long."""
+    """Rank of each entry of `score` (B, N) in its row: 0 is the highest; ties go to the lower index.
+
+    Returns (B, N) long.
+    """
     order = score.argsort(dim=1, descending=True, stable=True)
-    return torch.empty_like(order).scatter_(1, order, torch.arange(score.shape[1], device=score.device).expand_as(order))
+    return torch.empty_like(order).scatter_(
+        1, order, torch.arange(score.shape[1], device=score.device).expand_as(order)
+    )
 
 
-def keep_best(score: Tensor, count: Tensor, alive: Tensor, pinned: Tensor | None = None, importance: Tensor | None = None) -> Tensor:
+def keep_best(
+    score: Tensor,
+    count: Tensor,
+    alive: Tensor,
+    pinned: Tensor | None = None,
+    importance: Tensor | None = None,
+) -> Tensor:
     """Mask of the `count` best alive tokens of each row.
 
     Args:
         score: (B, N), higher stays.
         count: (B,) long, tokens to keep; rows with fewer alive tokens keep all of them.
         alive: (B, N) bool, candidates.
-        pinned: (B, N) bool, tokens that come before all others. If there are more than `count`, the most important stay.
+        pinned: (B, N) bool, tokens that come before all others. If there are more than `count`, the most
+            important stay.
         importance: (B, N), orders the pinned tokens among themselves; `score` if None.
 
     Returns:

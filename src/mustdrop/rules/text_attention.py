@@ -1,6 +1,7 @@
 """Which vision tokens the text looks at: the dual-attention rule of MustDrop and the rank-adaptive count of SparseVLM.
 
-Source: MustDrop (arXiv 2411.10803), prefilling stage; SparseVLM (arXiv 2410.04417) for the rank rule. All functions take
+Source: MustDrop (arXiv 2411.10803), prefilling stage; SparseVLM (arXiv 2410.04417) for the rank rule. All functions
+take
 `attention`, (B, T, N): softmax probability, averaged over heads, that text token t gives to vision token n. The softmax
 runs over everything that t sees, so rows do not add up to 1 over the vision tokens.
 """
@@ -27,7 +28,9 @@ def dual_statistics(attention: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
     return total / total.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny), probability.amax(1)
 
 
-def dual_filter(statistics: tuple[Tensor, Tensor], alive: Tensor, global_threshold: float, individual_threshold: float) -> Tensor:
+def dual_filter(
+    statistics: tuple[Tensor, Tensor], alive: Tensor, global_threshold: float, individual_threshold: float
+) -> Tensor:
     """Mask (B, N) of tokens that stay: a token goes only if both of its attentions are below their thresholds."""
     share, peak = statistics
     return alive & ~((share < global_threshold) & (peak < individual_threshold))

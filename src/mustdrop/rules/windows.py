@@ -16,14 +16,19 @@ from mustdrop.selection import Selection
 
 
 def window_index(grid: tuple[int, int], window: int, device: torch.device | None = None) -> Tensor:
-    """(W, window**2) long: token indices of each complete window of a raster grid; incomplete border windows are left out.
+    """Token indices of each complete window of a raster grid, (W, window**2) long.
+
+    Incomplete windows at the border are left out.
 
     Raises:
         ConfigError: the grid is smaller than one window.
     """
     h, w = grid[0] // window, grid[1] // window
     if not h or not w:
-        raise ConfigError(f"the image has {grid[0]}x{grid[1]} patches, smaller than one window of {window}x{window}: use a smaller window.")
+        raise ConfigError(
+            f"the image has {grid[0]}x{grid[1]} patches, smaller than one window of "
+            f"{window}x{window}: use a smaller window."
+        )
     tokens = torch.arange(grid[0] * grid[1], device=device).view(grid)[: h * window, : w * window]
     return rearrange(tokens, "(h a) (w b) -> (h w) (a b)", a=window, b=window)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,19 +31,26 @@ class Runtime:
     def __init__(self, model: nn.Module, adapter: Adapter, method: Method) -> None:
         require_supported_transformers()
         self.model, self.adapter, self.method = model, adapter, method
-        self.base, self.text = adapter.base(model), adapter.text(model)
+        self.base = adapter.base(model)
+        self.text: Any = adapter.text(model)
         self.layers = adapter.decoder_layers(model)
         self.depth = len(self.layers)
         self.filters: tuple[int, ...] = () if method.prefill is None else method.prefill.filter_layers(self.depth)
         if method.renumber and not hasattr(self.text, "rotary_emb"):
-            raise UnsupportedModelError(f'compat="released" renumbers positions and needs rotary embeddings; {type(self.text).__name__} has none.')
+            raise UnsupportedModelError(
+                'compat="released" renumbers positions and needs rotary embeddings; '
+                f"{type(self.text).__name__} has none."
+            )
         self.local = Local()
         self.encoder: EncoderStage | None = None
         if method.vision is not None:
             self.encoder = EncoderStage(method.vision, adapter.tower(model), self.local)
             self.encoder.check(adapter.read_layer(model, {}))
         if method.decode is not None and method.decode.full_layers > self.depth:
-            raise ConfigError(f"DecodeCachePruner.full_layers={method.decode.full_layers}: this model has {self.depth} decoder layers.")
+            raise ConfigError(
+                f"DecodeCachePruner.full_layers={method.decode.full_layers}: this model has "
+                f"{self.depth} decoder layers."
+            )
         self.stage = TextStage(self)
         self.last: Trace | None = None
         self.warned = False
@@ -55,7 +62,7 @@ class Runtime:
     @property
     def implementation(self) -> str:
         """Attention implementation of the text model, as it is now."""
-        return str(self.text.config._attn_implementation or "eager")  # type: ignore[union-attr]
+        return str(self.text.config._attn_implementation or "eager")
 
     @property
     def flash(self) -> bool:
@@ -66,7 +73,8 @@ class Runtime:
         name = self.implementation
         if name.startswith("paged") or "flex" in name:
             raise UnsupportedOptionError(
-                f"attn_implementation={name!r} cannot be pruned (its masks have no rows and columns): use model.set_attn_implementation('sdpa')."
+                f"attn_implementation={name!r} cannot be pruned (its masks have no rows and columns): "
+                f"use model.set_attn_implementation('sdpa')."
             )
 
     def plan(self, total: int) -> RowPlan:
@@ -86,7 +94,11 @@ class Runtime:
             self.handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
         for i, layer in enumerate(self.layers):
             self.handles.append(layer.register_forward_pre_hook(LayerHook(self.stage, i), with_kwargs=True))
-        scored = range(self.depth) if self.method.decode is not None and self.method.decode.keep is not None else self.filters
+        scored = (
+            range(self.depth)
+            if self.method.decode is not None and self.method.decode.keep is not None
+            else self.filters
+        )
         for i in scored:
             self._tap(self.layers[i], ("text", i), AttentionCapture(self.stage, i), f"decoder layer {i}")
         if self.encoder is not None:
@@ -95,11 +107,16 @@ class Runtime:
                 self.handles.append(block.register_forward_pre_hook(BlockHook(self.encoder, i), with_kwargs=True))
             self.handles.append(tower.module.register_forward_hook(self.encoder.after_tower, prepend=True))
             if self.encoder.pruner.needs_attention:
-                self._tap(tower.blocks[self.encoder.key_layer], KEY, self.encoder.capture, f"encoder layer {self.encoder.key_layer}")
-            for name in self.adapter.features:
-                self._override(self.base, name, FeaturesWrapper(self, getattr(self.base, name)))
+                self._tap(
+                    tower.blocks[self.encoder.key_layer],
+                    KEY,
+                    self.encoder.capture,
+                    f"encoder layer {self.encoder.key_layer}",
+                )
+        for name in self.adapter.features:
+            self._override(self.base, name, FeaturesWrapper(self, getattr(self.base, name)))
         if hasattr(self.model, "generate"):
-            self._override(self.model, "generate", GenerateWrapper(self, self.model.generate))
+            self._override(self.model, "generate", GenerateWrapper(self, cast(Any, self.model).generate))
 
     def uninstall(self) -> None:
         """Undo `install`; the model is as it was."""
@@ -114,7 +131,9 @@ class Runtime:
     def _tap(self, block: nn.Module, key: object, capture: Any, what: str) -> None:
         attention = tap.attention_of(block)
         if attention is None:
-            raise UnsupportedModelError(f"{what} ({type(block).__name__}) has no attention module whose queries and keys could be read.")
+            raise UnsupportedModelError(
+                f"{what} ({type(block).__name__}) has no attention module whose queries and keys could be read."
+            )
         tap.install(attention, key, self.local, capture)
         self.tapped.append(attention)
 
@@ -175,8 +194,9 @@ class Runtime:
             return torch.isin(ids, wanted.to(ids.device))
         if embeds is None:
             return None
-        rows = self.text.get_input_embeddings()(wanted.to(embeds.device)).to(embeds.dtype)  # type: ignore[operator]
-        return (embeds[:, :, None] == rows).all(-1).any(-1)
+        rows = self.text.get_input_embeddings()(wanted.to(embeds.device)).to(embeds.dtype)
+        same: Tensor = (embeds[:, :, None] == rows).all(-1)
+        return same.any(-1)
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
@@ -215,13 +235,17 @@ class Runtime:
 
 
 class GenerateWrapper:
-    """Stands in for `model.generate`: refuses what pruning cannot do before any work, and brackets the call for the trace."""
+    """Stands in for `model.generate`.
+
+    Refuses what pruning cannot do before any work, and brackets the call for the trace.
+    """
 
     def __init__(self, runtime: Runtime, function: Callable[..., Any]) -> None:
         functools.update_wrapper(self, function)
         self.runtime, self.function = runtime, function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as before."""
         runtime = self.runtime
         if runtime.local.call is not None:  # generate inside a call of this model, e.g. by an assisted decoder
             return self.function(*args, **kwargs)
@@ -245,12 +269,14 @@ class GenerateWrapper:
         implementation = option("cache_implementation")
         if implementation not in (None, "dynamic") and option("use_cache") is not False:
             raise UnsupportedOptionError(
-                f"cache_implementation={implementation!r} cannot be pruned; mustdrop refuses {kv.REFUSED_IMPLEMENTATIONS}. "
+                f"cache_implementation={implementation!r} cannot be pruned; mustdrop refuses "
+                f"{kv.REFUSED_IMPLEMENTATIONS}. "
                 "Leave it out, or use 'dynamic'."
             )
         if option("prefill_chunk_size"):
             raise UnsupportedOptionError(
-                "prefill_chunk_size cuts the prompt before the text has been seen, so vision tokens cannot be scored: leave it out."
+                "prefill_chunk_size cuts the prompt before the text has been seen, so vision tokens "
+                "cannot be scored: leave it out."
             )
         if kwargs.get("past_key_values") is not None:
             kv.check(kwargs["past_key_values"])
@@ -271,5 +297,3 @@ def _ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, 
 
 def _has_media(kwargs: dict[str, Any]) -> bool:
     return any(kwargs.get(name) is not None for name in _MEDIA) or bool(kwargs.get("mm_encoder_outputs"))
-
-

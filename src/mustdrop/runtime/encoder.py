@@ -1,7 +1,9 @@
 """The vision stage inside a running encoder: shrink after one layer, score at another, undo the shrinking at the exit.
 
-What leaves the encoder has its full length again, and so have the projected features: a dropped token is a row of NaN in
-them. So everything in transformers that counts features (placeholder checks, beams, chunks) sees nothing unusual, and the
+What leaves the encoder has its full length again, and so have the projected features: a dropped token is a row of NaN
+in
+them. So everything in transformers that counts features (placeholder checks, beams, chunks) sees nothing unusual, and
+the
 marks survive concatenation, casts and re-grouping.
 """
 
@@ -63,7 +65,10 @@ class BlockHook:
     stage: EncoderStage
     index: int
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """See `EncoderStage.before_block`."""
         return self.stage.before_block(self.index, module, args, kwargs)
 
 
@@ -74,27 +79,38 @@ class EncoderStage:
         self.pruner, self.tower, self.local = pruner, tower, local
         depth = len(tower.blocks)
         if not -depth <= pruner.key_layer < depth:
-            raise ConfigError(f"VisionStagePruner.key_layer={pruner.key_layer}: this encoder has layers 0 to {depth - 1} (or negative, from the end).")
+            raise ConfigError(
+                f"VisionStagePruner.key_layer={pruner.key_layer}: this encoder has layers 0 to "
+                f"{depth - 1} (or negative, from the end)."
+            )
         self.key_layer = pruner.key_layer % depth
         if pruner.window is not None and pruner.layer > depth - 2:
-            raise ConfigError(f"VisionStagePruner.layer={pruner.layer}: merging after it needs a next layer; this encoder has layers 0 to {depth - 1}.")
+            raise ConfigError(
+                f"VisionStagePruner.layer={pruner.layer}: merging after it needs a next layer; this "
+                f"encoder has layers 0 to {depth - 1}."
+            )
         if pruner.window is not None and self.key_layer <= pruner.layer and pruner.needs_attention:
             raise ConfigError(
-                f"VisionStagePruner.key_layer={pruner.key_layer} must come after the merging layer {pruner.layer}: it scores merged tokens."
+                f"VisionStagePruner.key_layer={pruner.key_layer} must come after the merging layer "
+                f"{pruner.layer}: it scores merged tokens."
             )
 
-    def check(self, read_layer: int, grid: tuple[int, int] | None = None) -> None:
+    def check(self, read_layer: int) -> None:
         """Raise `ConfigError` if merging would come after the layer that the features are read from."""
         if self.pruner.window is not None and self.pruner.layer >= read_layer:
             raise ConfigError(
-                f"VisionStagePruner.layer={self.pruner.layer}: this model reads its features from encoder layer {read_layer}; merge before it "
+                f"VisionStagePruner.layer={self.pruner.layer}: this model reads its features from "
+                f"encoder layer {read_layer}; merge before it "
                 f"(0 to {read_layer - 1})."
             )
 
     def before_block(
         self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Merge on the way into the layer after `layer`; mask padding in all later ones; arm the tap at the key layer."""
+        """Merge on the way into the layer after `layer`; mask padding in all later ones.
+
+        Arm the tap at the key layer.
+        """
         run: EncoderRun | None = self.local.encoder
         if run is None:
             return None
@@ -104,7 +120,11 @@ class EncoderStage:
         if merges:
             args = (self._merge(run, args[0], module), *args[1:])
         shape = args[0].shape
-        length = torch.full((shape[0],), shape[1], device=args[0].device) if run.merged is None else run.merged.counts + self.tower.prefix
+        length = (
+            torch.full((shape[0],), shape[1], device=args[0].device)
+            if run.merged is None
+            else run.merged.counts + self.tower.prefix
+        )
         run.tokens.append(length)
         if run.mask is None:
             return (args, kwargs) if merges else None
@@ -118,7 +138,7 @@ class EncoderStage:
         prefix = self.tower.prefix
         patches = hidden[:, prefix:]
         run.merged = self.pruner.merge(patches, run.layouts[0].grid, run.at_least)
-        if run.merged.keep.shape[1] == patches.shape[1]:
+        if bool(run.merged.valid.all()) and run.merged.keep.shape[1] == patches.shape[1]:
             run.merged = None  # no window is similar enough: the tensors stay as they are, bit for bit
             return hidden
         visible = nn.functional.pad(run.merged.valid, (prefix, 0), value=True)
@@ -144,7 +164,10 @@ class EncoderStage:
         run.importance = score[:, prefix:]
 
     def after_tower(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Give every hidden state that is shorter its full length back: each patch gets the value of what it became part of."""
+        """Give every hidden state that is shorter its full length back.
+
+        Each patch gets the value of what it became part of.
+        """
         run: EncoderRun | None = self.local.encoder
         if run is None or run.merged is None or output is None:
             return output
@@ -158,7 +181,12 @@ class EncoderStage:
 
     def _full(self, merged: Selection, state: Tensor | None) -> Tensor | None:
         prefix = self.tower.prefix
-        if state is None or state.ndim != 3 or state.shape[1] != merged.keep.shape[1] + prefix or merged.merge_into is None:
+        if (
+            state is None
+            or state.ndim != 3
+            or state.shape[1] != merged.keep.shape[1] + prefix
+            or merged.merge_into is None
+        ):
             return state
         return torch.cat([state[:, :prefix], merged.expand(state[:, prefix:], merged.merge_into.shape[1])], 1)
 
@@ -171,6 +199,7 @@ class FeaturesWrapper:
         self.runtime, self.function = runtime, function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Encode as before, with NaN in the rows of dropped features."""
         runtime = self.runtime
         local, stage = runtime.local, runtime.encoder
         arguments = inspect.signature(self.function).bind(*args, **kwargs).arguments
@@ -186,7 +215,10 @@ class FeaturesWrapper:
             return self.function(*args, **kwargs)
         stage.check(runtime.adapter.read_layer(runtime.model, arguments))
         plans = call.plans if call is not None and totals is call.totals else [runtime.plan(size) for size in totals]
-        least, most = _limits(sizes, owners, [p.at_least for p in plans]), _limits(sizes, owners, [p.at_most for p in plans])
+        least, most = (
+            _limits(sizes, owners, [p.at_least for p in plans]),
+            _limits(sizes, owners, [p.at_most for p in plans]),
+        )
 
         at_least = torch.tensor(least) - torch.tensor([layout.prefix for layout in layouts])
         run = local.encoder = EncoderRun(layouts, at_least if stage.pruner.selects else None)
@@ -207,16 +239,22 @@ class FeaturesWrapper:
         images = len(run.layouts)
         if [len(f) for f in features] != [layout.size for layout in run.layouts]:
             raise MustDropError(
-                f"the adapter {self.runtime.adapter.name!r} expected {[layout.size for layout in run.layouts]} features per image, the model made "
+                f"the adapter {self.runtime.adapter.name!r} expected "
+                f"{[layout.size for layout in run.layouts]} features per image, the model made "
                 f"{[len(f) for f in features]}."
             )
         merged = run.merged or Selection.from_mask(torch.ones(images, total, dtype=torch.bool, device=device))
         slots = torch.zeros(images, merged.keep.shape[1], device=device)
         if pruner.needs_attention:
             if run.importance is None:
-                raise MustDropError(f"encoder layer {pruner.key_layer} did not run, so there is no attention to score with: choose another key_layer.")
+                raise MustDropError(
+                    f"encoder layer {pruner.key_layer} did not run, so there is no attention to score "
+                    f"with: choose another key_layer."
+                )
             slots = run.importance.to(device)
-        importance = torch.zeros(images, total, device=device).scatter_add(1, merged.keep, slots.masked_fill(~merged.valid, 0))
+        importance = torch.zeros(images, total, device=device).scatter_add(
+            1, merged.keep, slots.masked_fill(~merged.valid, 0)
+        )
         alive = merged.mask(total)
         limit = torch.tensor(most, device=device) - prefix
         count = limit if pruner.selects and bool((alive.sum(1) > limit).any()) else None
@@ -267,5 +305,8 @@ def _limits(sizes: list[int], owners: list[int], amounts: list[int]) -> list[int
 
 def _write(features: Any, alive: list[Tensor]) -> Any:
     """The features with NaN in the rows that are dropped; same container type as before."""
-    marked = [f if bool(keep.all()) else f.masked_fill(~keep.to(f.device)[:, None], torch.nan) for f, keep in zip(features, alive, strict=True)]
+    marked = [
+        f if bool(keep.all()) else f.masked_fill(~keep.to(f.device)[:, None], torch.nan)
+        for f, keep in zip(features, alive, strict=True)
+    ]
     return torch.stack(marked) if isinstance(features, Tensor) else type(features)(marked)

@@ -30,7 +30,10 @@ class Layout:
     reordered: bool = False
 
     def causal(self) -> Tensor:
-        """(B, n, k) bool: slot exists and does not come after the query. A padded query sees itself, so no row is empty."""
+        """(B, n, k) bool: slot exists and does not come after the query.
+
+        A padded query sees itself, so no row is empty.
+        """
         n, k = self.queries.shape[1], self.slots.shape[1]
         here = torch.arange(k - n, k, device=self.slots.device)
         there = torch.arange(k, device=self.slots.device)
@@ -42,7 +45,8 @@ def physical_mask(mask: Tensor | None, layout: Layout, implementation: str, dtyp
     """The mask one layer needs.
 
     Args:
-        mask: what transformers passed: None, (B, keys) for flash attention, or (B or 1, 1, queries, keys), bool or additive.
+        mask: what transformers passed: None, (B, keys) for flash attention, or (B or 1, 1, queries, keys), bool
+            or additive.
         layout: rows and slots of this layer.
         implementation: attention implementation of the text model.
         dtype: dtype of an additive mask, for eager attention.
@@ -54,7 +58,9 @@ def physical_mask(mask: Tensor | None, layout: Layout, implementation: str, dtyp
         UnsupportedOptionError: a mask that is not a tensor (flex attention).
     """
     if mask is not None and not isinstance(mask, Tensor):
-        raise UnsupportedOptionError(f"attention masks of type {type(mask).__name__} cannot be pruned: use attn_implementation='sdpa'.")
+        raise UnsupportedOptionError(
+            f"attention masks of type {type(mask).__name__} cannot be pruned: use attn_implementation='sdpa'."
+        )
     flash = "flash" in implementation
     fresh = layout.slots.shape[1] == layout.queries.shape[1]
     if mask is not None and mask.ndim == 2:
@@ -74,7 +80,11 @@ def physical_mask(mask: Tensor | None, layout: Layout, implementation: str, dtyp
     hidden = (layout.slots == PAD)[:, None, None]
     alone = (layout.queries == PAD)[:, None, :, None]
     n, k = layout.queries.shape[1], layout.slots.shape[1]
-    itself = torch.eye(n, k, dtype=torch.bool, device=known.device).roll(k - n, 1) if k > n else torch.eye(n, dtype=torch.bool, device=known.device)
+    itself = (
+        torch.eye(n, k, dtype=torch.bool, device=known.device).roll(k - n, 1)
+        if k > n
+        else torch.eye(n, dtype=torch.bool, device=known.device)
+    )
     if known.dtype == torch.bool:
         return torch.where(alone, itself, known & ~hidden)
     lowest = torch.finfo(known.dtype).min
@@ -86,7 +96,9 @@ def encoder_mask(visible: Tensor, implementation: str, dtype: torch.dtype) -> Te
     """The mask for encoder layers over ragged tokens: `visible` (B, N) bool; None if all are."""
     if bool(visible.all()):
         return None
-    return visible if "flash" in implementation else _cast(visible[:, None, None], visible.shape[1], implementation, dtype)
+    return (
+        visible if "flash" in implementation else _cast(visible[:, None, None], visible.shape[1], implementation, dtype)
+    )
 
 
 def _cast(visible: Tensor, rows: int | None, implementation: str, dtype: torch.dtype) -> Tensor:
@@ -95,3 +107,24 @@ def _cast(visible: Tensor, rows: int | None, implementation: str, dtype: torch.d
     if implementation != "eager":
         return visible
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
+
+
+def visible_keys(rows: Tensor, mask: Tensor | None, queries: int, keys: int) -> tuple[Tensor, Tensor | None]:
+    """Which keys a few query rows see.
+
+    Args:
+        rows: (B, R) long, query rows.
+        mask: what the attention call got: None (causal), (B, keys), or (B or 1, 1, queries, keys), bool or additive.
+        queries: query rows of the call.
+        keys: key slots of the call.
+
+    Returns:
+        (B, R, keys) bool, and the additive mask of these rows, (B, 1, R, keys), if there is one.
+    """
+    if mask is None or mask.ndim == 2:
+        causal = torch.arange(keys, device=rows.device) <= (rows + keys - queries)[..., None]
+        return (causal if mask is None else causal & mask[:, None, :keys].bool()), None
+    picked = take(mask.expand(rows.shape[0], -1, -1, -1), rows, 2)[..., :keys]
+    if picked.dtype == torch.bool:
+        return picked[:, 0], None
+    return picked[:, 0] > torch.finfo(picked.dtype).min / 2, picked

@@ -40,7 +40,9 @@ def plan_row(method: Method, total: int, n_layers: int, layers: Sequence[int]) -
     if method.prefill is not None and method.prefill.keep is not None:
         tokens = budget.tokens_of(method.prefill.keep, total)
     if method.decode is not None and isinstance(method.decode.keep, int) and method.decode.keep > total:
-        raise BudgetError(f"DecodeCachePruner.keep={method.decode.keep} is more than the {total} vision tokens of this prompt.")
+        raise BudgetError(
+            f"DecodeCachePruner.keep={method.decode.keep} is more than the {total} vision tokens of this prompt."
+        )
     at_most, at_least = total, 0 if tokens is None else _merge_floor(tokens, total)
     vision = method.vision
     if vision is not None and vision.selects:
@@ -51,14 +53,21 @@ def plan_row(method: Method, total: int, n_layers: int, layers: Sequence[int]) -
             at_most = budget.entry(total, n_layers, layers, tokens)
     if tokens is not None:
         # the counts depend on how many tokens merging leaves; the most that can come must be possible
-        budget.spread(at_most, n_layers, layers, tokens, what=f"keep={method.prefill.keep}" if method.prefill else "keep")
+        budget.spread(
+            at_most,
+            n_layers,
+            layers,
+            tokens,
+            what=f"keep={method.prefill.keep}" if method.prefill else "keep",
+        )
     return RowPlan(total, tokens, at_most, min(at_least, at_most))
 
 
 def _merge_floor(tokens: float, total: int) -> int:
     """Tokens that merging must leave under a budget of `tokens` equal tokens.
 
-    Merging does not know the question, the filters do. So merging leaves twice the budget, or half-way between budget and
+    Merging does not know the question, the filters do. So merging leaves twice the budget, or half-way between budget
+    and
     image where that is less, and the filters choose from that; at a budget of everything nothing may merge.
     """
     return math.ceil(min(2 * tokens, (tokens + total) / 2) - 1e-6)

@@ -9,7 +9,10 @@ PAD = -1
 
 
 def pack(keep: Tensor, order: Tensor | None = None) -> Tensor:
-    """Indices of the True entries of `keep` (B, N), ascending by index or by `order`, left-padded with PAD: (B, M) long."""
+    """Indices of the True entries of `keep` (B, N), ascending by index or by `order`, left-padded with PAD.
+
+    (B, M) long.
+    """
     n = keep.shape[1]
     index = torch.arange(n, device=keep.device).expand_as(keep)
     key = (index if order is None else order).masked_fill(~keep, PAD)
@@ -19,7 +22,10 @@ def pack(keep: Tensor, order: Tensor | None = None) -> Tensor:
 
 
 def take(x: Tensor, index: Tensor, dim: int) -> Tensor:
-    """Gather `x` along `dim` by `index` (B, M); PAD reads entry 0 (mask it where it matters). `x` may have batch size 1."""
+    """Gather `x` along `dim` by `index` (B, M); PAD reads entry 0 (mask it where it matters).
+
+    `x` may have batch size 1.
+    """
     index = index.clamp(min=0).to(x.device)
     if x.shape[0] == 1 and index.shape[0] > 1:
         x = x.expand(index.shape[0], *x.shape[1:])

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mustdrop.runtime.plan import RowPlan
 from mustdrop.runtime.rows import PAD, take
+
+if TYPE_CHECKING:
+    from mustdrop.runtime.entry import Media
 
 
 @dataclass
@@ -43,7 +46,8 @@ class Prefill:
     Attributes:
         vision: (B, q) bool, vision tokens.
         start: logical tokens that the cache held before.
-        rows: per decoder layer and once more for the end, (B, n) logical row indices inside the chunk (None = all of them).
+        rows: per decoder layer and once more for the end, (B, n) logical row indices inside the chunk (None = all
+            of them).
         valid: (B, q) bool, tokens that are not padding.
         past: per decoder layer, entries that its cache held before.
         raters: text rows that scored (the most of any sample).
@@ -97,17 +101,11 @@ class Forward:
         start: logical tokens that the cache held before.
         batch: rows.
         cache: the adopted cache, or None.
-        vision: (B, length) bool; None if there is nothing to prune in this pass.
-        valid: (B, length) bool.
+        media: the vision tokens of this pass; None if it has none.
         rows: (B, n) long, chunk index of each current row, PAD on padding; None while all rows are there.
-        alive: (B, length) bool, tokens that the vision stage kept.
-        order: (B, length) long, sort key of the rows; None = ascending.
-        pinned: (B, length) bool.
-        importance: (B, length) float.
-        raters: (B, length) bool, text rows that score.
-        counts: per filter, (B,) survivors; None where the data decide.
+        padded: whether `rows` holds PAD.
         record: what the trace learns about this pass, None if it describes another one.
-        attention: statistics captured by the tap of the last filter layer: (B, T, n).
+        attention: (B, T, n) captured at the last filter layer.
         memo: masks and positions shared by layers of one layout.
     """
 
@@ -115,24 +113,12 @@ class Forward:
     start: int
     batch: int
     cache: Any = None
-    vision: Tensor | None = None
-    valid: Tensor | None = None
+    media: Media | None = None
     rows: Tensor | None = None
     padded: bool = False
-    alive: Tensor | None = None
-    order: Tensor | None = None
-    pinned: Tensor | None = None
-    importance: Tensor | None = None
-    raters: Tensor | None = None
-    counts: list[Tensor] | None = None
     record: Prefill | None = None
     attention: Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
-
-    @property
-    def prunes(self) -> bool:
-        """Whether this pass carries vision tokens."""
-        return self.vision is not None
 
     def index(self, device: torch.device) -> Tensor:
         """(B, n) chunk index of each current row."""

@@ -1,7 +1,8 @@
 """Reading queries and keys of one attention call without `output_attentions`.
 
 An attention module looks up its function by `self.config._attn_implementation` at every call. While a model is patched,
-the modules that may be read have a proxy in place of their config. It answers like the config itself; only while a capture
+the modules that may be read have a proxy in place of their config. It answers like the config itself; only while a
+capture
 is wanted, in this thread, does it name a function that calls the model's own attention and then hands over q and k.
 """
 
@@ -51,13 +52,23 @@ class ConfigProxy:
         return tapped
 
 
-def _captured_attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+def _captured_attention(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention_mask: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """The model's own attention, then the capture. Registered under names that only a wanted capture returns."""
     proxy: Any = module.config
     local: Local = proxy.local
     local.inside, local.capture = True, None
     try:
-        out = attention_function(module, proxy.real._attn_implementation)(module, q, k, v, attention_mask, *args, **kwargs)
+        out = attention_function(module, proxy.real._attn_implementation)(
+            module, q, k, v, attention_mask, *args, **kwargs
+        )
     finally:
         local.inside = False
     proxy.capture(module, q, k, attention_mask, kwargs)

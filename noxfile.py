@@ -1,0 +1,132 @@
+"""Every check of this project: `nox --list` names them, and each runs in an environment of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nox
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "virtualenv"  # pip: it finds a CPU build of torch where one lies on disk
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["tests", "lint", "types", "docs"]
+
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+DEPENDENCIES = [Requirement(line) for line in PYPROJECT["project"]["dependencies"]]
+EXTRAS = {
+    extra: [Requirement(line) for line in lines]
+    for extra, lines in PYPROJECT["project"]["optional-dependencies"].items()
+}
+TRANSFORMERS = PYPROJECT["tool"]["mustdrop"]["transformers-versions"]
+CONSTRAINTS = Path("constraints.txt")
+# Their versions follow from those of transformers and pydantic.
+FOLLOWERS = {"huggingface-hub", "pydantic-core", "safetensors", "tokenizers"}
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the default tests; arguments after `--` go to pytest."""
+    install(session, "-e", ".[dev]")
+    session.run("pytest", "-n", "2", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Ask the bundled model about a scene, with and without pruning."""
+    install(session, "-e", ".[viz]")
+    out = Path(session.create_tmp(), "demo")
+    session.run("python", "-m", "mustdrop", "demo", *(session.posargs or ["--out", str(out)]))
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting; `nox -s lint -- --fix` repairs what it can."""
+    install(session, *tools("ruff"))
+    session.run("ruff", "check", *session.posargs)
+    session.run("ruff", "format", *([] if "--fix" in session.posargs else ["--check"]))
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check the types."""
+    install(session, "-e", ".[viz]", *tools("mypy"))
+    session.run("mypy", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Check links, images and generated blocks; `tests` runs the code that the documents show."""
+    install(session, *tools("markdown-it-py"))
+    session.run("python", "docs/check_links.py")
+    session.run("python", "docs/generate.py", *(session.posargs or ["--check"]))
+
+
+@nox.session
+@nox.parametrize("transformers", TRANSFORMERS)
+def matrix(session: nox.Session, transformers: str) -> None:
+    """Run the conformance tests on the oldest, a middle and the newest transformers."""
+    wanted = "transformers" if transformers == "newest" else f"transformers=={transformers}"
+    constraints = constraints_without(session, {"transformers"} | FOLLOWERS)
+    session.install("-c", constraints, "--upgrade", "-e", ".[dev]", wanted)
+    session.run("pytest", "-n", "2", "tests/conformance", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def minimums(session: nox.Session) -> None:
+    """Run the conformance tests on the lowest version of every dependency that pyproject.toml allows.
+
+    torch stays at its version in constraints.txt, since older CPU builds are rarely at hand. With CUDA
+    builds, which require one triton each, `nox -s minimums -- --torch` installs the lowest torch too.
+    """
+    posargs = [argument for argument in session.posargs if argument != "--torch"]
+    kept = {"torch"} if posargs == session.posargs else set()
+    direct = [*DEPENDENCIES, *EXTRAS["viz"], *EXTRAS["eval"]]
+    lowest = [pin_to_lowest(dependency) for dependency in direct if dependency.name not in kept]
+    released = {dependency.name for dependency in direct} - kept | FOLLOWERS
+    test_tools = tools("hypothesis", "pytest", "pytest-xdist")
+    session.install("-c", constraints_without(session, released), "-e", ".", *lowest, *test_tools)
+    session.run("python", "-m", "pip", "list")
+    session.run("pytest", "-n", "2", "tests/conformance", *posargs, env=OFFLINE)
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """Run the tests that need a CUDA device."""
+    install(session, "-e", ".[dev]")
+    session.run("pytest", "-m", "gpu", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Run a benchmark, `nox -s bench -- NAME ...`; without a name, list them."""
+    install(session, "-e", ".[dev]")
+    session.run("python", "-m", "benchmarks", *session.posargs)
+
+
+def install(session: nox.Session, *arguments: str) -> None:
+    """Install with the committed versions."""
+    session.install("-c", str(CONSTRAINTS), *arguments)
+
+
+def tools(*names: str) -> list[str]:
+    """The requirements of the `dev` extra that have these names."""
+    return [str(requirement) for requirement in EXTRAS["dev"] if requirement.name in names]
+
+
+def pin_to_lowest(dependency: Requirement) -> str:
+    """`name>=1.2; marker` as `name==1.2; marker`."""
+    (bound,) = (specifier.version for specifier in dependency.specifier if specifier.operator == ">=")
+    marker = f"; {dependency.marker}" if dependency.marker else ""
+    return f"{dependency.name}=={bound}{marker}"
+
+
+def constraints_without(session: nox.Session, names: set[str]) -> str:
+    """The path of a copy of constraints.txt that leaves `names` open."""
+    lines = [line for line in CONSTRAINTS.read_text().splitlines() if line and not line.startswith("#")]
+    kept = [line for line in lines if canonicalize_name(Requirement(line).name) not in names]
+    copy = Path(session.create_tmp(), CONSTRAINTS.name)
+    copy.write_text("\n".join(kept) + "\n")
+    return str(copy)

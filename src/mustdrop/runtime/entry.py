@@ -1,0 +1,139 @@
+"""What enters the text model: which tokens are vision, which rows score them, and how many may stay where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mustdrop import budget
+from mustdrop.runtime.state import Call, ImageMarks
+
+if TYPE_CHECKING:
+    from mustdrop.runtime.core import Runtime
+
+
+@dataclass
+class Media:
+    """Vision tokens of one pass through the text model, (B, length) each, in logical order.
+
+    Attributes:
+        vision: bool, vision tokens.
+        valid: bool, tokens that are not padding.
+        alive: bool, all but the vision tokens that the vision stage dropped.
+        raters: bool, text rows that score.
+        totals: vision tokens per row.
+        padded: whether any token is padding.
+        marks: what the vision stage decided, per row and image; empty without a vision stage.
+        pinned: bool, the key set, or None.
+        importance: float, encoder attention, or None.
+        order: long, sort key of the rows where they are reordered (compat="released"), or None.
+        counts: survivors per filter, each (B,) long, or None where the data decide. An empty tensor says that this
+            filter keeps everything in every row, so that it neither scores nor gathers.
+    """
+
+    vision: Tensor
+    valid: Tensor
+    alive: Tensor
+    raters: Tensor
+    totals: list[int]
+    padded: bool
+    marks: list[list[ImageMarks]]
+    pinned: Tensor | None = None
+    importance: Tensor | None = None
+    order: Tensor | None = None
+    counts: list[Tensor] | None = None
+
+
+def read(runtime: Runtime, embeds: Tensor, vision: Tensor, mask: Any) -> Media:
+    """Everything that the filters need to know about a pass with vision tokens.
+
+    Args:
+        runtime: of the patched model.
+        embeds: (B, length, C) input of the text model; dropped features are rows of NaN.
+        vision: (B, length) bool.
+        mask: `attention_mask` as it came.
+    """
+    call = runtime.local.call
+    vision = vision.to(embeds.device)
+    valid = valid_tokens(vision, mask)
+    vision = vision & valid
+    alive = ~(vision & embeds[..., 0].isnan()) if runtime.encoder is not None else torch.ones_like(vision)
+    totals = vision.sum(1).tolist()
+    labels = call.labels if call is not None else None
+    raters = _raters(vision, valid, labels)
+    media = Media(vision, valid, alive, raters, totals, not bool(valid.all()), _marks(call, totals))
+    if media.marks:
+        _spread_marks(media, reorder=runtime.method.renumber)
+    prefill = runtime.method.prefill
+    if prefill is not None and prefill.keep is not None:
+        media.counts = _counts(runtime, media)
+    return media
+
+
+def valid_tokens(vision: Tensor, mask: Any) -> Tensor:
+    """(B, length) bool, tokens of this pass that are not padding, by a 2-D attention mask (all of them without one)."""
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return mask[:, -vision.shape[1] :].to(vision.device).bool()
+    return torch.ones_like(vision)
+
+
+def _raters(vision: Tensor, valid: Tensor, labels: Tensor | None) -> Tensor:
+    """Valid text after the row's last vision token; with labels the prompt part of it; without text the last token."""
+    index = torch.arange(vision.shape[1], device=vision.device)
+    last = torch.where(vision, index, -1).amax(1, keepdim=True)
+    text = valid & ~vision & (index > last)
+    if labels is not None and labels.shape == text.shape:
+        prompt = text & (labels.to(text.device) == -100)
+        text = torch.where(prompt.any(1, keepdim=True), prompt, text)
+    final = torch.where(valid, index, -1).amax(1, keepdim=True)
+    return torch.where(text.any(1, keepdim=True), text, index == final)
+
+
+def _marks(call: Call | None, totals: list[int]) -> list[list[ImageMarks]]:
+    """Marks per batch row, repeated where the batch was expanded for beams; empty if they are of other images."""
+    if call is None or not call.marks or len(totals) % len(call.marks):
+        return []
+    times = len(totals) // len(call.marks)
+    rows = [row for row in call.marks for _ in range(times)]
+    fits = all(sum(len(mark.alive) for mark in row) == total for row, total in zip(rows, totals, strict=True))
+    return rows if fits else []
+
+
+def _spread_marks(media: Media, reorder: bool) -> None:
+    """Write the marks of each image to the positions of its tokens."""
+    device = media.vision.device
+    media.pinned = torch.zeros_like(media.vision)
+    media.importance = torch.zeros(media.vision.shape, device=device)
+    order = torch.arange(media.vision.shape[1], device=device).expand_as(media.vision).clone()
+    for b, row in enumerate(media.marks):
+        if not row:
+            continue
+        place = media.vision[b].nonzero()[:, 0]
+        media.pinned[b, place] = torch.cat([mark.pinned for mark in row]).to(device)
+        media.importance[b, place] = torch.cat([mark.importance for mark in row]).to(device)
+        starts = torch.tensor([0, *[len(mark.alive) for mark in row]], device=device).cumsum(0)
+        places = [mark.order.to(device) + start for mark, start in zip(row, starts, strict=False)]
+        order[b, place] = place[torch.cat(places)]
+    media.order = order if reorder else None
+
+
+def _counts(runtime: Runtime, media: Media) -> list[Tensor]:
+    """Survivors per filter under the budget, from what really enters."""
+    present = (media.vision & media.alive).sum(1).tolist()
+    rows = []
+    for total, entering in zip(media.totals, present, strict=True):
+        tokens = runtime.plan(total).tokens
+        if tokens is None:
+            rows.append((0,) * len(runtime.filters))
+        else:
+            what = f"keep={runtime.method.prefill.keep if runtime.method.prefill else None}"
+            rows.append(budget.spread(entering, runtime.depth, runtime.filters, tokens, what))
+    counts = []
+    for k in range(len(runtime.filters)):
+        wanted = [row[k] for row in rows]
+        counts.append(torch.tensor(wanted if wanted != present else [], dtype=torch.long, device=media.vision.device))
+        present = wanted
+    return counts

@@ -1,0 +1,1 @@
+"""What the tests share: tiny random models, the masked oracle, CPU stand-ins for flash-attn, and version switches."""

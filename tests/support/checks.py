@@ -1,0 +1,114 @@
+"""The heart of the suite: run the patched model, read its trace, and ask the masked oracle for the same numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mustdrop
+import torch
+from torch import Tensor
+
+from . import fake_flash
+from .builders import IMAGE, LLAMA, Answer, Variant, answer, batch, clone, plain
+from .oracle import CacheWatch, Hidden, MaskedOracle, hidden_by
+from .reference_tower import encode
+
+TOLERANCE = 1e-5  # float32
+
+
+def patched(variant: Variant = LLAMA, attn: str = "sdpa", method: str | None = None, **settings: Any) -> Any:
+    """A patched clone. ``attn="flash_attention_2"`` needs the ``flash`` fixture."""
+    flash = attn == fake_flash.NAME
+    model = clone(variant, "sdpa" if flash else attn)
+    if flash:
+        fake_flash.use(model)
+    return mustdrop.patch(model, method, **settings) if method else mustdrop.patch(model, **settings)
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """Largest absolute difference."""
+    return (a - b).detach().abs().max().item()
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Both sides of one comparison."""
+
+    ours: Answer
+    oracle: Answer
+    hidden: Hidden
+    trace: Any
+
+
+def merged_features(
+    variant: Variant, inputs: dict[str, Tensor], trace: Any, vision: Any, repeat: int = 1
+) -> Tensor | None:
+    """(images, N, D): what the reference tower gives, in the rows of the representatives; None if nothing can merge.
+
+    ``repeat`` is how many rows of the trace belong to one prompt (beams, ``num_return_sequences``).
+    """
+    if vision is None or vision.window is None or "pixel_values" not in inputs:
+        return None
+    model, n = plain(variant), variant.n_vision
+    features = torch.zeros(len(inputs["pixel_values"]), n, model.config.text_config.hidden_size)
+    image = 0
+    for row, total in enumerate((inputs["input_ids"] == IMAGE).sum(1).tolist()):
+        entered = trace.kept(0, row * repeat)
+        for first in range(0, total, n):
+            alive = int(((entered >= first) & (entered < first + n)).sum())
+            encoded = encode(
+                model,
+                inputs["pixel_values"][image],
+                window=vision.window,
+                threshold=vision.threshold,
+                layer=vision.layer,
+                at_least=alive,
+            )
+            features[image, encoded.names] = encoded.features
+            image += 1
+    return features
+
+
+def compare(
+    model: Any,
+    inputs: dict[str, Tensor],
+    variant: Variant = LLAMA,
+    attn: str = "sdpa",
+    *,
+    vision: Any = None,
+    decode: Any = None,
+    steps: int = 8,
+    **options: Any,
+) -> Compared:
+    """``generate`` on the patched model and on the oracle. ``vision`` and ``decode`` are the pruners in use, if any."""
+    oracle_model = plain(variant, "sdpa" if attn == fake_flash.NAME else attn)
+    repeat = max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
+    ids = inputs["input_ids"].repeat_interleave(repeat, 0)
+    with CacheWatch(model) as watch:
+        ours = answer(model, inputs, steps, **options)
+    trace = mustdrop.trace(model)
+    hidden = hidden_by(
+        trace, ids, variant.n_layers, cascade_from=decode.full_layers if decode and decode.cascade else None
+    )
+    features = merged_features(variant, inputs, trace, vision, repeat)
+    if decode is not None and decode.keep is not None:
+        with MaskedOracle(oracle_model, Hidden(hidden.prefill, hidden.prefill), features) as oracle:
+            answer(oracle_model, inputs, 0, **options)
+        hidden = watch.hidden_while_decoding(oracle.prompt_keys, ids, hidden)
+    with MaskedOracle(oracle_model, hidden, features):
+        theirs = answer(oracle_model, inputs, steps, **options)
+    return Compared(ours, theirs, hidden, trace)
+
+
+def assert_dropping_equals_masking(*args: Any, **options: Any) -> Compared:
+    """Logits within 1e-5 at the prefill and at every decode step, equal tokens, and something was dropped."""
+    both = compare(*args, **options)
+    assert both.hidden.anything, "nothing was dropped: this comparison proves nothing"
+    difference = (both.ours.logits - both.oracle.logits).abs().amax((0, 2))
+    assert difference.max() <= TOLERANCE, f"largest difference of the logits per step: {difference.tolist()}"
+    assert torch.equal(both.ours.sequences, both.oracle.sequences)
+    return both
+
+
+__all__ = ["Compared", "assert_dropping_equals_masking", "batch", "compare", "distance", "merged_features", "patched"]

@@ -1,0 +1,19 @@
+"""The only place of the test suite that knows which transformers version is running."""
+
+from __future__ import annotations
+
+import transformers
+from packaging.version import Version
+from torch import nn
+
+TRANSFORMERS = Version(transformers.__version__)
+
+#: Before 5.18 beams and ``num_return_sequences`` repeat pixels per image, not per row: with rows that hold different
+#: image counts the *unpatched* library mixes the images up, so those tests use one image per row there.
+BEAMS_MIX_IMAGES = TRANSFORMERS < Version("5.18")
+
+
+def tower_body(model: nn.Module) -> nn.Module:
+    """The module that owns ``embeddings`` and ``encoder`` of a CLIP or SigLIP tower (one level deeper before 5.6)."""
+    tower = model.model.vision_tower
+    return getattr(tower, "vision_model", tower)
