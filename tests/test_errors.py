@@ -13,7 +13,7 @@ from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner, errors
 from support.builders import LLAMA, SIGLIP, anatomy, answer, batch, clone, plain
 from support.checks import patched
 
-THRESHOLDS = PrefillPruner(global_threshold=0.04, individual_threshold=0.06)
+THRESHOLDS = PrefillPruner(global_threshold=0.02, individual_threshold=0.02)
 
 KINDS = {
     "UnsupportedModelError": TypeError,

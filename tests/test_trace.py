@@ -36,7 +36,7 @@ def ran(variant=LLAMA, images=(1, 0, 2), steps=3, seed=0, **setup):
     "setup",
     [
         {},
-        {"prefill": PrefillPruner(global_threshold=0.04, individual_threshold=0.06)},
+        {"prefill": PrefillPruner(global_threshold=0.02, individual_threshold=0.02)},
         {"vision": VisionStagePruner(window=None, keep=0.3)},
         {"decode": DecodeCachePruner(keep=4, interval=1)},
     ],
@@ -172,7 +172,7 @@ def test_flops_cover_tower_projector_prefill_and_decode_step():
 def test_prefill_flops_follow_the_documented_formula():
     """Ratio of two runs, so that the convention (MACs or FLOPs, causal or full attention) does not matter."""
     config = plain(LLAMA).config.text_config
-    _, inputs, trace = ran(images=(1,), prefill=PrefillPruner(global_threshold=0.04, individual_threshold=0.06))
+    _, inputs, trace = ran(images=(1,), prefill=PrefillPruner(global_threshold=0.02, individual_threshold=0.02))
     text = inputs["input_ids"].shape[1] - LLAMA.n_vision
     lengths = [text + int(n) for n in trace.tokens[:, 0]]
     bounds = []

@@ -86,12 +86,8 @@ def table(result: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--split", choices=SPLITS, default="heldout", help="anything but heldout is printed only"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--split", choices=SPLITS, default="heldout", help="anything but heldout is printed only")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=400)
     parser.add_argument("--batch", type=int, default=8, help="scenes at a time")

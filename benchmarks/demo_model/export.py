@@ -30,9 +30,7 @@ CHAT_TEMPLATE = (
 def _processor() -> LlavaProcessor:
     words = Tokenizer(models.WordLevel(TOKEN_ID, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", TOKEN_ID["<s>"])]
-    )
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", TOKEN_ID["<s>"])])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words,
         unk_token="<unk>",

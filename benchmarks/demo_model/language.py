@@ -41,9 +41,7 @@ from mustdrop.demo.scenes import (
 
 IGNORE = -100
 COUNT = QUESTION_TYPES.index("count")
-COUNT_WEIGHT = (
-    0.2  # of a count question in the loss, times the questions per picture (one of them is about the count)
-)
+COUNT_WEIGHT = 0.2  # of a count question in the loss, times the questions per picture (one of them is about the count)
 
 
 class Bank(NamedTuple):
@@ -145,9 +143,7 @@ def make_step(
         weight = (weight[..., None] * (target != IGNORE)).flatten()
         right = exact(logits.detach(), target).float()
         metrics = {
-            name: right[types == index].mean().item()
-            for index, name in enumerate(QUESTION_TYPES)
-            if index in types
+            name: right[types == index].mean().item() for index, name in enumerate(QUESTION_TYPES) if index in types
         }
         return (each * weight).sum() / weight.sum(), metrics
 
@@ -161,16 +157,11 @@ def selection_accuracy(model: nn.Module, seed: int, pictures: int) -> Metrics:
     right = []
     for start in range(0, pictures, 16):
         scenes = [maker.scene() for _ in range(min(16, pictures - start))]
-        features = vision_features(model.model.vision_tower, to_pixels([scene.image for scene in scenes]))[
-            :, 1:
-        ]
+        features = vision_features(model.model.vision_tower, to_pixels([scene.image for scene in scenes]))[:, 1:]
         ids, target, _ = tensors([maker.questions(scene) for scene in scenes])
         right.append(exact(packed_logits(model, features, ids), target).float())
     mean = torch.cat(right).mean(0).tolist()
-    return {
-        name: round(value, 4)
-        for name, value in (*zip(QUESTION_TYPES, mean, strict=True), ("mean", sum(mean) / 8))
-    }
+    return {name: round(value, 4) for name, value in (*zip(QUESTION_TYPES, mean, strict=True), ("mean", sum(mean) / 8))}
 
 
 @torch.no_grad()

@@ -104,9 +104,7 @@ def _start_vision(tower: nn.Module) -> None:
     angle = torch.arange(GRID)[:, None] * frequency
     axis = torch.cat([angle.sin(), angle.cos()], 1)
     rows, columns = axis[:, None].expand(-1, GRID, -1), axis[None].expand(GRID, -1, -1)
-    tower.embeddings.position_embedding.weight[1:] = 0.25 * torch.cat([rows, columns], -1).reshape(
-        PATCHES, -1
-    )
+    tower.embeddings.position_embedding.weight[1:] = 0.25 * torch.cat([rows, columns], -1).reshape(PATCHES, -1)
     tower.embeddings.patch_embedding.weight.normal_(0, 0.04)
     for layer in tower.encoder.layers:
         _tie_queries_to_keys(layer.self_attn, 0.13)
@@ -180,9 +178,7 @@ def _packed_layer(
     return x + mlp.down_proj(F.silu(mlp.gate_proj(h)) * mlp.up_proj(h))
 
 
-def packed_logits(
-    model: nn.Module, features: Tensor, questions: Tensor, kept: Tensor | None = None
-) -> Tensor:
+def packed_logits(model: nn.Module, features: Tensor, questions: Tensor, kept: Tensor | None = None) -> Tensor:
     """Logits (B, Q, SEGMENT, vocabulary) for Q questions with answers, (B, Q, SEGMENT), about each picture.
 
     All questions about a picture share the prefix `<s> USER: image` and do not see each other, so this equals

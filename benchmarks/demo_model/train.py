@@ -49,8 +49,8 @@ STEPS = {
     "vision-whole": 250,
     "language-1-2": 250,  # one or two objects of each scene are visible
     "language-2-4": 800,
-    "language-hidden": 800,  # all objects, but only a fifth of the patches
-    "language-whole": 300,
+    "language-hidden": 1100,  # all objects, but only a fifth of the patches
+    "language-whole": 400,
 }
 
 
@@ -73,9 +73,7 @@ class Training:
                 torch.save({"model": self.model.state_dict(), "heads": self.heads.state_dict()}, part)
                 part.replace(weights)
                 used = {"wall_s": round(time.time() - wall, 1), "cpu_s": round(time.process_time() - cpu, 1)}
-                self._log.write(
-                    event="stage", stage=name, steps=self._steps(name), **used, selection=self._check(name)
-                )
+                self._log.write(event="stage", stage=name, steps=self._steps(name), **used, selection=self._check(name))
             state = torch.load(weights)
             self.model.load_state_dict(state["model"])
             self.heads.load_state_dict(state["heads"])
@@ -147,22 +145,16 @@ class Training:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("digits", help="write the bundled digit images and their split")
     run = commands.add_parser("model", help="train, and write the checkpoint folder")
     run.add_argument("--out", type=Path, required=True, help="the checkpoint folder")
-    run.add_argument(
-        "--work", type=Path, help="where each stage's weights are kept (default: a temporary folder)"
-    )
+    run.add_argument("--work", type=Path, help="where each stage's weights are kept (default: a temporary folder)")
     run.add_argument("--log", type=Path, default=HERE / "train_log.jsonl")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--threads", type=int, default=2)
-    run.add_argument(
-        "--scale", type=float, default=1.0, help="multiplies all steps; a small one tries the script"
-    )
+    run.add_argument("--scale", type=float, default=1.0, help="multiplies all steps; a small one tries the script")
     options = parser.parse_args()
 
     if options.command == "digits":

@@ -93,9 +93,7 @@ def _cover(start: int, size: int, first: int, number: int) -> np.ndarray:
     return np.clip(np.minimum(edge + PATCH_SIZE, start + size) - np.maximum(edge, start), 0, None)
 
 
-def targets(
-    objects: tuple[SceneObject, ...], window: Window = WHOLE
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def targets(objects: tuple[SceneObject, ...], window: Window = WHOLE) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Kind and colour of each patch, and the kind of each colour.  Barely covered patches are ignored."""
     names = list(COLOURS)
     kind = np.full((window.size, window.size), NO_KIND)
@@ -123,9 +121,7 @@ def _balanced(value: Tensor, one: Tensor, other: Tensor) -> Tensor:
     return value[one].mean() + value[other].mean()
 
 
-def loss_and_metrics(
-    tower: nn.Module, heads: Heads, data: Batch, window: Window = WHOLE
-) -> tuple[Tensor, Metrics]:
+def loss_and_metrics(tower: nn.Module, heads: Heads, data: Batch, window: Window = WHOLE) -> tuple[Tensor, Metrics]:
     """The loss, and accuracies over object patches.
 
     Each patch must say its kind, colour, place and region; CLS the kind of each colour.  All terms weigh
@@ -167,7 +163,5 @@ def loss_and_metrics(
 def selection_metrics(tower: nn.Module, heads: Heads, seed: int, batches: int = 8) -> Metrics:
     """Mean metrics over whole scenes with digits of the selection split."""
     maker = SceneMaker("selection", seed)
-    rows = [
-        loss_and_metrics(tower, heads, batch([maker.scene() for _ in range(16)]))[1] for _ in range(batches)
-    ]
+    rows = [loss_and_metrics(tower, heads, batch([maker.scene() for _ in range(16)]))[1] for _ in range(batches)]
     return {key: round(float(np.mean([row[key] for row in rows])), 4) for key in rows[0]}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 from mustdrop.errors import BudgetError, ConfigError
 
@@ -123,9 +124,10 @@ def schedule(total: int, n_layers: int, layers: Sequence[int], keep: Keep) -> tu
         BudgetError: `keep` cannot be met; the message names the smallest that can.
         ConfigError: layers outside the model.
     """
-    return spread(total, n_layers, layers, tokens_of(keep, total), what=f"keep={keep}")
+    return spread(total, n_layers, tuple(layers), tokens_of(keep, total), f"keep={keep}")
 
 
+@lru_cache(maxsize=4096)
 def spread(total: int, n_layers: int, layers: Sequence[int], tokens: float, what: str = "keep") -> tuple[int, ...]:
     """`schedule` for a budget already in tokens, which may exceed `total` (then nothing is dropped)."""
     width = spans(n_layers, layers)
@@ -181,7 +183,7 @@ def entry(total: int, n_layers: int, layers: Sequence[int], tokens: float) -> in
     while low < high:  # survivors of the last filter fall as more tokens enter
         middle = (low + high + 1) // 2
         try:
-            fits = spread(middle, n_layers, layers, tokens)[-1] >= tokens / 4
+            fits = spread(middle, n_layers, tuple(layers), tokens)[-1] >= tokens / 4
         except BudgetError:
             fits = False
         low, high = (middle, high) if fits else (low, middle - 1)

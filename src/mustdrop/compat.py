@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -21,6 +21,7 @@ MINIMUM_TRANSFORMERS = "5.4"
 TRANSFORMERS = Version(transformers.__version__)
 
 Attention = Callable[..., Any]
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def require_supported_transformers() -> None:
@@ -67,6 +68,6 @@ def crop_length(tokens: int, logical: int) -> int:
     return -tokens if tokens < 0 else max(0, logical - tokens) if tokens else 0
 
 
-def is_compiling() -> bool:
-    """Whether `torch.compile` is tracing."""
-    return bool(torch.compiler.is_compiling())
+def eager(function: F) -> F:
+    """Keep `function` out of `torch.compile`: the shapes of its tensors depend on data, and it keeps state."""
+    return torch.compiler.disable(function)  # type: ignore[no-any-return, no-untyped-call]

@@ -54,6 +54,11 @@ class Method:
             )
 
     @property
+    def drops(self) -> bool:
+        """Whether any socket is filled."""
+        return any(socket is not None for socket in (self.vision, self.prefill, self.decode))
+
+    @property
     def renumber(self) -> bool:
         """Whether positions are renumbered after every drop, as the authors' released code does."""
         return any(p is not None and p.compat == "released" for p in (self.vision, self.prefill))

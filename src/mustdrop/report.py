@@ -44,7 +44,7 @@ def table(trace: Trace) -> str:
     rich = Table(title=f"mustdrop trace: {trace.method}", title_justify="left")
     rich.add_column("decoder layers")
     for b in shown:
-        name = f"sample {b}: " if batch > 1 else ""
+        name = f"sample {b}\n" if batch > 1 else ""
         rich.add_column(f"{name}vision tokens", justify="right")
         rich.add_column("cache entries", justify="right")
     rich.add_row("prompt", *[cell for b in shown for cell in (str(int(trace.total[b])), "")], end_section=True)
@@ -78,12 +78,12 @@ def draw(trace: Trace, image: Any, path: str | Path | None, sample: int) -> Any:
     try:
         import matplotlib
 
-        from PIL import Image  # isort: skip
+        import PIL  # isort: skip
     except ImportError as error:
         raise ImportError("drawing needs matplotlib and pillow: pip install 'mustdrop[viz]'.") from error
     from matplotlib.figure import Figure
 
-    del matplotlib
+    del matplotlib, PIL
     images = list(image) if isinstance(image, list | tuple) else [image]
     grids = trace.grids[sample] if trace.grids else []
     if len(images) != len(grids):
@@ -95,7 +95,7 @@ def draw(trace: Trace, image: Any, path: str | Path | None, sample: int) -> Any:
                 else " The images were not encoded in this call (features were given, or the prompt has none)."
             )
         )
-    opened = [im if isinstance(im, Image.Image) else Image.open(im) for im in images]
+    opened = [_opened(im) for im in images]
     layers = trace.tokens.shape[0]
     changes = [0, *[f + 1 for f in trace.filters if f + 1 < layers]]
     titles = [
@@ -118,9 +118,19 @@ def draw(trace: Trace, image: Any, path: str | Path | None, sample: int) -> Any:
                 continue
             ax.imshow(_shaded(pixels, _coverage(trace, changes[column - 1], sample, offset + prefix, height, width)))
         offset += prefix + height * width
+    figure.supxlabel("in colour: kept  |  blue: merged into the patch at its centre  |  grey: gone", fontsize=9)
     if path is not None:
         figure.savefig(path, dpi=110)
     return figure
+
+
+def _opened(image: Any) -> Any:
+    """A PIL image from one, from an array (rows, columns, 3) or from a path."""
+    from PIL import Image
+
+    if isinstance(image, Image.Image):
+        return image
+    return Image.fromarray(image) if hasattr(image, "__array_interface__") else Image.open(image)
 
 
 def _coverage(trace: Trace, layer: int, sample: int, first: int, height: int, width: int) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from mustdrop.cost import Compared, TextCost, encoder_flops, linear_flops, total
+from mustdrop.cost import Compared, encoder_flops, linear_flops, total
 from mustdrop.errors import ConfigError, UnsupportedModelError
 from mustdrop.runtime.rows import PAD, take
 from mustdrop.runtime.state import Call, ImageMarks, Prefill
@@ -153,7 +153,7 @@ class Trace:
         """Draw which patches survived each stage, over the image.
 
         Args:
-            image: PIL image or path; a list of them for a prompt with several images.
+            image: PIL image, array (rows, columns, 3) or path; a list of them for a prompt with several images.
             path: where to write the picture (format by its ending), or None.
             sample: batch row.
 
@@ -252,7 +252,7 @@ def _kv_bytes(cache: Any, depth: int) -> Compared:
 
 def _flops(runtime: Runtime, call: Call, prefill: Prefill, rows: list[Tensor | None], kv_lengths: Tensor) -> Compared:
     depth, batch = runtime.depth, prefill.vision.shape[0]
-    text = TextCost.of(runtime.layers, runtime.text.config, runtime.model.get_output_embeddings())  # type: ignore[operator]
+    text = runtime.text_cost
     whole = prefill.valid.sum(1).tolist()
     counts: dict[int, list[int]] = {}
     for row in rows:

@@ -11,7 +11,7 @@ from support.builders import IMAGE, LLAMA, MISTRAL, QWEN2, answer, batch, plain,
 from support.checks import patched
 from transformers import DynamicCache
 
-THRESHOLDS = PrefillPruner(global_threshold=0.04, individual_threshold=0.06)
+THRESHOLDS = PrefillPruner(global_threshold=0.02, individual_threshold=0.02)
 
 
 def stored_bytes(cache):

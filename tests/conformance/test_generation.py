@@ -35,7 +35,7 @@ ALL_THREE = {
 }
 EVICTING = {"prefill": PrefillPruner(keep=0.6), "decode": DecodeCachePruner(keep=6, interval=2)}
 SELECTING = {"vision": VisionStagePruner(window=None, keep=11), "prefill": PrefillPruner(scale=1.0, bias=2.0)}
-THRESHOLDS = {"prefill": PrefillPruner(global_threshold=0.04, individual_threshold=0.06)}
+THRESHOLDS = {"prefill": PrefillPruner(global_threshold=0.02, individual_threshold=0.02)}
 ROWS = (1, 1) if BEAMS_MIX_IMAGES else (1, 2)
 
 

@@ -13,7 +13,7 @@ from support.checks import TOLERANCE, assert_dropping_equals_masking, distance, 
 from support.oracle import MaskedOracle, hidden_by
 
 FLASH = "flash_attention_2"
-THRESHOLDS = {"global_threshold": 0.04, "individual_threshold": 0.06}
+THRESHOLDS = {"global_threshold": 0.02, "individual_threshold": 0.02}
 
 #: Compositions of the three pruners, each optional.
 SETUPS = {

@@ -99,7 +99,7 @@ def fresh(variant: Variant = LLAMA, attn: str = "sdpa") -> Any:
             if "position_embedding" in name:
                 parameter.mul_(0.4)
             if "q_proj.weight" in name or "k_proj.weight" in name:
-                parameter.mul_(1.6 if "language_model" in name else 1.2)
+                parameter.mul_(1.15 if "language_model" in name else 0.8)
         # features and logits of about one half: 1e-5 is above the noise of float32 and far below any effect
         model.model.multi_modal_projector.linear_2.weight.mul_(0.1)
         model.lm_head.weight.mul_(0.5)

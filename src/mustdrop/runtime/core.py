@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from mustdrop import kv
 from mustdrop.adapters.base import Adapter
-from mustdrop.compat import require_supported_transformers
+from mustdrop.compat import eager, require_supported_transformers
+from mustdrop.cost import TextCost
 from mustdrop.errors import ConfigError, NothingDroppedWarning, UnsupportedModelError, UnsupportedOptionError
 from mustdrop.method import Method
 from mustdrop.runtime import tap
@@ -58,6 +59,11 @@ class Runtime:
         self.tapped: list[nn.Module] = []
         self.overridden: list[tuple[nn.Module, str]] = []
         self._check_backend()
+
+    @functools.cached_property
+    def text_cost(self) -> TextCost:
+        """Sizes of the text model, read once."""
+        return TextCost.of(self.layers, self.text.config, cast(Any, self.model).get_output_embeddings())
 
     @property
     def implementation(self) -> str:
@@ -171,7 +177,7 @@ class Runtime:
         if failed:
             return
         local.record = self.last = record(self, call)
-        if any(call.totals) and not self.warned and not self.last.dropped_anything:
+        if self.method.drops and any(call.totals) and not self.warned and not self.last.dropped_anything:
             self.warned = True
             warnings.warn(
                 f"method {self.method.name!r} kept every vision token of this prompt: {self._why_nothing()}",
@@ -200,6 +206,7 @@ class Runtime:
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
+    @eager
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Begin a call for a plain forward; take a copy of the labels so that dropped tokens can leave the loss."""
         if self.local.call is None:
@@ -209,6 +216,7 @@ class Runtime:
             call.labels = kwargs["labels"] = kwargs["labels"].clone()
         return args, kwargs
 
+    @eager
     def before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find the vision positions of this pass; begin a call if the base model is called by itself."""
         if self.local.call is None:
@@ -217,11 +225,13 @@ class Runtime:
         # without media, a placeholder id is a token that somebody generated or guessed, not an image
         self.local.vision = self.placeholders(ids, embeds) if _has_media(kwargs) else None
 
+    @eager
     def after_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """End the call that `before_base` began."""
         self.local.vision = None
         self.end(module, failed=output is None)
 
+    @eager
     def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """End the call that `before_model` began."""
         if self.local.call is not None:
@@ -244,6 +254,7 @@ class GenerateWrapper:
         functools.update_wrapper(self, function)
         self.runtime, self.function = runtime, function
 
+    @eager
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as before."""
         runtime = self.runtime

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mustdrop.adapters.base import ImageLayout, Tower
 from mustdrop.budget import share_out
+from mustdrop.compat import eager
 from mustdrop.errors import ConfigError, MustDropError
 from mustdrop.kernels.reference import received_attention, row_probabilities
 from mustdrop.pruners import VisionStagePruner
@@ -104,6 +105,7 @@ class EncoderStage:
                 f"(0 to {read_layer - 1})."
             )
 
+    @eager
     def before_block(
         self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -146,6 +148,7 @@ class EncoderStage:
         run.mask = encoder_mask(visible, str(getattr(config, "_attn_implementation", "eager")), hidden.dtype)
         return torch.cat([hidden[:, :prefix], run.merged.apply(patches)], 1)
 
+    @eager
     def capture(self, module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
         """Read the importance of each token from the key layer's queries and keys."""
         run: EncoderRun | None = self.local.encoder
@@ -163,6 +166,7 @@ class EncoderStage:
             score = received_attention(q, k, visible, scaling)
         run.importance = score[:, prefix:]
 
+    @eager
     def after_tower(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Give every hidden state that is shorter its full length back.
 
@@ -198,6 +202,7 @@ class FeaturesWrapper:
         functools.update_wrapper(self, function)
         self.runtime, self.function = runtime, function
 
+    @eager
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Encode as before, with NaN in the rows of dropped features."""
         runtime = self.runtime

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mustdrop.compat import attention_function, attention_registry
+from mustdrop.compat import attention_function, attention_registry, eager
 from mustdrop.runtime.state import Local
 
 Capture = Callable[[nn.Module, Tensor, Tensor, Tensor | None, dict[str, Any]], None]
@@ -42,6 +42,10 @@ class ConfigProxy:
 
     @property
     def _attn_implementation(self) -> Any:
+        return self._implementation()
+
+    @eager
+    def _implementation(self) -> Any:
         name = self.real._attn_implementation
         if self.local.inside or self.local.capture != self.key:
             return name
@@ -52,6 +56,7 @@ class ConfigProxy:
         return tapped
 
 
+@eager
 def _captured_attention(
     module: nn.Module,
     q: Tensor,

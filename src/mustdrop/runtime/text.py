@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mustdrop import kv
-from mustdrop.compat import is_compiling
+from mustdrop.compat import eager
 from mustdrop.errors import MustDropError, UnsupportedOptionError
 from mustdrop.kernels.reference import row_probabilities
 from mustdrop.runtime import entry
@@ -56,13 +56,14 @@ class TextStage:
 
     # -- entry --------------------------------------------------------------------------------------------------------
 
+    @eager
     def before_text(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Adopt the cache, find the vision tokens of this pass, take the NaN marks out of the embeddings."""
         runtime, local = self.runtime, self.runtime.local
         local.forward, local.capture = None, None
         embeds: Tensor | None = kwargs.get("inputs_embeds")
         vision, local.vision = local.vision, None
-        if embeds is None or is_compiling():
+        if embeds is None:
             return None
         if module.training and getattr(module, "is_gradient_checkpointing", False):
             raise UnsupportedOptionError(
@@ -111,6 +112,7 @@ class TextStage:
 
     # -- layers -------------------------------------------------------------------------------------------------------
 
+    @eager
     def before_layer(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Drop rows if it is this layer's turn, then bring its arguments in line with the rows that are left."""
         forward = self.runtime.local.forward
@@ -269,6 +271,7 @@ class TextStage:
         decode = self.runtime.method.decode
         return decode is not None and decode.keep is not None
 
+    @eager
     def capture(
         self, i: int, module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
     ) -> None:
@@ -294,6 +297,7 @@ class TextStage:
 
     # -- exit ---------------------------------------------------------------------------------------------------------
 
+    @eager
     def after_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Scatter the hidden states back to the logical length; cut the earlier layers' caches."""
         local = self.runtime.local

@@ -1,0 +1,1 @@
+"""What the library must reach, measured. `python -m benchmarks` lists the benchmarks; see README.md."""

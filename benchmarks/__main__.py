@@ -1,0 +1,33 @@
+"""`python -m benchmarks NAME ...` runs a benchmark; without a name it lists them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+# name -> what it measures; the module of that name has `add_arguments(parser)` and `run(options) -> exit status`
+BENCHMARKS = {
+    "end_to_end": "speed, FLOPs and KV bytes of a patched model against the same model unpatched",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what the command line names; the exit status."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Run a benchmark of mustdrop.")
+    commands = parser.add_subparsers(dest="name", metavar="NAME")
+    for name, summary in BENCHMARKS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if arguments[:1] == [name]:  # torch is imported for what runs, not for the list
+            importlib.import_module(f"benchmarks.{name}").add_arguments(command)
+    if not arguments:
+        parser.print_help()
+        return 0
+    options = parser.parse_args(arguments)
+    return int(importlib.import_module(f"benchmarks.{options.name}").run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""The command line: `python -m mustdrop` or `mustdrop`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+
+import mustdrop
+from mustdrop.errors import MustDropError
+
+app = typer.Typer(
+    help="Vision-language models that drop the vision tokens that do not matter.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+BUDGETS = ["192", "128", "64", "32"]
+
+
+@app.command()
+def demo(
+    model: Annotated[str | None, typer.Option(help="Hub id or folder of a model; default: the bundled one.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Image file; default: a held-out scene.")] = None,
+    question: Annotated[list[str] | None, typer.Option(help="Question; may be given several times.")] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Budget in tokens (64) or as a share (0.25); may be given several times.")
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Method to show at each budget; may be given several times.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Weights of --model: auto, float32, bfloat16, float16.")] = "auto",
+    out: Annotated[Path, typer.Option(help="Folder for kept.png and demo.json.")] = Path("mustdrop-demo"),
+) -> None:
+    """Ask questions about one image, without and with pruning at several budgets.
+
+    Prints the answers, the tokens per decoder layer, FLOPs, KV bytes and the measured prefill ratio, and writes the
+    picture of the patches that each stage kept.
+
+    Examples:
+        python -m mustdrop demo
+
+        python -m mustdrop demo --keep 64 --keep 0.05 --method mustdrop --method uniform
+
+        python -m mustdrop demo --model llava-hf/llava-1.5-7b-hf --image cat.png --question "What is the cat doing?"
+    """
+    from transformers.utils import logging
+
+    from mustdrop.demo import run
+
+    logging.disable_progress_bar()  # there is one of our own
+    budgets = [_budget(text) for text in keep or BUDGETS]
+    methods = method or ["mustdrop", "random"]
+    questions = question or []
+    if model is None:
+        subject = run.bundled_subject(image, questions)
+    else:
+        subject = run.hub_subject(model, image, questions, dtype)
+    steps = iter(track(range(len(budgets) * len(methods)), "asking", console=Console(stderr=True), transient=True))
+    next(steps)
+    rows, trace = run.run(subject, budgets, methods, advance=lambda: next(steps, None))
+    _print_demo(subject, rows, trace)
+    out.mkdir(parents=True, exist_ok=True)
+    trace.draw(subject.image, out / "kept.png")
+    (out / "demo.json").write_text(json.dumps(run.record(subject, rows), indent=1) + "\n", encoding="utf-8")
+    console.print(f"Wrote {out / 'kept.png'} (what each stage kept) and {out / 'demo.json'} (these figures).")
+
+
+def _budget(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a number of tokens (64) nor a share (0.25).") from None
+
+
+def _print_demo(subject: Any, rows: list[Any], trace: Any) -> None:
+    known = any(truth is not None for truth in subject.truths)
+    shown = [row for row in rows if row.keep is None or row.method == rows[1].method]
+    answers = Table(title=f"Answers of the {subject.name}, unpruned and with {rows[1].method}", title_justify="left")
+    answers.add_column("question")
+    if known:
+        answers.add_column("truth", style="bold")
+    for row in shown:
+        answers.add_column("unpruned" if row.keep is None else f"keep={row.keep}")
+    for i, text in enumerate(subject.questions):
+        truth = subject.truths[i]
+        said = [escape(row.answers[i]) for row in shown]
+        marked = [a if truth is None or a == truth else f"[red]{a}[/red]" for a in said]
+        answers.add_row(escape(text), *([escape(str(truth))] if known else []), *marked)
+    console.print(answers)
+    cost = Table(title="What it cost, the whole prompt relative to the unpruned model", title_justify="left")
+    cost.add_column("setting")
+    for header in (*(["right"] if known else []), "equal tokens", "FLOPs", "KV cache", "prefill time"):
+        cost.add_column(header, justify="right")
+    cost.add_column("vision tokens per layer")
+    for row in rows:
+        cost.add_row(
+            "unpruned" if row.keep is None else f"{row.method} keep={row.keep}",
+            *([f"{row.correct} of {len(subject.questions)}"] if known else []),
+            f"{row.equal_tokens:.1f}",
+            f"{row.flops:.1%}",
+            f"{row.kv_bytes / 1e6:.2f} MB, {row.kv_ratio:.1%}",
+            "1.00x" if row.prefill_ratio is None else f"{row.prefill_ratio:.2f}x",
+            _runs(row.tokens),
+        )
+    console.print(cost)
+    console.print(f"\nThe last {rows[1].method} setting in detail, first question:")
+    console.print(str(trace), highlight=False, markup=False)
+
+
+def _runs(tokens: list[int]) -> str:
+    """[576, 576, 192] -> "2x576 192"."""
+    groups = [(n, len(list(run))) for n, run in itertools.groupby(tokens)]
+    return " ".join(f"{count}x{n}" if count > 1 else str(n) for n, count in groups)
+
+
+@app.command()
+def methods() -> None:
+    """List the methods that patch() knows."""
+    for name in mustdrop.methods():
+        console.print(name)
+
+
+@app.command()
+def adapters() -> None:
+    """List the model families that patch() knows."""
+    for name in mustdrop.adapters():
+        console.print(name)
+
+
+def main() -> None:
+    """Run the command line; an error of mustdrop ends with its message and exit code 2."""
+    try:
+        app()
+    except MustDropError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""The demo: one image, a few questions, without and with pruning at several budgets."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+import mustdrop
+from mustdrop.budget import Keep
+from mustdrop.errors import ConfigError, MustDropError
+from mustdrop.trace import Trace
+
+# Held-out scene of the default demo. Chosen for being seed 0, not for its answers.
+SCENE_SEED = 0
+TIMED_PAIRS = 9
+BASELINE = "none"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting of the demo.
+
+    Attributes:
+        method: name of the method.
+        keep: budget as it was asked for; None for the unpruned model.
+        answers: one per question.
+        correct: how many are right; None where the right answer is not known.
+        equal_tokens: mean over decoder layers of vision tokens processed, mean over the questions.
+        tokens: per decoder layer, for the first question.
+        flops: share of the unpruned model's FLOPs for the prompt, mean over the questions.
+        kv_bytes: bytes of keys and values at the end of the first answer.
+        kv_ratio: share of the unpruned model's KV bytes for the same answer.
+        prefill_ratio: measured time of the whole prompt (encoder, pruning, prefill) over the unpruned model's, median
+            of alternating pairs on the first question; None for the unpruned model.
+    """
+
+    method: str
+    keep: Keep | None
+    answers: list[str]
+    correct: int | None
+    equal_tokens: float
+    tokens: list[int]
+    flops: float
+    kv_bytes: float
+    kv_ratio: float
+    prefill_ratio: float | None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the demo asks: a model and processor, an image, questions, and their answers where they are known."""
+
+    name: str
+    model: Any
+    processor: Any
+    image: Image.Image
+    questions: list[str]
+    truths: list[str | None]
+
+    def inputs(self, question: str) -> Any:
+        """The model inputs for one question about the image."""
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        chat = [{"role": "user", "content": content}]
+        text = self.processor.apply_chat_template(chat, add_generation_prompt=True)
+        return self.processor(text=text, images=self.image, return_tensors="pt").to(self.model.device, self.model.dtype)
+
+    def answer(self, question: str) -> str:
+        """The model's greedy answer."""
+        inputs = self.inputs(question)
+        out = self.model.generate(**inputs, max_new_tokens=32, do_sample=False)
+        text = self.processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return str(text).strip()
+
+
+def bundled_subject(image: Path | None, questions: Sequence[str]) -> Subject:
+    """The bundled model, on a held-out scene with one question of each type unless given otherwise."""
+    from mustdrop.demo.model import load
+    from mustdrop.demo.scenes import SceneMaker
+
+    model, processor = load()
+    if image is not None:
+        if not questions:
+            raise ConfigError(
+                "--image needs at least one --question: the right questions are known for the bundled scene only."
+            )
+        return Subject(
+            "bundled model", model, processor, Image.open(image).convert("RGB"), [*questions], [None] * len(questions)
+        )
+    maker = SceneMaker("heldout", SCENE_SEED)
+    scene = maker.scene()
+    picture = Image.fromarray(scene.image)
+    if questions:
+        return Subject("bundled model", model, processor, picture, [*questions], [None] * len(questions))
+    asked = maker.questions(scene)
+    return Subject("bundled model", model, processor, picture, [q.text for q in asked], [q.answer for q in asked])
+
+
+def hub_subject(name: str, image: Path | None, questions: Sequence[str], dtype: str) -> Subject:
+    """A model of a hub or folder, on the user's own image."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    if image is None or not questions:
+        raise ConfigError("--model needs --image FILE and at least one --question TEXT.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+    model = model.to(device).eval()
+    processor = AutoProcessor.from_pretrained(name)
+    return Subject(name, model, processor, Image.open(image).convert("RGB"), [*questions], [None] * len(questions))
+
+
+def run(
+    subject: Subject, budgets: Sequence[Keep], methods: Sequence[str], advance: Any = None
+) -> tuple[list[Row], Trace]:
+    """Ask everything at every setting.
+
+    Args:
+        subject: model, image, questions.
+        budgets: budgets to try.
+        methods: methods to try at each budget.
+        advance: called with no argument after each setting, for a progress bar.
+
+    Returns:
+        One row per setting, the unpruned model first, and the trace of the first method at the smallest budget, first
+        question.
+    """
+    rows, shown = [_row(subject, BASELINE, None)[0]], None
+    for keep in budgets:
+        for method in methods:
+            row, trace = _row(subject, method, keep)
+            rows.append(row)
+            if method == methods[0]:
+                shown = trace
+            if advance is not None:
+                advance()
+    if shown is None:
+        raise MustDropError("the demo needs at least one budget and one method.")
+    return rows, shown
+
+
+def _row(subject: Subject, method: str, keep: Keep | None) -> tuple[Row, Trace]:
+    settings = {} if keep is None else {"keep": keep}
+    answers, traces = [], []
+    with mustdrop.patched(subject.model, method, **settings):
+        for question in subject.questions:
+            answers.append(subject.answer(question))
+            traces.append(mustdrop.trace(subject.model))
+    known = [(a, t) for a, t in zip(answers, subject.truths, strict=True) if t is not None]
+    first = traces[0]
+    return (
+        Row(
+            method=method,
+            keep=keep,
+            answers=answers,
+            correct=sum(a == t for a, t in known) if known else None,
+            equal_tokens=statistics.mean(float(t.equal_tokens[0]) for t in traces),
+            tokens=first.tokens[:, 0].tolist(),
+            flops=statistics.mean(t.flops.ratio for t in traces),
+            kv_bytes=first.kv_bytes.actual,
+            kv_ratio=first.kv_bytes.ratio,
+            prefill_ratio=None if keep is None else _prefill_ratio(subject, method, settings),
+        ),
+        first,
+    )
+
+
+def _prefill_ratio(subject: Subject, method: str, settings: dict[str, Any]) -> float:
+    """Median over alternating pairs of (patched time / unpatched time) for the whole prompt."""
+    inputs = subject.inputs(subject.questions[0])
+
+    def seconds() -> float:
+        _synchronize(subject.model)
+        start = time.perf_counter()
+        with torch.inference_mode():
+            subject.model(**inputs, logits_to_keep=1)
+        _synchronize(subject.model)
+        return time.perf_counter() - start
+
+    ratios = []
+    for pair in range(TIMED_PAIRS + 2):
+        plain = seconds()
+        with mustdrop.patched(subject.model, method, **settings):
+            pruned = seconds()
+        if pair >= 2:  # the first two warm up
+            ratios.append(pruned / plain)
+    return statistics.median(ratios)
+
+
+def _synchronize(model: Any) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+
+
+def record(subject: Subject, rows: Sequence[Row]) -> dict[str, Any]:
+    """The result file's content."""
+    from mustdrop.provenance import provenance
+
+    return {
+        **provenance(SCENE_SEED),
+        "model": subject.name,
+        "questions": subject.questions,
+        "truths": subject.truths,
+        "timed_pairs": TIMED_PAIRS,
+        "rows": [asdict(row) for row in rows],
+    }
