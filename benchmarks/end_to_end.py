@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -286,7 +287,9 @@ def run(options: argparse.Namespace) -> int:
     with warnings.catch_warnings(), Progress(console=console, transient=True) as progress:
         warnings.simplefilter("ignore", NothingDroppedWarning)
         task = progress.add_task("", total=2 + options.pairs * 8 + options.decode_pairs * 5)
+        start = time.perf_counter()
         result = benchmark(options, lambda text: progress.update(task, advance=1, description=text))
+    result["minutes"] = significant((time.perf_counter() - start) / 60, 2)
     report(result, console)
     default = None if options.quick else RESULTS / f"end_to_end_{options.device.split(':')[0]}.json"
     out = options.out or default

@@ -15,10 +15,12 @@ A result file is a JSON object; beside its own numbers it records `versions` (a 
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,125 @@ def versions(results: Results) -> str:
         commit = str(record["commit"])[:10] + (" (dirty tree)" if record["dirty"] else "")
         rows.append((f"`{name}`", software, record["hardware"], record["seed"], commit))
     return table(("results", "versions", "hardware", "seed", "commit"), rows)
+
+
+@renderer("demo")
+def demo(results: Results) -> str:
+    """What `python -m mustdrop demo` measured: one row per setting."""
+    record = results["demo"]
+    questions = len(record["questions"])
+    software = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
+    commit = str(record["commit"])[:10] + (" (dirty tree)" if record["dirty"] else "")
+    rows = []
+    for row in record["rows"]:
+        right = "" if row["correct"] is None else f"{row['correct']} of {questions}"
+        time = "1.00" if row["prefill_ratio"] is None else f"{row['prefill_ratio']:.2f}"
+        tokens = " ".join(str(count) for count in row["tokens"])
+        kv = f"{row['kv_bytes'] / 1e6:.2f} MB ({row['kv_ratio']:.0%})"
+        budget = "all" if row["keep"] is None else row["keep"]
+        equal = f"{row['equal_tokens']:.1f}"
+        rows.append((f"`{row['method']}`", budget, right, equal, tokens, f"{row['flops']:.0%}", time, kv))
+    header = ("method", "`keep`", "right", "equal tokens", "per decoder layer", "FLOPs", "prefill time", "KV cache")
+    return (
+        f"Bundled model, scene {record['seed']} of the held-out split, {questions} questions. "
+        f"{record['hardware']}, {record['threads']} threads, {software}, commit {commit}. "
+        "FLOPs and time are those of the whole prompt, encoder and pruning included, relative to the unpruned model; "
+        f"the time is the median over {record['timed_pairs']} alternating pairs. "
+        "Tokens per layer and KV cache are those of the first question.\n\n" + table(header, rows)
+    )
+
+
+def example(*names: str, body_of: str | None = None) -> Renderer:
+    """A renderer that shows parts of `examples/home_made_stack.py`.
+
+    Args:
+        names: top-level functions and classes; none for what stands before the first of them.
+        body_of: a function whose statements are shown without their `def` line.
+    """
+
+    def show(results: Results) -> str:
+        text = (ROOT / "examples" / "home_made_stack.py").read_text(encoding="utf-8")
+        lines, tree = text.splitlines(), ast.parse(text).body
+        owners = {node.name: node for node in tree if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        if body_of is not None:
+            body = owners[body_of].body
+            code = textwrap.dedent("\n".join(lines[body[0].lineno - 1 : body[-1].end_lineno]))
+        elif names:
+            code = "\n\n\n".join("\n".join(lines[owners[n].lineno - 1 : owners[n].end_lineno]) for n in names)
+        else:
+            first = min(node.lineno for node in owners.values())
+            code = "\n".join(lines[tree[1].lineno - 1 : first - 1]).strip()
+        return f"```python\n{code}\n```"
+
+    return show
+
+
+renderer("stack-start")(example())
+renderer("stack-layer")(example("Layer"))
+renderer("stack-encode")(example("encode"))
+renderer("stack-prefill")(example("prefill"))
+renderer("stack-decode")(example("cascade", "decode"))
+renderer("stack-run")(example(body_of="main"))
+
+
+@renderer("speed-cpu")
+def speed_cpu(results: Results) -> str:
+    """Speed and memory on the CPU: what was run in one sentence, then one row per method and budget."""
+    record = results["end_to_end_cpu"]
+    rows = []
+    for row in record["rows"]:
+        text, whole = row["text"], row["prompt"]
+        rows.append(
+            (
+                f"`{row['method']}`",
+                row["keep"] or "all",
+                f"{text['flops_ratio']:.2f}",
+                _ratio(text["speed_up"]),
+                f"{text['share_of_flops_ratio']:.0%}",
+                f"{whole['flops_ratio']:.2f}",
+                _ratio(whole["speed_up"]),
+                f"{row['decode']['speed_up']['median']:.2f}" if "decode" in row else "",
+                f"{row['kv_bytes']['stored'] / 2**20:.1f}",
+            )
+        )
+    header = ("method", "keep", "prefill: FLOPs ratio", "speed-up", "of the FLOPs ratio", "whole prompt: FLOPs ratio")
+    return _speed_setting(record) + "\n\n" + table((*header, "speed-up", "decoding", "KV MiB"), rows)
+
+
+@renderer("speed-cpu-hardware")
+def speed_cpu_hardware(results: Results) -> str:
+    """What fewer rows cost the hardware, and what is left of the speed-up after pruning took its share."""
+    record = results["end_to_end_cpu"]
+    points = [(p["tokens"], f"{p['gflops']:.0f}", f"{p['efficiency']:.0%}") for p in record["roofline"]]
+    shares = [
+        (
+            f"`{row['method']}`",
+            row["keep"],
+            _ratio(row["text"]["speed_up"]),
+            _ratio(row["bare"]["speed_up"]),
+            f"{row['bare']['pruning_share']['median']:.1%}",
+        )
+        for row in record["rows"]
+        if "bare" in row
+    ]
+    first = table(("tokens", "GFLOP/s of the linear layers", "efficiency"), points)
+    second = table(("method", "keep", "prefill speed-up", "of the bare layers", "time that pruning takes"), shares)
+    return f"{_speed_setting(record)}\n\n{first}\n\n{second}"
+
+
+def _ratio(spread: Mapping[str, float]) -> str:
+    return f"{spread['median']:.2f} ({spread['min']:.2f} to {spread['max']:.2f})"
+
+
+def _speed_setting(record: Mapping[str, Any]) -> str:
+    model, prompt, versions = record["model"], record["prompt"], record["versions"]
+    return (
+        f"A LLaVA with random weights ({model['parameters'] / 1e9:.2f} B parameters, {model['dtype']}, "
+        f"{model['attention']}) on {record['hardware']}, {record['threads']} threads; "
+        f"{prompt['vision_tokens']} vision and {prompt['text_tokens']} text tokens; torch {versions['torch']}, "
+        f"transformers {versions['transformers']}; medians (and extremes) of {record['pairs']['prefill']} pairs of "
+        "neighbouring runs."
+    )
 
 
 def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:

@@ -8,6 +8,7 @@ import re
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+
 from mustdrop.budget import schedule
 from mustdrop.errors import BudgetError, ConfigError, MustDropError
 

@@ -7,16 +7,17 @@ import functools
 import json
 from pathlib import Path
 
-import mustdrop
 import numpy as np
 import pytest
 import torch
+from transformers import LlavaForConditionalGeneration
+
+import mustdrop
 from mustdrop import PrefillPruner, VisionStagePruner
 from mustdrop.rules.text_attention import dual_filter, dual_statistics
 from support.builders import answer
 from support.checks import distance
 from support.oracle import CacheWatch
-from transformers import LlavaForConditionalGeneration
 
 HERE = Path(__file__).parent / "golden"
 META = json.loads((HERE / "mustdrop/meta.json").read_text())
@@ -173,7 +174,9 @@ def test_merging_of_plain_tensors_equals_the_released_function(case):
     assert distance(merged.apply(x[:, 1:]), record[key + "_y"][:, 1:]) <= 1e-6
 
 
-@pytest.mark.parametrize("case", UNITS["dual_filter"], ids=lambda c: f"{c['case']}-{c['global_thr']}-{c['individual_thr']}")
+@pytest.mark.parametrize(
+    "case", UNITS["dual_filter"], ids=lambda c: f"{c['case']}-{c['global_thr']}-{c['individual_thr']}"
+)
 def test_filtering_of_plain_attention_equals_the_released_function(case):
     gamma, alpha = case["global_thr"], case["individual_thr"]
     if isinstance(case["case"], str):

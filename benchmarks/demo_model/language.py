@@ -218,19 +218,20 @@ def align(model: nn.Module, heads: Heads, seed: int) -> None:
             model.lm_head.weight[TOKEN_ID[word]] = 0.1 * direction
 
 
-def ground(model: nn.Module, bank: Bank, log: Log, steps: int, head: int = 1) -> None:
-    """Makes the words for kinds attend to patches of such objects, in one head of the first decoder layer.
+def ground(model: nn.Module, bank: Bank, log: Log, what: str, head: int, steps: int) -> None:
+    """Makes the words for kinds, or for regions, attend to such objects in one head of the first decoder layer.
 
-    Without it, finding an object by its kind ("what color is the 7 ?") stays at chance for long.
+    Without it, finding an object by its kind ("what color is the 7 ?") or its region stays at chance for long.
     """
+    vocabulary = {"kind": KINDS, "region": REGIONS}[what]
     decoder = model.model.language_model
     layer, rows = decoder.layers[0], slice(head * HEAD_WIDTH, (head + 1) * HEAD_WIDTH)
-    ids = torch.tensor([TOKEN_ID[kind] for kind in KINDS])
+    ids = torch.tensor([TOKEN_ID[word] for word in vocabulary])
     scenes = min(160, len(bank.scenes))
-    place = torch.zeros(scenes, len(KINDS), PATCHES, dtype=torch.bool)
+    place = torch.zeros(scenes, len(vocabulary), PATCHES, dtype=torch.bool)
     for row, scene in enumerate(bank.scenes[:scenes]):
         for obj in scene.objects:
-            place[row, KINDS.index(obj.kind), torch.from_numpy(scene.patches(obj))] = True
+            place[row, vocabulary.index(getattr(obj, what)), torch.from_numpy(scene.patches(obj))] = True
     with torch.no_grad():
         images = model.model.multi_modal_projector(bank.features[:scenes].float())
     norm = layer.input_layernorm.weight.detach()
@@ -244,7 +245,7 @@ def ground(model: nn.Module, bank: Bank, log: Log, steps: int, head: int = 1) ->
     image_tables = rotary_tables(decoder, start + torch.arange(PATCHES))
     for _ in range(steps):
         sample = torch.randint(0, scenes, (16,))
-        asked = rotary_tables(decoder, torch.randint(text + 2, text + 8, (len(KINDS),)))
+        asked = rotary_tables(decoder, torch.randint(text + 2, text + 8, (len(ids),)))
         q = rotate(rms_norm(chosen, norm) @ query.T, *asked) * HEAD_WIDTH**-0.5
         on_image = q @ rotate(rms_norm(images[sample], norm) @ key.T, *image_tables).mT
         # <s>, USER: and every other word compete, or all attention would end on <s> once they do.
@@ -261,4 +262,4 @@ def ground(model: nn.Module, bank: Bank, log: Log, steps: int, head: int = 1) ->
     with torch.no_grad():
         decoder.embed_tokens.weight[ids] = chosen
         layer.self_attn.q_proj.weight[rows], layer.self_attn.k_proj.weight[rows] = query, key
-    log.write(event="ground", steps=steps, attention_on_object=round(share.exp().mean().item(), 4))
+    log.write(event="ground", words=what, steps=steps, attention_on_object=round(share.exp().mean().item(), 4))

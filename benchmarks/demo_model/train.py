@@ -119,7 +119,9 @@ class Training:
         if name == "language-1-2":
             language.align(self.model, self.heads, self._seed + 2)
         if name == "language-2-4":
-            language.ground(self.model, self._bank, self._log, steps=150)
+            language.ground(self.model, self._bank, self._log, "kind", head=1, steps=150)
+        if name == "language-hidden":
+            language.ground(self.model, self._bank, self._log, "region", head=2, steps=150)
         pictures, questions, visible, objects, rate, cosine = {
             "language-1-2": (16, 8, 32, (1, 2), 1.8e-3, (0.0, 0.1)),
             "language-2-4": (12, 10, 64, (2, 4), 1.8e-3, (0.0, 0.3)),

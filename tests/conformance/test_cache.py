@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import mustdrop
 import pytest
 import torch
+from transformers import DynamicCache
+
+import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from mustdrop.errors import CacheStateError
 from support.builders import IMAGE, LLAMA, MISTRAL, QWEN2, answer, batch, plain, vision_positions
 from support.checks import patched
-from transformers import DynamicCache
 
 THRESHOLDS = PrefillPruner(global_threshold=0.02, individual_threshold=0.02)
 
@@ -109,7 +110,10 @@ def test_the_least_attended_entries_leave_first():
     with torch.no_grad():  # steps 1 and 2 attend before the first eviction, which comes before step 3
         ids = reference.sequences[:, : length + 2]
         attention = plain(QWEN2, "eager")(
-            input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=inputs["pixel_values"], output_attentions=True
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=inputs["pixel_values"],
+            output_attentions=True,
         ).attentions
     for layer, stored in enumerate(out.cache.layers):
         given = attention[layer][0].mean(0)[length : length + 2][:, where].sum(0)

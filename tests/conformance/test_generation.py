@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 
-import mustdrop
 import pytest
 import torch
+from transformers import DynamicCache
+
+import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from support.builders import (
     IMAGE,
@@ -25,7 +27,6 @@ from support.builders import (
 from support.checks import TOLERANCE, assert_dropping_equals_masking, distance, merged_features, patched
 from support.oracle import Hidden, MaskedOracle, hidden_by
 from support.versions import BEAMS_MIX_IMAGES
-from transformers import DynamicCache
 
 FLASH = "flash_attention_2"
 ALL_THREE = {
@@ -90,7 +91,7 @@ def test_without_a_cache_the_first_step_is_the_same(setup):
     cached = answer(model, inputs, steps=3)
     uncached = answer(model, inputs, steps=3, use_cache=False)
     assert distance(cached.logits[:, 0], uncached.logits[:, 0]) <= TOLERANCE
-    assert torch.equal(cached.sequences[:, : -3], uncached.sequences[:, : -3])
+    assert torch.equal(cached.sequences[:, :-3], uncached.sequences[:, :-3])
 
 
 def test_without_a_cache_every_step_is_a_prompt_of_its_own():
@@ -169,8 +170,7 @@ def test_a_prompt_without_an_image_is_untouched():
 
 
 def turn(model, inputs, cache, steps=5):
-    out = answer(model, {**inputs, "past_key_values": cache}, steps)
-    return out
+    return answer(model, {**inputs, "past_key_values": cache}, steps)
 
 
 def next_turn(inputs, sequences, new_image):

@@ -7,9 +7,10 @@ import json
 import subprocess
 import sys
 
-import mustdrop
 import pytest
 import torch
+
+import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from mustdrop.errors import NotPatchedError
 from support.builders import LLAMA, QWEN2, SIGLIP, VARIANTS, anatomy, answer, batch, clone, fresh, plain
@@ -95,7 +96,7 @@ def test_unpatch_restores_everything(variant, run):
         assert not torch.equal(answer(model, inputs).logits, expected.logits)
     if run == "failed":
         handle = model.model.language_model.layers[2].register_forward_hook(explode)
-        with pytest.raises(Explosion):
+        with pytest.raises(ExplosionError):
             answer(model, inputs)
         handle.remove()
     assert mustdrop.unpatch(model) is model
@@ -140,8 +141,8 @@ def test_the_context_manager_patches_for_its_block_only():
         assert inside is model
         assert not torch.equal(answer(model, inputs).logits, expected.logits)
     assert anatomy(model) == before
-    with pytest.raises(Explosion), mustdrop.patched(model):
-        raise Explosion
+    with pytest.raises(ExplosionError), mustdrop.patched(model):
+        raise ExplosionError
     assert anatomy(model) == before
     assert same(answer(model, inputs), expected)
 
@@ -239,7 +240,8 @@ from transformers import cache_utils
 import transformers.models.llama.modeling_llama, transformers.models.clip.modeling_clip
 def look():
     owners = [torch.nn.Module, modeling_llava, cache_utils, LlavaForConditionalGeneration, DynamicCache,
-              cache_utils.DynamicLayer, transformers.models.llama.modeling_llama, transformers.models.clip.modeling_clip,
+              cache_utils.DynamicLayer, transformers.models.llama.modeling_llama,
+              transformers.models.clip.modeling_clip,
               transformers.models.llama.modeling_llama.LlamaAttention]
     return [{k: id(v) for k, v in vars(o).items()} for o in owners] + [
         sorted(ALL_ATTENTION_FUNCTIONS.keys()), list(map(str, warnings.filters)), torch.get_num_threads(),
@@ -257,12 +259,12 @@ print(json.dumps([str(a) for a, b in zip(before, look()) if a != b]))
 # ---------------------------------------------------------------------------------------------------------- exceptions
 
 
-class Explosion(Exception):
+class ExplosionError(Exception):
     """Raised by a hook of a test."""
 
 
 def explode(*_):
-    raise Explosion
+    raise ExplosionError
 
 
 @pytest.mark.parametrize(
@@ -282,7 +284,7 @@ def test_an_exception_in_the_prefill_leaves_the_model_usable_and_unpatchable(whe
     expected, untouched = answer(model, inputs), answer(plain(), inputs)
     for register in ("register_forward_pre_hook", "register_forward_hook"):
         handle = getattr(model.get_submodule(where), register)(explode)
-        with pytest.raises(Explosion):
+        with pytest.raises(ExplosionError):
             answer(model, inputs)
         handle.remove()
         assert same(answer(model, inputs), expected)
@@ -296,10 +298,8 @@ def test_an_exception_while_decoding_leaves_the_model_usable_and_unpatchable(whe
     model, inputs = patched(**STAGES), batch(LLAMA, (1, 2), seed=13)
     expected, untouched = answer(model, inputs), answer(plain(), inputs)
     calls = iter(range(100))
-    handle = model.get_submodule(where).register_forward_pre_hook(
-        lambda *_: explode() if next(calls) == step else None
-    )
-    with pytest.raises(Explosion):
+    handle = model.get_submodule(where).register_forward_pre_hook(lambda *_: explode() if next(calls) == step else None)
+    with pytest.raises(ExplosionError):
         answer(model, inputs)
     handle.remove()
     assert same(answer(model, inputs), expected)

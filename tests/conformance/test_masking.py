@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import mustdrop
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from support.builders import LLAMA, MISTRAL, QWEN2, SIGLIP, answer, batch, plain, row_alone, vision_positions
 from support.checks import TOLERANCE, assert_dropping_equals_masking, distance, merged_features, patched
@@ -162,7 +163,9 @@ def test_a_plain_forward_equals_masking_at_every_position_that_is_left(setup, va
 
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa", FLASH])
-@pytest.mark.parametrize("setup", ["prefill keep", "vision select", "all three with merging", "all three with eviction"])
+@pytest.mark.parametrize(
+    "setup", ["prefill keep", "vision select", "all three with merging", "all three with eviction"]
+)
 def test_a_padded_row_equals_the_same_row_alone(setup, attn, request):
     if attn == FLASH:
         request.getfixturevalue("flash")
@@ -187,7 +190,11 @@ def test_dropping_equals_masking_for_any_batch_and_any_pruner(data):
     images = tuple(data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=3).filter(any), "images"))
     lengths = st.lists(st.integers(1, 7), min_size=len(images), max_size=len(images))
     inputs = batch(
-        variant, images, data.draw(st.integers(0, 99), "seed"), data.draw(lengths, "before"), data.draw(lengths, "after")
+        variant,
+        images,
+        data.draw(st.integers(0, 99), "seed"),
+        data.draw(lengths, "before"),
+        data.draw(lengths, "after"),
     )
     setup = {}
     if data.draw(st.booleans(), "with a vision stage"):
@@ -210,14 +217,18 @@ def test_dropping_equals_masking_for_any_batch_and_any_pruner(data):
         )
     if setup.get("prefill") == PrefillPruner(keep=0.7) and setup.get("vision") and setup["vision"].keep != "auto":
         del setup["prefill"]  # the two budgets of one prompt may contradict each other
-    both = assert_dropping_equals_masking(
-        patched(variant, **setup),
-        inputs,
-        variant,
-        vision=setup.get("vision"),
-        decode=setup.get("decode"),
-        steps=4,
-    ) if _drops(variant, setup, inputs) else None
+    both = (
+        assert_dropping_equals_masking(
+            patched(variant, **setup),
+            inputs,
+            variant,
+            vision=setup.get("vision"),
+            decode=setup.get("decode"),
+            steps=4,
+        )
+        if _drops(variant, setup, inputs)
+        else None
+    )
     assert both is None or both.trace.total.tolist() == [n * variant.n_vision for n in images]
 
 

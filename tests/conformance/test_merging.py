@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import mustdrop
 import pytest
-import torch
+
+import mustdrop
 from mustdrop import PrefillPruner, VisionStagePruner
 from support.builders import LLAMA, MISTRAL, QWEN2, SIGLIP, answer, batch, plain
 from support.checks import TOLERANCE, distance, patched

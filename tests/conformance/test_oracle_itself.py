@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from support import fake_flash
 from support.builders import LLAMA, QWEN2, SIGLIP, VARIANTS, answer, batch, plain, vision_positions
 from support.checks import distance

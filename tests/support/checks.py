@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import mustdrop
 import torch
 from torch import Tensor
+
+import mustdrop
 
 from . import fake_flash
 from .builders import IMAGE, LLAMA, Answer, Variant, answer, batch, clone, plain

@@ -166,16 +166,20 @@ class CacheWatch:
 
         ``prompt_keys[layer]`` (B, G, S, D) are the oracle's keys of the prompt: a stored key is the one it equals.
         """
-        steps = {}
-        for step, layers in enumerate(self.keys[1:], start=1):
-            hidden = base.decode.clone()
-            for layer, stored in layers.items():
-                for row in range(ids.shape[0]):
-                    where = vision_positions(ids, row)
-                    held = _held(stored[row], prompt_keys[layer][row][:, where])
-                    hidden[layer, row, where[~held]] = True
-            steps[step] = hidden
+        later = enumerate(self.keys[1:], start=1)
+        steps = {step: self.hidden_at(layers, prompt_keys, ids, base) for step, layers in later}
         return Hidden(base.prefill, base.decode, steps)
+
+    @staticmethod
+    def hidden_at(layers: dict[int, Tensor], prompt_keys: dict[int, Tensor], ids: Tensor, base: Hidden) -> Tensor:
+        """(L, B, S) what one step did not hold, on top of what ``base`` hides while decoding."""
+        hidden = base.decode.clone()
+        for layer, stored in layers.items():
+            for row in range(ids.shape[0]):
+                where = vision_positions(ids, row)
+                held = _held(stored[row], prompt_keys[layer][row][:, where])
+                hidden[layer, row, where[~held]] = True
+        return hidden
 
 
 def _held(stored: Tensor, prompt: Tensor, tolerance: float = 1e-4) -> Tensor:

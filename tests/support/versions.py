@@ -10,7 +10,7 @@ TRANSFORMERS = Version(transformers.__version__)
 
 #: Before 5.18 beams and ``num_return_sequences`` repeat pixels per image, not per row: with rows that hold different
 #: image counts the *unpatched* library mixes the images up, so those tests use one image per row there.
-BEAMS_MIX_IMAGES = TRANSFORMERS < Version("5.18")
+BEAMS_MIX_IMAGES = Version("5.18") > TRANSFORMERS
 
 
 def tower_body(model: nn.Module) -> nn.Module:

@@ -51,12 +51,14 @@ class Adapter(ABC):
         name: the family's name, as `mustdrop.adapters()` lists it.
         classes: names of the Hugging Face classes it is for.
         features: names of the methods of the base model that encode media.
+        pixels: name of their main argument.
         fit: how the family's image processor makes the image fit the grid: "crop" (centre) or "stretch".
     """
 
     name: str
     classes: tuple[str, ...]
     features: tuple[str, ...] = ("get_image_features",)
+    pixels: str = "pixel_values"
 
     @abstractmethod
     def base(self, model: nn.Module) -> nn.Module:

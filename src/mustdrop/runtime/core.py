@@ -18,6 +18,7 @@ from mustdrop.errors import ConfigError, NothingDroppedWarning, UnsupportedModel
 from mustdrop.method import Method
 from mustdrop.runtime import tap
 from mustdrop.runtime.encoder import KEY, BlockHook, EncoderStage, FeaturesWrapper
+from mustdrop.runtime.entry import last_token, valid_tokens
 from mustdrop.runtime.plan import RowPlan, plan_row
 from mustdrop.runtime.state import Call, Local
 from mustdrop.runtime.text import AttentionCapture, LayerHook, TextStage
@@ -149,21 +150,22 @@ class Runtime:
 
     # -- one call -----------------------------------------------------------------------------------------------------
 
-    def begin(self, owner: object, ids: Tensor | None, embeds: Tensor | None, media: bool) -> Call:
+    def begin(self, owner: object, ids: Tensor | None, kwargs: dict[str, Any]) -> Call:
         """Start a call; budgets are checked here, before any work.
 
         Args:
             owner: who ends it.
-            ids: (B, S) prompt ids of this call, or None.
-            embeds: (B, S, C) prompt embeddings where there are no ids.
-            media: whether images come with the call.
+            ids: (B, S) prompt ids that the cache does not hold yet, or None.
+            kwargs: the call's arguments: embeddings, attention mask and media are looked up here.
         """
         self._check_backend()
         call = Call(owner)
-        if media:
-            mask = self.placeholders(ids, embeds)
-            call.totals = [] if mask is None else mask.sum(1).tolist()
+        vision = self.placeholders(ids, kwargs.get("inputs_embeds")) if _has_media(kwargs) else None
+        if vision is not None:
+            valid = valid_tokens(vision, kwargs.get("attention_mask"))
+            call.totals = (vision & valid).sum(1).tolist()
             call.plans = [self.plan(total) for total in call.totals]
+            call.open_ended = (vision & last_token(valid)).any(1).tolist()
         self.local.call = call
         return call
 
@@ -221,7 +223,7 @@ class Runtime:
         """Find the vision positions of this pass; begin a call if the base model is called by itself."""
         if self.local.call is None:
             self._begin_forward(module, args, kwargs)
-        ids, embeds = _ids(args, kwargs)
+        ids, embeds = _ids(args, kwargs), kwargs.get("inputs_embeds")
         # without media, a placeholder id is a token that somebody generated or guessed, not an image
         self.local.vision = self.placeholders(ids, embeds) if _has_media(kwargs) else None
 
@@ -241,7 +243,7 @@ class Runtime:
     def _begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if kwargs.get("past_key_values") is not None:
             kv.check(kwargs["past_key_values"])
-        self.begin(module, *_ids(args, kwargs), _has_media(kwargs))
+        self.begin(module, _ids(args, kwargs), kwargs)
 
 
 class GenerateWrapper:
@@ -261,8 +263,7 @@ class GenerateWrapper:
         if runtime.local.call is not None:  # generate inside a call of this model, e.g. by an assisted decoder
             return self.function(*args, **kwargs)
         self._check(args, kwargs)
-        ids, embeds = self._prompt(args, kwargs)
-        runtime.begin(self, ids, embeds, _has_media(kwargs))
+        runtime.begin(self, self._prompt(args, kwargs), kwargs)
         failed = True
         try:
             output = self.function(*args, **kwargs)
@@ -292,18 +293,18 @@ class GenerateWrapper:
         if kwargs.get("past_key_values") is not None:
             kv.check(kwargs["past_key_values"])
 
-    def _prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
-        """The part of the prompt that the cache does not hold yet."""
-        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+    def _prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """Ids of the part of the prompt that the cache does not hold yet."""
+        ids: Tensor | None = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         past = int(cache.get_seq_length()) if cache is not None else 0
         if ids is not None and past and ids.shape[1] > past and (mask is None or mask.shape[1] == ids.shape[1]):
             ids = ids[:, past:]
-        return ids, kwargs.get("inputs_embeds")
+        return ids
 
 
-def _ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
-    return kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
+def _ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    return kwargs.get("input_ids", args[0] if args else None)
 
 
 def _has_media(kwargs: dict[str, Any]) -> bool:

@@ -209,6 +209,8 @@ class FeaturesWrapper:
         local, stage = runtime.local, runtime.encoder
         arguments = inspect.signature(self.function).bind(*args, **kwargs).arguments
         arguments = {**arguments.pop("kwargs", {}), **arguments}
+        if arguments.get(runtime.adapter.pixels) is None:
+            return self.function(*args, **kwargs)  # for transformers' own error message
         layouts = runtime.adapter.layouts(runtime.model, arguments)
         sizes = [layout.size for layout in layouts]
         call = local.call
@@ -231,13 +233,18 @@ class FeaturesWrapper:
             output = self.function(*args, **kwargs)
         finally:
             local.encoder, local.capture = None, None
-        marks = self._marks(stage.pruner, run, most, output.pooler_output)
+        ends = [row for row, end in enumerate(call.open_ended) if end] if call is not None and owners else []
+        last = [max(i for i, owner in enumerate(owners) if owner == row) for row in ends if row in owners]
+        marks = self._marks(stage.pruner, run, most, output.pooler_output, last)
         output.pooler_output = _write(output.pooler_output, [mark.alive for mark in marks])
         if call is not None:
             call.marks = _grouped(marks, owners, len(totals))
         return output
 
-    def _marks(self, pruner: VisionStagePruner, run: EncoderRun, most: list[int], features: Any) -> list[ImageMarks]:
+    def _marks(
+        self, pruner: VisionStagePruner, run: EncoderRun, most: list[int], features: Any, last: list[int]
+    ) -> list[ImageMarks]:
+        """The decisions per image. `last` are images whose last patch ends a prompt and must stay."""
         prefix = run.layouts[0].prefix
         total = run.layouts[0].size - prefix
         device = features[0].device
@@ -260,14 +267,21 @@ class FeaturesWrapper:
         importance = torch.zeros(images, total, device=device).scatter_add(
             1, merged.keep, slots.masked_fill(~merged.valid, 0)
         )
+        owner = torch.arange(total, device=device).expand(images, -1)
+        if merged.merge_into is not None:
+            owner = merged.keep.gather(1, merged.merge_into)
+        importance[last, owner[last, -1]] = torch.inf
         alive = merged.mask(total)
         limit = torch.tensor(most, device=device) - prefix
         count = limit if pruner.selects and bool((alive.sum(1) > limit).any()) else None
         keep, pinned = pruner.select(importance, alive, count)
 
-        owner = torch.arange(total, device=device).expand(images, -1)
-        if merged.merge_into is not None:
-            owner = merged.keep.gather(1, merged.merge_into)
+        for i in last:  # if the last patch was merged, it names its window in place of the centre
+            name = int(owner[i, -1])
+            owner = owner.clone()
+            owner[i] = owner[i].masked_fill(owner[i] == name, total - 1)
+            for mask in (keep, pinned):
+                mask[i, -1], mask[i, name] = mask[i, name].clone(), mask[i, name] & (name == total - 1)
         order = merged.assignment(total) if pruner.compat == "released" else owner
         assignment = owner.masked_fill(~keep.gather(1, owner), -1)
         passed = [tokens.tolist() for tokens in run.tokens]

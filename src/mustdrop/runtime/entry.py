@@ -67,6 +67,7 @@ def read(runtime: Runtime, embeds: Tensor, vision: Tensor, mask: Any) -> Media:
     media = Media(vision, valid, alive, raters, totals, not bool(valid.all()), _marks(call, totals))
     if media.marks:
         _spread_marks(media, reorder=runtime.method.renumber)
+    _pin_the_end(media)
     prefill = runtime.method.prefill
     if prefill is not None and prefill.keep is not None:
         media.counts = _counts(runtime, media)
@@ -80,6 +81,22 @@ def valid_tokens(vision: Tensor, mask: Any) -> Tensor:
     return torch.ones_like(vision)
 
 
+def last_token(valid: Tensor) -> Tensor:
+    """(B, length) bool, True at the last valid token of each row."""
+    index = torch.arange(valid.shape[1], device=valid.device)
+    return index == torch.where(valid, index, -1).amax(1, keepdim=True)
+
+
+def _pin_the_end(media: Media) -> None:
+    """Where a prompt ends with a vision token, that token predicts what follows: it stays, before all others."""
+    end = media.vision & last_token(media.valid)
+    if not bool(end.any()):
+        return
+    nothing = torch.zeros_like(end)
+    media.pinned = end | (nothing if media.pinned is None else media.pinned)
+    media.importance = (nothing.float() if media.importance is None else media.importance).masked_fill(end, torch.inf)
+
+
 def _raters(vision: Tensor, valid: Tensor, labels: Tensor | None) -> Tensor:
     """Valid text after the row's last vision token; with labels the prompt part of it; without text the last token."""
     index = torch.arange(vision.shape[1], device=vision.device)
@@ -88,8 +105,7 @@ def _raters(vision: Tensor, valid: Tensor, labels: Tensor | None) -> Tensor:
     if labels is not None and labels.shape == text.shape:
         prompt = text & (labels.to(text.device) == -100)
         text = torch.where(prompt.any(1, keepdim=True), prompt, text)
-    final = torch.where(valid, index, -1).amax(1, keepdim=True)
-    return torch.where(text.any(1, keepdim=True), text, index == final)
+    return torch.where(text.any(1, keepdim=True), text, last_token(valid))
 
 
 def _marks(call: Call | None, totals: list[int]) -> list[list[ImageMarks]]:

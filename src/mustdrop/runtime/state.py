@@ -73,6 +73,7 @@ class Call:
         owner: who began it and will end it.
         totals: vision tokens per prompt.
         plans: numbers per prompt.
+        open_ended: per prompt, whether it ends with a vision token: that token predicts the answer and must stay.
         marks: per prompt and image, what the vision stage decided (empty without one).
         grids: per prompt and image, (rows, columns, features before the patches).
         prefill: record of the first pass through the text model.
@@ -84,6 +85,7 @@ class Call:
     owner: object
     totals: list[int] = field(default_factory=list)
     plans: list[RowPlan] = field(default_factory=list)
+    open_ended: list[bool] = field(default_factory=list)
     marks: list[list[ImageMarks]] = field(default_factory=list)
     grids: list[list[tuple[int, int, int]]] = field(default_factory=list)
     prefill: Prefill | None = None

@@ -1,0 +1,74 @@
+"""The benchmarks run, and their arithmetic is right; what they measure here means nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks import __main__ as command
+from benchmarks import common, end_to_end
+
+import generate
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_without_a_name_the_benchmarks_are_listed():
+    done = subprocess.run([sys.executable, "-m", "benchmarks"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert all(name in done.stdout for name in command.BENCHMARKS)
+
+
+def test_ratios_pair_neighbours():
+    seen = common.ratios([2.0, 6.0, 20.0], [1.0, 2.0, 5.0])
+    assert (seen["min"], seen["median"], seen["max"]) == (2.0, 3.0, 4.0)
+    assert common.spread([1.5]) == {"median": 1.5, "q1": 1.5, "q3": 1.5, "min": 1.5, "max": 1.5}
+
+
+def test_provenance_names_no_machine():
+    record = common.provenance(torch.device("cpu"), seed=3)
+    assert {"versions", "hardware", "threads", "seed", "commit", "dirty", "date"} <= set(record)
+    assert str(ROOT) not in json.dumps(record)
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    threads = torch.get_num_threads()
+    out = tmp_path_factory.mktemp("results") / "end_to_end_cpu.json"
+    arguments = ["end_to_end", "--quick", "--pairs", "1", "--steps", "2", "--threads", str(threads), "--out", str(out)]
+    assert command.main(arguments) == 0
+    return json.loads(out.read_text())
+
+
+def test_every_row_reports_both_scopes_and_exact_bytes(result):
+    rows = {(row["method"], row["keep"]): row for row in result["rows"]}
+    assert set(rows) == {("none", None), ("mustdrop", 576)} | {
+        (method, keep) for method in ("mustdrop", "random") for keep in end_to_end.BUDGETS
+    }
+    for (method, keep), row in rows.items():
+        bytes_ = row["kv_bytes"]
+        assert bytes_["reported"] == bytes_["stored"] == bytes_["of_kept_tokens"]
+        pruned = keep in end_to_end.BUDGETS
+        assert (row["equal_tokens"] <= keep) if pruned else (row["equal_tokens"] == 576)
+        assert (row["text"]["flops_ratio"] > 2) is pruned
+        assert ("bare" in row) is pruned
+        assert ("decode" in row) is (method != "random")
+        for scope in ("text", "prompt"):
+            measured = row[scope]["speed_up"]["median"] / row[scope]["flops_ratio"]
+            assert row[scope]["share_of_flops_ratio"] == pytest.approx(measured, rel=1e-4)
+    assert result["promises"]["kv_bytes_exact"]["met"]
+
+
+def test_the_roofline_starts_at_the_whole_prompt(result):
+    assert result["roofline"][0]["tokens"] == 640
+    assert result["roofline"][0]["efficiency"] == 1
+
+
+@pytest.mark.parametrize("block", ["speed-cpu", "speed-cpu-hardware"])
+def test_the_documents_show_the_result(result, block):
+    text = generate.render(f"<!-- begin: {block} -->\n<!-- end: {block} -->\n", {"end_to_end_cpu": result})
+    assert result["hardware"] in text
+    assert "| `random` | 64 |" in text or "| 640 |" in text
