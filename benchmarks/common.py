@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-import mustdrop
+from mustdrop.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -41,26 +38,10 @@ SIZES: dict[str, tuple[dict[str, int], dict[str, int]]] = {  # the text model, t
 }
 
 
-def provenance(device: torch.device, seed: int) -> dict[str, Any]:
-    """Versions, hardware, seed and commit: what a result file records beside its numbers."""
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "mustdrop": mustdrop.__version__,
-    }
-    if device.type == "cuda":
-        versions["cuda"] = str(torch.version.cuda)
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "versions": versions,
-        "hardware": hardware(device),
-        "threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "seed": seed,
-        "commit": _git("rev-parse", "HEAD") or "unknown",
-        "dirty": _git("status", "--porcelain", "--", "src", "benchmarks/*.py") != "",
-    }
+def origin(device: torch.device, seed: int) -> dict[str, Any]:
+    """Versions, hardware, seed and commit, as in every result file, and how busy the machine was."""
+    load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+    return provenance(seed) | {"hardware": hardware(device), "load_average": load}
 
 
 def hardware(device: torch.device) -> str:
@@ -76,15 +57,6 @@ def hardware(device: torch.device) -> str:
         memory = f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
     instructions = torch.backends.cpu.get_cpu_capability()
     return f"{name}, {instructions}, {os.cpu_count()} cores{memory}"
-
-
-def _git(*arguments: str) -> str | None:
-    """What git answers, or None where there is no git or no repository."""
-    try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 class Clock:

@@ -28,8 +28,8 @@ def test_ratios_pair_neighbours():
     assert common.spread([1.5]) == {"median": 1.5, "q1": 1.5, "q3": 1.5, "min": 1.5, "max": 1.5}
 
 
-def test_provenance_names_no_machine():
-    record = common.provenance(torch.device("cpu"), seed=3)
+def test_the_origin_names_no_machine():
+    record = common.origin(torch.device("cpu"), seed=3)
     assert {"versions", "hardware", "threads", "seed", "commit", "dirty", "date"} <= set(record)
     assert str(ROOT) not in json.dumps(record)
 

@@ -127,7 +127,8 @@ def test_a_larger_budget_never_processes_less(model, keep, more):
 def test_a_budget_that_can_never_be_right_is_refused(keep):
     with pytest.raises(BudgetError) as error:
         schedule(576, 32, PAPER_LAYERS, keep)
-    assert isinstance(error.value, MustDropError) and isinstance(error.value, ValueError)
+    assert isinstance(error.value, MustDropError)
+    assert isinstance(error.value, ValueError)
     assert "keep" in str(error.value)
 
 

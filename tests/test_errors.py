@@ -307,7 +307,9 @@ def test_gradient_checkpointing_in_training_is_refused_and_in_eval_it_is_fine():
 
 
 @pytest.mark.parametrize(
-    "options", [{"prefill_chunk_size": 16}, {"cache_implementation": "paged"}, {"cache_implementation": "hybrid"}], ids=str
+    "options",
+    [{"prefill_chunk_size": 16}, {"cache_implementation": "paged"}, {"cache_implementation": "hybrid"}],
+    ids=str,
 )
 def test_other_unsupported_options_are_named_before_any_work(options):
     assert_refused(patched(prefill=THRESHOLDS), batch(), errors.UnsupportedOptionError, next(iter(options)), **options)

@@ -148,6 +148,7 @@ def cache(ax: Axes, trace: Any, length: int) -> None:
 
 
 def main() -> None:
+    """Write the picture."""
     trace, image, length = run()
     figure = Figure(figsize=(15, 4.6), layout="constrained", facecolor="white")
     axes = figure.subplots(1, 3, width_ratios=[1.05, 3.3, 1.15])

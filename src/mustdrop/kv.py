@@ -17,7 +17,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from mustdrop.compat import crop_length, dynamic_cache
 from mustdrop.errors import CacheStateError, UnsupportedOptionError
-from mustdrop.runtime.rows import PAD, has_padding, pack, take
+from mustdrop.runtime.eviction import Cut
+from mustdrop.runtime.rows import PAD, take
 
 REFUSED_IMPLEMENTATIONS = "static, sliding_window, hybrid, quantized, offloaded and paged caches"
 
@@ -37,28 +38,6 @@ class Arrival:
     vision: Tensor
     totals: Tensor
     advance: int
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """A gather of cache slots, and the bookkeeping after it. Layers with the same slots share one."""
-
-    index: Tensor
-    positions: Tensor
-    vision: Tensor
-    padded: bool
-
-    @classmethod
-    def of(cls, positions: Tensor, vision: Tensor, keep: Tensor) -> _Cut | None:
-        """The cut that keeps the slots where `keep` (B, slots) is True; None if no row loses anything."""
-        real = positions != PAD
-        if bool((keep | ~real).all()):
-            return None
-        index = pack(keep & real)
-        gone = index == PAD
-        return cls(
-            index, take(positions, index, 1).masked_fill(gone, PAD), take(vision, index, 1) & ~gone, has_padding(index)
-        )
 
 
 class PrunedLayer(DynamicLayer):
@@ -254,7 +233,7 @@ class PrunedLayer(DynamicLayer):
         positions, vision = self.slot_positions(), self.slot_vision()
         if positions is None or vision is None:
             return
-        cut = _Cut.of(positions, vision, keep)
+        cut = Cut.of(positions, vision, keep)
         if cut is not None:
             self.apply(cut)
 
@@ -264,7 +243,7 @@ class PrunedLayer(DynamicLayer):
             self.positions = self.vision = self.attended = self.totals = None
             self.padded = False
 
-    def apply(self, cut: _Cut) -> None:
+    def apply(self, cut: Cut) -> None:
         """Gather what a cut leaves."""
         if self.attended is not None:
             padding = self.slots - self.attended.shape[1]
@@ -278,31 +257,6 @@ class PrunedLayer(DynamicLayer):
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, select(value))
-
-
-def evict_dropped(layers: list[PrunedLayer], start: int, here: Tensor) -> None:
-    """Cut from every layer the vision entries of the chunk at `start` that are not `here` at its end.
-
-    Layers that hold the same tokens share one index and, afterwards, the same bookkeeping tensors.
-
-    Args:
-        layers: the cache layers to cut.
-        start: logical position of the chunk's first token.
-        here: (B, length) bool, tokens of the chunk that the last decoder layer still processed.
-    """
-    shared: dict[int, _Cut | None] = {}
-    for layer in layers:
-        key = id(layer.positions)
-        if key not in shared:
-            positions, vision = layer.slot_positions(), layer.slot_vision()
-            if positions is None or vision is None:
-                continue
-            inside = (positions >= start) & (positions < start + here.shape[1])
-            stays = take(here.to(positions.device), (positions - start).clamp(0, here.shape[1] - 1), 1)
-            shared[key] = _Cut.of(positions, vision, ~vision | ~inside | stays)
-        cut = shared[key]
-        if cut is not None:
-            layer.apply(cut)
 
 
 def adopt(cache: Any, text_config: Any, n_layers: int, use_cache: bool) -> Any:

@@ -71,11 +71,13 @@ def test_the_watch_sees_the_keys_a_layer_attends_to():
     with MaskedOracle(model, nothing) as oracle, CacheWatch(model) as watch:
         answer(model, inputs, steps=3)
     found = watch.hidden_while_decoding(oracle.prompt_keys, inputs["input_ids"], nothing)
-    assert sorted(found.steps) == [1, 2, 3] and not found.anything
+    assert sorted(found.steps) == [1, 2, 3]
+    assert not found.anything
     watch.keys[2][4] = watch.keys[2][4].index_fill(2, torch.tensor([60]), 0.0)
     found = watch.hidden_while_decoding(oracle.prompt_keys, inputs["input_ids"], nothing)
     assert found.steps[2].nonzero().tolist() == [[4, 0, 60], [4, 1, 60]]
-    assert not found.steps[1].any() and not found.steps[3].any()
+    assert not found.steps[1].any()
+    assert not found.steps[3].any()
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -85,6 +87,7 @@ def test_the_stand_in_for_flash_attention_equals_sdpa(variant, monkeypatch):
 
     model, inputs = fake_flash.use(clone(variant)), batch(variant, (1, 2))
     expected, got = answer(plain(variant), inputs), answer(model, inputs)
-    assert fake_flash.calls["varlen"] and fake_flash.calls["fixed"]
+    assert fake_flash.calls["varlen"]
+    assert fake_flash.calls["fixed"]
     assert distance(got.logits, expected.logits) <= 1e-5
     assert torch.equal(got.sequences, expected.sequences)

@@ -5,6 +5,7 @@ Only the kernels are replaced: unpadding, packing detection and the 2-D masks ar
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from typing import Any
 
@@ -17,7 +18,7 @@ calls: Counter[str] = Counter()
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, window: tuple[int, int]) -> Tensor:
-    """q (Sq, H, D), k and v (Sk, G, D) -> (Sq, H, D); causal masks are aligned bottom right, as in flash-attn >= 2.1."""
+    """q (Sq, H, D), k and v (Sk, G, D) -> (Sq, H, D); causal masks are aligned bottom right (>= 2.1)."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scores = torch.einsum("qhd,khd->hqk", q, k) * (scale or q.shape[-1] ** -0.5)
@@ -72,8 +73,8 @@ def flash_attn_varlen_func(
     """Packed sequences: (sum of lengths, H, D)."""
     calls["varlen"] += 1
     out = torch.zeros_like(q)
-    ends = zip(cu_seqlens_q.tolist(), cu_seqlens_q[1:].tolist(), cu_seqlens_k.tolist(), cu_seqlens_k[1:].tolist())
-    for q0, q1, k0, k1 in ends:
+    ends = list(zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True))
+    for (q0, k0), (q1, k1) in itertools.pairwise(ends):
         out[q0:q1] = _attend(q[q0:q1], k[k0:k1], v[k0:k1], causal, softmax_scale, window_size)
     return out
 

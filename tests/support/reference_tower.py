@@ -22,8 +22,8 @@ class Encoded:
     """One image after the tower.
 
     ``names`` (M,) patches that the remaining tokens are named by, ascending; ``members[m]`` the patches token m is the
-    mean of; ``features`` (M, D) after the projector; ``attention`` (M,) what CLS gives (CLIP) or what a token receives on
-    average (SigLIP) in the scoring block.
+    mean of; ``features`` (M, D) after the projector; ``attention`` (M,) what CLS gives (CLIP) or what a token receives
+    on average (SigLIP) in the scoring block.
     """
 
     names: Tensor

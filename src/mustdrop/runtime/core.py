@@ -17,12 +17,15 @@ from mustdrop.cost import TextCost
 from mustdrop.errors import ConfigError, NothingDroppedWarning, UnsupportedModelError, UnsupportedOptionError
 from mustdrop.method import Method
 from mustdrop.runtime import tap
-from mustdrop.runtime.encoder import KEY, BlockHook, EncoderStage, FeaturesWrapper
+from mustdrop.runtime.encoder import KEY, BlockHook, EncoderStage
 from mustdrop.runtime.entry import last_token, valid_tokens
+from mustdrop.runtime.features import FeaturesWrapper
+from mustdrop.runtime.generate import GenerateWrapper
 from mustdrop.runtime.plan import RowPlan, plan_row
+from mustdrop.runtime.record import record
 from mustdrop.runtime.state import Call, Local
 from mustdrop.runtime.text import AttentionCapture, LayerHook, TextStage
-from mustdrop.trace import Trace, record
+from mustdrop.trace import Trace
 
 _MEDIA = ("pixel_values", "pixel_values_images", "pixel_values_videos")
 
@@ -244,63 +247,6 @@ class Runtime:
         if kwargs.get("past_key_values") is not None:
             kv.check(kwargs["past_key_values"])
         self.begin(module, _ids(args, kwargs), kwargs)
-
-
-class GenerateWrapper:
-    """Stands in for `model.generate`.
-
-    Refuses what pruning cannot do before any work, and brackets the call for the trace.
-    """
-
-    def __init__(self, runtime: Runtime, function: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, function)
-        self.runtime, self.function = runtime, function
-
-    @eager
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate as before."""
-        runtime = self.runtime
-        if runtime.local.call is not None:  # generate inside a call of this model, e.g. by an assisted decoder
-            return self.function(*args, **kwargs)
-        self._check(args, kwargs)
-        runtime.begin(self, self._prompt(args, kwargs), kwargs)
-        failed = True
-        try:
-            output = self.function(*args, **kwargs)
-            failed = False
-        finally:
-            runtime.end(self, failed)
-        return output
-
-    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        config = kwargs.get("generation_config") or self.runtime.model.generation_config
-
-        def option(name: str) -> Any:
-            return kwargs[name] if name in kwargs else getattr(config, name, None)
-
-        implementation = option("cache_implementation")
-        if implementation not in (None, "dynamic") and option("use_cache") is not False:
-            raise UnsupportedOptionError(
-                f"cache_implementation={implementation!r} cannot be pruned; mustdrop refuses "
-                f"{kv.REFUSED_IMPLEMENTATIONS}. "
-                "Leave it out, or use 'dynamic'."
-            )
-        if option("prefill_chunk_size"):
-            raise UnsupportedOptionError(
-                "prefill_chunk_size cuts the prompt before the text has been seen, so vision tokens "
-                "cannot be scored: leave it out."
-            )
-        if kwargs.get("past_key_values") is not None:
-            kv.check(kwargs["past_key_values"])
-
-    def _prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """Ids of the part of the prompt that the cache does not hold yet."""
-        ids: Tensor | None = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-        past = int(cache.get_seq_length()) if cache is not None else 0
-        if ids is not None and past and ids.shape[1] > past and (mask is None or mask.shape[1] == ids.shape[1]):
-            ids = ids[:, past:]
-        return ids
 
 
 def _ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -62,12 +62,11 @@ def read(runtime: Runtime, embeds: Tensor, vision: Tensor, mask: Any) -> Media:
     vision = vision & valid
     alive = ~(vision & embeds[..., 0].isnan()) if runtime.encoder is not None else torch.ones_like(vision)
     totals = vision.sum(1).tolist()
-    labels = call.labels if call is not None else None
-    raters = _raters(vision, valid, labels)
+    raters = _raters(vision, valid, call)
     media = Media(vision, valid, alive, raters, totals, not bool(valid.all()), _marks(call, totals))
     if media.marks:
         _spread_marks(media, reorder=runtime.method.renumber)
-    _pin_the_end(media)
+    _pin_the_end(media, call)
     prefill = runtime.method.prefill
     if prefill is not None and prefill.keep is not None:
         media.counts = _counts(runtime, media)
@@ -87,9 +86,19 @@ def last_token(valid: Tensor) -> Tensor:
     return index == torch.where(valid, index, -1).amax(1, keepdim=True)
 
 
-def _pin_the_end(media: Media) -> None:
+def _prompt(valid: Tensor, call: Call | None) -> Tensor:
+    """(B, length) bool, valid tokens of the prompt.
+
+    What `generate` appended to it (drafts, or its answer so far where there is no cache) decides nothing.
+    """
+    if call is None or call.length is None:
+        return valid
+    return valid & (torch.arange(valid.shape[1], device=valid.device) < call.length)
+
+
+def _pin_the_end(media: Media, call: Call | None) -> None:
     """Where a prompt ends with a vision token, that token predicts what follows: it stays, before all others."""
-    end = media.vision & last_token(media.valid)
+    end = media.vision & last_token(_prompt(media.valid, call))
     if not bool(end.any()):
         return
     nothing = torch.zeros_like(end)
@@ -97,11 +106,13 @@ def _pin_the_end(media: Media) -> None:
     media.importance = (nothing.float() if media.importance is None else media.importance).masked_fill(end, torch.inf)
 
 
-def _raters(vision: Tensor, valid: Tensor, labels: Tensor | None) -> Tensor:
+def _raters(vision: Tensor, valid: Tensor, call: Call | None) -> Tensor:
     """Valid text after the row's last vision token; with labels the prompt part of it; without text the last token."""
     index = torch.arange(vision.shape[1], device=vision.device)
     last = torch.where(vision, index, -1).amax(1, keepdim=True)
+    valid = _prompt(valid, call)
     text = valid & ~vision & (index > last)
+    labels = call.labels if call is not None else None
     if labels is not None and labels.shape == text.shape:
         prompt = text & (labels.to(text.device) == -100)
         text = torch.where(prompt.any(1, keepdim=True), prompt, text)

@@ -72,6 +72,7 @@ class Call:
     Attributes:
         owner: who began it and will end it.
         totals: vision tokens per prompt.
+        length: tokens of the prompt that the cache does not hold yet; None in a plain forward, where all are.
         plans: numbers per prompt.
         open_ended: per prompt, whether it ends with a vision token: that token predicts the answer and must stay.
         marks: per prompt and image, what the vision stage decided (empty without one).
@@ -83,6 +84,7 @@ class Call:
     """
 
     owner: object
+    length: int | None = None
     totals: list[int] = field(default_factory=list)
     plans: list[RowPlan] = field(default_factory=list)
     open_ended: list[bool] = field(default_factory=list)

@@ -14,14 +14,14 @@ from mustdrop.errors import MustDropError, UnsupportedOptionError
 from mustdrop.kernels.reference import row_probabilities
 from mustdrop.runtime import entry
 from mustdrop.runtime.entry import Media
-from mustdrop.runtime.masks import Layout, physical_mask, visible_keys
+from mustdrop.runtime.eviction import evict_dropped
+from mustdrop.runtime.masks import visible_keys
+from mustdrop.runtime.rewrite import Rewriter, arrival
 from mustdrop.runtime.rows import PAD, has_padding, pack, take
 from mustdrop.runtime.state import Forward, Prefill
 
 if TYPE_CHECKING:
     from mustdrop.runtime.core import Runtime
-
-_HANDLED = {"attention_mask", "position_ids", "past_key_values", "use_cache"}
 
 
 @dataclass
@@ -53,6 +53,7 @@ class TextStage:
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
+        self.rewriter = Rewriter(runtime)
 
     # -- entry --------------------------------------------------------------------------------------------------------
 
@@ -79,6 +80,11 @@ class TextStage:
         forward = local.forward = Forward(embeds.shape[1], start, embeds.shape[0], cache)
         mask = kwargs.get("attention_mask")
         if vision is None or not bool(vision.any()):
+            if runtime.encoder is not None and forward.length > 1 and bool(embeds[..., 0].isnan().any()):
+                raise UnsupportedOptionError(
+                    "inputs_embeds hold rows of NaN: image features of a patched model, placed by hand. Pass input_ids "
+                    "and pixel_values instead, or compute the features while the model is not patched."
+                )
             self._evict(forward)
             nothing = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
             self._begin_record(forward, Prefill(nothing, start, entry.valid_tokens(nothing, mask)))
@@ -135,10 +141,10 @@ class TextStage:
         if i in self.runtime.filters and not _skips(media, self.runtime.filters.index(i)):
             self.runtime.local.capture = ("text", i)
         if layer is not None:
-            layer.arrival = self._arrival(forward, media)
+            layer.arrival = arrival(forward, media)
             layer.padded |= media.padded if forward.rows is None else forward.padded
         if forward.rows is not None:
-            self._rewrite(layer, forward, media, hidden, kwargs)
+            self.rewriter.rewrite(layer, forward, media, hidden, kwargs)
         else:
             self._extend(i, layer, forward, hidden, kwargs)
         return (hidden, *args[1:]), kwargs
@@ -172,97 +178,15 @@ class TextStage:
         hidden = take(hidden, place, 1)
         return hidden.masked_fill((place == PAD)[..., None], 0) if forward.padded else hidden
 
-    def _arrival(self, forward: Forward, media: Media) -> kv.Arrival:
-        if "arrival" not in forward.memo:
-            index = forward.index(media.vision.device)
-            positions = (index + forward.start).masked_fill(~forward.current(media.valid), PAD)
-            arrival = kv.Arrival(positions, forward.current(media.vision), media.vision.sum(1), forward.length)
-            forward.memo["arrival"] = arrival
-        return forward.memo["arrival"]  # type: ignore[no-any-return]
-
-    def _rewrite(
-        self, layer: kv.PrunedLayer | None, forward: Forward, media: Media, hidden: Tensor, kwargs: dict[str, Any]
-    ) -> None:
-        """Positions, masks and whatever else has one entry per row, for the rows that are left."""
-        layout = self._layout(layer, forward, media)
-        self._map_mask(layout, forward, hidden, kwargs)
-        for name, value in kwargs.items():
-            if name.startswith("position_embeddings") and value is not None:
-                kwargs[name] = self._rotary(layout, forward, hidden, value)
-            elif name == "position_ids" and value is not None:
-                # flash attention takes gaps between positions for the borders of packed samples
-                kwargs[name] = None if self.runtime.flash else take(value, layout.rows, 1)
-            elif name not in _HANDLED and isinstance(value, Tensor) and forward.length in value.shape:
-                raise UnsupportedOptionError(
-                    f"decoder layers of {type(self.runtime.text).__name__} take {name} with one entry per token, "
-                    "which mustdrop does not know how to cut."
-                )
-
-    def _layout(self, layer: kv.PrunedLayer | None, forward: Forward, media: Media) -> Layout:
-        known = layer.positions if layer is not None else None
-        key = ("layout", id(known), layer.slots if layer is not None else 0)
-        if key not in forward.memo:
-            arrival = self._arrival(forward, media)
-            before = layer.slot_positions() if layer is not None else None
-            slots = arrival.positions if before is None else torch.cat([before, arrival.positions], 1)
-            padded = forward.padded if layer is None else layer.padded
-            rows = forward.index(slots.device)
-            forward.memo[key] = Layout(rows, arrival.positions, slots, padded, self.runtime.method.renumber)
-        return forward.memo[key]  # type: ignore[no-any-return]
-
     def _extend(
         self, i: int, layer: kv.PrunedLayer | None, forward: Forward, hidden: Tensor, kwargs: dict[str, Any]
     ) -> bool:
-        """A decode step, or any chunk in which nothing is dropped, over a cache that has been pruned.
-
-        Returns:
-            Whether `kwargs` were changed.
-        """
+        """Nothing is dropped in this pass: only a cache that has been pruned before needs its mask mapped."""
         if layer is None or layer.positions is None:
             return False
         if forward.media is None and self._scores_decode:
             self.runtime.local.capture = ("text", i)
-        mask, renumber = kwargs.get("attention_mask"), self.runtime.method.renumber
-        if mask is None and not layer.padded and forward.length == 1 and not renumber and not self.runtime.flash:
-            return False  # one query that sees every slot: nothing to map
-        key = ("extend", id(layer.positions), layer.slots)
-        if key not in forward.memo:
-            slots = layer.slot_positions(extra=forward.length)
-            assert slots is not None  # positions are known, so there are slots
-            new = slots[:, -forward.length :]
-            layout = Layout(forward.index(slots.device), new, slots, layer.padded, renumber)
-            forward.memo[key] = (layer.positions, layout)
-        layout = forward.memo[key][1]
-        self._map_mask(layout, forward, hidden, kwargs)
-        if self.runtime.flash:
-            kwargs["position_ids"] = None
-        if renumber:
-            for name, value in kwargs.items():
-                if name.startswith("position_embeddings") and value is not None:
-                    kwargs[name] = self._rotary(layout, forward, hidden, value)
-        return True
-
-    def _map_mask(self, layout: Layout, forward: Forward, hidden: Tensor, kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
-        key = ("mask", id(mask), id(layout))
-        if key not in forward.memo:
-            made = physical_mask(mask, layout, self.runtime.implementation, hidden.dtype)
-            forward.memo[key] = (mask, made)  # holding the mask keeps its id from being used again
-        kwargs["attention_mask"] = forward.memo[key][1]
-
-    def _rotary(
-        self, layout: Layout, forward: Forward, hidden: Tensor, value: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...]:
-        key = ("rotary", id(value), id(layout))
-        if key not in forward.memo:
-            if self.runtime.method.renumber:
-                # position = how many stored tokens come before: what the released code's shorter sequence amounts to
-                place = (layout.slots != PAD).cumsum(1)[:, -layout.queries.shape[1] :] - 1
-                made = tuple(self.runtime.text.rotary_emb(hidden, place.clamp(min=0)))
-            else:
-                made = tuple(_cut_rows(t, layout.rows) for t in value)
-            forward.memo[key] = (value, made)
-        return forward.memo[key][1]  # type: ignore[no-any-return]
+        return self.rewriter.extend(layer, forward, hidden, kwargs)
 
     # -- scores -------------------------------------------------------------------------------------------------------
 
@@ -322,7 +246,7 @@ class TextStage:
         here = here.scatter(1, target, True)[:, :-1]
         decode = self.runtime.method.decode
         if forward.cache is not None and decode is not None and decode.cascade:
-            kv.evict_dropped(forward.cache.layers[decode.full_layers :], forward.start, here)
+            evict_dropped(forward.cache.layers[decode.full_layers :], forward.start, here)
         if call is not None and call.labels is not None:
             # a dropped token predicts nothing: its successor leaves the loss (the labels are our own copy)
             call.labels[:, 1:].masked_fill_(~here[:, :-1].to(call.labels.device), -100)
@@ -335,8 +259,3 @@ class TextStage:
 def _skips(media: Media, k: int) -> bool:
     """Whether the k-th filter keeps everything in every row, as its counts say."""
     return media.counts is not None and not media.counts[k].numel()
-
-
-def _cut_rows(table: Tensor, rows: Tensor) -> Tensor:
-    """Rows of a rotary table (B, S, D), or (axes, B, S, D) for multi-axis rotary embeddings."""
-    return take(table, rows, 1) if table.ndim == 3 else torch.stack([take(axis, rows, 1) for axis in table])

@@ -1,0 +1,60 @@
+"""Which slots of a cache layer stay, and the cut that the earlier layers get at the end of the prefill."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from mustdrop.runtime.rows import PAD, has_padding, pack, take
+
+if TYPE_CHECKING:
+    from mustdrop.kv import PrunedLayer
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A gather of cache slots, and the bookkeeping after it. Layers with the same slots share one."""
+
+    index: Tensor
+    positions: Tensor
+    vision: Tensor
+    padded: bool
+
+    @classmethod
+    def of(cls, positions: Tensor, vision: Tensor, keep: Tensor) -> Cut | None:
+        """The cut that keeps the slots where `keep` (B, slots) is True; None if no row loses anything."""
+        real = positions != PAD
+        if bool((keep | ~real).all()):
+            return None
+        index = pack(keep & real)
+        gone = index == PAD
+        return cls(
+            index, take(positions, index, 1).masked_fill(gone, PAD), take(vision, index, 1) & ~gone, has_padding(index)
+        )
+
+
+def evict_dropped(layers: list[PrunedLayer], start: int, here: Tensor) -> None:
+    """Cut from every layer the vision entries of the chunk at `start` that are not `here` at its end.
+
+    Layers that hold the same tokens share one index and, afterwards, the same bookkeeping tensors.
+
+    Args:
+        layers: the cache layers to cut.
+        start: logical position of the chunk's first token.
+        here: (B, length) bool, tokens of the chunk that the last decoder layer still processed.
+    """
+    shared: dict[int, Cut | None] = {}
+    for layer in layers:
+        key = id(layer.positions)
+        if key not in shared:
+            positions, vision = layer.slot_positions(), layer.slot_vision()
+            if positions is None or vision is None:
+                continue
+            inside = (positions >= start) & (positions < start + here.shape[1])
+            stays = take(here.to(positions.device), (positions - start).clamp(0, here.shape[1] - 1), 1)
+            shared[key] = Cut.of(positions, vision, ~vision | ~inside | stays)
+        cut = shared[key]
+        if cut is not None:
+            layer.apply(cut)

@@ -1,0 +1,152 @@
+"""From the run state of a finished call to its `Trace`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mustdrop.cost import Compared, encoder_flops, linear_flops, total
+from mustdrop.errors import UnsupportedModelError
+from mustdrop.runtime.rows import PAD, take
+from mustdrop.runtime.state import Call, ImageMarks, Prefill
+from mustdrop.trace import Trace
+
+if TYPE_CHECKING:
+    from mustdrop.runtime.core import Runtime
+
+
+def record(runtime: Runtime, call: Call) -> Trace:
+    """The trace of a finished call."""
+    prefill = call.prefill
+    depth = runtime.depth
+    if prefill is None:  # nothing went through the text model
+        empty = torch.zeros(1, 1, dtype=torch.bool)
+        prefill = Prefill(empty, 0, empty)
+    rows: list[Tensor | None] = prefill.rows or [None] * (depth + 1)
+    alive = _alive(prefill, rows)
+    tokens = torch.tensor([[len(a) for a in layer] for layer in alive[:depth]])
+    cache = call.cache
+    valid = prefill.valid
+    lengths = [layer.lengths(prefill.start, valid).cpu() for layer in cache.layers[:depth]] if cache is not None else []
+    kv_lengths = torch.stack(lengths) if lengths else torch.zeros(depth, len(alive[0]), dtype=torch.long)
+    marks = [[_on_cpu(mark) for mark in row] for row in prefill.marks]
+    return Trace(
+        method=runtime.method.name,
+        total=prefill.vision.sum(1).cpu(),
+        tokens=tokens,
+        kv_lengths=kv_lengths,
+        flops=_flops(runtime, call, prefill, rows, kv_lengths),
+        kv_bytes=_kv_bytes(cache, depth),
+        backend=runtime.implementation,
+        filters=runtime.filters,
+        fit=runtime.adapter.fit(runtime.model),
+        grids=_grids(call, prefill),
+        _alive=alive,
+        _marks=marks,
+    )
+
+
+def _alive(prefill: Prefill, rows: list[Tensor | None]) -> list[list[Tensor]]:
+    """Per layer and sample, ascending ordinals among the sample's vision tokens.
+
+    Layers that share rows share the result.
+    """
+    vision = prefill.vision.cpu()
+    ordinal = vision.long().cumsum(1) - 1
+    everything = [torch.arange(int(n)) for n in vision.sum(1)]
+    done: dict[int, list[Tensor]] = {}
+    out = []
+    for row in rows:
+        if row is None:
+            out.append(everything)
+            continue
+        if id(row) not in done:
+            index = row.cpu()
+            real = (index != PAD) & take(vision, index, 1)
+            names = take(ordinal, index, 1)
+            done[id(row)] = [names[b][real[b]].sort().values for b in range(len(names))]
+        out.append(done[id(row)])
+    return out
+
+
+def _on_cpu(mark: ImageMarks) -> ImageMarks:
+    return ImageMarks(
+        mark.alive.cpu(),
+        mark.pinned.cpu(),
+        mark.importance.cpu(),
+        mark.order.cpu(),
+        mark.assignment.cpu(),
+        mark.passed,
+        mark.grid,
+    )
+
+
+def _grids(call: Call, prefill: Prefill) -> list[list[tuple[int, int, int]]]:
+    times = prefill.vision.shape[0] // max(1, len(call.grids))
+    return [row for row in call.grids for _ in range(times)]
+
+
+def _kv_bytes(cache: Any, depth: int) -> Compared:
+    if cache is None:
+        return Compared(0, 0)
+    actual = sum(layer.storage_bytes() for layer in cache.layers[:depth])
+    unpruned = sum(
+        layer.storage_bytes() // layer.slots * layer.logical for layer in cache.layers[:depth] if layer.slots
+    )
+    return Compared(actual, unpruned)
+
+
+def _flops(runtime: Runtime, call: Call, prefill: Prefill, rows: list[Tensor | None], kv_lengths: Tensor) -> Compared:
+    depth, batch = runtime.depth, prefill.vision.shape[0]
+    text = runtime.text_cost
+    whole = prefill.valid.sum(1).tolist()
+    counts: dict[int, list[int]] = {}
+    for row in rows:
+        if row is not None and id(row) not in counts:
+            counts[id(row)] = (row != PAD).sum(1).tolist()
+    new = [[counts[id(row)][b] if row is not None else whole[b] for row in rows[:depth]] for b in range(batch)]
+    past = prefill.past[:depth] or [0] * depth
+    start = [prefill.start] * depth
+    scoring = sum(text.scoring(prefill.raters, new[b][i] + past[i]) for b in range(batch) for i in prefill.scored)
+    logical = [int(n) for n in (torch.tensor(whole) + prefill.start + call.steps)]
+    parts = {
+        "vision": _encoder_cost(runtime, call),
+        "projector": _projector_cost(runtime, call),
+        "scoring": Compared(scoring, 0),
+        "prefill": Compared(
+            sum(text.prefill(new[b], past) for b in range(batch)),
+            sum(text.prefill([whole[b]] * depth, start) for b in range(batch)),
+        ),
+        "decode_step": Compared(
+            sum(text.step(kv_lengths[:, b].tolist()) for b in range(kv_lengths.shape[1])),
+            sum(text.step([n] * depth) for n in logical),
+        ),
+    }
+    return total(parts, ("vision", "projector", "scoring", "prefill"))
+
+
+def _encoder_cost(runtime: Runtime, call: Call) -> Compared:
+    images = [grid for row in call.grids for grid in row]
+    if not images:
+        return Compared(0, 0)
+    try:
+        tower = runtime.adapter.tower(runtime.model)
+    except UnsupportedModelError:
+        return Compared(0, 0)
+    config: Any = tower.module.config
+    passed = [mark.passed for row in call.marks for mark in row]
+    actual = unpruned = 0
+    for i, (height, width, _) in enumerate(images):
+        full = [height * width + tower.prefix] * len(tower.blocks)
+        unpruned += encoder_flops(tower.blocks, config, full, height * width)
+        actual += encoder_flops(tower.blocks, config, passed[i] if passed else full, height * width)
+    return Compared(actual, unpruned)
+
+
+def _projector_cost(runtime: Runtime, call: Call) -> Compared:
+    module = runtime.adapter.projector(runtime.model)
+    features = sum(h * w + extra for row in call.grids for h, w, extra in row)
+    flops = linear_flops(module) * features if module is not None else 0
+    return Compared(flops, flops)

@@ -1,0 +1,120 @@
+"""A decoder layer's arguments, brought in line with the rows and cache slots that exist."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mustdrop import kv
+from mustdrop.errors import UnsupportedOptionError
+from mustdrop.runtime.entry import Media
+from mustdrop.runtime.masks import Layout, physical_mask
+from mustdrop.runtime.rows import PAD, take
+from mustdrop.runtime.state import Forward
+
+if TYPE_CHECKING:
+    from mustdrop.runtime.core import Runtime
+
+_HANDLED = {"attention_mask", "position_ids", "past_key_values", "use_cache"}
+
+
+class Rewriter:
+    """Maps masks, rotary tables and positions from logical to physical; layers of one layout share the work."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+
+    def rewrite(
+        self, layer: kv.PrunedLayer | None, forward: Forward, media: Media, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> None:
+        """Positions, masks and whatever else has one entry per row, for the rows that are left."""
+        layout = self._layout(layer, forward, media)
+        self._map_mask(layout, forward, hidden, kwargs)
+        for name, value in kwargs.items():
+            if name.startswith("position_embeddings") and value is not None:
+                kwargs[name] = self._rotary(layout, forward, hidden, value)
+            elif name == "position_ids" and value is not None:
+                # flash attention takes gaps between positions for the borders of packed samples
+                kwargs[name] = None if self.runtime.flash else take(value, layout.rows, 1)
+            elif name not in _HANDLED and isinstance(value, Tensor) and forward.length in value.shape:
+                raise UnsupportedOptionError(
+                    f"decoder layers of {type(self.runtime.text).__name__} take {name} with one entry per token, "
+                    "which mustdrop does not know how to cut."
+                )
+
+    def _layout(self, layer: kv.PrunedLayer | None, forward: Forward, media: Media) -> Layout:
+        known = layer.positions if layer is not None else None
+        key = ("layout", id(known), layer.slots if layer is not None else 0)
+        if key not in forward.memo:
+            new = arrival(forward, media)
+            before = layer.slot_positions() if layer is not None else None
+            slots = new.positions if before is None else torch.cat([before, new.positions], 1)
+            padded = forward.padded if layer is None else layer.padded
+            rows = forward.index(slots.device)
+            forward.memo[key] = Layout(rows, new.positions, slots, padded, self.runtime.method.renumber)
+        return forward.memo[key]  # type: ignore[no-any-return]
+
+    def extend(self, layer: kv.PrunedLayer, forward: Forward, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
+        """A decode step, or any chunk in which nothing is dropped, over a cache that has been pruned.
+
+        Returns:
+            Whether `kwargs` were changed.
+        """
+        mask, renumber = kwargs.get("attention_mask"), self.runtime.method.renumber
+        if mask is None and not layer.padded and forward.length == 1 and not renumber and not self.runtime.flash:
+            return False  # one query that sees every slot: nothing to map
+        key = ("extend", id(layer.positions), layer.slots)
+        if key not in forward.memo:
+            slots = layer.slot_positions(extra=forward.length)
+            assert slots is not None  # positions are known, so there are slots
+            new = slots[:, -forward.length :]
+            layout = Layout(forward.index(slots.device), new, slots, layer.padded, renumber)
+            forward.memo[key] = (layer.positions, layout)
+        layout = forward.memo[key][1]
+        self._map_mask(layout, forward, hidden, kwargs)
+        if self.runtime.flash:
+            kwargs["position_ids"] = None
+        if renumber:
+            for name, value in kwargs.items():
+                if name.startswith("position_embeddings") and value is not None:
+                    kwargs[name] = self._rotary(layout, forward, hidden, value)
+        return True
+
+    def _map_mask(self, layout: Layout, forward: Forward, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        key = ("mask", id(mask), id(layout))
+        if key not in forward.memo:
+            made = physical_mask(mask, layout, self.runtime.implementation, hidden.dtype)
+            forward.memo[key] = (mask, made)  # holding the mask keeps its id from being used again
+        kwargs["attention_mask"] = forward.memo[key][1]
+
+    def _rotary(
+        self, layout: Layout, forward: Forward, hidden: Tensor, value: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        key = ("rotary", id(value), id(layout))
+        if key not in forward.memo:
+            if self.runtime.method.renumber:
+                # position = how many stored tokens come before: what the released code's shorter sequence amounts to
+                place = (layout.slots != PAD).cumsum(1)[:, -layout.queries.shape[1] :] - 1
+                made = tuple(self.runtime.text.rotary_emb(hidden, place.clamp(min=0)))
+            else:
+                made = tuple(_cut_rows(t, layout.rows) for t in value)
+            forward.memo[key] = (value, made)
+        return forward.memo[key][1]  # type: ignore[no-any-return]
+
+
+def arrival(forward: Forward, media: Media) -> kv.Arrival:
+    """Logical positions of the current rows, for the cache layers."""
+    if "arrival" not in forward.memo:
+        index = forward.index(media.vision.device)
+        positions = (index + forward.start).masked_fill(~forward.current(media.valid), PAD)
+        made = kv.Arrival(positions, forward.current(media.vision), media.vision.sum(1), forward.length)
+        forward.memo["arrival"] = made
+    return forward.memo["arrival"]  # type: ignore[no-any-return]
+
+
+def _cut_rows(table: Tensor, rows: Tensor) -> Tensor:
+    """Rows of a rotary table (B, S, D), or (axes, B, S, D) for multi-axis rotary embeddings."""
+    return take(table, rows, 1) if table.ndim == 3 else torch.stack([take(axis, rows, 1) for axis in table])
