@@ -1,7 +1,6 @@
 """mustdrop: multimodal models that drop the vision tokens that do not matter, at every stage of a token's life.
 
-import mustdrop
-mustdrop.patch(model)            # then model.generate(...) as before
+One line patches a Hugging Face model in place, `mustdrop.patch(model)`; `model.generate(...)` works as before.
 """
 
 from mustdrop import errors

@@ -68,6 +68,11 @@ def crop_length(tokens: int, logical: int) -> int:
     return -tokens if tokens < 0 else max(0, logical - tokens) if tokens else 0
 
 
+def checkpoints_activations(module: nn.Module) -> bool:
+    """Whether gradient checkpointing is on anywhere in `module` (the property that says so was renamed in 5.23)."""
+    return any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
+
+
 def eager(function: F) -> F:
     """Keep `function` out of `torch.compile`: the shapes of its tensors depend on data, and it keeps state."""
     return torch.compiler.disable(function)  # type: ignore[no-any-return, no-untyped-call]

@@ -187,6 +187,13 @@ def next_turn(inputs, sequences, new_image):
     return following
 
 
+def of_this_turn(inputs, following):
+    """The inputs of a later turn, without the images of the turns before."""
+    ids = following["input_ids"].clone()
+    ids[:, : inputs["input_ids"].shape[1]] = 0
+    return {**following, "input_ids": ids}
+
+
 def later_hidden(first, trace, inputs, following, new_image, cascade_from):
     """What is hidden in the second turn: what the first turn dropped, and what the second drops of its own image."""
     n_layers, length = LLAMA.n_layers, following["input_ids"].shape[1]
@@ -194,8 +201,7 @@ def later_hidden(first, trace, inputs, following, new_image, cascade_from):
     old[..., : inputs["input_ids"].shape[1]] = first.decode
     prefill, decode = old.clone(), old.clone()
     if new_image:
-        fresh = following["input_ids"].clone()
-        fresh[:, : inputs["input_ids"].shape[1]] = 0
+        fresh = of_this_turn(inputs, following)["input_ids"]
         assert (fresh == IMAGE).sum(1).tolist() == trace.total.tolist()
         own = hidden_by(trace, fresh, n_layers, cascade_from=cascade_from)
         prefill, decode = prefill | own.prefill, decode | own.decode
@@ -207,8 +213,13 @@ def later_hidden(first, trace, inputs, following, new_image, cascade_from):
 @pytest.mark.parametrize("images", [(1,), (1, 1)], ids=["one_row", "two_rows"])
 @pytest.mark.parametrize(
     ("setup", "attn"),
-    [(THRESHOLDS, "sdpa"), ({**SELECTING, "decode": DecodeCachePruner()}, "eager"), (THRESHOLDS, FLASH)],
-    ids=["thresholds", "selecting", "flash"],
+    [
+        (THRESHOLDS, "sdpa"),
+        ({**SELECTING, "decode": DecodeCachePruner()}, "eager"),
+        (THRESHOLDS, FLASH),
+        (ALL_THREE, "sdpa"),
+    ],
+    ids=["thresholds", "selecting", "flash", "all_three"],
 )
 def test_a_chat_continues_from_its_cache(setup, attn, images, new_image, request):
     if attn == FLASH:
@@ -217,15 +228,19 @@ def test_a_chat_continues_from_its_cache(setup, attn, images, new_image, request
     model, oracle_model = patched(LLAMA, attn, **setup), plain(LLAMA, "sdpa" if attn == FLASH else attn)
     inputs = batch(LLAMA, images, seed=17)
     first = turn(model, inputs, DynamicCache(config=model.config.get_text_config()))
-    hidden = hidden_by(mustdrop.trace(model), inputs["input_ids"], LLAMA.n_layers, cascade_from=cascade)
+    trace = mustdrop.trace(model)
+    hidden = hidden_by(trace, inputs["input_ids"], LLAMA.n_layers, cascade_from=cascade)
+    features = merged_features(LLAMA, inputs, trace, setup.get("vision"))
     following = next_turn(inputs, first.sequences, new_image)
     second = turn(model, following, first.cache)
     trace = mustdrop.trace(model)
     assert hidden.anything
-    with MaskedOracle(oracle_model, hidden):
+    with MaskedOracle(oracle_model, hidden, features):
         expected = turn(oracle_model, inputs, DynamicCache(config=oracle_model.config.get_text_config()))
     assert torch.equal(first.sequences, expected.sequences)
-    with MaskedOracle(oracle_model, later_hidden(hidden, trace, inputs, following, new_image, cascade)):
+    later = later_hidden(hidden, trace, inputs, following, new_image, cascade)
+    features = merged_features(LLAMA, of_this_turn(inputs, following), trace, setup.get("vision"))
+    with MaskedOracle(oracle_model, later, features):
         expected = turn(oracle_model, following, expected.cache)
     assert distance(second.logits, expected.logits) <= TOLERANCE
     assert torch.equal(second.sequences, expected.sequences)

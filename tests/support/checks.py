@@ -45,7 +45,7 @@ class Compared:
 def merged_features(
     variant: Variant, inputs: dict[str, Tensor], trace: Any, vision: Any, repeat: int = 1
 ) -> Tensor | None:
-    """(images, N, D): what the reference tower gives, in the rows of the representatives; None if nothing can merge.
+    """(images, N, D): what the reference tower gives, in the rows of all its members; None if nothing can merge.
 
     ``repeat`` is how many rows of the trace belong to one prompt (beams, ``num_return_sequences``).
     """
@@ -66,7 +66,8 @@ def merged_features(
                 layer=vision.layer,
                 at_least=alive,
             )
-            features[image, encoded.names] = encoded.features
+            for feature, members in zip(encoded.features, encoded.members, strict=True):
+                features[image, members] = feature
             image += 1
     return features
 

@@ -10,6 +10,7 @@ from torch import Tensor
 _CHUNK = 1 << 25
 
 
+@torch.no_grad()  # scores decide, they are not part of what is learned
 def row_probabilities(
     q: Tensor,
     k: Tensor,
@@ -53,6 +54,7 @@ def row_probabilities(
     return probability.nan_to_num(0.0).masked_fill((rows < 0)[..., None], 0.0)
 
 
+@torch.no_grad()
 def received_attention(q: Tensor, k: Tensor, visible: Tensor, scaling: float) -> Tensor:
     """Mean attention that each key receives, over heads and valid queries: the importance where an encoder has no CLS.
 

@@ -37,7 +37,7 @@ class Rewriter:
                 kwargs[name] = self._rotary(layout, forward, hidden, value)
             elif name == "position_ids" and value is not None:
                 # flash attention takes gaps between positions for the borders of packed samples
-                kwargs[name] = None if self.runtime.flash else take(value, layout.rows, 1)
+                kwargs[name] = None if self.runtime.flash else self._positions(layout, forward, value)
             elif name not in _HANDLED and isinstance(value, Tensor) and forward.length in value.shape:
                 raise UnsupportedOptionError(
                     f"decoder layers of {type(self.runtime.text).__name__} take {name} with one entry per token, "
@@ -89,6 +89,12 @@ class Rewriter:
             made = physical_mask(mask, layout, self.runtime.implementation, hidden.dtype)
             forward.memo[key] = (mask, made)  # holding the mask keeps its id from being used again
         kwargs["attention_mask"] = forward.memo[key][1]
+
+    def _positions(self, layout: Layout, forward: Forward, value: Tensor) -> Tensor:
+        key = ("positions", id(value), id(layout))
+        if key not in forward.memo:
+            forward.memo[key] = (value, take(value, layout.rows, 1))
+        return forward.memo[key][1]  # type: ignore[no-any-return]
 
     def _rotary(
         self, layout: Layout, forward: Forward, hidden: Tensor, value: tuple[Tensor, ...]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mustdrop import kv
-from mustdrop.compat import eager
+from mustdrop.compat import checkpoints_activations, eager
 from mustdrop.errors import MustDropError, UnsupportedOptionError
 from mustdrop.kernels.reference import row_probabilities
 from mustdrop.runtime import entry
@@ -66,7 +66,7 @@ class TextStage:
         vision, local.vision = local.vision, None
         if embeds is None:
             return None
-        if module.training and getattr(module, "is_gradient_checkpointing", False):
+        if module.training and checkpoints_activations(module):
             raise UnsupportedOptionError(
                 "training a patched model with gradient checkpointing is not supported: the layers would run twice. "
                 "Call model.gradient_checkpointing_disable(), or unpatch the model while it trains."
