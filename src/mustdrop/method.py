@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -33,7 +33,6 @@ class Method:
     prefill: PrefillPruner | None = None
     decode: DecodeCachePruner | None = None
     name: str = "custom"
-    settings: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         for socket, kind in (
@@ -105,4 +104,4 @@ def find(name: str, **knobs: Any) -> Method:
         if knob not in recipe.model_fields:
             raise UnknownKnobError(f"method {name!r} has no knob {knob!r}. {did_you_mean(knob, recipe.model_fields)}")
     built = recipe(**knobs).build()
-    return Method(built.vision, built.prefill, built.decode, name, {k: v for k, v in knobs.items() if v is not None})
+    return Method(built.vision, built.prefill, built.decode, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from mustdrop.errors import ConfigError
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from mustdrop.pruners.base import Budget, Compat
@@ -43,6 +44,11 @@ class MustDrop(Recipe):
     def build(self) -> Method:
         """Fill all three sockets."""
         data_decide = any(v is not None for v in (self.global_threshold, self.scale, self.bias))
+        if self.compat == "released" and not data_decide and self.keep is None:
+            raise ConfigError(
+                'compat="released" needs global_threshold= and individual_threshold=, or scale= and bias=: '
+                "the authors' code has no default that drops anything. docs/fidelity.md lists the published thresholds."
+            )
         return Method(
             vision=VisionStagePruner(
                 window=self.window, threshold=self.threshold, key_share=self.key_share, compat=self.compat

@@ -69,6 +69,11 @@ class PrefillPruner(Settings):
                 "PrefillPruner needs one way to set how many tokens go: keep=..., global_threshold= and "
                 "individual_threshold=, or scale= and bias=."
             )
+        if self.compat == "released" and self.keep is not None:
+            raise ConfigError(
+                'compat="released" has no budget, because the authors\' code does not have one: give '
+                f"global_threshold= and individual_threshold=, or scale= and bias=. Got keep={self.keep}."
+            )
         if self.keep is not None and 0 in (self.global_threshold, self.individual_threshold):
             raise ConfigError(
                 "thresholds given with keep weigh the ranking max(global/gamma, individual/alpha) and must be above 0."
