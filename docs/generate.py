@@ -80,11 +80,11 @@ def demo(results: Results) -> str:
         rows.append((f"`{row['method']}`", budget, right, equal, tokens, f"{row['flops']:.0%}", time, kv))
     header = ("method", "`keep`", "right", "equal tokens", "per decoder layer", "FLOPs", "prefill time", "KV cache")
     return (
-        f"Bundled model, scene {record['seed']} of the held-out split, {questions} questions. "
+        f"Bundled model, {questions} questions about {record['scenes']} held-out scenes (seed {record['seed']}). "
         f"{record['hardware']}, {record['threads']} threads, {software}, commit {commit}. "
-        "FLOPs and time are those of the whole prompt, encoder and pruning included, relative to the unpruned model; "
-        f"the time is the median over {record['timed_pairs']} alternating pairs. "
-        "Tokens per layer and KV cache are those of the first question.\n\n" + table(header, rows)
+        "FLOPs and time are those of the whole prompt, encoder and pruning included, relative to the unpruned model. "
+        f"The time is the median over {record['timed_pairs']} alternating pairs on the first question. "
+        "Tokens per layer and KV cache are those of the first question too.\n\n" + table(header, rows)
     )
 
 

@@ -71,7 +71,7 @@ def demo(
     rows, trace = run.run(subject, budgets, methods, advance=lambda: next(steps, None))
     _print_demo(subject, rows, trace)
     out.mkdir(parents=True, exist_ok=True)
-    trace.draw(subject.image, out / "kept.png")
+    trace.draw(subject.items[0].image, out / "kept.png")
     (out / "demo.json").write_text(json.dumps(run.record(subject, rows), indent=1) + "\n", encoding="utf-8")
     console.print(f"Wrote {out / 'kept.png'} (what each stage kept) and {out / 'demo.json'} (these figures).")
 
@@ -88,7 +88,7 @@ def _budget(text: str) -> int | float:
 
 
 def _print_demo(subject: Any, rows: list[Any], trace: Any) -> None:
-    known = any(truth is not None for truth in subject.truths)
+    known = any(item.truth is not None for item in subject.items)
     shown = [row for row in rows if row.keep is None or row.method == rows[1].method]
     answers = Table(title=f"Answers of the {subject.name}, unpruned and with {rows[1].method}", title_justify="left")
     answers.add_column("question")
@@ -96,11 +96,11 @@ def _print_demo(subject: Any, rows: list[Any], trace: Any) -> None:
         answers.add_column("truth", style="bold")
     for row in shown:
         answers.add_column("unpruned" if row.keep is None else f"keep={row.keep}")
-    for i, text in enumerate(subject.questions):
-        truth = subject.truths[i]
+    for i, item in enumerate(subject.shown):
+        truth = item.truth
         said = [escape(row.answers[i]) for row in shown]
         marked = [a if truth is None or a == truth else f"[red]{a}[/red]" for a in said]
-        answers.add_row(escape(text), *([escape(str(truth))] if known else []), *marked)
+        answers.add_row(escape(item.question), *([escape(str(truth))] if known else []), *marked)
     console.print(answers)
     cost = Table(title="What it cost, the whole prompt relative to the unpruned model", title_justify="left")
     cost.add_column("setting")
@@ -110,7 +110,7 @@ def _print_demo(subject: Any, rows: list[Any], trace: Any) -> None:
     for row in rows:
         cost.add_row(
             "unpruned" if row.keep is None else f"{row.method} keep={row.keep}",
-            *([f"{row.correct} of {len(subject.questions)}"] if known else []),
+            *([f"{row.correct} of {len(subject.items)}"] if known else []),
             f"{row.equal_tokens:.1f}",
             f"{row.flops:.1%}",
             f"{row.kv_bytes / 1e6:.2f} MB, {row.kv_ratio:.1%}",

@@ -183,6 +183,7 @@ def test_a_padded_row_equals_the_same_row_alone(setup, attn, request):
         assert torch.equal(trace.assignment(row), single.assignment())
 
 
+@pytest.mark.filterwarnings("ignore::mustdrop.errors.NothingDroppedWarning")  # thresholds may keep all
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.data())
 def test_dropping_equals_masking_for_any_batch_and_any_pruner(data):

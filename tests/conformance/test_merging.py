@@ -35,8 +35,6 @@ def entering_states(model, inputs):
 def test_merged_features_and_windows_equal_the_tower_by_hand(variant, knobs, attn, request):
     if attn == "flash_attention_2":
         request.getfixturevalue("flash")
-    if attn == "eager" and variant not in (LLAMA, SIGLIP):
-        pytest.skip("covered by the other towers")
     before = 3
     inputs = batch(variant, (2,), seed=1, before=(before - 1,))
     model = patched(variant, attn, vision=VisionStagePruner(**knobs))

@@ -65,8 +65,8 @@ def _gone(where: Tensor, kept: Tensor) -> Tensor:
 class MaskedOracle:
     """``with MaskedOracle(plain, hidden): plain.generate(...)`` hides tokens; leaving the block takes the hooks out.
 
-    ``features`` (images, N, D), when given, replaces what the projector returns: a merged token then sits in the rows of
-    all its members, and all of them but its representative must be hidden from layer 0 on.
+    ``features`` (images, N, D), when given, replaces what the projector returns: a merged token then sits in the rows
+    of all its members, and all of them but its representative must be hidden from layer 0 on.
     """
 
     def __init__(self, model: Any, hidden: Hidden, features: Tensor | None = None) -> None:

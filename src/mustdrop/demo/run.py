@@ -1,4 +1,4 @@
-"""The demo: one image, a few questions, without and with pruning at several budgets."""
+"""The demo: questions about images, without and with pruning at several budgets."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from mustdrop.budget import Keep
 from mustdrop.errors import ConfigError, MustDropError
 from mustdrop.trace import Trace
 
-# Held-out scene of the default demo. Chosen for being seed 0, not for its answers.
-SCENE_SEED = 0
+# Held-out scenes of the default demo, one question of each type about each. The first one is shown. Seed 0 was not
+# chosen for its answers.
+SCENE_SEED, SCENES = 0, 6
 TIMED_PAIRS = 9
 BASELINE = "none"
 
@@ -54,52 +55,61 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Item:
+    """One question about an image, and its answer where it is known."""
+
+    image: Image.Image
+    question: str
+    truth: str | None = None
+
+
+@dataclass(frozen=True)
 class Subject:
-    """What the demo asks: a model and processor, an image, questions, and their answers where they are known."""
+    """What the demo asks: a model with its processor, and questions. Those about the first image are shown."""
 
     name: str
     model: Any
     processor: Any
-    image: Image.Image
-    questions: list[str]
-    truths: list[str | None]
+    items: tuple[Item, ...]
 
-    def inputs(self, question: str) -> Any:
-        """The model inputs for one question about the image."""
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        chat = [{"role": "user", "content": content}]
-        text = self.processor.apply_chat_template(chat, add_generation_prompt=True)
-        return self.processor(text=text, images=self.image, return_tensors="pt").to(self.model.device, self.model.dtype)
+    @property
+    def shown(self) -> tuple[Item, ...]:
+        """The questions about the first image."""
+        return tuple(item for item in self.items if item.image is self.items[0].image)
 
-    def answer(self, question: str) -> str:
+    def inputs(self, item: Item) -> Any:
+        """The model inputs for one question."""
+        content = [{"type": "image"}, {"type": "text", "text": item.question}]
+        text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        inputs = self.processor(text=text, images=item.image, return_tensors="pt")
+        return inputs.to(self.model.device, self.model.dtype)
+
+    def answer(self, item: Item) -> str:
         """The model's greedy answer."""
-        inputs = self.inputs(question)
+        inputs = self.inputs(item)
         out = self.model.generate(**inputs, max_new_tokens=32, do_sample=False)
         text = self.processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return str(text).strip()
 
 
 def bundled_subject(image: Path | None, questions: Sequence[str]) -> Subject:
-    """The bundled model, on a held-out scene with one question of each type unless given otherwise."""
+    """The bundled model, on held-out scenes with one question of each type unless given otherwise."""
     from mustdrop.demo.model import load
     from mustdrop.demo.scenes import SceneMaker
 
+    if image is not None and not questions:
+        raise ConfigError("--image needs at least one --question: only for the bundled scenes the questions are known.")
     model, processor = load()
-    if image is not None:
-        if not questions:
-            raise ConfigError(
-                "--image needs at least one --question: the right questions are known for the bundled scene only."
-            )
-        return Subject(
-            "bundled model", model, processor, Image.open(image).convert("RGB"), [*questions], [None] * len(questions)
-        )
     maker = SceneMaker("heldout", SCENE_SEED)
-    scene = maker.scene()
-    picture = Image.fromarray(scene.image)
-    if questions:
-        return Subject("bundled model", model, processor, picture, [*questions], [None] * len(questions))
-    asked = maker.questions(scene)
-    return Subject("bundled model", model, processor, picture, [q.text for q in asked], [q.answer for q in asked])
+    items: list[Item] = []
+    for _ in range(1 if questions else SCENES):
+        scene = maker.scene()
+        picture = Image.fromarray(scene.image) if image is None else Image.open(image).convert("RGB")
+        asked = (
+            [(q.text, q.answer) for q in maker.questions(scene)] if not questions else [(q, None) for q in questions]
+        )
+        items += [Item(picture, text, truth) for text, truth in asked]
+    return Subject("bundled model", model, processor, tuple(items))
 
 
 def hub_subject(name: str, image: Path | None, questions: Sequence[str], dtype: str) -> Subject:
@@ -112,7 +122,8 @@ def hub_subject(name: str, image: Path | None, questions: Sequence[str], dtype: 
     model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
     model = model.to(device).eval()
     processor = AutoProcessor.from_pretrained(name)
-    return Subject(name, model, processor, Image.open(image).convert("RGB"), [*questions], [None] * len(questions))
+    picture = Image.open(image).convert("RGB")
+    return Subject(name, model, processor, tuple(Item(picture, question) for question in questions))
 
 
 def run(
@@ -148,10 +159,10 @@ def _row(subject: Subject, method: str, keep: Keep | None) -> tuple[Row, Trace]:
     settings = {} if keep is None else {"keep": keep}
     answers, traces = [], []
     with mustdrop.patched(subject.model, method, **settings):
-        for question in subject.questions:
-            answers.append(subject.answer(question))
+        for item in subject.items:
+            answers.append(subject.answer(item))
             traces.append(mustdrop.trace(subject.model))
-    known = [(a, t) for a, t in zip(answers, subject.truths, strict=True) if t is not None]
+    known = [(a, item.truth) for a, item in zip(answers, subject.items, strict=True) if item.truth is not None]
     first = traces[0]
     return (
         Row(
@@ -172,7 +183,7 @@ def _row(subject: Subject, method: str, keep: Keep | None) -> tuple[Row, Trace]:
 
 def _prefill_ratio(subject: Subject, method: str, settings: dict[str, Any]) -> float:
     """Median over alternating pairs of (patched time / unpatched time) for the whole prompt."""
-    inputs = subject.inputs(subject.questions[0])
+    inputs = subject.inputs(subject.items[0])
 
     def seconds() -> float:
         _synchronize(subject.model)
@@ -204,8 +215,10 @@ def record(subject: Subject, rows: Sequence[Row]) -> dict[str, Any]:
     return {
         **provenance(SCENE_SEED),
         "model": subject.name,
-        "questions": subject.questions,
-        "truths": subject.truths,
+        "scenes": len({id(item.image) for item in subject.items}),
+        "questions": [item.question for item in subject.items],
+        "truths": [item.truth for item in subject.items],
+        "shown": len(subject.shown),
         "timed_pairs": TIMED_PAIRS,
         "rows": [asdict(row) for row in rows],
     }
