@@ -35,9 +35,7 @@ def test_answers_held_out_questions(demo):
     output = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
     given = processor.batch_decode(output, skip_special_tokens=True)
     right = sum(said == answer for said, answer in zip(given, answers, strict=True))
-    assert right >= 30, dict(
-        zip(texts, zip(given, answers, strict=True), strict=True)
-    )  # chance: about 9 of 40
+    assert right >= 30, dict(zip(texts, zip(given, answers, strict=True), strict=True))  # chance: about 9 of 40
 
 
 def test_prompt_and_pixels_are_what_the_model_was_trained_on(demo):
@@ -74,9 +72,7 @@ def test_scenes_depend_on_split_and_seed_only(split):
         one.questions(first)  # asking in between changes nothing
         np.testing.assert_array_equal(first.image, second.image)
         assert first.objects == second.objects
-    assert not np.array_equal(
-        SceneMaker(split, seed=6).scene().image, SceneMaker(split, seed=5).scene().image
-    )
+    assert not np.array_equal(SceneMaker(split, seed=6).scene().image, SceneMaker(split, seed=5).scene().image)
 
 
 def test_splits_are_disjoint_and_stratified():
@@ -90,9 +86,7 @@ def test_splits_are_disjoint_and_stratified():
         expected = np.bincount(data.labels) * shares[name] / len(data.labels)
         assert np.abs(np.bincount(labels) - expected).max() <= 1
 
-    pictures = [
-        {image.tobytes() for image in data.images[data.split == index]} for index in range(len(SPLITS))
-    ]
+    pictures = [{image.tobytes() for image in data.images[data.split == index]} for index in range(len(SPLITS))]
     assert not pictures[0] & pictures[1]
     assert not pictures[0] & pictures[2]
     assert not pictures[1] & pictures[2]

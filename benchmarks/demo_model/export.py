@@ -74,6 +74,7 @@ def save(model: nn.Module, folder: Path) -> None:
         weights,
         {"format": "pt"},
     )
+    weights.chmod(0o644)  # safetensors leaves it to its owner alone
     _processor().save_pretrained(folder)
 
 

@@ -162,6 +162,36 @@ def test_a_plain_forward_equals_masking_at_every_position_that_is_left(setup, va
     assert distance(ours[left], theirs[left]) <= TOLERANCE
 
 
+@pytest.mark.parametrize(("variant", "attn"), [(LLAMA, "eager"), (QWEN2, "sdpa"), (SIGLIP, FLASH)], ids=str)
+@pytest.mark.parametrize("setup", ["prefill thresholds", "prefill keep", "prefill weighted budget"])
+def test_what_goes_is_what_the_text_does_not_look_at(setup, variant, attn, request):
+    """Every decision follows from the attentions that the masked plain model itself reports."""
+    if attn == FLASH:
+        request.getfixturevalue("flash")
+    pruner, inputs = SETUPS[setup]["prefill"], batch(variant, (1, 0, 2), seed=9)
+    model, oracle_model = patched(variant, attn, prefill=pruner), plain(variant, "eager")
+    with torch.no_grad():
+        model(**inputs)
+        trace = mustdrop.trace(model)
+        with MaskedOracle(oracle_model, hidden_by(trace, inputs["input_ids"], variant.n_layers)):
+            attentions = oracle_model(**inputs, output_attentions=True).attentions
+    gamma, alpha = pruner.global_threshold or 1.0, pruner.individual_threshold or 1.0
+    gone = 0
+    for row in (0, 2):
+        where = vision_positions(inputs["input_ids"], row)
+        for layer in pruner.filter_layers(variant.n_layers):
+            alive, after = trace.kept(layer, row), trace.kept(layer + 1, row)
+            text_to_vision = attentions[layer][row].double().mean(0)[where[-1] + 1 :, where[alive]]
+            share, peak = text_to_vision.sum(0) / text_to_vision.sum(), text_to_vision.amax(0)
+            if pruner.keep is None:
+                expected = alive[~((share < gamma) & (peak < alpha))]
+            else:
+                expected = alive[torch.maximum(share / gamma, peak / alpha).topk(len(after)).indices].sort().values
+            assert torch.equal(after, expected), (row, layer)
+            gone += len(alive) - len(after)
+    assert gone > 20
+
+
 @pytest.mark.parametrize("attn", ["eager", "sdpa", FLASH])
 @pytest.mark.parametrize(
     "setup", ["prefill keep", "vision select", "all three with merging", "all three with eviction"]
