@@ -28,9 +28,7 @@ def documents() -> list[Document]:
     return [document for document in pages + modules if document.regions]
 
 
-@pytest.mark.parametrize(
-    "document", documents(), ids=lambda document: str(Path(document.path).relative_to(ROOT))
-)
+@pytest.mark.parametrize("document", documents(), ids=lambda document: str(Path(document.path).relative_to(ROOT)))
 def test_examples_run(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for example in document:
