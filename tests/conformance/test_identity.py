@@ -305,3 +305,15 @@ def test_an_exception_while_decoding_leaves_the_model_usable_and_unpatchable(whe
     assert same(answer(model, inputs), expected)
     mustdrop.unpatch(model)
     assert same(answer(model, inputs), untouched)
+
+
+def test_one_token_and_one_hundred_percent_are_told_apart_in_one_process():
+    """`1 == 1.0` in Python, also inside frozen settings: what one model was asked must not decide for another."""
+    inputs = batch(LLAMA, (1,))
+    everything = patched(vision=VisionStagePruner(window=None, keep=1.0))
+    single = patched(vision=VisionStagePruner(window=None, keep=1))
+    for _ in range(2):
+        answer(everything, inputs, steps=1)
+        answer(single, inputs, steps=1)
+        assert mustdrop.trace(everything).tokens[:, 0].tolist() == [LLAMA.n_vision] * LLAMA.n_layers
+        assert mustdrop.trace(single).tokens[:, 0].tolist() == [1] * LLAMA.n_layers

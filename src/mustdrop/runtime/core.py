@@ -59,6 +59,7 @@ class Runtime:
         self.stage = TextStage(self)
         self.last: Trace | None = None
         self.warned = False
+        self.plans: dict[int, RowPlan] = {}  # per runtime: keep=1 and keep=1.0 are equal and mean different things
         self.handles: list[Any] = []
         self.tapped: list[nn.Module] = []
         self.overridden: list[tuple[nn.Module, str]] = []
@@ -88,8 +89,10 @@ class Runtime:
             )
 
     def plan(self, total: int) -> RowPlan:
-        """Numbers for a prompt with `total` vision tokens."""
-        return plan_row(self.method, total, self.depth, self.filters)
+        """Numbers for a prompt with `total` vision tokens; a server sees the same few sizes all day."""
+        if total not in self.plans:
+            self.plans[total] = plan_row(self.method, total, self.depth, self.filters)
+        return self.plans[total]
 
     # -- installing ---------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from mustdrop import budget
 from mustdrop.errors import BudgetError
@@ -29,7 +28,6 @@ class RowPlan:
     at_least: int
 
 
-@lru_cache(maxsize=1024)  # a server sees the same few prompt sizes all day
 def plan_row(method: Method, total: int, n_layers: int, layers: tuple[int, ...]) -> RowPlan:
     """Turn the budgets of `method` into numbers for a prompt with `total` vision tokens.
 
