@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from mustdrop.adapters import registry
-from support import families
-from support.builders import anatomy, answer
-from support.families import assert_dropping_equals_masking, batch, clone, plain
+from support.families import assert_dropping_equals_masking
 
 #: (family, kind of media) for all that are known.
 FAMILIES = [(name, kind) for name, adapter in registry().items() for kind in adapter.media]
 
 SETUPS = {
     "prefill": {"prefill": PrefillPruner(keep=0.6)},
-    "thresholds": {"prefill": PrefillPruner(global_threshold=0.02, individual_threshold=0.02)},
+    "thresholds": {"prefill": PrefillPruner(global_threshold=0.04, individual_threshold=0.04)},
     "select": {"vision": VisionStagePruner(window=None, keep=0.4)},
-    "merge": {"vision": VisionStagePruner(window=2, threshold=0.6)},
+    "merge": {"vision": VisionStagePruner(window=2, threshold=0.2)},
     "all three": {
-        "vision": VisionStagePruner(window=2, threshold=0.6),
+        "vision": VisionStagePruner(window=2, threshold=0.2),
         "prefill": PrefillPruner(keep=0.4),
         "decode": DecodeCachePruner(),
     },

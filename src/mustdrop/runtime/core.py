@@ -18,7 +18,7 @@ from mustdrop.errors import ConfigError, NothingDroppedWarning, UnsupportedModel
 from mustdrop.method import Method
 from mustdrop.runtime import tap
 from mustdrop.runtime.additions import AdditionWrapper
-from mustdrop.runtime.encoder import BlockHook, EncoderStage
+from mustdrop.runtime.encoder import BlockHook, EncoderStage, MaskHook, takes_mask
 from mustdrop.runtime.entry import last_token, valid_tokens
 from mustdrop.runtime.features import FeaturesWrapper
 from mustdrop.runtime.generate import GenerateWrapper
@@ -138,6 +138,9 @@ class Runtime:
             if stage.pruner is None:
                 continue
             if not tower.packed:
+                for attention in (tap.attention_of(block) for block in tower.blocks if not takes_mask(block)):
+                    if attention is not None:
+                        self.handles.append(attention.register_forward_pre_hook(MaskHook(stage), with_kwargs=True))
                 self.handles.append(tower.module.register_forward_hook(stage.after_tower, prepend=True))
             if stage.pruner.needs_attention:
                 block = tower.blocks[stage.key_layer]

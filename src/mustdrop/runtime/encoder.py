@@ -7,6 +7,7 @@ and the marks survive concatenation, casts and re-grouping.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,6 +68,19 @@ class EncoderRun:
         owner = self.merged.keep.gather(1, self.merged.merge_into)
         base = torch.arange(len(owner), device=owner.device)[:, None] * owner.shape[1]
         return (owner + base).flatten()
+
+
+@dataclass
+class MaskHook:
+    """Pre-hook of the attention module of an encoder layer that takes no mask itself."""
+
+    stage: EncoderStage
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """See `EncoderStage.masked`."""
+        return self.stage.masked(args[0] if args else kwargs["hidden_states"], module, args, kwargs)
 
 
 @dataclass
@@ -147,10 +161,20 @@ class EncoderStage:
         if merges:
             args = (self._merge(run, args[0], module), *args[1:])
         run.lengths.append(self._lengths(run, args[0], kwargs))
-        if run.merged is None:
+        if not takes_mask(module):
             return (args, kwargs) if merges else None
+        return self.masked(args[0], module, args, kwargs) or ((args, kwargs) if merges else None)
+
+    @eager
+    def masked(
+        self, hidden: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The arguments of an encoder layer (or its attention) with the mask that merging asks for; None if none."""
+        run: EncoderRun | None = self.local.encoder
+        if run is None or run.merged is None:
+            return None
         given = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-        mask = self._mask(run, given, args[0], module)
+        mask = self._mask(run, given, hidden, module)
         if len(args) > 1:
             return (args[0], mask, *args[2:]), kwargs
         return args, kwargs if mask is None and given is None else {**kwargs, "attention_mask": mask}
@@ -183,7 +207,7 @@ class EncoderStage:
             assert merged is not None
             visible = nn.functional.pad(merged.valid, (prefix, 0), value=True)
             if given is None:
-                config: Any = getattr(attention_of(module), "config", module)
+                config: Any = getattr(attention_of(module) or module, "config", module)
                 implementation = str(getattr(config, "_attn_implementation", "eager"))
                 run.masks[id(given)] = encoder_mask(visible, implementation, hidden.dtype)
             else:
@@ -240,6 +264,11 @@ class EncoderStage:
         ):
             return state
         return torch.cat([state[:, :prefix], merged.expand(state[:, prefix:], merged.merge_into.shape[1])], 1)
+
+
+def takes_mask(block: nn.Module) -> bool:
+    """Whether an encoder layer hands a mask on to its attention."""
+    return "attention_mask" in inspect.signature(type(block).forward).parameters
 
 
 def _of_segments(q: Tensor, k: Tensor, mask: Tensor | None, kwargs: dict[str, Any], scaling: float) -> list[Tensor]:

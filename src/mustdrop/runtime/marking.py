@@ -136,7 +136,8 @@ class _Group:
         """The decisions. `order` is the feature that names what each became part of, dropped or not."""
         importance, owner, last = self.importance.clone(), self.owner.clone(), self.last
         index = torch.arange(owner.shape[1], device=owner.device)
-        importance[last, owner[last, -1]] = torch.inf
+        if last:
+            importance[last, owner[last, -1]] = torch.inf
         alive = owner == index
         count = self.most if pruner.selects and bool((alive.sum(1) > self.most).any()) else None
         keep, pinned = pruner.select(importance, alive, count, self.structural)
