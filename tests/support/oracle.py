@@ -159,7 +159,8 @@ class CacheWatch:
 
     def _record(self, i: int) -> Callable[..., None]:
         def hook(_: object, args: object, kwargs: dict[str, Any], out: object) -> None:
-            self.keys[-1][i] = kwargs["past_key_values"].layers[i].keys.clone()
+            if kwargs.get("past_key_values") is not None:
+                self.keys[-1][i] = kwargs["past_key_values"].layers[i].keys.clone()
 
         return hook
 

@@ -104,6 +104,11 @@ class Runtime:
                 f"attn_implementation={name!r} cannot be pruned (its masks have no rows and columns): "
                 f"use model.set_attn_implementation('sdpa')."
             )
+        if self.flash and self.adapter.refuses_flash:
+            raise UnsupportedOptionError(
+                f"{self.adapter.name} with attn_implementation={name!r} cannot be pruned: "
+                f"{self.adapter.refuses_flash}. Use model.set_attn_implementation('sdpa')."
+            )
 
     def plan(self, total: int) -> RowPlan:
         """Numbers for a prompt with `total` vision tokens; a server sees the same few sizes all day."""

@@ -54,9 +54,10 @@ class FeaturesWrapper:
         if stage is None:
             return self.function(*args, **kwargs)
         stage.check(runtime.adapter.read_layer(runtime.model, kind, arguments))
-        plans, totals = ([runtime.plan(size) for size in sizes], sizes)
         if call is not None and of_call:
             plans, totals = call.plans, call.totals
+        else:
+            plans, totals = [runtime.plan(size) for size in sizes], sizes
         least = _limits(sizes, owners, mine, totals, [plan.at_least for plan in plans])
         run = self._run(stage, layouts, least, arguments)
         local.encoder = run

@@ -18,7 +18,7 @@ from mustdrop.runtime.eviction import evict_dropped
 from mustdrop.runtime.masks import visible_keys
 from mustdrop.runtime.rewrite import Rewriter, arrival
 from mustdrop.runtime.rows import PAD, has_padding, pack, take
-from mustdrop.runtime.state import Forward, Prefill
+from mustdrop.runtime.state import Call, Forward, Prefill
 
 if TYPE_CHECKING:
     from mustdrop.runtime.core import Runtime
@@ -233,6 +233,14 @@ class TextStage:
         call = local.call
         if call is not None:
             call.cache = forward.cache
+        made = self._leave(forward, call, output)
+        if forward.cache is not None:
+            for layer in forward.cache.layers:
+                layer.slide()
+        return made
+
+    def _leave(self, forward: Forward, call: Call | None, output: Any) -> Any:
+        """Scatter and cut after a pass in which something was dropped; None if nothing was."""
         if forward.media is None:
             return None
         if forward.record is not None:
