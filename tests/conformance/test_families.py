@@ -14,6 +14,7 @@ import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from mustdrop.adapters import registry
 from mustdrop.errors import UnsupportedOptionError
+from mustdrop.runtime.encoder import EncoderStage
 from support import fake_flash, families
 from support.builders import answer
 from support.families import assert_dropping_equals_masking, batch, clone, plain
@@ -215,6 +216,70 @@ def test_trace_names_the_right_patches(name, kind):
     adapter, model = registry()[name], clone(name)
     for place in (0.1, 0.55, 0.95):
         families.follow_a_patch(adapter, model, kind, place)
+
+
+@each
+def test_merged_features(name, kind, monkeypatch):
+    """What a merged window brings: the mean, at the exit of the encoder or after the layer where it merged."""
+    runs = []
+    merge = EncoderStage._merge
+    monkeypatch.setattr(EncoderStage, "_merge", lambda self, run, *rest: (merge(self, run, *rest), runs.append(run))[0])
+    model = mustdrop.patch(clone(name), **MERGE)
+    inputs = batch(registry()[name], model, ((kind,), (kind, kind)))
+    with families.Recorder(model) as recorder, torch.no_grad():
+        model(**inputs)
+    trace, plain_model = mustdrop.trace(model), plain(name)
+    ours = families.flat_features(recorder.outputs[kind])
+    tower = registry()[name].tower(plain_model, kind)
+    merged = runs[0].merged if runs else None
+    with (
+        families.Recorder(plain_model) as recorder,
+        families.MergedTower(tower, MERGE["vision"].layer, merged),
+        torch.no_grad(),
+    ):
+        plain_model(**inputs)
+    theirs = families.flat_features(recorder.outputs[kind])
+    start, some = 0, False
+    for row, total in enumerate(trace.total.tolist()):
+        slots, kept = trace.assignment(row), trace.kept(0, row)
+        own, expected = ours[start : start + total], theirs[start : start + total]
+        assert own.isnan().any(-1).logical_not().nonzero()[:, 0].tolist() == kept.tolist()
+        for place in kept.tolist():
+            members = (slots == slots[place]).nonzero()[:, 0]
+            some |= len(members) > 1
+            assert (own[place] - expected[members].mean(0)).abs().max() <= 1e-5
+        start += total
+    assert some, "nothing merged: this comparison proves nothing"
+
+
+@each
+def test_importance_is_the_encoders_attention(name, kind, monkeypatch):
+    """A feature's importance is the mean over its patches of what the key layer's attention gives them."""
+    model = mustdrop.patch(clone(name, "eager"), vision=VisionStagePruner(window=None, keep=0.5))
+    inputs = batch(registry()[name], model, ((kind,), (kind, kind)))
+    with torch.no_grad():
+        model(**inputs)
+    trace, plain_model = mustdrop.trace(model), clone(name, "eager")
+    expected = families.encoder_attention(registry()[name], plain_model, kind, inputs)
+    for media, marks in zip(trace.media, trace._marks, strict=True):
+        for medium in media:
+            patches = medium.layout.patches
+            real = patches >= 0
+            mean = (expected[patches.clamp(min=0)] * real).sum(1) / real.sum(1).clamp(min=1)
+            assert (marks.importance[medium.index] - mean).abs().max() <= 1e-5
+    assert expected.std() > 0
+
+
+@each
+def test_windows_over_frames(name, kind):
+    """A window may span adjacent frames; what it becomes is one token of one frame."""
+    pruner = VisionStagePruner(window=2, temporal_window=2, threshold=-1.0)
+    both = assert_dropping_equals_masking(name, ((kind,),), vision=pruner)
+    for medium in both.trace.media[0]:
+        slots = both.trace.assignment()[medium.index]
+        frames = {grid[0] for grid in medium.layout.grids}
+        sizes = torch.bincount(slots[slots >= 0])
+        assert int(sizes.max()) == (8 if max(frames) > 1 else 4)
 
 
 @each

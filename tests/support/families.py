@@ -18,6 +18,8 @@ import mustdrop
 from mustdrop.adapters import find, registry
 from mustdrop.adapters.base import Adapter
 from mustdrop.adapters.tiny import build
+from mustdrop.compat import attention_function
+from mustdrop.runtime.tap import attention_of
 
 from . import fake_flash
 from .builders import Answer, anatomy, answer
@@ -301,8 +303,8 @@ def follow_a_patch(adapter: Adapter, model: Any, kind: str, place: float) -> Non
         known = inspect.signature(getattr(base, modality.method)).parameters
         arguments = {name: value for name, value in inputs.items() if name in known}
         with torch.no_grad():
-            made = getattr(base, modality.method)(**arguments).pooler_output
-        features.append(made.flatten(0, -2) if isinstance(made, Tensor) else torch.cat(list(made)))
+            made = getattr(base, modality.method)(**arguments)
+        features.append(flat_features(made))
         layouts.append(adapter.layouts(model, kind, arguments))
     handle.remove()
     ((layout,), _) = layouts
@@ -347,3 +349,82 @@ def silence(tower: Any) -> None:
         config = getattr(module, "config", None)
         if config is not None:
             config._attn_implementation_internal = name
+
+
+class MergedTower:
+    """A plain encoder made to compute what an encoder with merged tokens must compute, at full length.
+
+    After ``layer`` every patch takes the mean of its window; from then on only one patch per window is seen. So all
+    patches of a window hold what the merged token would hold.
+    """
+
+    def __init__(self, tower: Any, layer: int, merged: Any) -> None:
+        self.tower, self.layer, self.merged = tower, layer, merged
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> MergedTower:
+        if self.merged is None:
+            return self
+        blocks = list(self.tower.blocks)[self.layer + 1 :]
+        self._handles.append(blocks[0].register_forward_pre_hook(self._spread))
+        for block in blocks:
+            takes = "attention_mask" in inspect.signature(type(block).forward).parameters
+            module = block if takes else attention_of(block)
+            self._handles.append(module.register_forward_pre_hook(self._hide, with_kwargs=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _spread(self, _: object, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        prefix = self.tower.prefix
+        patches = args[0][:, prefix:]
+        means = self.merged.expand(self.merged.apply(patches), patches.shape[1])
+        return (torch.cat([args[0][:, :prefix], means], 1), *args[1:])
+
+    def _hide(self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        n = self.merged.merge_into.shape[1]
+        seen = torch.nn.functional.pad(self.merged.mask(n), (self.tower.prefix, 0), value=True)
+        mask = torch.zeros(len(seen), 1, seen.shape[1], seen.shape[1])
+        mask = mask.masked_fill(~seen[:, None, None], torch.finfo(torch.float32).min)
+        if len(args) > 1:
+            return (args[0], mask, *args[2:]), kwargs
+        return args, {**kwargs, "attention_mask": mask}
+
+
+def flat_features(output: Any) -> Tensor:
+    """(F, C) features of one call, of all media."""
+    made = output.pooler_output
+    return made.flatten(0, -2) if isinstance(made, Tensor) else torch.cat(list(made))
+
+
+def encoder_attention(adapter: Adapter, model: Any, kind: str, inputs: dict[str, Tensor]) -> Tensor:
+    """(patches,) what the last encoder layer gives each patch, from the attention weights of an eager model.
+
+    With a CLS token its attention, else the mean received; in a packed sequence times the length of the segment.
+    """
+    tower, found = adapter.tower(model, kind), []
+    name, attention = "tests_eager", attention_of(tower.blocks[-1])
+    real = attention_function(attention, "eager")
+
+    def recording(module: Any, *args: Any, **kwargs: Any) -> Any:
+        out = real(module, *args, **kwargs)
+        if module is attention:
+            found.append(out[1].mean(1))
+        return out
+
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        ALL_ATTENTION_FUNCTIONS.register(name, lambda *args, **kwargs: recording_of[0](*args, **kwargs))
+    recording_of[:] = [recording]
+    attention.config = copy.copy(attention.config)
+    attention.config._attn_implementation_internal = name
+    with torch.no_grad():
+        model(**inputs)
+    if tower.packed:
+        return torch.cat([weights.sum(1).flatten() for weights in found])
+    scores = [w[:, 0] if tower.has_cls else w.mean(1) for w in found]
+    return torch.cat([score[:, tower.prefix :].flatten() for score in scores])
+
+
+recording_of: list[Any] = []

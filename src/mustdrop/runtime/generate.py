@@ -72,7 +72,7 @@ class GenerateWrapper:
                 "the cache. Leave it out, or use a method without decode_keep (DecodeCachePruner.keep=None)."
             )
         if kwargs.get("past_key_values") is not None:
-            kv.check(kwargs["past_key_values"])
+            self.runtime.check_cache(kwargs["past_key_values"])
 
     def _prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """Ids of the part of the prompt that the cache does not hold yet."""
