@@ -10,23 +10,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mustdrop import kv
 from mustdrop.adapters.base import Adapter
 from mustdrop.compat import eager, require_supported_transformers
 from mustdrop.cost import TextCost
 from mustdrop.errors import (
-    CacheStateError,
     ConfigError,
     NothingDroppedWarning,
     UnsupportedModelError,
-    UnsupportedOptionError,
 )
 from mustdrop.method import Method
-from mustdrop.runtime import tap
+from mustdrop.runtime import checks, tap
 from mustdrop.runtime.additions import AdditionWrapper
 from mustdrop.runtime.encoder import BlockHook, EncoderStage, MaskHook, takes_mask
 from mustdrop.runtime.entry import last_token, valid_tokens
-from mustdrop.runtime.features import FeaturesWrapper, check_pixels
+from mustdrop.runtime.features import FeaturesWrapper
 from mustdrop.runtime.generate import GenerateWrapper
 from mustdrop.runtime.plan import RowPlan, plan_row
 from mustdrop.runtime.record import record
@@ -66,7 +63,7 @@ class Runtime:
         self.handles: list[Any] = []
         self.tapped: list[nn.Module] = []
         self.overridden: list[tuple[nn.Module, str]] = []
-        self._check_backend()
+        checks.backend(self)
 
     def _encoders(self) -> dict[str, EncoderStage]:
         """Kind of media -> its encoder. Kinds that share a tower share the stage.
@@ -102,19 +99,6 @@ class Runtime:
     def flash(self) -> bool:
         """Whether the text model runs a flash-attention kernel."""
         return "flash" in self.implementation
-
-    def _check_backend(self) -> None:
-        name = self.implementation
-        if name.startswith("paged") or "flex" in name:
-            raise UnsupportedOptionError(
-                f"attn_implementation={name!r} cannot be pruned (its masks have no rows and columns): "
-                f"use model.set_attn_implementation('sdpa')."
-            )
-        if self.flash and self.adapter.refuses_flash:
-            raise UnsupportedOptionError(
-                f"{self.adapter.name} with attn_implementation={name!r} cannot be pruned: "
-                f"{self.adapter.refuses_flash}. Use model.set_attn_implementation('sdpa')."
-            )
 
     def plan(self, total: int) -> RowPlan:
         """Numbers for a prompt with `total` vision tokens; a server sees the same few sizes all day."""
@@ -197,7 +181,7 @@ class Runtime:
             ids: (B, S) prompt ids that the cache does not hold yet, or None.
             kwargs: the call's arguments: embeddings, attention mask and media are looked up here.
         """
-        self._check_backend()
+        checks.backend(self)
         call = Call(owner)
         kinds = self.placeholders(ids, kwargs.get("inputs_embeds")) if self._has_media(kwargs) else None
         if kinds is not None:
@@ -205,7 +189,7 @@ class Runtime:
             kinds = kinds.masked_fill(~valid, -1)
             call.totals = (kinds >= 0).sum(1).tolist()
             call.totals_of = {m.name: (kinds == i).sum(1).tolist() for i, m in enumerate(self.modalities)}
-            self._check_media(call.totals_of, kwargs)
+            checks.media(self, call.totals_of, kwargs)
             call.plans = [self.plan(total) for total in call.totals]
             ends = kinds.masked_fill(~last_token(valid), -1).amax(1).tolist()
             call.open_ended = [None if i < 0 else self.modalities[i].name for i in ends]
@@ -237,50 +221,6 @@ class Runtime:
         if prefill.keep is not None:
             return f"keep={prefill.keep} asks for all of them."
         return "its thresholds drop nothing here; raise global_threshold and individual_threshold, or set keep."
-
-    def _check_media(self, totals_of: dict[str, list[int]], kwargs: dict[str, Any]) -> None:
-        """Refuse media that do not fill the prompts' placeholders, before any work.
-
-        Raises:
-            ConfigError: they do not; the message says how many there are of each.
-        """
-        for modality in self.modalities:
-            given = [name for name in modality.pixels if isinstance(kwargs.get(name), Tensor)]
-            if not given:
-                continue
-            check_pixels(given[0], kwargs[given[0]], modality)
-            layouts = self.adapter.layouts(self.model, modality.name, kwargs)
-            made, wanted = sum(layout.size for layout in layouts), sum(totals_of[modality.name])
-            if made != wanted:
-                raise ConfigError(
-                    f"the prompts hold {wanted} {modality.name} tokens (id {modality.token}) and do not match the "
-                    f"{modality.name}s in {given[0]}, which make {made} features. Do the processor and the config of "
-                    "the model agree (patch size, image size, merge size)? Was the prompt truncated?"
-                )
-
-    def check_cache(self, cache: Any) -> None:
-        """Refuse a cache that cannot be pruned, and one that another model filled.
-
-        Raises:
-            UnsupportedOptionError: a kind of cache that cannot be pruned.
-            CacheStateError: entries of a model with other layers or other keys.
-        """
-        kv.check(cache)
-        filled = [layer for layer in cache.layers if getattr(layer, "is_initialized", False)]
-        if filled and len(filled) != self.depth:
-            raise CacheStateError(
-                f"this cache holds entries of {len(filled)} layers, {type(self.model).__name__} has {self.depth} "
-                "decoder layers: another model made it. Start with a new cache."
-            )
-        for i, (layer, block) in enumerate(zip(filled, self.layers, strict=False)):
-            projection = getattr(tap.attention_of(block), "k_proj", None)
-            made = layer.keys.shape[1] * layer.keys.shape[-1] if layer.keys is not None and layer.keys.ndim == 4 else 0
-            if made and projection is not None and getattr(projection, "out_features", made) != made:
-                raise CacheStateError(
-                    f"this cache holds keys of {layer.keys.shape[1]} heads x {layer.keys.shape[-1]} at layer {i}, "
-                    f"{type(self.model).__name__} makes {projection.out_features} numbers per token there: another "
-                    "model made it. Start with a new cache."
-                )
 
     def placeholders(self, ids: Tensor | None, embeds: Tensor | None) -> Tensor | None:
         """(B, S) long, index of the modality that each position stands for, -1 for text."""
@@ -338,7 +278,7 @@ class Runtime:
 
     def _begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if kwargs.get("past_key_values") is not None:
-            self.check_cache(kwargs["past_key_values"])
+            checks.cache(self, kwargs["past_key_values"])
         self.begin(module, _ids(args, kwargs), kwargs)
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from mustdrop.adapters.base import Modality
 from mustdrop.budget import share_out
 from mustdrop.compat import eager
-from mustdrop.errors import ConfigError, MustDropError
+from mustdrop.errors import MustDropError
 from mustdrop.layout import Layout
+from mustdrop.runtime import checks
 from mustdrop.runtime.encoder import EncoderRun, EncoderStage
 from mustdrop.runtime.marking import decide, must_remain
 from mustdrop.runtime.plan import rows_of_media
@@ -42,7 +43,7 @@ class FeaturesWrapper:
         if arguments is None or local.encoder is not None:  # inside: the method of one kind calls that of another
             return self.function(*args, **kwargs)
         for name in self.modality.pixels:
-            check_pixels(name, arguments.get(name), self.modality)
+            checks.pixels(name, arguments.get(name), self.modality)
         layouts = runtime.adapter.layouts(runtime.model, kind, arguments)
         sizes = [layout.size for layout in layouts]
         call = local.call
@@ -120,16 +121,6 @@ class FeaturesWrapper:
         ends = [row for row, kind in enumerate(call.open_ended) if kind == self.modality.name]
         mine = {row: [i for i, owner in enumerate(owners) if owner == row and sizes[i]] for row in ends}
         return [media[-1] for media in mine.values() if media]
-
-
-def check_pixels(name: str, pixels: Any, modality: Modality) -> None:
-    """Raise `ConfigError` for media without a single pixel, which fail in strange places otherwise."""
-    if isinstance(pixels, Tensor) and not pixels.numel():
-        raise ConfigError(
-            f"{name} has shape {tuple(pixels.shape)}: a {modality.name} without "
-            f"{'frames' if modality.name == 'video' else 'pixels'}. Leave {name} out of the call, and its "
-            "tokens out of the prompt."
-        )
 
 
 def _grouped(values: Sequence[T], owners: Sequence[int], rows: int) -> list[list[T]]:

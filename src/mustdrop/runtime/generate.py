@@ -11,6 +11,7 @@ from torch import Tensor
 from mustdrop import kv
 from mustdrop.compat import eager
 from mustdrop.errors import UnsupportedOptionError
+from mustdrop.runtime import checks
 
 if TYPE_CHECKING:
     from mustdrop.runtime.core import Runtime
@@ -72,7 +73,7 @@ class GenerateWrapper:
                 "the cache. Leave it out, or use a method without decode_keep (DecodeCachePruner.keep=None)."
             )
         if kwargs.get("past_key_values") is not None:
-            self.runtime.check_cache(kwargs["past_key_values"])
+            checks.cache(self.runtime, kwargs["past_key_values"])
 
     def _prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """Ids of the part of the prompt that the cache does not hold yet."""
