@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable
 from typing import Any, cast
@@ -64,10 +63,11 @@ class Runtime:
         self.tapped: list[nn.Module] = []
         self.overridden: list[tuple[nn.Module, str]] = []
         self._check_backend()
+        self._check_sharding()
 
-    @functools.cached_property
+    @property
     def text_cost(self) -> TextCost:
-        """Sizes of the text model, read once."""
+        """Sizes of the text model, as it is now: adapters may be added, switched and merged."""
         return TextCost.of(self.layers, self.text.config, cast(Any, self.model).get_output_embeddings())
 
     @property
@@ -86,6 +86,16 @@ class Runtime:
             raise UnsupportedOptionError(
                 f"attn_implementation={name!r} cannot be pruned (its masks have no rows and columns): "
                 f"use model.set_attn_implementation('sdpa')."
+            )
+
+    def _check_sharding(self) -> None:
+        parts = getattr(self.model, "_tp_size", None) or 1
+        if parts > 1:
+            raise UnsupportedOptionError(
+                f"a model in tensor parallel cannot be pruned (tp_size={parts}, expected 1): each process holds some "
+                "of the attention heads, would score the tokens by these alone and drop others than its neighbours. "
+                "Load the model without tp_plan and tp_size; device_map='auto' spreads whole layers over several "
+                "devices."
             )
 
     def plan(self, total: int) -> RowPlan:
