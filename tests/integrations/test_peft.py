@@ -9,6 +9,7 @@ import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner, errors
 from support.builders import LLAMA, anatomy, answer, batch, clone, plain
 from support.checks import TOLERANCE, assert_dropping_equals_masking, distance
+from support.oracle import MaskedOracle, hidden_by
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
@@ -154,3 +155,40 @@ def test_training_adapters_of_a_patched_model_changes_only_them():
     assert with_gradient
     assert all("lora_" in name for name in with_gradient)
     assert any("language_model" in name for name in with_gradient)
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_learned_prompts_stand_before_the_prompt_and_change_nothing_else(kind):
+    """Prompt tuning puts rows before the embeddings, prefix tuning puts entries into the cache: four keys, both."""
+    inputs, setup = batch(LLAMA, (1, 2), seed=10, after=(9, 9)), {"prefill": PrefillPruner(keep=0.5)}
+    model, other = clone(), clone()
+    wrapped = []
+    for each in (model, other):
+        torch.manual_seed(0)
+        config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4)
+        wrapped.append(peft.get_peft_model(each, config).eval())
+    ours, oracle = wrapped
+    mustdrop.patch(ours, **setup)
+    got = answer(ours, inputs, steps=4)
+    ids = torch.cat([torch.zeros(2, 4, dtype=torch.long), inputs["input_ids"]], 1)
+    hidden = hidden_by(mustdrop.trace(ours), ids, LLAMA.n_layers)
+    assert hidden.anything
+    with MaskedOracle(other, hidden):
+        expected = answer(oracle, inputs, steps=4)
+    assert distance(got.logits, expected.logits) <= TOLERANCE
+    assert torch.equal(got.sequences, expected.sequences)
+
+
+def test_every_word_of_the_question_scores_under_prompt_tuning():
+    """`generate` is given fewer ids than rows run; a question shorter than the learned prompt must still score."""
+    inputs = batch(LLAMA, (1,), seed=11, after=(3,))
+    plain(LLAMA)  # built before the seed is set
+    torch.manual_seed(0)
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6)
+    model = mustdrop.patch(peft.get_peft_model(clone(), config).eval(), prefill=PrefillPruner(keep=0.5))
+    with torch.no_grad():
+        model(**inputs)
+    forward = mustdrop.trace(model)
+    answer(model, inputs, steps=2)
+    for layer in range(LLAMA.n_layers + 1):
+        assert torch.equal(mustdrop.trace(model).kept(layer), forward.kept(layer))

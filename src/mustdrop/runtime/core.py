@@ -240,6 +240,9 @@ class Runtime:
         if self.local.call is None:
             self._begin_forward(module, args, kwargs)
         ids, embeds = _ids(args, kwargs), kwargs.get("inputs_embeds")
+        call = self.local.call
+        if ids is None and embeds is not None and call is not None and call.length and call.prefill is None:
+            call.length = embeds.shape[1]  # peft's prompt tuning puts rows before the ids that generate was given
         # without media, a placeholder id is a token that somebody generated or guessed, not an image
         self.local.vision = self.placeholders(ids, embeds) if _has_media(kwargs) else None
 
