@@ -83,12 +83,14 @@ def test_scores_carry_no_gradient_and_keep_no_graph():
             assert not mark.importance.requires_grad
 
 
-def test_gradient_checkpointing_is_refused_in_training_before_the_decoder_runs():
+@pytest.mark.parametrize("part", ["model", "model.vision_tower", "model.language_model"])
+def test_gradient_checkpointing_is_refused_in_training_before_any_work(part):
     model, inputs = patched(LLAMA, **SETUPS["prefill"]), labelled()
     model.gradient_checkpointing_enable()
-    model.train()
+    model.get_submodule(part).train()
     work = []
-    handles = [layer.register_forward_hook(lambda *_: work.append(1)) for layer in model.model.language_model.layers]
+    modules = [model.model.vision_tower, *model.model.language_model.layers]
+    handles = [module.register_forward_hook(lambda *_: work.append(1)) for module in modules]
     with pytest.raises(errors.UnsupportedOptionError, match=r"gradient_checkpointing_disable"):
         model(**inputs)
     for handle in handles:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mustdrop import kv
 from mustdrop.adapters.base import Adapter
-from mustdrop.compat import eager, require_supported_transformers
+from mustdrop.compat import checkpoints_activations, eager, require_supported_transformers
 from mustdrop.cost import TextCost
 from mustdrop.errors import ConfigError, NothingDroppedWarning, UnsupportedModelError, UnsupportedOptionError
 from mustdrop.method import Method
@@ -98,6 +98,13 @@ class Runtime:
                 "devices."
             )
 
+    def _check_training(self) -> None:
+        if (self.model.training or torch.is_grad_enabled()) and checkpoints_activations(self.base):
+            raise UnsupportedOptionError(
+                "training a patched model with gradient checkpointing is not supported: the layers would run twice. "
+                "Call model.gradient_checkpointing_disable(), or unpatch the model while it trains."
+            )
+
     def plan(self, total: int) -> RowPlan:
         """Numbers for a prompt with `total` vision tokens; a server sees the same few sizes all day."""
         if total not in self.plans:
@@ -175,6 +182,7 @@ class Runtime:
             kwargs: the call's arguments: embeddings, attention mask and media are looked up here.
         """
         self._check_backend()
+        self._check_training()
         call = Call(owner)
         vision = self.placeholders(ids, kwargs.get("inputs_embeds")) if _has_media(kwargs) else None
         if vision is not None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mustdrop import kv
-from mustdrop.compat import checkpoints_activations, eager
+from mustdrop.compat import eager
 from mustdrop.errors import MustDropError, UnsupportedOptionError
 from mustdrop.kernels.reference import row_probabilities
 from mustdrop.runtime import entry
@@ -66,11 +66,6 @@ class TextStage:
         vision, local.vision = local.vision, None
         if embeds is None:
             return None
-        if module.training and checkpoints_activations(module):
-            raise UnsupportedOptionError(
-                "training a patched model with gradient checkpointing is not supported: the layers would run twice. "
-                "Call model.gradient_checkpointing_disable(), or unpatch the model while it trains."
-            )
         wants = kwargs.get("use_cache")
         wants = module.config.use_cache if wants is None else wants
         cache = kv.adopt(kwargs.get("past_key_values"), module.config, runtime.depth, bool(wants))
