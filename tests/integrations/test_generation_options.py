@@ -200,9 +200,15 @@ def test_searches_that_read_single_layers_are_refused_before_any_work(option, wh
     answer(model, inputs, steps=1)
 
 
-def test_continuous_batching_is_refused():
-    """It pages its caches; a patched model says so when it is asked to run."""
-    model = patched(LLAMA, **MERGING)
-    model.set_attn_implementation("paged|sdpa")
-    with pytest.raises(errors.UnsupportedOptionError, match="paged"):
-        model(**batch(LLAMA, (1,), seed=11))
+@pytest.mark.skipif(not hasattr(transformers, "ContinuousBatchingConfig"), reason="not in this transformers")
+def test_continuous_batching_takes_texts_and_gives_the_plain_answer():
+    """It takes ids and no images, so there is nothing to drop; its paged cache is left alone."""
+    small = transformers.ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=64)  # else a share of all memory
+    model, prompts = patched(LLAMA, **EVICTING), [batch(LLAMA, (0,), seed=seed)["input_ids"] for seed in (12, 13)]
+    config = transformers.GenerationConfig(max_new_tokens=4, eos_token_id=-1, do_sample=False)
+    out = model.generate_batch(
+        [ids[0].tolist() for ids in prompts], generation_config=config, continuous_batching_config=small
+    )
+    got = sorted(result.generated_tokens for result in out.values())
+    expected = [answer(plain(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, steps=3) for ids in prompts]
+    assert got == sorted(one.sequences[0, -4:].tolist() for one in expected)

@@ -121,9 +121,7 @@ def test_adapters_added_by_transformers_itself():
     for each in (model, oracle):
         each.add_adapter(config)
         stir(each).eval()
-    assert_dropping_equals_masking(
-        model, inputs, vision=setup["vision"], decode=setup["decode"], oracle_model=oracle
-    )
+    assert_dropping_equals_masking(model, inputs, vision=setup["vision"], decode=setup["decode"], oracle_model=oracle)
 
 
 def test_the_account_counts_a_layer_and_its_active_adapters_once():
