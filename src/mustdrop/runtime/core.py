@@ -226,7 +226,7 @@ class Runtime:
             return torch.isin(ids, wanted.to(ids.device))
         if embeds is None:
             return None
-        rows = self.text.get_input_embeddings()(wanted.to(embeds.device)).to(embeds.dtype)
+        rows = self.text.get_input_embeddings()(wanted.to(embeds.device)).to(embeds)
         same: Tensor = (embeds[:, :, None] == rows).all(-1)
         return same.any(-1)
 

@@ -152,7 +152,7 @@ class EncoderStage:
         prefix, batch, length = self.tower.prefix, q.shape[0], k.shape[2]
         visible = torch.ones(batch, length, dtype=torch.bool, device=q.device)
         if run.merged is not None:
-            visible = nn.functional.pad(run.merged.valid, (prefix, 0), value=True)
+            visible = nn.functional.pad(run.merged.valid, (prefix, 0), value=True).to(q.device)
         scaling = kwargs.get("scaling") or getattr(module, "scale", None) or q.shape[-1] ** -0.5
         if self.tower.has_cls:
             cls = torch.zeros(batch, 1, dtype=torch.long, device=q.device)
@@ -187,4 +187,6 @@ class EncoderStage:
             or merged.merge_into is None
         ):
             return state
-        return torch.cat([state[:, :prefix], merged.expand(state[:, prefix:], merged.merge_into.shape[1])], 1)
+        return torch.cat(
+            [state[:, :prefix], merged.to(state.device).expand(state[:, prefix:], merged.merge_into.shape[1])], 1
+        )

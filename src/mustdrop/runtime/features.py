@@ -86,6 +86,7 @@ class FeaturesWrapper:
                 f"{[len(f) for f in features]}."
             )
         merged = run.merged or Selection.from_mask(torch.ones(images, total, dtype=torch.bool, device=device))
+        merged = merged.to(device)  # the projector may be on another device than the encoder
         slots = torch.zeros(images, merged.keep.shape[1], device=device)
         if pruner.needs_attention:
             if run.importance is None:
