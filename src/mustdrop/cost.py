@@ -121,8 +121,20 @@ class TextCost:
         return 2 * self.width * raters * keys
 
 
-def encoder_flops(blocks: nn.ModuleList, config: Any, tokens: Sequence[int], patches: int) -> int:
-    """One image through the encoder: `tokens` per layer, `patches` embedded."""
-    embed = 2 * patches * int(config.num_channels) * int(config.patch_size) ** 2 * int(config.hidden_size)
-    width = int(config.hidden_size)
-    return embed + sum(linear_flops(block) * n + 4 * width * n * n for block, n in zip(blocks, tokens, strict=True))
+def embedding_flops(encoder: nn.Module, blocks: nn.ModuleList) -> int:
+    """FLOPs per patch of what turns pixels into patches: the first convolution (or linear layer) of an encoder."""
+    inside = {id(m) for m in blocks.modules()}
+    for module in encoder.modules():
+        weight = getattr(module, "weight", None)
+        if id(module) not in inside and isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
+            return 2 * int(weight.numel()) if weight is not None else 0
+    return 0
+
+
+def encoder_flops(blocks: nn.ModuleList, config: Any, lengths: Sequence[Sequence[int]]) -> int:
+    """An encoder's layers. `lengths` are, per layer, those of the sequences that attend to themselves."""
+    width = int(config.hidden_size if not hasattr(config, "embed_dim") else config.embed_dim)
+    return sum(
+        linear_flops(block) * sum(own) + 4 * width * sum(n * n for n in own)
+        for block, own in zip(blocks, lengths, strict=True)
+    )

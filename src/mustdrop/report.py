@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mustdrop.errors import ConfigError
 
 if TYPE_CHECKING:
+    from mustdrop.runtime.state import Medium
     from mustdrop.trace import Trace
 
 
@@ -84,18 +85,17 @@ def draw(trace: Trace, image: Any, path: str | Path | None, sample: int) -> Any:
     from matplotlib.figure import Figure
 
     del matplotlib, PIL
-    images = list(image) if isinstance(image, list | tuple) else [image]
-    grids = trace.grids[sample] if trace.grids else []
-    if len(images) != len(grids):
+    media = trace.media[sample] if trace.media else []
+    images = _per_medium(image, media)
+    if len(images) != len(media):
         raise ConfigError(
-            f"sample {sample} has {len(grids)} images, got {len(images)} to draw on."
+            f"sample {sample} has {len(media)} images or videos, got {len(images)} to draw on."
             + (
                 ""
-                if grids
+                if media
                 else " The images were not encoded in this call (features were given, or the prompt has none)."
             )
         )
-    opened = [_opened(im) for im in images]
     layers = trace.tokens.shape[0]
     changes = [0, *[f + 1 for f in trace.filters if f + 1 < layers]]
     titles = [
@@ -103,11 +103,11 @@ def draw(trace: Trace, image: Any, path: str | Path | None, sample: int) -> Any:
         *[f"into layer {at}: {len(trace.kept(at, sample))} of {int(trace.total[sample])}" for at in changes],
     ]
     titles[1] = f"after the vision stage: {len(trace.kept(0, sample))} of {int(trace.total[sample])}"
-    figure = Figure(figsize=(2.6 * len(titles), 2.9 * len(images)), layout="constrained")
-    axes = figure.subplots(len(images), len(titles), squeeze=False)
-    offset = 0
-    for row, (picture, (height, width, prefix)) in enumerate(zip(opened, grids, strict=True)):
-        pixels = _fitted(picture.convert("RGB"), trace.fit, height, width)
+    rows = [row for medium, pictures in zip(media, images, strict=True) for row in _views(medium, pictures)]
+    figure = Figure(figsize=(2.6 * len(titles), 2.9 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), len(titles), squeeze=False)
+    for row, (picture, index) in enumerate(rows):
+        pixels = _fitted(picture.convert("RGB"), trace.fit, *index.shape)
         for column, title in enumerate(titles):
             ax = axes[row][column]
             ax.set_axis_off()
@@ -116,8 +116,7 @@ def draw(trace: Trace, image: Any, path: str | Path | None, sample: int) -> Any:
             if column == 0:
                 ax.imshow(pixels)
                 continue
-            ax.imshow(_shaded(pixels, _coverage(trace, changes[column - 1], sample, offset + prefix, height, width)))
-        offset += prefix + height * width
+            ax.imshow(_shaded(pixels, _coverage(trace, changes[column - 1], sample)[index]))
     figure.supxlabel("in colour: kept  |  blue: merged into the patch at its centre  |  grey: gone", fontsize=9)
     if path is not None:
         figure.savefig(path, dpi=110)
@@ -133,8 +132,35 @@ def _opened(image: Any) -> Any:
     return Image.fromarray(image) if hasattr(image, "__array_interface__") else Image.open(image)
 
 
-def _coverage(trace: Trace, layer: int, sample: int, first: int, height: int, width: int) -> Any:
-    """(height, width) float: 1 where a patch is alive itself, 0.5 where it lives on inside a merged window, else 0."""
+def _per_medium(image: Any, media: list[Medium]) -> list[list[Any]]:
+    """The pictures of each medium, opened: one for an image, several frames for a video."""
+    given = list(image) if isinstance(image, list | tuple) else [image]
+    if len(media) == 1 and media[0].kind == "video" and not (len(given) == 1 and _is_frames(given[0])):
+        given = [given]
+    return [[_opened(im) for im in (one if _is_frames(one) else [one])] for one in given]
+
+
+def _is_frames(one: Any) -> bool:
+    return isinstance(one, list | tuple) or getattr(one, "ndim", 3) == 4
+
+
+def _views(medium: Medium, pictures: list[Any]) -> list[tuple[Any, Any]]:
+    """Each frame of each grid of a medium: the picture, and (rows, columns) long, the vision token of each cell."""
+    import torch
+
+    layout, views = medium.layout, []
+    token = torch.empty(layout.offsets[-1], dtype=torch.long)
+    token[layout.cells[~layout.structural]] = medium.index[~layout.structural]
+    for (frames, height, width), first in zip(layout.grids, layout.offsets, strict=False):
+        for t in range(frames):
+            start = first + t * height * width
+            picture = pictures[t * len(pictures) // frames]
+            views.append((picture, token[start : start + height * width].view(height, width)))
+    return views
+
+
+def _coverage(trace: Trace, layer: int, sample: int) -> Any:
+    """(N,) float: 1 where a vision token is alive itself, 0.5 where it lives on inside a merged window, else 0."""
     import torch
 
     n = int(trace.total[sample])
@@ -147,7 +173,7 @@ def _coverage(trace: Trace, layer: int, sample: int, first: int, height: int, wi
     living = torch.isin(owner[slots.clamp(min=0)], kept) & (slots >= 0)
     alive[living] = 0.5
     alive[kept] = 1.0
-    return alive[first : first + height * width].view(height, width)
+    return alive
 
 
 def _fitted(picture: Any, fit: str, height: int, width: int) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mustdrop.cost import Compared
 from mustdrop.errors import ConfigError
-from mustdrop.runtime.state import ImageMarks
+from mustdrop.runtime.state import Marks, Medium
 
 if TYPE_CHECKING:
     pass
@@ -34,8 +34,9 @@ class Trace:
         backend: attention implementation of the text model.
         filters: decoder layers after which tokens left.
         fit: how the image processor fits an image to the grid.
-        grids: per sample, (rows, columns, feature rows before the patches) of each image; empty if the encoder
-            did not run.
+        media: per sample, its images and videos in the order of the prompt: `kind`, `layout` (grids and cells of the
+            features, see `mustdrop.layout`) and `index`, the place of each feature among the sample's vision tokens.
+            Empty if the encoder did not run.
     """
 
     method: str
@@ -47,9 +48,9 @@ class Trace:
     backend: str
     filters: tuple[int, ...]
     fit: Literal["crop", "stretch"]
-    grids: list[list[tuple[int, int, int]]]
+    media: list[list[Medium]]
     _alive: list[list[Tensor]] = field(default_factory=list)
-    _marks: list[list[ImageMarks]] = field(default_factory=list)
+    _marks: list[Marks] = field(default_factory=list)
 
     @property
     def equal_tokens(self) -> Tensor:
@@ -89,22 +90,17 @@ class Trace:
         n = int(self.total[sample])
         if not self._marks:
             return torch.arange(n)
-        out, base, slots = [], 0, 0
-        for mark in self._marks[sample]:
-            places = (
-                mark.order.masked_fill(~mark.alive, torch.iinfo(torch.long).max)
-                .argsort(stable=True)
-                .argsort(stable=True)
-            )
-            out.append(torch.where(mark.assignment < 0, -1, places[mark.assignment.clamp(min=0)] + slots))
-            base, slots = base + len(mark.alive), slots + int(mark.alive.sum())
-        return torch.cat(out) if out else torch.zeros(0, dtype=torch.long)
+        mark = self._marks[sample]
+        key = mark.order.masked_fill(~mark.alive, torch.iinfo(torch.long).max)
+        place = key.argsort(stable=True).argsort(stable=True)
+        return torch.where(mark.assignment < 0, -1, place[mark.assignment.clamp(min=0)])
 
     def pinned(self, sample: int = 0) -> Tensor:
         """(k,) long, original indices of the key set, ascending."""
         self._check(0, sample)
-        marks = self._marks[sample] if self._marks else []
-        return torch.cat([mark.pinned for mark in marks]).nonzero()[:, 0] if marks else torch.zeros(0, dtype=torch.long)
+        if not self._marks:
+            return torch.zeros(0, dtype=torch.long)
+        return self._marks[sample].pinned.nonzero()[:, 0]
 
     def _check(self, layer: int, sample: int) -> None:
         layers, batch = self.tokens.shape

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mustdrop.adapters import find
+
 from .builders import vision_positions
 
 
@@ -78,7 +80,7 @@ class MaskedOracle:
         self._handles: list[Any] = []
 
     def __enter__(self) -> MaskedOracle:
-        text = self.model.model.language_model
+        text = find(self.model).text(self.model)
         if text.config._attn_implementation not in ("eager", "sdpa"):
             raise ValueError("the oracle needs 4-D masks: use an eager or sdpa model")
         self._handles.append(text.register_forward_pre_hook(self._next_step))
@@ -143,7 +145,7 @@ class CacheWatch:
 
     def __init__(self, model: Any) -> None:
         self.keys: list[dict[int, Tensor]] = []
-        text = model.model.language_model
+        text = find(model).text(model)
         self._handles = [text.register_forward_pre_hook(lambda *_: self.keys.append({}))]
         for i, layer in enumerate(text.layers):
             self._handles.append(layer.register_forward_hook(self._record(i), with_kwargs=True))
@@ -157,26 +159,35 @@ class CacheWatch:
 
     def _record(self, i: int) -> Callable[..., None]:
         def hook(_: object, args: object, kwargs: dict[str, Any], out: object) -> None:
-            self.keys[-1][i] = kwargs["past_key_values"].layers[i].keys.clone()
+            if kwargs.get("past_key_values") is not None:
+                self.keys[-1][i] = kwargs["past_key_values"].layers[i].keys.clone()
 
         return hook
 
-    def hidden_while_decoding(self, prompt_keys: dict[int, Tensor], ids: Tensor, base: Hidden) -> Hidden:
+    def hidden_while_decoding(
+        self, prompt_keys: dict[int, Tensor], ids: Tensor, base: Hidden, where: Callable[..., Tensor] = vision_positions
+    ) -> Hidden:
         """Which vision positions of ``ids`` (B, S) each layer no longer holds at each decode step.
 
         ``prompt_keys[layer]`` (B, G, S, D) are the oracle's keys of the prompt: a stored key is the one it equals.
         """
         later = enumerate(self.keys[1:], start=1)
-        steps = {step: self.hidden_at(layers, prompt_keys, ids, base) for step, layers in later}
+        steps = {step: self.hidden_at(layers, prompt_keys, ids, base, where) for step, layers in later}
         return Hidden(base.prefill, base.decode, steps)
 
     @staticmethod
-    def hidden_at(layers: dict[int, Tensor], prompt_keys: dict[int, Tensor], ids: Tensor, base: Hidden) -> Tensor:
+    def hidden_at(
+        layers: dict[int, Tensor],
+        prompt_keys: dict[int, Tensor],
+        ids: Tensor,
+        base: Hidden,
+        positions: Callable[..., Tensor] = vision_positions,
+    ) -> Tensor:
         """(L, B, S) what one step did not hold, on top of what ``base`` hides while decoding."""
         hidden = base.decode.clone()
         for layer, stored in layers.items():
             for row in range(ids.shape[0]):
-                where = vision_positions(ids, row)
+                where = positions(ids, row)
                 held = _held(stored[row], prompt_keys[layer][row][:, where])
                 hidden[layer, row, where[~held]] = True
         return hidden

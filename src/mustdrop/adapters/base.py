@@ -6,7 +6,28 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
+
+from mustdrop.cost import linear_flops
+from mustdrop.errors import UnsupportedModelError
+from mustdrop.layout import Layout
+
+
+@dataclass(frozen=True)
+class Modality:
+    """One kind of media that a family takes.
+
+    Attributes:
+        name: "image" or "video".
+        method: method of the base model that encodes it.
+        pixels: names of that method's main argument, the current one first.
+        token: id that stands for one of its features in the prompt.
+    """
+
+    name: str
+    method: str
+    pixels: tuple[str, ...]
+    token: int
 
 
 @dataclass(frozen=True)
@@ -16,32 +37,17 @@ class Tower:
     Attributes:
         module: the encoder.
         blocks: its transformer layers, in order.
-        prefix: tokens before the patches (1 with a CLS token, 0 without).
+        prefix: tokens before the patches of each item (1 with a CLS token, 0 without).
         has_cls: whether the first prefix token attends like a CLS token.
+        packed: whether the patches of all items lie in one sequence without a batch dimension (or with one of size 1).
+            Then tokens merge behind the encoder, not in it.
     """
 
     module: nn.Module
     blocks: nn.ModuleList
-    prefix: int
-    has_cls: bool
-
-
-@dataclass(frozen=True)
-class ImageLayout:
-    """How the features of one image lie.
-
-    Attributes:
-        grid: (rows, columns) of the patches.
-        prefix: feature rows before the patches (a CLS row that the model keeps); never dropped by the vision stage.
-    """
-
-    grid: tuple[int, int]
     prefix: int = 0
-
-    @property
-    def size(self) -> int:
-        """Features of the image."""
-        return self.grid[0] * self.grid[1] + self.prefix
+    has_cls: bool = False
+    packed: bool = False
 
 
 class Adapter(ABC):
@@ -50,57 +56,134 @@ class Adapter(ABC):
     Attributes:
         name: the family's name, as `mustdrop.adapters()` lists it.
         classes: names of the Hugging Face classes it is for.
-        features: names of the methods of the base model that encode media.
-        pixels: name of their main argument.
-        fit: how the family's image processor makes the image fit the grid: "crop" (centre) or "stretch".
+        media: kind of media -> (method of the base model, names of its main argument, config field of the token id).
+        additions: methods of the text model, called as method(hidden, mask, rows), that add `rows` to the hidden states
+            of the tokens in `mask` between decoder layers (DeepStack).
+        refuses_flash: why the text model cannot be pruned with flash attention; empty if it can.
+        token_types: name of the argument that marks the kind of each token (1 image, 2 video), or None.
+        added_features: fields of the features output that hold those rows, as a list of levels of features per medium.
     """
 
     name: str
     classes: tuple[str, ...]
-    features: tuple[str, ...] = ("get_image_features",)
-    pixels: str = "pixel_values"
+    media: dict[str, tuple[str, tuple[str, ...], str]] = {  # noqa: RUF012 (a constant of the class)
+        "image": ("get_image_features", ("pixel_values",), "image_token_id")
+    }
+    additions: tuple[str, ...] = ()
+    added_features: tuple[str, ...] = ()
+    refuses_flash: str = ""
+    token_types: str | None = None
 
     @abstractmethod
-    def base(self, model: nn.Module) -> nn.Module:
+    def layouts(self, model: Any, modality: str, arguments: dict[str, Any]) -> list[Layout]:
+        """Layout of each medium of one features call: one per entry of the features that the call returns.
+
+        Args:
+            model: the patched model.
+            modality: key of `media`.
+            arguments: the call's arguments by name.
+        """
+
+    def modalities(self, model: Any) -> tuple[Modality, ...]:
+        """The media that this model takes."""
+        return tuple(
+            Modality(name, method, pixels, getattr(model.config, token))
+            for name, (method, pixels, token) in self.media.items()
+            if getattr(model.config, token, None) is not None
+        )
+
+    def base(self, model: Any) -> nn.Module:
         """The multimodal model without its language head; owns the `get_*_features` methods."""
+        return model.model  # type: ignore[no-any-return]
 
-    @abstractmethod
-    def text(self, model: nn.Module) -> nn.Module:
+    def text(self, model: Any) -> nn.Module:
         """The text model: has `layers` and is called with `inputs_embeds`."""
+        return self.base(model).language_model  # type: ignore[return-value]
 
-    @abstractmethod
-    def tower(self, model: nn.Module) -> Tower:
-        """The vision encoder.
+    def decoder_layers(self, model: Any) -> nn.ModuleList:
+        """The decoder layers of the text model."""
+        return self.text(model).layers  # type: ignore[return-value]
+
+    def tower(self, model: Any, modality: str = "image") -> Tower:
+        """The vision encoder for a kind of media.
 
         Raises:
             UnsupportedModelError: an encoder that the vision stage cannot work in; the message says why.
         """
+        return self.dense_tower(self.base(model).vision_tower)
+
+    def dense_tower(self, module: Any) -> Tower:
+        """A tower of items with a batch dimension: CLIP has a CLS token, other kinds (SigLIP) have none.
+
+        The layers sit one level deeper before transformers 5.6, hence the search.
+        """
+        depth = module.config.num_hidden_layers
+        found = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+        if len(found) != 1:
+            raise UnsupportedModelError(
+                f"{self.name}: expected one list of {depth} layers in {type(module).__name__}, found {len(found)}."
+            )
+        cls = module.config.model_type.startswith("clip")
+        return Tower(module, found[0], int(cls), cls)
+
+    def encoder_grid(self, model: Any, modality: str, arguments: dict[str, Any]) -> tuple[int, int]:
+        """(rows, columns) of the patches of one item of a dense tower."""
+        pixels = next(arguments[name] for name in self.media[modality][1] if arguments.get(name) is not None)
+        config: Any = self.tower(model, modality).module.config
+        sides = config.patch_size
+        high, wide = sides if isinstance(sides, list | tuple) else (sides, sides)
+        return int(pixels.shape[-2]) // high, int(pixels.shape[-1]) // wide
+
+    def pool(self, model: Any, modality: str, arguments: dict[str, Any]) -> int | None:
+        """Side of the square of patches that makes one feature.
+
+        None where features do not lie on squares of patches (resampling): tokens then merge behind the encoder.
+        """
+        return 1
+
+    def read_layer(self, model: Any, modality: str, arguments: dict[str, Any]) -> int:
+        """Index of the last encoder layer whose output the features are read from (0-based).
+
+        `vision_feature_layer` counts hidden states, of which the first is the embedding.
+        """
+        layers = arguments.get("vision_feature_layer")
+        layers = getattr(model.config, "vision_feature_layer", None) if layers is None else layers
+        depth = len(self.tower(model, modality).blocks)
+        if layers is None:
+            return depth - 1
+        return max(k - 1 if k >= 0 else depth + k for k in ([layers] if isinstance(layers, int) else layers))
+
+    def fit(self, model: Any) -> Literal["crop", "stretch"]:
+        """How the image processor of this family fits an image to the grid, for drawing."""
+        return "stretch"
+
+    def projector_flops(self, model: Any) -> int:
+        """FLOPs per feature of what maps features into the language model, for the cost account."""
+        return linear_flops(self.base(model).multi_modal_projector)  # type: ignore[arg-type]
+
+    # -- for tests and examples -------------------------------------------------------------------------------------
 
     @abstractmethod
-    def placeholder_ids(self, model: nn.Module) -> tuple[int, ...]:
-        """Token ids that stand for vision features in the prompt."""
+    def tiny(self) -> dict[str, Any]:
+        """Configuration, as a dictionary with `model_type`, of a model of this family that runs in milliseconds."""
 
     @abstractmethod
-    def layouts(self, model: nn.Module, arguments: dict[str, Any]) -> list[ImageLayout]:
-        """Layout of each image of one features call.
+    def tiny_media(self, model: Any, modality: str, images: list[Tensor]) -> tuple[dict[str, Any], list[list[int]]]:
+        """Processor outputs for a tiny model.
 
         Args:
-            model: the patched model.
-            arguments: the call's arguments by name.
+            model: a model of the `tiny` configuration.
+            modality: key of `media`.
+            images: one per medium, (3, height, width) or, for a video, (frames, 3, height, width), of `tiny_sizes`.
+
+        Returns:
+            The arguments that the processor would return, and per medium the ids of its run in the prompt.
         """
 
-    @abstractmethod
-    def read_layer(self, model: nn.Module, arguments: dict[str, Any]) -> int:
-        """Index of the last encoder layer whose output the features are read from (0-based)."""
+    def tiny_rows(self, arguments: dict[str, Any], counts: list[int]) -> dict[str, Any]:
+        """Arguments of `tiny_media` for prompts with `counts` media each; most families do not care."""
+        return arguments
 
-    @abstractmethod
-    def fit(self, model: nn.Module) -> Literal["crop", "stretch"]:
-        """How the image processor of this family fits an image to the grid, for drawing."""
-
-    def projector(self, model: nn.Module) -> nn.Module | None:
-        """What maps features into the language model, for the cost account; None if it is not one module."""
-        return None
-
-    def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
-        """The decoder layers of the text model."""
-        return self.text(model).layers  # type: ignore[return-value]
+    def tiny_sizes(self, modality: str) -> tuple[tuple[int, ...], ...]:
+        """Shapes of media that `tiny_media` takes, for tests to draw from."""
+        return ((3, 24, 24),)

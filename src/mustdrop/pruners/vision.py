@@ -27,7 +27,10 @@ class VisionStagePruner(Settings):
     Source: MustDrop (arXiv 2411.10803), vision encoding stage; defaults are those of the released code.
 
     Attributes:
-        window: side of the merging windows in patches; None merges nothing.
+        window: side of the merging windows in patches; None merges nothing. Where a feature is made of several patches
+            (a 2x2 merger), the side counts features.
+        temporal_window: adjacent frames of a video that a merging window spans; 1 merges within frames. Windows over
+            several frames merge behind the encoder, which sees frames one by one. An image is one frame.
         threshold: mean pairwise cosine similarity in [-1, 1] from which a window becomes its mean.
         layer: encoder layer (0-based) after which windows merge; later encoder layers run on fewer tokens.
         key_share: share of the tokens that is pinned (the paper's key set), in [0, 1].
@@ -46,6 +49,7 @@ class VisionStagePruner(Settings):
     """
 
     window: int | None = Field(3, ge=2)
+    temporal_window: int = Field(1, ge=1)
     threshold: float = Field(0.8, ge=-1, le=1)
     layer: int = Field(0, ge=0)
     key_share: float = Field(0.08, ge=0, le=1)
@@ -74,13 +78,16 @@ class VisionStagePruner(Settings):
         """Whether `keep` can ask for fewer tokens than merging leaves."""
         return self.compat == "paper"
 
-    def merge(self, features: Tensor, grid: tuple[int, int], at_least: Tensor | None = None) -> Selection:
+    def merge(
+        self, features: Tensor, grid: tuple[int, ...], at_least: Tensor | None = None, scale: int = 1
+    ) -> Selection:
         """Merge similar windows of one encoder layer's output.
 
         Args:
             features: (B, N, C), patches in raster order, without CLS.
-            grid: (rows, columns) of the patches, rows * columns == N.
+            grid: (rows, columns) of the patches, or (frames, rows, columns), N in all.
             at_least: (B,) long, tokens that must remain.
+            scale: patches per side of what the window counts.
 
         Returns:
             `Selection` with `merge_into`; `selection.apply(features)` are the M remaining tokens.
@@ -90,28 +97,32 @@ class VisionStagePruner(Settings):
         """
         if self.window is None:
             return Selection.from_mask(torch.ones(features.shape[:2], dtype=torch.bool, device=features.device))
-        similarity = window_similarity(features, grid, self.window)
-        return merge_windows(
-            similarity, grid, self.window, self.threshold, at_least, released=self.compat == "released"
-        )
+        window = (self.temporal_window, self.window * scale, self.window * scale)
+        similarity = window_similarity(features, grid, window)
+        return merge_windows(similarity, grid, window, self.threshold, at_least, released=self.compat == "released")
 
-    def select(self, importance: Tensor, alive: Tensor, count: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def select(
+        self, importance: Tensor, alive: Tensor, count: Tensor | None = None, structural: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Select to a budget and pin the key set.
 
         Args:
             importance: (B, N) encoder attention per token.
             alive: (B, N) bool, tokens that exist (not padding, not merged away).
             count: (B,) long, tokens to keep; None keeps all.
+            structural: (B, N) bool, tokens that stand for no part of the picture (line breaks): they stay before all
+                others, and are never pinned.
 
         Returns:
             (keep, pinned), both (B, N) bool; pinned is a subset of keep.
         """
-        keep = alive
+        keep, first = alive, torch.zeros_like(alive) if structural is None else structural
         if count is not None:
-            keep = keep_best(self.scores(importance), count, alive)
+            keep = keep_best(self.scores(importance).masked_fill(first, torch.inf), count, alive)
+        picture = keep & ~first
         # a hair below the product: 0.08 * 450 is 36.000000000000004 in floating point and must pin 36
-        share = torch.ceil(keep.sum(1) * self.key_share - 1e-9).long()
-        return keep, keep_best(importance, share, keep)
+        share = torch.ceil(picture.sum(1) * self.key_share - 1e-9).long()
+        return keep, keep_best(importance, share, picture)
 
     def scores(self, importance: Tensor) -> Tensor:
         """(B, N) scores that `select` ranks by, higher stays: `importance` itself, or the random / uniform baseline."""
@@ -122,14 +133,14 @@ class VisionStagePruner(Settings):
         return row.expand_as(importance)
 
     def __call__(
-        self, features: Tensor, importance: Tensor, grid: tuple[int, int], count: Tensor | None = None
+        self, features: Tensor, importance: Tensor, grid: tuple[int, ...], count: Tensor | None = None
     ) -> tuple[Selection, Tensor]:
         """Merge, select and pin in one step, for a stack of your own that does all at one point.
 
         Args:
             features: (B, N, C) patches in raster order.
             importance: (B, N) attention that each patch gets from CLS, or receives on average.
-            grid: (rows, columns) of the patches.
+            grid: (rows, columns) of the patches, or (frames, rows, columns).
             count: (B,) long, tokens to keep; None keeps what merging leaves. `self.keep` is used if it is a number.
 
         Returns:

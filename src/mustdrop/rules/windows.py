@@ -1,10 +1,14 @@
 """Local spatial merging: square windows of similar patches become their mean.
 
 Source: MustDrop (arXiv 2411.10803), vision encoding stage. Similarity of a window is the mean cosine over its pairs of
-distinct tokens; a window merges if it reaches the threshold.
+distinct tokens; a window merges if it reaches the threshold. In a video a window may reach over adjacent frames.
+
+A grid is (rows, columns), or (frames, rows, columns); a window is its side, or (frames, rows, columns).
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from einops import rearrange
@@ -14,49 +18,69 @@ from mustdrop.errors import ConfigError
 from mustdrop.rules.ranking import rank_descending
 from mustdrop.selection import Selection
 
+Sides = tuple[int, ...]
 
-def window_index(grid: tuple[int, int], window: int, device: torch.device | None = None) -> Tensor:
-    """Token indices of each complete window of a raster grid, (W, window**2) long.
+
+def _solid(grid: Sides, window: int | Sides) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Grid and window with all three sides; an image is one frame, and no window is deeper than that there."""
+    frames, rows, columns = grid if len(grid) == 3 else (1, *grid)
+    deep, high, wide = (1, window, window) if isinstance(window, int) else window
+    return (frames, rows, columns), (1 if frames == 1 else deep, high, wide)
+
+
+def window_index(grid: Sides, window: int | Sides, device: torch.device | None = None) -> Tensor:
+    """Token indices of each complete window of a raster grid, (W, tokens per window) long.
 
     Incomplete windows at the border are left out.
 
     Raises:
         ConfigError: the grid is smaller than one window.
     """
-    h, w = grid[0] // window, grid[1] // window
-    if not h or not w:
+    (frames, rows, columns), (deep, high, wide) = _solid(grid, window)
+    t, h, w = frames // deep, rows // high, columns // wide
+    if not t or not h or not w:
+        has = f"{rows}x{columns} patches" if frames == 1 else f"{frames} frames of {rows}x{columns} patches"
+        needs = f"{high}x{wide}" if deep == 1 else f"{deep} frames of {high}x{wide}"
         raise ConfigError(
-            f"the image has {grid[0]}x{grid[1]} patches, smaller than one window of "
-            f"{window}x{window}: use a smaller window."
+            f"the {'image' if frames == 1 else 'video'} has {has}, smaller than one window of {needs}: "
+            "use a smaller window."
         )
-    tokens = torch.arange(grid[0] * grid[1], device=device).view(grid)[: h * window, : w * window]
-    return rearrange(tokens, "(h a) (w b) -> (h w) (a b)", a=window, b=window)
+    tokens = torch.arange(frames * rows * columns, device=device).view(frames, rows, columns)
+    tokens = tokens[: t * deep, : h * high, : w * wide]
+    return rearrange(tokens, "(t c) (h a) (w b) -> (t h w) (c a b)", c=deep, a=high, b=wide)
 
 
-def window_similarity(x: Tensor, grid: tuple[int, int], window: int) -> Tensor:
+def _centre(grid: Sides, window: int | Sides) -> int:
+    """Place of the centre among the tokens of a window."""
+    _, (deep, high, wide) = _solid(grid, window)
+    return ((deep - 1) // 2 * high + (high - 1) // 2) * wide + (wide - 1) // 2
+
+
+def window_similarity(x: Tensor, grid: Sides, window: int | Sides) -> Tensor:
     """Mean pairwise cosine similarity of the tokens of each window.
 
     The closed form (|sum of unit vectors|^2 - sum of their squared norms) / (n (n - 1)) needs no pairwise products.
 
     Args:
         x: (B, N, C) tokens in raster order of `grid`.
-        grid: (rows, columns), rows * columns == N.
-        window: side of a window, at least 2.
+        grid: sides of the grid, with N tokens in all.
+        window: of at least two tokens.
 
     Returns:
         (B, W) float32, windows in raster order.
     """
-    if x.shape[1] != grid[0] * grid[1]:
-        raise ConfigError(f"got {x.shape[1]} tokens for a grid of {grid[0]}x{grid[1]} = {grid[0] * grid[1]} patches.")
+    if x.shape[1] != math.prod(grid):
+        sides = "x".join(map(str, grid))
+        raise ConfigError(f"got {x.shape[1]} tokens for a grid of {sides} = {math.prod(grid)} patches.")
     unit = torch.nn.functional.normalize(x.float(), dim=-1)[:, window_index(grid, window, x.device)]  # (B, W, n, C)
-    n = window * window
+    n = unit.shape[2]
     return (unit.sum(2).square().sum(-1) - unit.square().sum((2, 3))) / (n * (n - 1))
 
 
 def merge_windows(
     similarity: Tensor,
-    grid: tuple[int, int],
-    window: int,
+    grid: Sides,
+    window: int | Sides,
     threshold: float,
     at_least: Tensor | None = None,
     released: bool = False,
@@ -65,29 +89,29 @@ def merge_windows(
 
     Args:
         similarity: (B, W) from `window_similarity`.
-        grid: (rows, columns) of the patches.
-        window: side of a window.
+        grid: sides of the grid.
+        window: as in `window_similarity`.
         threshold: similarity in [-1, 1] from which a window merges.
         at_least: (B,) long, tokens that must remain; the least similar windows stay unmerged.
         released: reproduce the authors' code: every row merges as many windows as the row with the fewest, and merged
             windows come first, most similar first.
 
     Returns:
-        `Selection` over the rows * columns patches. A merged window is named by its centre patch.
+        `Selection` over the patches of the grid. A merged window is named by its centre patch.
     """
     batch, windows = similarity.shape
-    total, device = grid[0] * grid[1], similarity.device
+    total, device = math.prod(grid), similarity.device
     index = window_index(grid, window, device)
     rank = rank_descending(similarity)
     count = (similarity >= threshold).sum(1)
     if at_least is not None:
-        count = count.minimum((total - at_least.to(device)).clamp(min=0) // (window * window - 1))
+        count = count.minimum((total - at_least.to(device)).clamp(min=0) // (index.shape[1] - 1))
     if released:
         count = count.min().expand(batch)
     merged = rank < count[:, None]
 
     itself = torch.arange(total, device=device).expand(batch, -1)
-    centre = index[:, (window - 1) // 2 * (window + 1)].expand(batch, -1)
+    centre = index[:, _centre(grid, window)].expand(batch, -1)
     target = torch.where(merged[..., None], centre[..., None], index)
     representative = itself.scatter(1, index.flatten().expand(batch, -1), target.flatten(1))
     order = itself

@@ -11,22 +11,22 @@ from torch import Tensor, nn
 
 from mustdrop import kv
 from mustdrop.adapters.base import Adapter
-from mustdrop.compat import checkpoints_activations, eager, require_supported_transformers
+from mustdrop.compat import eager, require_supported_transformers
 from mustdrop.cost import TextCost
-from mustdrop.errors import ConfigError, NothingDroppedWarning, UnsupportedModelError, UnsupportedOptionError
+from mustdrop.errors import ConfigError, NothingDroppedWarning, UnsupportedModelError
 from mustdrop.method import Method
 from mustdrop.runtime import tap
-from mustdrop.runtime.encoder import KEY, BlockHook, EncoderStage
+from mustdrop.runtime.additions import AdditionWrapper
+from mustdrop.runtime.encoder import BlockHook, EncoderStage, MaskHook, takes_mask
 from mustdrop.runtime.entry import last_token, valid_tokens
 from mustdrop.runtime.features import FeaturesWrapper
 from mustdrop.runtime.generate import GenerateWrapper
 from mustdrop.runtime.plan import RowPlan, plan_row
 from mustdrop.runtime.record import record
+from mustdrop.runtime.refusals import check_call, check_model
 from mustdrop.runtime.state import Call, Local
 from mustdrop.runtime.text import AttentionCapture, LayerHook, TextStage
 from mustdrop.trace import Trace
-
-_MEDIA = ("pixel_values", "pixel_values_images", "pixel_values_videos")
 
 
 class Runtime:
@@ -46,10 +46,8 @@ class Runtime:
                 f"{type(self.text).__name__} has none."
             )
         self.local = Local()
-        self.encoder: EncoderStage | None = None
-        if method.vision is not None:
-            self.encoder = EncoderStage(method.vision, adapter.tower(model), self.local)
-            self.encoder.check(adapter.read_layer(model, {}))
+        self.modalities = adapter.modalities(model)
+        self.encoders = self._encoders()
         if method.decode is not None and method.decode.full_layers > self.depth:
             raise ConfigError(
                 f"DecodeCachePruner.full_layers={method.decode.full_layers}: this model has "
@@ -62,8 +60,27 @@ class Runtime:
         self.handles: list[Any] = []
         self.tapped: list[nn.Module] = []
         self.overridden: list[tuple[nn.Module, str]] = []
-        self._check_backend()
-        self._check_sharding()
+        check_model(self)
+
+    def _encoders(self) -> dict[str, EncoderStage]:
+        """Kind of media -> its encoder. Kinds that share a tower share the stage.
+
+        An encoder that the adapter cannot look into matters only to a vision stage.
+        """
+        pruner = self.method.vision
+        found: dict[str, EncoderStage] = {}
+        for modality in self.modalities:
+            try:
+                tower = self.adapter.tower(self.model, modality.name)
+            except UnsupportedModelError:
+                if pruner is not None:
+                    raise
+                continue
+            known = [stage for stage in found.values() if stage.tower.module is tower.module]
+            stage = known[0] if known else EncoderStage(pruner, tower, self.local, ("encoder", modality.name))
+            stage.check(self.adapter.read_layer(self.model, modality.name, {}))
+            found[modality.name] = stage
+        return found
 
     @property
     def text_cost(self) -> TextCost:
@@ -79,31 +96,6 @@ class Runtime:
     def flash(self) -> bool:
         """Whether the text model runs a flash-attention kernel."""
         return "flash" in self.implementation
-
-    def _check_backend(self) -> None:
-        name = self.implementation
-        if name.startswith("paged") or "flex" in name:
-            raise UnsupportedOptionError(
-                f"attn_implementation={name!r} cannot be pruned (its masks have no rows and columns): "
-                f"use model.set_attn_implementation('sdpa')."
-            )
-
-    def _check_sharding(self) -> None:
-        parts = getattr(self.model, "_tp_size", None) or 1
-        if parts > 1:
-            raise UnsupportedOptionError(
-                f"a model in tensor parallel cannot be pruned (tp_size={parts}, expected 1): each process holds some "
-                "of the attention heads, would score the tokens by these alone and drop others than its neighbours. "
-                "Load the model without tp_plan and tp_size; device_map='auto' spreads whole layers over several "
-                "devices."
-            )
-
-    def _check_training(self) -> None:
-        if (self.model.training or torch.is_grad_enabled()) and checkpoints_activations(self.base):
-            raise UnsupportedOptionError(
-                "training a patched model with gradient checkpointing is not supported: the layers would run twice. "
-                "Call model.gradient_checkpointing_disable(), or unpatch the model while it trains."
-            )
 
     def plan(self, total: int) -> RowPlan:
         """Numbers for a prompt with `total` vision tokens; a server sees the same few sizes all day."""
@@ -131,20 +123,25 @@ class Runtime:
         )
         for i in scored:
             self._tap(self.layers[i], ("text", i), AttentionCapture(self.stage, i), f"decoder layer {i}")
-        if self.encoder is not None:
-            tower = self.encoder.tower
+        for stage in dict.fromkeys(self.encoders.values()):
+            tower = stage.tower
             for i, block in enumerate(tower.blocks):
-                self.handles.append(block.register_forward_pre_hook(BlockHook(self.encoder, i), with_kwargs=True))
-            self.handles.append(tower.module.register_forward_hook(self.encoder.after_tower, prepend=True))
-            if self.encoder.pruner.needs_attention:
-                self._tap(
-                    tower.blocks[self.encoder.key_layer],
-                    KEY,
-                    self.encoder.capture,
-                    f"encoder layer {self.encoder.key_layer}",
-                )
-        for name in self.adapter.features:
-            self._override(self.base, name, FeaturesWrapper(self, getattr(self.base, name)))
+                self.handles.append(block.register_forward_pre_hook(BlockHook(stage, i), with_kwargs=True))
+            if stage.pruner is None:
+                continue
+            if not tower.packed:
+                for attention in (tap.attention_of(block) for block in tower.blocks if not takes_mask(block)):
+                    if attention is not None:
+                        self.handles.append(attention.register_forward_pre_hook(MaskHook(stage), with_kwargs=True))
+                self.handles.append(tower.module.register_forward_hook(stage.after_tower, prepend=True))
+            if stage.pruner.needs_attention:
+                block = tower.blocks[stage.key_layer]
+                self._tap(block, stage.key, stage.capture, f"encoder layer {stage.key_layer}")
+        for modality in self.modalities:
+            function = getattr(self.base, modality.method)
+            self._override(self.base, modality.method, FeaturesWrapper(self, modality, function))
+        for name in self.adapter.additions:
+            self._override(self.text, name, AdditionWrapper(self.local, getattr(self.text, name)))
         if hasattr(self.model, "generate"):
             self._override(self.model, "generate", GenerateWrapper(self, cast(Any, self.model).generate))
 
@@ -181,15 +178,17 @@ class Runtime:
             ids: (B, S) prompt ids that the cache does not hold yet, or None.
             kwargs: the call's arguments: embeddings, attention mask and media are looked up here.
         """
-        self._check_backend()
-        self._check_training()
+        check_call(self)
         call = Call(owner)
-        vision = self.placeholders(ids, kwargs.get("inputs_embeds")) if _has_media(kwargs) else None
-        if vision is not None:
-            valid = valid_tokens(vision, kwargs.get("attention_mask"))
-            call.totals = (vision & valid).sum(1).tolist()
+        kinds = self.placeholders(ids, kwargs.get("inputs_embeds")) if self._has_media(kwargs) else None
+        if kinds is not None:
+            valid = valid_tokens(kinds, kwargs.get("attention_mask"))
+            kinds = kinds.masked_fill(~valid, -1)
+            call.totals = (kinds >= 0).sum(1).tolist()
+            call.totals_of = {m.name: (kinds == i).sum(1).tolist() for i, m in enumerate(self.modalities)}
             call.plans = [self.plan(total) for total in call.totals]
-            call.open_ended = (vision & last_token(valid)).any(1).tolist()
+            ends = kinds.masked_fill(~last_token(valid), -1).amax(1).tolist()
+            call.open_ended = [None if i < 0 else self.modalities[i].name for i in ends]
         self.local.call = call
         return call
 
@@ -199,7 +198,7 @@ class Runtime:
         call = local.call
         if call is None or call.owner is not owner:
             return
-        local.call = local.forward = local.vision = local.encoder = local.capture = None
+        local.call = local.forward = local.kinds = local.mask = local.encoder = local.capture = None
         if failed:
             return
         local.record = self.last = record(self, call)
@@ -220,15 +219,22 @@ class Runtime:
         return "its thresholds drop nothing here; raise global_threshold and individual_threshold, or set keep."
 
     def placeholders(self, ids: Tensor | None, embeds: Tensor | None) -> Tensor | None:
-        """(B, S) bool, positions that stand for vision features."""
-        wanted = torch.tensor(self.adapter.placeholder_ids(self.model))
-        if ids is not None:
-            return torch.isin(ids, wanted.to(ids.device))
-        if embeds is None:
+        """(B, S) long, index of the modality that each position stands for, -1 for text."""
+        if ids is None and embeds is None:
             return None
-        rows = self.text.get_input_embeddings()(wanted.to(embeds.device)).to(embeds)
-        same: Tensor = (embeds[:, :, None] == rows).all(-1)
-        return same.any(-1)
+        device = ids.device if ids is not None else cast(Tensor, embeds).device
+        wanted = torch.tensor([modality.token for modality in self.modalities], device=device)
+        if ids is not None:
+            same = ids[..., None] == wanted
+        else:
+            rows = self.text.get_input_embeddings()(wanted)
+            same = (cast(Tensor, embeds)[:, :, None] == rows.to(cast(Tensor, embeds))).all(-1)
+        index = torch.arange(len(self.modalities), device=device)
+        return torch.where(same, index, -1).amax(-1)
+
+    def _has_media(self, kwargs: dict[str, Any]) -> bool:
+        names = (name for modality in self.modalities for name in modality.pixels)
+        return any(kwargs.get(name) is not None for name in names) or bool(kwargs.get("mm_encoder_outputs"))
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
@@ -252,12 +258,14 @@ class Runtime:
         if ids is None and embeds is not None and call is not None and call.length and call.prefill is None:
             call.length = embeds.shape[1]  # peft's prompt tuning puts rows before the ids that generate was given
         # without media, a placeholder id is a token that somebody generated or guessed, not an image
-        self.local.vision = self.placeholders(ids, embeds) if _has_media(kwargs) else None
+        self.local.kinds = self.placeholders(ids, embeds) if self._has_media(kwargs) else None
+        mask = kwargs.get("attention_mask")
+        self.local.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     @eager
     def after_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """End the call that `before_base` began."""
-        self.local.vision = None
+        self.local.kinds = self.local.mask = None
         self.end(module, failed=output is None)
 
     @eager
@@ -275,7 +283,3 @@ class Runtime:
 
 def _ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return kwargs.get("input_ids", args[0] if args else None)
-
-
-def _has_media(kwargs: dict[str, Any]) -> bool:
-    return any(kwargs.get(name) is not None for name in _MEDIA) or bool(kwargs.get("mm_encoder_outputs"))

@@ -1,57 +1,87 @@
 """The vision stage inside a running encoder: shrink after one layer, score at another, undo the shrinking at the exit.
 
 What leaves the encoder has its full length again, and so have the projected features: a dropped token is a row of NaN
-in
-them. So everything in transformers that counts features (placeholder checks, beams, chunks) sees nothing unusual, and
-the
-marks survive concatenation, casts and re-grouping.
+in them. So everything in transformers that counts features (placeholder checks, beams, chunks) sees nothing unusual,
+and the marks survive concatenation, casts and re-grouping.
 """
 
 from __future__ import annotations
 
+import inspect
+import itertools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mustdrop.adapters.base import ImageLayout, Tower
+from mustdrop.adapters.base import Tower
 from mustdrop.compat import eager
 from mustdrop.errors import ConfigError
 from mustdrop.kernels.reference import received_attention, row_probabilities
 from mustdrop.pruners import VisionStagePruner
-from mustdrop.runtime.masks import encoder_mask
+from mustdrop.runtime.masks import cut_encoder_mask, encoder_mask
 from mustdrop.runtime.state import Local
 from mustdrop.runtime.tap import attention_of
 from mustdrop.selection import Selection
 
-if TYPE_CHECKING:
-    pass
-
-KEY = "vision"
-
-T = TypeVar("T")
-
 
 @dataclass
 class EncoderRun:
-    """State of one pass of images through the encoder.
+    """State of one pass of media through an encoder.
 
     Attributes:
-        layouts: one per image.
-        at_least: (images,) long, tokens that merging must leave, or None.
+        tower: the encoder.
+        grid: (rows, columns) of the patches of one item where windows merge inside the encoder, else None.
+        pool: patches per side of a feature.
+        at_least: (items,) long, patches that merging must leave, or None.
         merged: what merging decided.
-        mask: attention mask of the layers after merging, None if no image is shorter than another.
-        importance: (images, slots) encoder attention per remaining token.
-        tokens: per encoder layer, tokens per image that it processed.
+        masks: attention masks of the layers after merging, by the mask that came.
+        scores: encoder attention, in the pieces in which the key layer computed it.
+        lengths: per encoder layer, the lengths of the sequences that attended to themselves.
     """
 
-    layouts: list[ImageLayout]
-    at_least: Tensor | None
+    tower: Tower
+    grid: tuple[int, int] | None = None
+    pool: int = 1
+    at_least: Tensor | None = None
     merged: Selection | None = None
-    mask: Tensor | None = None
-    importance: Tensor | None = None
-    tokens: list[Tensor] = field(default_factory=list)
+    masks: dict[int, Tensor | None] = field(default_factory=dict)
+    scores: list[Tensor] = field(default_factory=list)
+    lengths: list[Tensor] = field(default_factory=list)
+
+    def importance(self) -> Tensor | None:
+        """(patches,) encoder attention of every patch of all items; None if the key layer did not run.
+
+        A merged patch has the score of its window.
+        """
+        if not self.scores:
+            return None
+        if self.merged is None or self.merged.merge_into is None:
+            return torch.cat([score.flatten() for score in self.scores])
+        scores = torch.cat(self.scores)
+        return scores.gather(1, self.merged.merge_into.to(scores.device)).flatten()
+
+    def owners(self, patches: int) -> Tensor:
+        """(patches,) long, for every patch of all items the patch that names its merged window (or itself)."""
+        if self.merged is None or self.merged.merge_into is None:
+            return torch.arange(patches)
+        owner = self.merged.keep.gather(1, self.merged.merge_into)
+        base = torch.arange(len(owner), device=owner.device)[:, None] * owner.shape[1]
+        return (owner + base).flatten()
+
+
+@dataclass
+class MaskHook:
+    """Pre-hook of the attention module of an encoder layer that takes no mask itself."""
+
+    stage: EncoderStage
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """See `EncoderStage.masked`."""
+        return self.stage.masked(args[0] if args else kwargs["hidden_states"], module, args, kwargs)
 
 
 @dataclass
@@ -69,10 +99,13 @@ class BlockHook:
 
 
 class EncoderStage:
-    """Installs and runs a `VisionStagePruner` in one tower."""
+    """Watches one tower, and runs a `VisionStagePruner` in it if there is one."""
 
-    def __init__(self, pruner: VisionStagePruner, tower: Tower, local: Local) -> None:
-        self.pruner, self.tower, self.local = pruner, tower, local
+    def __init__(self, pruner: VisionStagePruner | None, tower: Tower, local: Local, key: object) -> None:
+        self.pruner, self.tower, self.local, self.key = pruner, tower, local, key
+        self.key_layer = -1
+        if pruner is None:
+            return
         depth = len(tower.blocks)
         if not -depth <= pruner.key_layer < depth:
             raise ConfigError(
@@ -80,24 +113,35 @@ class EncoderStage:
                 f"{depth - 1} (or negative, from the end)."
             )
         self.key_layer = pruner.key_layer % depth
-        if pruner.window is not None and pruner.layer > depth - 2:
+        if pruner.window is None or tower.packed:
+            return
+        if pruner.layer > depth - 2:
             raise ConfigError(
                 f"VisionStagePruner.layer={pruner.layer}: merging after it needs a next layer; this "
                 f"encoder has layers 0 to {depth - 1}."
             )
-        if pruner.window is not None and self.key_layer <= pruner.layer and pruner.needs_attention:
+        if self.key_layer <= pruner.layer and pruner.needs_attention:
             raise ConfigError(
                 f"VisionStagePruner.key_layer={pruner.key_layer} must come after the merging layer "
                 f"{pruner.layer}: it scores merged tokens."
             )
 
+    def merges_inside(self, pool: int | None, frames: int) -> bool:
+        """Whether windows merge inside the encoder, which must see whole windows as squares of patches of one item."""
+        pruner = self.pruner
+        if pruner is None or pruner.window is None or self.tower.packed or pool is None:
+            return False
+        return frames == 1 or pruner.temporal_window == 1
+
     def check(self, read_layer: int) -> None:
         """Raise `ConfigError` if merging would come after the layer that the features are read from."""
-        if self.pruner.window is not None and self.pruner.layer >= read_layer:
+        pruner = self.pruner
+        if pruner is None or pruner.window is None or self.tower.packed:
+            return
+        if pruner.layer >= read_layer:
             raise ConfigError(
-                f"VisionStagePruner.layer={self.pruner.layer}: this model reads its features from "
-                f"encoder layer {read_layer}; merge before it "
-                f"(0 to {read_layer - 1})."
+                f"VisionStagePruner.layer={pruner.layer}: this model reads its features from "
+                f"encoder layer {read_layer}; merge before it (0 to {read_layer - 1})."
             )
 
     @eager
@@ -111,37 +155,67 @@ class EncoderStage:
         run: EncoderRun | None = self.local.encoder
         if run is None:
             return None
-        if index == self.key_layer and self.pruner.needs_attention:
-            self.local.capture = KEY
-        merges = self.pruner.window is not None and index == self.pruner.layer + 1
+        pruner = self.pruner
+        if pruner is not None and pruner.needs_attention and index == self.key_layer:
+            self.local.capture = self.key
+        merges = run.grid is not None and pruner is not None and index == pruner.layer + 1
         if merges:
             args = (self._merge(run, args[0], module), *args[1:])
-        shape = args[0].shape
-        length = (
-            torch.full((shape[0],), shape[1], device=args[0].device)
-            if run.merged is None
-            else run.merged.counts + self.tower.prefix
-        )
-        run.tokens.append(length)
-        if run.mask is None:
+        run.lengths.append(self._lengths(run, args[0], kwargs))
+        if not takes_mask(module):
             return (args, kwargs) if merges else None
+        return self.masked(args[0], module, args, kwargs) or ((args, kwargs) if merges else None)
+
+    @eager
+    def masked(
+        self, hidden: Tensor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The arguments of an encoder layer (or its attention) with the mask that merging asks for; None if none."""
+        run: EncoderRun | None = self.local.encoder
+        if run is None or run.merged is None:
+            return None
+        given = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        mask = self._mask(run, given, hidden, module)
         if len(args) > 1:
-            args = (args[0], run.mask, *args[2:])
-        else:
-            kwargs = {**kwargs, "attention_mask": run.mask}
-        return args, kwargs
+            return (args[0], mask, *args[2:]), kwargs
+        return args, kwargs if mask is None and given is None else {**kwargs, "attention_mask": mask}
+
+    def _lengths(self, run: EncoderRun, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Lengths of the sequences that attend to themselves in one layer."""
+        if run.merged is not None:
+            return run.merged.counts + self.tower.prefix
+        borders = kwargs.get("cu_seqlens")
+        if isinstance(borders, Tensor):
+            return borders.diff()
+        rows, length = (1, hidden.shape[0]) if hidden.ndim == 2 else hidden.shape[:2]
+        return torch.full((rows,), length)
 
     def _merge(self, run: EncoderRun, hidden: Tensor, module: nn.Module) -> Tensor:
         prefix = self.tower.prefix
         patches = hidden[:, prefix:]
-        run.merged = self.pruner.merge(patches, run.layouts[0].grid, run.at_least)
+        assert self.pruner is not None
+        assert run.grid is not None
+        run.merged = self.pruner.merge(patches, run.grid, run.at_least, scale=run.pool)
         if bool(run.merged.valid.all()) and run.merged.keep.shape[1] == patches.shape[1]:
             run.merged = None  # no window is similar enough: the tensors stay as they are, bit for bit
             return hidden
-        visible = nn.functional.pad(run.merged.valid, (prefix, 0), value=True)
-        config: Any = getattr(attention_of(module), "config", module)
-        run.mask = encoder_mask(visible, str(getattr(config, "_attn_implementation", "eager")), hidden.dtype)
         return torch.cat([hidden[:, :prefix], run.merged.apply(patches)], 1)
+
+    def _mask(self, run: EncoderRun, given: Tensor | None, hidden: Tensor, module: nn.Module) -> Tensor | None:
+        """The mask that hides padding, and what the mask that came hides; made once per mask that comes."""
+        if id(given) not in run.masks:
+            merged, prefix = run.merged, self.tower.prefix
+            assert merged is not None
+            visible = nn.functional.pad(merged.valid, (prefix, 0), value=True)
+            if given is None:
+                config: Any = getattr(attention_of(module) or module, "config", module)
+                implementation = str(getattr(config, "_attn_implementation", "eager"))
+                run.masks[id(given)] = encoder_mask(visible, implementation, hidden.dtype)
+            else:
+                slots = nn.functional.pad(merged.keep + prefix, (prefix, 0))
+                slots[:, :prefix] = torch.arange(prefix, device=slots.device)
+                run.masks[id(given)] = cut_encoder_mask(given, slots, visible)
+        return run.masks[id(given)]
 
     @eager
     def capture(self, module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
@@ -149,17 +223,20 @@ class EncoderStage:
         run: EncoderRun | None = self.local.encoder
         if run is None:
             return
+        scaling = kwargs.get("scaling") or getattr(module, "scale", None) or q.shape[-1] ** -0.5
+        if self.tower.packed:
+            run.scores += _of_segments(q, k, mask, kwargs, scaling)
+            return
         prefix, batch, length = self.tower.prefix, q.shape[0], k.shape[2]
         visible = torch.ones(batch, length, dtype=torch.bool, device=q.device)
         if run.merged is not None:
             visible = nn.functional.pad(run.merged.valid, (prefix, 0), value=True).to(q.device)
-        scaling = kwargs.get("scaling") or getattr(module, "scale", None) or q.shape[-1] ** -0.5
         if self.tower.has_cls:
             cls = torch.zeros(batch, 1, dtype=torch.long, device=q.device)
             score = row_probabilities(q, k, cls, visible[:, None], scaling)[:, 0]
         else:
             score = received_attention(q, k, visible, scaling)
-        run.importance = score[:, prefix:]
+        run.scores.append(score[:, prefix:])
 
     @eager
     def after_tower(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -190,3 +267,28 @@ class EncoderStage:
         return torch.cat(
             [state[:, :prefix], merged.to(state.device).expand(state[:, prefix:], merged.merge_into.shape[1])], 1
         )
+
+
+def takes_mask(block: nn.Module) -> bool:
+    """Whether an encoder layer hands a mask on to its attention."""
+    return "attention_mask" in inspect.signature(type(block).forward).parameters
+
+
+def _of_segments(q: Tensor, k: Tensor, mask: Tensor | None, kwargs: dict[str, Any], scaling: float) -> list[Tensor]:
+    """Mean attention received in a packed sequence, times the length of the segment.
+
+    A token of a long segment shares the attention with more others; times the length, 1 means "as much as on average"
+    everywhere. Some attention functions are called once per segment, others once with the borders of all.
+    """
+    borders = kwargs.get("cu_seq_lens_q")
+    edges = [0, q.shape[2]] if borders is None else borders.tolist()
+    if borders is None and mask is not None and mask.ndim == 4:  # one call with a block-diagonal mask
+        seen = mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] > torch.finfo(mask.dtype).min / 2
+        first = seen.int().argmax(1)  # each token's segment starts at the first token that it sees
+        edges = [*torch.unique(first).tolist(), q.shape[2]]
+    scores = []
+    for start, end in itertools.pairwise(edges):
+        everything = torch.ones(q.shape[0], end - start, dtype=torch.bool, device=q.device)
+        score = received_attention(q[:, :, start:end], k[:, :, start:end], everything, scaling)
+        scores.append(score[0] * (end - start))
+    return scores

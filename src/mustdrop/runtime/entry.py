@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mustdrop import budget
-from mustdrop.runtime.state import Call, ImageMarks
+from mustdrop.runtime.state import Call, Marks, Medium
 
 if TYPE_CHECKING:
     from mustdrop.runtime.core import Runtime
@@ -26,7 +26,8 @@ class Media:
         raters: bool, text rows that score.
         totals: vision tokens per row.
         padded: whether any token is padding.
-        marks: what the vision stage decided, per row and image; empty without a vision stage.
+        marks: what the vision stage decided, per row over its vision tokens; empty without a vision stage.
+        media: per row, its media in the order of the prompt; empty if the encoder did not run.
         pinned: bool, the key set, or None.
         importance: float, encoder attention, or None.
         order: long, sort key of the rows where they are reordered (compat="released"), or None.
@@ -40,30 +41,34 @@ class Media:
     raters: Tensor
     totals: list[int]
     padded: bool
-    marks: list[list[ImageMarks]]
+    marks: list[Marks]
+    media: list[list[Medium]]
     pinned: Tensor | None = None
     importance: Tensor | None = None
     order: Tensor | None = None
     counts: list[Tensor] | None = None
 
 
-def read(runtime: Runtime, embeds: Tensor, vision: Tensor, mask: Any) -> Media:
+def read(runtime: Runtime, embeds: Tensor, kinds: Tensor, mask: Tensor | None) -> Media:
     """Everything that the filters need to know about a pass with vision tokens.
 
     Args:
         runtime: of the patched model.
         embeds: (B, length, C) input of the text model; dropped features are rows of NaN.
-        vision: (B, length) bool.
-        mask: `attention_mask` as it came.
+        kinds: (B, length) long, index of each token's modality, -1 for text.
+        mask: (B, length or more) attention mask, or None.
     """
     call = runtime.local.call
-    vision = vision.to(embeds.device)
-    valid = valid_tokens(vision, mask)
-    vision = vision & valid
-    alive = ~(vision & embeds[..., 0].isnan()) if runtime.encoder is not None else torch.ones_like(vision)
+    kinds = kinds.to(embeds.device)
+    valid = valid_tokens(kinds, mask)
+    vision = (kinds >= 0) & valid
+    alive = ~(vision & embeds[..., 0].isnan()) if runtime.method.vision is not None else torch.ones_like(vision)
     totals = vision.sum(1).tolist()
     raters = _raters(vision, valid, call)
-    media = Media(vision, valid, alive, raters, totals, not bool(valid.all()), _marks(call, totals))
+    names = [modality.name for modality in runtime.modalities]
+    found = _media(call, names, kinds.masked_fill(~valid, -1))
+    marks = _marks(call, found, embeds.device) if found else []
+    media = Media(vision, valid, alive, raters, totals, not bool(valid.all()), marks, found)
     if media.marks:
         _spread_marks(media, reorder=runtime.method.renumber)
     _pin_the_end(media, call)
@@ -73,11 +78,11 @@ def read(runtime: Runtime, embeds: Tensor, vision: Tensor, mask: Any) -> Media:
     return media
 
 
-def valid_tokens(vision: Tensor, mask: Any) -> Tensor:
-    """(B, length) bool, tokens of this pass that are not padding, by a 2-D attention mask (all of them without one)."""
+def valid_tokens(tokens: Tensor, mask: Any) -> Tensor:
+    """(B, length) bool, which of `tokens` (B, length) are no padding, by a 2-D attention mask (all without one)."""
     if isinstance(mask, Tensor) and mask.ndim == 2:
-        return mask[:, -vision.shape[1] :].to(vision.device).bool()
-    return torch.ones_like(vision)
+        return mask[:, -tokens.shape[1] :].to(tokens.device).bool()
+    return torch.ones_like(tokens, dtype=torch.bool)
 
 
 def last_token(valid: Tensor) -> Tensor:
@@ -119,31 +124,75 @@ def _raters(vision: Tensor, valid: Tensor, call: Call | None) -> Tensor:
     return torch.where(text.any(1, keepdim=True), text, last_token(valid))
 
 
-def _marks(call: Call | None, totals: list[int]) -> list[list[ImageMarks]]:
-    """Marks per batch row, repeated where the batch was expanded for beams; empty if they are of other images."""
-    if call is None or not call.marks or len(totals) % len(call.marks):
+def _media(call: Call | None, names: list[str], kinds: Tensor) -> list[list[Medium]]:
+    """Media per batch row, repeated where the batch was expanded for beams; empty if the encoder saw other media.
+
+    Args:
+        call: of this pass.
+        names: of the modalities.
+        kinds: (B, length) long, index of each valid token's modality, -1 for all else.
+    """
+    if call is None or not call.layouts:
         return []
-    times = len(totals) // len(call.marks)
-    rows = [row for row in call.marks for _ in range(times)]
-    fits = all(sum(len(mark.alive) for mark in row) == total for row, total in zip(rows, totals, strict=True))
-    return rows if fits else []
+    prompts = max(len(rows) for rows in call.layouts.values())
+    if not prompts or len(kinds) % prompts:
+        return []
+    times = len(kinds) // prompts
+    out = []
+    for row, own in enumerate(kinds.cpu()):
+        own = own[own >= 0]
+        media = []
+        for i, name in enumerate(names):
+            place = (own == i).nonzero()[:, 0]
+            layouts = call.layouts.get(name, [[]] * prompts)[row // times]
+            sizes = [layout.size for layout in layouts]
+            if sum(sizes) != len(place):
+                return []
+            media += [Medium(name, *pair) for pair in zip(layouts, place.split(sizes), strict=True) if len(pair[1])]
+        out.append(sorted(media, key=lambda medium: int(medium.index[0])))
+    return out
+
+
+def _marks(call: Call | None, media: list[list[Medium]], device: torch.device) -> list[Marks]:
+    """What the vision stage decided, per batch row over its vision tokens; empty without one."""
+    if call is None or not call.marks:
+        return []
+    by_layout = {
+        id(layout): mark
+        for kind, rows in call.marks.items()
+        for layouts, marks in zip(call.layouts[kind], rows, strict=True)
+        for layout, mark in zip(layouts, marks, strict=True)
+    }
+    rows = []
+    for own in media:
+        pairs = [(medium.index.to(device), by_layout[id(medium.layout)].to(device)) for medium in own]
+        n = sum(len(index) for index, _ in pairs)
+        row = Marks(
+            alive=torch.ones(n, dtype=torch.bool, device=device),
+            pinned=torch.zeros(n, dtype=torch.bool, device=device),
+            importance=torch.zeros(n, device=device),
+            order=torch.arange(n, device=device),
+            assignment=torch.arange(n, device=device),
+        )
+        for index, mark in pairs:
+            row.alive[index], row.pinned[index] = mark.alive, mark.pinned
+            row.importance[index] = mark.importance.float()
+            row.order[index] = index[mark.order]
+            row.assignment[index] = torch.where(mark.assignment < 0, -1, index[mark.assignment.clamp(min=0)])
+        rows.append(row)
+    return rows
 
 
 def _spread_marks(media: Media, reorder: bool) -> None:
-    """Write the marks of each image to the positions of its tokens."""
+    """Write the marks of each row to the positions of its vision tokens."""
     device = media.vision.device
     media.pinned = torch.zeros_like(media.vision)
     media.importance = torch.zeros(media.vision.shape, device=device)
     order = torch.arange(media.vision.shape[1], device=device).expand_as(media.vision).clone()
     for b, row in enumerate(media.marks):
-        if not row:
-            continue
         place = media.vision[b].nonzero()[:, 0]
-        media.pinned[b, place] = torch.cat([mark.pinned for mark in row]).to(device)
-        media.importance[b, place] = torch.cat([mark.importance for mark in row]).to(device)
-        starts = torch.tensor([0, *[len(mark.alive) for mark in row]], device=device).cumsum(0)
-        places = [mark.order.to(device) + start for mark, start in zip(row, starts, strict=False)]
-        order[b, place] = place[torch.cat(places)]
+        media.pinned[b, place], media.importance[b, place] = row.pinned, row.importance
+        order[b, place] = place[row.order]
     media.order = order if reorder else None
 
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from mustdrop.adapters.base import Modality
 from mustdrop.budget import share_out
 from mustdrop.compat import eager
 from mustdrop.errors import MustDropError
-from mustdrop.pruners import VisionStagePruner
-from mustdrop.runtime.encoder import EncoderRun
-from mustdrop.runtime.plan import rows_of_images
-from mustdrop.runtime.state import ImageMarks
-from mustdrop.selection import Selection
+from mustdrop.layout import Layout
+from mustdrop.runtime.encoder import EncoderRun, EncoderStage
+from mustdrop.runtime.marking import decide, must_remain
+from mustdrop.runtime.plan import rows_of_media
+from mustdrop.runtime.state import Call
 
 if TYPE_CHECKING:
     from mustdrop.runtime.core import Runtime
@@ -26,137 +27,123 @@ T = TypeVar("T")
 
 
 class FeaturesWrapper:
-    """Stands in for `get_image_features` on the base model: runs the stage and marks dropped rows with NaN."""
+    """Stands in for a `get_*_features` of the base model: runs the stage and marks dropped rows with NaN."""
 
-    def __init__(self, runtime: Runtime, function: Callable[..., Any]) -> None:
+    def __init__(self, runtime: Runtime, modality: Modality, function: Callable[..., Any]) -> None:
         functools.update_wrapper(self, function)
-        self.runtime, self.function = runtime, function
+        self.runtime, self.modality, self.function = runtime, modality, function
 
     @eager
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Encode as before, with NaN in the rows of dropped features."""
-        runtime = self.runtime
-        local, stage = runtime.local, runtime.encoder
-        arguments = inspect.signature(self.function).bind(*args, **kwargs).arguments
-        arguments = {**arguments.pop("kwargs", {}), **arguments}
-        if arguments.get(runtime.adapter.pixels) is None:
-            return self.function(*args, **kwargs)  # for transformers' own error message
-        layouts = runtime.adapter.layouts(runtime.model, arguments)
+        runtime, kind = self.runtime, self.modality.name
+        local, stage = runtime.local, runtime.encoders.get(kind)
+        arguments = self._arguments(args, kwargs)
+        if arguments is None or local.encoder is not None:  # inside: the method of one kind calls that of another
+            return self.function(*args, **kwargs)
+        layouts = runtime.adapter.layouts(runtime.model, kind, arguments)
         sizes = [layout.size for layout in layouts]
         call = local.call
-        totals = call.totals if call is not None and rows_of_images(sizes, call.totals) is not None else sizes
-        owners = rows_of_images(sizes, totals) or []
+        mine = call.totals_of.get(kind, []) if call is not None else []
+        owners = rows_of_media(sizes, mine)
+        of_call = call is not None and owners is not None
+        if owners is None:  # features of other media than the call's: each medium is a prompt of its own
+            owners, mine = list(range(len(sizes))), sizes
         if call is not None:
-            call.grids = _grouped([(*layout.grid, layout.prefix) for layout in layouts], owners, len(totals))
+            call.layouts[kind] = _grouped(layouts, owners, len(mine))
         if stage is None:
             return self.function(*args, **kwargs)
-        stage.check(runtime.adapter.read_layer(runtime.model, arguments))
-        plans = call.plans if call is not None and totals is call.totals else [runtime.plan(size) for size in totals]
-        least, most = (
-            _limits(sizes, owners, [p.at_least for p in plans]),
-            _limits(sizes, owners, [p.at_most for p in plans]),
-        )
-
-        at_least = torch.tensor(least) - torch.tensor([layout.prefix for layout in layouts])
-        run = local.encoder = EncoderRun(layouts, at_least if stage.pruner.selects else None)
+        stage.check(runtime.adapter.read_layer(runtime.model, kind, arguments))
+        if call is not None and of_call:
+            plans, totals = call.plans, call.totals
+        else:
+            plans, totals = [runtime.plan(size) for size in sizes], sizes
+        least = _limits(sizes, owners, mine, totals, [plan.at_least for plan in plans])
+        run = self._run(stage, layouts, least, arguments)
+        local.encoder = run
         try:
             output = self.function(*args, **kwargs)
         finally:
             local.encoder, local.capture = None, None
-        ends = [row for row, end in enumerate(call.open_ended) if end] if call is not None and owners else []
-        last = [max(i for i, owner in enumerate(owners) if owner == row) for row in ends if row in owners]
-        marks = self._marks(stage.pruner, run, most, output.pooler_output, last)
-        output.pooler_output = _write(output.pooler_output, [mark.alive for mark in marks])
         if call is not None:
-            call.marks = _grouped(marks, owners, len(totals))
+            call.encoded.append(run)
+        if stage.pruner is None:
+            return output
+        flat = self._flat(output.pooler_output, layouts)
+        most = _limits(sizes, owners, mine, totals, [plan.at_most for plan in plans])
+        last = self._last(call, owners, sizes) if call is not None and of_call else []
+        decided = decide(stage.pruner, run, layouts, flat, least, most, last)
+        output.pooler_output = _restored(decided.write(flat), output.pooler_output)
+        for name in self.runtime.adapter.added_features:
+            levels = [_restored(decided.merged(torch.cat(list(level))), level) for level in getattr(output, name)]
+            setattr(output, name, levels)
+        if call is not None:
+            call.marks[kind] = _grouped(decided.marks, owners, len(mine))
         return output
 
-    def _marks(
-        self, pruner: VisionStagePruner, run: EncoderRun, most: list[int], features: Any, last: list[int]
-    ) -> list[ImageMarks]:
-        """The decisions per image. `last` are images whose last patch ends a prompt and must stay."""
-        prefix = run.layouts[0].prefix
-        total = run.layouts[0].size - prefix
-        device = features[0].device
-        images = len(run.layouts)
-        if [len(f) for f in features] != [layout.size for layout in run.layouts]:
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """The call's arguments by name; None if there are no pixels, for transformers' own error message."""
+        arguments = inspect.signature(self.function).bind(*args, **kwargs).arguments
+        arguments = {**arguments.pop("kwargs", {}), **arguments}
+        return arguments if any(arguments.get(name) is not None for name in self.modality.pixels) else None
+
+    def _run(
+        self, stage: EncoderStage, layouts: Sequence[Layout], least: Sequence[int], arguments: dict[str, Any]
+    ) -> EncoderRun:
+        runtime, kind = self.runtime, self.modality.name
+        run = EncoderRun(stage.tower)
+        pool = runtime.adapter.pool(runtime.model, kind, arguments)
+        frames = max((grid[0] for layout in layouts for grid in layout.grids), default=1)
+        if stage.pruner is None or pool is None or not stage.merges_inside(pool, frames):
+            return run
+        run.grid, run.pool = runtime.adapter.encoder_grid(runtime.model, kind, arguments), pool
+        if stage.pruner.selects and any(layout.size for layout in layouts):
+            run.at_least = must_remain(stage.pruner, layouts, least, run)
+        return run
+
+    def _flat(self, features: Any, layouts: Sequence[Layout]) -> Tensor:
+        """(F, C) features of all media."""
+        made = features.flatten(0, -2) if isinstance(features, Tensor) else torch.cat(list(features))
+        expected = sum(layout.size for layout in layouts)
+        if len(made) != expected:
             raise MustDropError(
-                f"the adapter {self.runtime.adapter.name!r} expected "
-                f"{[layout.size for layout in run.layouts]} features per image, the model made "
-                f"{[len(f) for f in features]}."
+                f"the adapter {self.runtime.adapter.name!r} expected {expected} features of {len(layouts)} "
+                f"{self.modality.name}s ({[layout.size for layout in layouts]}), the model made {len(made)}. "
+                "Do the processor and the config of the model agree (patch size, image size, merge size)?"
             )
-        merged = run.merged or Selection.from_mask(torch.ones(images, total, dtype=torch.bool, device=device))
-        merged = merged.to(device)  # the projector may be on another device than the encoder
-        slots = torch.zeros(images, merged.keep.shape[1], device=device)
-        if pruner.needs_attention:
-            if run.importance is None:
-                raise MustDropError(
-                    f"encoder layer {pruner.key_layer} did not run, so there is no attention to score "
-                    f"with: choose another key_layer."
-                )
-            slots = run.importance.to(device)
-        importance = torch.zeros(images, total, device=device).scatter_add(
-            1, merged.keep, slots.masked_fill(~merged.valid, 0)
-        )
-        owner = torch.arange(total, device=device).expand(images, -1)
-        if merged.merge_into is not None:
-            owner = merged.keep.gather(1, merged.merge_into)
-        importance[last, owner[last, -1]] = torch.inf
-        alive = merged.mask(total)
-        limit = torch.tensor(most, device=device) - prefix
-        count = limit if pruner.selects and bool((alive.sum(1) > limit).any()) else None
-        keep, pinned = pruner.select(importance, alive, count)
+        return made
 
-        for i in last:  # if the last patch was merged, it names its window in place of the centre
-            name = int(owner[i, -1])
-            owner = owner.clone()
-            owner[i] = owner[i].masked_fill(owner[i] == name, total - 1)
-            for mask in (keep, pinned):
-                mask[i, -1], mask[i, name] = mask[i, name].clone(), mask[i, name] & (name == total - 1)
-        order = merged.assignment(total) if pruner.compat == "released" else owner
-        assignment = owner.masked_fill(~keep.gather(1, owner), -1)
-        passed = [tokens.tolist() for tokens in run.tokens]
-        marks = []
-        for i in range(images):
-            extra = (prefix, 0)
-            pad = nn.functional.pad
-            shifted = torch.where(assignment[i] < 0, -1, assignment[i] + prefix)
-            marks.append(
-                ImageMarks(
-                    alive=pad(keep[i], extra, value=True),
-                    pinned=pad(pinned[i], extra, value=False),
-                    importance=pad(importance[i], extra),
-                    order=torch.cat([torch.arange(prefix, device=device), order[i] + prefix]),
-                    assignment=torch.cat([torch.arange(prefix, device=device), shifted]),
-                    passed=tuple(tokens[i] for tokens in passed),
-                    grid=(*run.layouts[i].grid, prefix),
-                )
-            )
-        return marks
+    def _last(self, call: Call, owners: Sequence[int], sizes: Sequence[int]) -> list[int]:
+        """Media whose last feature ends a prompt; it predicts the answer and must stay."""
+        ends = [row for row, kind in enumerate(call.open_ended) if kind == self.modality.name]
+        mine = {row: [i for i, owner in enumerate(owners) if owner == row and sizes[i]] for row in ends}
+        return [media[-1] for media in mine.values() if media]
 
 
-def _grouped(values: list[T], owners: list[int], rows: int) -> list[list[T]]:
-    """One list per prompt of what belongs to its images."""
+def _grouped(values: Sequence[T], owners: Sequence[int], rows: int) -> list[list[T]]:
+    """One list per prompt of what belongs to its media."""
     out: list[list[T]] = [[] for _ in range(rows)]
     for value, row in zip(values, owners, strict=True):
         out[row].append(value)
     return out
 
 
-def _limits(sizes: list[int], owners: list[int], amounts: list[int]) -> list[int]:
-    """Per image, its part of its prompt's `amounts`."""
-    out: list[int] = []
+def _limits(
+    sizes: Sequence[int], owners: Sequence[int], mine: Sequence[int], totals: Sequence[int], amounts: Sequence[int]
+) -> list[int]:
+    """Per medium, its part of its prompt's `amounts`: shared among the kinds of media first, then among the media."""
+    out = [0] * len(sizes)
     for row, amount in enumerate(amounts):
-        mine = [size for size, owner in zip(sizes, owners, strict=True) if owner == row]
-        if mine:
-            out += share_out(amount, mine)
+        media = [i for i, owner in enumerate(owners) if owner == row and sizes[i]]
+        if media:
+            part = share_out(amount, [mine[row], totals[row] - mine[row]])[0]
+            for i, n in zip(media, share_out(part, [sizes[i] for i in media]), strict=True):
+                out[i] = n
     return out
 
 
-def _write(features: Any, alive: list[Tensor]) -> Any:
-    """The features with NaN in the rows that are dropped; same container type as before."""
-    marked = [
-        f if bool(keep.all()) else f.masked_fill(~keep.to(f.device)[:, None], torch.nan)
-        for f, keep in zip(features, alive, strict=True)
-    ]
-    return torch.stack(marked) if isinstance(features, Tensor) else type(features)(marked)
+def _restored(flat: Tensor, like: Any) -> Any:
+    """Features (F, C) in the container that the model returned them in."""
+    if isinstance(like, Tensor):
+        return flat.view(like.shape)
+    return type(like)(torch.split(flat, [len(part) for part in like]))

@@ -101,6 +101,23 @@ def encoder_mask(visible: Tensor, implementation: str, dtype: torch.dtype) -> Te
     )
 
 
+def cut_encoder_mask(mask: Tensor, slots: Tensor, visible: Tensor) -> Tensor:
+    """A mask of transformers over patches, cut to the tokens that merging left.
+
+    Args:
+        mask: (items, N), or (items or 1, 1, N, N), bool or additive.
+        slots: (items, M) long, the patch that names each remaining token.
+        visible: (items, M) bool, tokens that are not padding.
+    """
+    if mask.ndim == 2:
+        return take(mask, slots, 1) & visible.to(mask.dtype)
+    known = mask.expand(slots.shape[0], -1, -1, -1)
+    known = take(take(known, slots, 2), slots, 3)
+    if known.dtype == torch.bool:
+        return known & visible[:, None, None]
+    return known.masked_fill(~visible[:, None, None], torch.finfo(known.dtype).min)
+
+
 def _cast(visible: Tensor, rows: int | None, implementation: str, dtype: torch.dtype) -> Tensor:
     if rows is not None:
         visible = visible.expand(-1, -1, rows, -1)

@@ -73,19 +73,19 @@ def _merge_floor(tokens: float, total: int) -> int:
     return math.ceil(min(2 * tokens, (tokens + total) / 2) - 1e-6)
 
 
-def rows_of_images(sizes: Sequence[int], totals: Sequence[int]) -> list[int] | None:
-    """Which prompt each image belongs to: images fill the prompts' placeholders in order. None if they do not fit.
+def rows_of_media(sizes: Sequence[int], totals: Sequence[int]) -> list[int] | None:
+    """Which prompt each medium belongs to: media fill the prompts' placeholders in order. None if they do not fit.
 
     Args:
-        sizes: features per image.
+        sizes: features per medium; empty ones (a row without an image) go with the row before.
         totals: placeholders per prompt.
     """
-    rows, image = [], 0
+    rows, medium = [], 0
     for row, total in enumerate(totals):
-        while total > 0 and image < len(sizes):
+        while medium < len(sizes) and (total > 0 or not sizes[medium]):
             rows.append(row)
-            total -= sizes[image]
-            image += 1
+            total -= sizes[medium]
+            medium += 1
         if total:
             return None
-    return rows if image == len(sizes) else None
+    return rows if medium == len(sizes) else None

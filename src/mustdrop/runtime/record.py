@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mustdrop.cost import Compared, encoder_flops, linear_flops, total
-from mustdrop.errors import UnsupportedModelError
+from mustdrop.cost import Compared, embedding_flops, encoder_flops, total
 from mustdrop.runtime.rows import PAD, take
-from mustdrop.runtime.state import Call, ImageMarks, Prefill
+from mustdrop.runtime.state import Call, Prefill
 from mustdrop.trace import Trace
 
 if TYPE_CHECKING:
@@ -31,7 +30,6 @@ def record(runtime: Runtime, call: Call) -> Trace:
     valid = prefill.valid
     lengths = [layer.lengths(prefill.start, valid).cpu() for layer in cache.layers[:depth]] if cache is not None else []
     kv_lengths = torch.stack(lengths) if lengths else torch.zeros(depth, len(alive[0]), dtype=torch.long)
-    marks = [[_on_cpu(mark) for mark in row] for row in prefill.marks]
     return Trace(
         method=runtime.method.name,
         total=prefill.vision.sum(1).cpu(),
@@ -42,9 +40,9 @@ def record(runtime: Runtime, call: Call) -> Trace:
         backend=runtime.implementation,
         filters=runtime.filters,
         fit=runtime.adapter.fit(runtime.model),
-        grids=_grids(call, prefill),
+        media=prefill.media,
         _alive=alive,
-        _marks=marks,
+        _marks=[row.to("cpu") for row in prefill.marks],
     )
 
 
@@ -71,29 +69,12 @@ def _alive(prefill: Prefill, rows: list[Tensor | None]) -> list[list[Tensor]]:
     return out
 
 
-def _on_cpu(mark: ImageMarks) -> ImageMarks:
-    return ImageMarks(
-        mark.alive.cpu(),
-        mark.pinned.cpu(),
-        mark.importance.cpu(),
-        mark.order.cpu(),
-        mark.assignment.cpu(),
-        mark.passed,
-        mark.grid,
-    )
-
-
-def _grids(call: Call, prefill: Prefill) -> list[list[tuple[int, int, int]]]:
-    times = prefill.vision.shape[0] // max(1, len(call.grids))
-    return [row for row in call.grids for _ in range(times)]
-
-
 def _kv_bytes(cache: Any, depth: int) -> Compared:
     if cache is None:
         return Compared(0, 0)
     actual = sum(layer.storage_bytes() for layer in cache.layers[:depth])
     unpruned = sum(
-        layer.storage_bytes() // layer.slots * layer.logical for layer in cache.layers[:depth] if layer.slots
+        layer.storage_bytes() // layer.slots * layer.unpruned_slots for layer in cache.layers[:depth] if layer.slots
     )
     return Compared(actual, unpruned)
 
@@ -112,7 +93,7 @@ def _flops(runtime: Runtime, call: Call, prefill: Prefill, rows: list[Tensor | N
     scoring = sum(text.scoring(prefill.raters, new[b][i] + past[i]) for b in range(batch) for i in prefill.scored)
     logical = [int(n) for n in (torch.tensor(whole) + prefill.start + call.steps)]
     parts = {
-        "vision": _encoder_cost(runtime, call),
+        "vision": _encoder_cost(call),
         "projector": _projector_cost(runtime, call),
         "scoring": Compared(scoring, 0),
         "prefill": Compared(
@@ -127,26 +108,24 @@ def _flops(runtime: Runtime, call: Call, prefill: Prefill, rows: list[Tensor | N
     return total(parts, ("vision", "projector", "scoring", "prefill"))
 
 
-def _encoder_cost(runtime: Runtime, call: Call) -> Compared:
-    images = [grid for row in call.grids for grid in row]
-    if not images:
-        return Compared(0, 0)
-    try:
-        tower = runtime.adapter.tower(runtime.model)
-    except UnsupportedModelError:
-        return Compared(0, 0)
-    config: Any = tower.module.config
-    passed = [mark.passed for row in call.marks for mark in row]
+def _encoder_cost(call: Call) -> Compared:
+    """Of every pass through an encoder, merged and as long as it came in."""
     actual = unpruned = 0
-    for i, (height, width, _) in enumerate(images):
-        full = [height * width + tower.prefix] * len(tower.blocks)
-        unpruned += encoder_flops(tower.blocks, config, full, height * width)
-        actual += encoder_flops(tower.blocks, config, passed[i] if passed else full, height * width)
+    for run in call.encoded:
+        if not run.lengths:
+            continue
+        lengths = [length.tolist() for length in run.lengths]
+        tower, merged = run.tower, run.merged is not None
+        patches = sum(lengths[0]) - tower.prefix * len(lengths[0])
+        embedding = embedding_flops(tower.module, tower.blocks) * patches
+        actual += embedding + encoder_flops(tower.blocks, tower.module.config, lengths)
+        # before windows merge, every layer sees what the first one sees
+        whole = [lengths[0]] * len(lengths) if merged else lengths
+        unpruned += embedding + encoder_flops(tower.blocks, tower.module.config, whole)
     return Compared(actual, unpruned)
 
 
 def _projector_cost(runtime: Runtime, call: Call) -> Compared:
-    module = runtime.adapter.projector(runtime.model)
-    features = sum(h * w + extra for row in call.grids for h, w, extra in row)
-    flops = linear_flops(module) * features if module is not None else 0
+    features = sum(layout.size for rows in call.layouts.values() for row in rows for layout in row)
+    flops = runtime.adapter.projector_flops(runtime.model) * features if features else 0
     return Compared(flops, flops)

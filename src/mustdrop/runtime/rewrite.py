@@ -45,8 +45,7 @@ class Rewriter:
                 )
 
     def _layout(self, layer: kv.PrunedLayer | None, forward: Forward, media: Media) -> Layout:
-        known = layer.positions if layer is not None else None
-        key = ("layout", id(known), layer.slots if layer is not None else 0)
+        key = ("layout", layer.layout_key if layer is not None else None)
         if key not in forward.memo:
             new = arrival(forward, media)
             before = layer.slot_positions() if layer is not None else None
@@ -65,7 +64,7 @@ class Rewriter:
         mask, renumber = kwargs.get("attention_mask"), self.runtime.method.renumber
         if mask is None and not layer.padded and forward.length == 1 and not renumber and not self.runtime.flash:
             return False  # one query that sees every slot: nothing to map
-        key = ("extend", id(layer.positions), layer.slots)
+        key = ("extend", layer.layout_key)
         if key not in forward.memo:
             slots = layer.slot_positions(extra=forward.length)
             assert slots is not None  # positions are known, so there are slots

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from mustdrop.layout import Layout
 from mustdrop.runtime.plan import RowPlan
 from mustdrop.runtime.rows import PAD, take
 
 if TYPE_CHECKING:
+    from mustdrop.runtime.encoder import EncoderRun
     from mustdrop.runtime.entry import Media
 
 
 @dataclass
-class ImageMarks:
-    """What the vision stage decided for one image, all (N,) over its features in order.
+class Marks:
+    """What the vision stage decided, all (N,) over features in order: those of one medium, or of a whole prompt.
 
     Attributes:
         alive: features that enter the language model.
         pinned: the key set.
         importance: encoder attention.
-        order: place of an alive feature among those of its image.
+        order: sort key of an alive feature.
         assignment: index of the alive feature that each feature became part of, -1 where it is gone.
-        passed: tokens that each encoder layer processed, for the cost account.
-        grid: (rows, columns, features before the patches).
     """
 
     alive: Tensor
@@ -35,8 +35,25 @@ class ImageMarks:
     importance: Tensor
     order: Tensor
     assignment: Tensor
-    passed: tuple[int, ...]
-    grid: tuple[int, int, int]
+
+    def to(self, device: torch.device | str) -> Marks:
+        """The same on another device."""
+        return Marks(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+@dataclass(frozen=True, eq=False)
+class Medium:
+    """One image or video of a prompt.
+
+    Attributes:
+        kind: "image" or "video".
+        layout: how its features lie.
+        index: (N,) long, place of each feature among the vision tokens of the prompt.
+    """
+
+    kind: str
+    layout: Layout
+    index: Tensor
 
 
 @dataclass
@@ -52,7 +69,9 @@ class Prefill:
         past: per decoder layer, entries that its cache held before.
         raters: text rows that scored (the most of any sample).
         scored: filter layers that scored.
-        marks: per row, what the vision stage decided (empty without one).
+        marks: per row, what the vision stage decided over its vision tokens (empty without one).
+        media: per row, its media in the order of the prompt: layout, kind, and where its features are among the row's
+            vision tokens (empty if the encoder did not run).
     """
 
     vision: Tensor
@@ -62,7 +81,8 @@ class Prefill:
     past: list[int] = field(default_factory=list)
     raters: int = 0
     scored: list[int] = field(default_factory=list)
-    marks: list[list[ImageMarks]] = field(default_factory=list)
+    marks: list[Marks] = field(default_factory=list)
+    media: list[list[Medium]] = field(default_factory=list)
 
 
 @dataclass
@@ -72,11 +92,14 @@ class Call:
     Attributes:
         owner: who began it and will end it.
         totals: vision tokens per prompt.
+        totals_of: kind of media -> its tokens per prompt.
         length: tokens of the prompt that the cache does not hold yet; None in a plain forward, where all are.
         plans: numbers per prompt.
-        open_ended: per prompt, whether it ends with a vision token: that token predicts the answer and must stay.
-        marks: per prompt and image, what the vision stage decided (empty without one).
-        grids: per prompt and image, (rows, columns, features before the patches).
+        open_ended: per prompt, the kind of media whose token it ends with, or None: that token predicts the answer and
+            must stay.
+        marks: kind of media -> per prompt and medium, what the vision stage decided (empty without one).
+        layouts: kind of media -> per prompt and medium, how its features lie.
+        encoded: what each pass through an encoder saw.
         prefill: record of the first pass through the text model.
         labels: our copy of the labels.
         cache: the cache that the call used.
@@ -86,10 +109,12 @@ class Call:
     owner: object
     length: int | None = None
     totals: list[int] = field(default_factory=list)
+    totals_of: dict[str, list[int]] = field(default_factory=dict)
     plans: list[RowPlan] = field(default_factory=list)
-    open_ended: list[bool] = field(default_factory=list)
-    marks: list[list[ImageMarks]] = field(default_factory=list)
-    grids: list[list[tuple[int, int, int]]] = field(default_factory=list)
+    open_ended: list[str | None] = field(default_factory=list)
+    marks: dict[str, list[list[Marks]]] = field(default_factory=dict)
+    layouts: dict[str, list[list[Layout]]] = field(default_factory=dict)
+    encoded: list[EncoderRun] = field(default_factory=list)
     prefill: Prefill | None = None
     labels: Tensor | None = None
     cache: Any = None
@@ -141,7 +166,8 @@ class Local(threading.local):
     def __init__(self) -> None:
         self.call: Call | None = None
         self.forward: Forward | None = None
-        self.vision: Tensor | None = None
+        self.kinds: Tensor | None = None  # (B, S) long: index of the modality, -1 for text
+        self.mask: Tensor | None = None  # the 2-D attention mask of the base model's call
         self.encoder: Any = None
         self.capture: object = None
         self.inside = False

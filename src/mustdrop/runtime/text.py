@@ -18,7 +18,7 @@ from mustdrop.runtime.eviction import evict_dropped
 from mustdrop.runtime.masks import visible_keys
 from mustdrop.runtime.rewrite import Rewriter, arrival
 from mustdrop.runtime.rows import PAD, has_padding, pack, take
-from mustdrop.runtime.state import Forward, Prefill
+from mustdrop.runtime.state import Call, Forward, Prefill
 
 if TYPE_CHECKING:
     from mustdrop.runtime.core import Runtime
@@ -63,7 +63,7 @@ class TextStage:
         runtime, local = self.runtime, self.runtime.local
         local.forward, local.capture = None, None
         embeds: Tensor | None = kwargs.get("inputs_embeds")
-        vision, local.vision = local.vision, None
+        kinds, local.kinds = local.kinds, None
         if embeds is None:
             return None
         wants = kwargs.get("use_cache")
@@ -74,8 +74,10 @@ class TextStage:
         start = int(cache.get_seq_length()) if cache is not None else 0
         forward = local.forward = Forward(embeds.shape[1], start, embeds.shape[0], cache)
         mask = kwargs.get("attention_mask")
-        if vision is None or not bool(vision.any()):
-            if runtime.encoder is not None and forward.length > 1 and bool(embeds[..., 0].isnan().any()):
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            mask = local.mask  # the base model has made 4-D masks of it
+        if kinds is None or not bool((kinds >= 0).any()):
+            if runtime.method.vision is not None and forward.length > 1 and bool(embeds[..., 0].isnan().any()):
                 raise UnsupportedOptionError(
                     "inputs_embeds hold rows of NaN: image features of a patched model, placed by hand. Pass input_ids "
                     "and pixel_values instead, or compute the features while the model is not patched."
@@ -84,9 +86,9 @@ class TextStage:
             nothing = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
             self._begin_record(forward, Prefill(nothing, start, entry.valid_tokens(nothing, mask)))
             return args, kwargs
-        media = forward.media = entry.read(runtime, embeds, vision, mask)
-        self._begin_record(forward, Prefill(media.vision, start, media.valid, marks=media.marks))
-        if runtime.encoder is not None:
+        media = forward.media = entry.read(runtime, embeds, kinds, mask)
+        self._begin_record(forward, Prefill(media.vision, start, media.valid, marks=media.marks, media=media.media))
+        if runtime.method.vision is not None:
             kwargs["inputs_embeds"] = embeds.masked_fill(~media.alive[..., None], 0.0)
         return args, kwargs
 
@@ -226,6 +228,14 @@ class TextStage:
         call = local.call
         if call is not None:
             call.cache = forward.cache
+        made = self._leave(forward, call, output)
+        if forward.cache is not None:
+            for layer in forward.cache.layers:
+                layer.slide()
+        return made
+
+    def _leave(self, forward: Forward, call: Call | None, output: Any) -> Any:
+        """Scatter and cut after a pass in which something was dropped; None if nothing was."""
         if forward.media is None:
             return None
         if forward.record is not None:

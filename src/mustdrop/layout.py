@@ -1,0 +1,96 @@
+"""`Layout`: how the features of one image or video lie, and which encoder patches each of them comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The feature rows of one medium (an image, with all its tiles, or a video), in the order of the prompt.
+
+    Attributes:
+        grids: (frames, rows, columns) of each grid of cells that the features form: one for a plain image or a video,
+            one more for the tiles where the model looks at an image twice.
+        cells: (N,) long, for each feature its cell, counted over all grids in raster order; -1 for structural rows
+            (line breaks, a CLS row), which stand for no part of the picture.
+        patches: (N, k) long, the encoder patches that a feature is made of, counted over all items of the encoder's
+            batch (item * patches per item + patch); -1 fills up.
+    """
+
+    grids: tuple[Grid, ...]
+    cells: Tensor
+    patches: Tensor
+
+    @property
+    def size(self) -> int:
+        """N, features of the medium."""
+        return len(self.cells)
+
+    @property
+    def structural(self) -> Tensor:
+        """(N,) bool, rows that stand for no part of the picture."""
+        return self.cells < 0
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """First cell of each grid, and the number of cells."""
+        edges = [0]
+        for frames, rows, columns in self.grids:
+            edges.append(edges[-1] + frames * rows * columns)
+        return tuple(edges)
+
+    @classmethod
+    def of_frames(
+        cls, grid: Grid, encoder_grid: tuple[int, int], first: int = 0, *, pool: int = 1, prefix: int = 0
+    ) -> Layout:
+        """Frames that the encoder saw one by one, each `pool` x `pool` patches to a feature.
+
+        Args:
+            grid: (frames, rows, columns) of the features.
+            encoder_grid: (rows, columns) of the patches of one frame.
+            first: place of the first frame in the encoder's batch.
+            pool: side of the square of patches that makes one feature.
+            prefix: structural rows before the features of each frame (a CLS row that the model keeps).
+        """
+        frames, rows, columns = grid
+        height, width = encoder_grid
+        patch = torch.arange(height * width).view(height, width)[: rows * pool, : columns * pool]
+        patch = patch.reshape(rows, pool, columns, pool).transpose(1, 2).reshape(rows * columns, pool * pool)
+        item = (first + torch.arange(frames)) * height * width
+        patches = torch.nn.functional.pad(item[:, None, None] + patch, (0, 0, prefix, 0), value=-1)
+        cells = torch.arange(frames * rows * columns).view(frames, -1)
+        cells = torch.nn.functional.pad(cells, (prefix, 0), value=-1)
+        return cls((grid,), cells.flatten(), patches.flatten(0, 1))
+
+    def with_breaks(self, count: int = 1, each_row: bool = False) -> Layout:
+        """The same features with structural rows: `count` at the end, or one after each row of the (one) grid."""
+        if each_row:
+            _, _, columns = self.grids[0]
+            cells = torch.nn.functional.pad(self.cells.view(-1, columns), (0, 1), value=-1).flatten()
+            patches = torch.nn.functional.pad(
+                self.patches.view(-1, columns, self.patches.shape[1]), (0, 0, 0, 1), value=-1
+            )
+            return Layout(self.grids, cells, patches.flatten(0, 1))
+        pad = torch.nn.functional.pad
+        return Layout(self.grids, pad(self.cells, (0, count), value=-1), pad(self.patches, (0, 0, 0, count), value=-1))
+
+    @classmethod
+    def join(cls, parts: Sequence[Layout]) -> Layout:
+        """Several parts of one medium, one after the other."""
+        width = max((part.patches.shape[1] for part in parts), default=1)
+        grids: tuple[Grid, ...] = ()
+        cells, patches, base = [], [], 0
+        for part in parts:
+            cells.append(torch.where(part.structural, -1, part.cells + base))
+            patches.append(torch.nn.functional.pad(part.patches, (0, width - part.patches.shape[1]), value=-1))
+            grids, base = grids + part.grids, base + part.offsets[-1]
+        if not parts:
+            return cls((), torch.zeros(0, dtype=torch.long), torch.zeros(0, width, dtype=torch.long))
+        return cls(grids, torch.cat(cells), torch.cat(patches))

@@ -1,0 +1,29 @@
+"""What some text models add to the hidden states of vision tokens between layers (DeepStack), cut with the tokens."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from torch import Tensor
+
+from mustdrop.runtime.rows import take
+from mustdrop.runtime.state import Local
+
+
+class AdditionWrapper:
+    """Stands in for a text model's method(hidden, mask, rows): adds to the tokens that are left what is theirs."""
+
+    def __init__(self, local: Local, function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        functools.update_wrapper(self, function)
+        self.local, self.function = local, function
+
+    def __call__(self, hidden: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
+        """Add `rows`, one per True of `mask` (B, length), to the current rows of `hidden` (B, n, C)."""
+        forward = self.local.forward
+        if forward is None or forward.rows is None:
+            return self.function(hidden, mask, rows)
+        here = forward.current(mask.to(forward.rows.device))
+        ordinal = mask.flatten().cumsum(0).view(mask.shape) - 1
+        index = take(ordinal.to(forward.rows.device), forward.rows, 1)[here]
+        return self.function(hidden, here, rows[index.to(rows.device)])

@@ -1,0 +1,214 @@
+"""From what the encoder saw to what becomes of each feature: which are merged, which stay, which are pinned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mustdrop.budget import share_out
+from mustdrop.errors import MustDropError
+from mustdrop.layout import Layout
+from mustdrop.pruners import VisionStagePruner
+from mustdrop.runtime.encoder import EncoderRun
+from mustdrop.runtime.state import Marks
+
+
+@dataclass(frozen=True)
+class Decided:
+    """The marks of each medium, and how features become those that enter the language model.
+
+    Attributes:
+        marks: one per medium.
+        merge: (F,) long, for each feature of the call the one that takes its mean in; None if none is to be changed
+            (windows that merged inside the encoder have equal features already).
+    """
+
+    marks: list[Marks]
+    merge: Tensor | None
+
+    def write(self, features: Tensor) -> Tensor:
+        """Features (F, C) of all media, merged, with NaN in the rows of those that are dropped."""
+        if self.merge is not None:
+            target = self.merge.to(features.device)
+            total = torch.zeros(features.shape, dtype=torch.float32, device=features.device)
+            total = total.index_add(0, target, features.float())
+            size = torch.zeros(len(features), device=features.device).index_add(
+                0, target, torch.ones(len(features), device=features.device)
+            )
+            alone = (size <= 1)[:, None]
+            features = torch.where(alone, features, (total / size.clamp(min=1)[:, None]).to(features.dtype))
+        alive = torch.cat([mark.alive for mark in self.marks]).to(features.device)
+        return features if bool(alive.all()) else features.masked_fill(~alive[:, None], torch.nan)
+
+    def merged(self, features: Tensor) -> Tensor:
+        """As `write`, with zeros instead of NaN: for features that are added to tokens and not looked at."""
+        return self.write(features).nan_to_num(0.0)
+
+
+def must_remain(pruner: VisionStagePruner, layouts: Sequence[Layout], least: Sequence[int], run: EncoderRun) -> Tensor:
+    """(items,) long, patches of each encoder item that merging must leave, so that `least` features of each medium do.
+
+    Merging a window of w x w features takes w * w - 1 of them, and (w * pool) ** 2 - 1 patches.
+    """
+    assert run.grid is not None
+    assert pruner.window is not None
+    patches = run.grid[0] * run.grid[1]
+    items = max(int(layout.patches.max()) for layout in layouts if layout.size) // patches + 1
+    remain = torch.zeros(items, dtype=torch.long)
+    window, square = pruner.window**2 - 1, (pruner.window * run.pool) ** 2 - 1
+    for layout, fewest in zip(layouts, least, strict=True):
+        item, count = torch.unique(layout.patches[~layout.structural, 0] // patches, return_counts=True)
+        gone = max(0, layout.size - fewest)
+        for i, n in zip(item.tolist(), share_out(min(gone, int(count.sum())), count.tolist()), strict=True):
+            remain[i] = patches - n // window * square
+    return remain
+
+
+def decide(
+    pruner: VisionStagePruner,
+    run: EncoderRun,
+    layouts: Sequence[Layout],
+    features: Tensor,
+    least: Sequence[int],
+    most: Sequence[int],
+    last: Sequence[int],
+) -> Decided:
+    """Merge, select and pin.
+
+    Args:
+        pruner: the vision stage.
+        run: what the encoder did.
+        layouts: one per medium.
+        features: (F, C) of all media, one after the other.
+        least: features per medium that merging must leave.
+        most: features per medium that may enter the language model.
+        last: media whose last feature ends a prompt and must stay.
+    """
+    device = features.device
+    patches = _stacked(layouts).to(device)
+    importance = _importance(pruner, run, patches)
+    behind = run.grid is None and pruner.window is not None
+    owner = _merge_behind(pruner, layouts, features, least) if behind else _owners(run, patches)
+    starts = [0]
+    for layout in layouts:
+        starts.append(starts[-1] + layout.size)
+    order = None
+    if pruner.compat == "released" and run.merged is not None and run.merged.merge_into is not None:
+        slots = run.merged.merge_into.flatten().to(device)
+        order = torch.where(patches[:, 0] < 0, -1, slots[patches[:, 0].clamp(min=0)])
+    marks: list[Marks | None] = [None] * len(layouts)
+    for size in {layout.size for layout in layouts}:
+        group = [i for i, layout in enumerate(layouts) if layout.size == size]
+        part = _Group(
+            structural=torch.stack([layouts[i].structural for i in group]).to(device),
+            importance=torch.stack([importance[starts[i] : starts[i + 1]] for i in group]),
+            owner=torch.stack([owner[starts[i] : starts[i + 1]] - starts[i] for i in group]),
+            most=torch.tensor([most[i] for i in group], device=device),
+            last=[group.index(i) for i in last if i in group],
+        )
+        for i, mark in zip(group, part.marks(pruner), strict=True):
+            marks[i] = mark
+            if order is not None:
+                own = order[starts[i] : starts[i + 1]]
+                front = int((own < 0).sum())
+                marks[i] = replace(mark, order=torch.where(own < 0, torch.arange(size, device=device), own + front))
+    done = [mark for mark in marks if mark is not None]
+    if not behind:
+        return Decided(done, None)
+    named = [mark.order + start for mark, start in zip(done, starts, strict=False)]
+    return Decided(done, torch.cat(named) if named else None)
+
+
+@dataclass
+class _Group:
+    """Media with equally many features, (B, N) each."""
+
+    structural: Tensor
+    importance: Tensor
+    owner: Tensor
+    most: Tensor
+    last: list[int]
+
+    def marks(self, pruner: VisionStagePruner) -> list[Marks]:
+        """The decisions. `order` is the feature that names what each became part of, dropped or not."""
+        importance, owner, last = self.importance.clone(), self.owner.clone(), self.last
+        index = torch.arange(owner.shape[1], device=owner.device)
+        if last:
+            importance[last, owner[last, -1]] = torch.inf
+        alive = owner == index
+        count = self.most if pruner.selects and bool((alive.sum(1) > self.most).any()) else None
+        keep, pinned = pruner.select(importance, alive, count, self.structural)
+        for i in last:  # if the last feature was merged, it names its window in place of the centre
+            name = int(owner[i, -1])
+            owner[i] = owner[i].masked_fill(owner[i] == name, len(index) - 1)
+            for mask in (keep, pinned):
+                mask[i, -1], mask[i, name] = mask[i, name].clone(), mask[i, name] & (name == len(index) - 1)
+        assignment = owner.masked_fill(~keep.gather(1, owner), -1)
+        rows = zip(keep, pinned, importance, owner, assignment, strict=True)
+        return [Marks(*row) for row in rows]
+
+
+def _stacked(layouts: Sequence[Layout]) -> Tensor:
+    width = max((layout.patches.shape[1] for layout in layouts), default=1)
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(layout.patches, (0, width - layout.patches.shape[1]), value=-1) for layout in layouts])
+
+
+def _importance(pruner: VisionStagePruner, run: EncoderRun, patches: Tensor) -> Tensor:
+    """(F,) mean encoder attention of each feature's patches; 0 for structural rows."""
+    if not pruner.needs_attention:
+        return torch.zeros(len(patches), device=patches.device)
+    score = run.importance()
+    if score is None:
+        raise MustDropError(
+            f"encoder layer {pruner.key_layer} did not run, so there is no attention to score "
+            "with: choose another key_layer."
+        )
+    real = patches >= 0
+    picked = score.to(patches.device)[patches.clamp(min=0)] * real
+    return picked.sum(1) / real.sum(1).clamp(min=1)
+
+
+def _owners(run: EncoderRun, patches: Tensor) -> Tensor:
+    """(F,) long, the feature that names the window which each feature became part of inside the encoder.
+
+    It is the feature that holds the patch that names the window; where the model cuts that one away (padding of tiles),
+    the first of the window's features that it leaves.
+    """
+    number = len(patches)
+    index = torch.arange(number, device=patches.device)
+    if run.merged is None:
+        return index
+    total = run.merged.merge_into.numel() if run.merged.merge_into is not None else int(patches.max()) + 1
+    key = run.owners(total).to(patches.device)[patches[:, 0].clamp(min=0)]
+    holds = (patches == key[:, None]).any(1)
+    rank = torch.where(holds, index, index + number)
+    structural = patches[:, 0] < 0
+    table = torch.full((total,), 2 * number, device=patches.device)
+    table = table.scatter_reduce(0, key[~structural], rank[~structural], "amin")
+    return torch.where(structural, index, table[key] % number)
+
+
+def _merge_behind(
+    pruner: VisionStagePruner, layouts: Sequence[Layout], features: Tensor, least: Sequence[int]
+) -> Tensor:
+    """(F,) long as `_owners`, for windows over the cells of each grid of features."""
+    owner = torch.arange(len(features), device=features.device)
+    start = 0
+    for layout, fewest in zip(layouts, least, strict=True):
+        cells = layout.cells.to(features.device)
+        place = torch.empty(layout.offsets[-1], dtype=torch.long, device=features.device)
+        place[cells[cells >= 0]] = (cells >= 0).nonzero()[:, 0] + start  # cell -> feature
+        sizes = [b - a for a, b in zip(layout.offsets[:-1], layout.offsets[1:], strict=True)]
+        gone = share_out(min(max(0, layout.size - fewest), sum(sizes)), sizes)
+        for grid, first, size, n in zip(layout.grids, layout.offsets, sizes, gone, strict=False):
+            mine = place[first : first + size]
+            limit = torch.tensor([size - n], device=features.device) if pruner.selects else None
+            merged = pruner.merge(features[mine][None].float(), grid, limit)
+            if merged.merge_into is not None:
+                owner[mine] = mine[merged.keep[0, merged.merge_into[0]]]
+        start += layout.size
+    return owner

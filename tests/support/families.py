@@ -1,0 +1,349 @@
+"""Inputs for the tiny model of any family, and the masked oracle for it. No family is named here."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import mustdrop
+from mustdrop.adapters import find, registry
+from mustdrop.adapters.base import Adapter
+from mustdrop.adapters.tiny import build
+
+from . import fake_flash
+from .builders import Answer, anatomy, answer
+from .oracle import CacheWatch, Hidden, MaskedOracle, _gone
+from .versions import BEAMS_MIX_IMAGES
+
+PAD, BOS = 0, 1
+
+Row = tuple[str, ...]
+
+
+@functools.lru_cache(maxsize=8)
+def plain(name: str, attention: str = "sdpa") -> Any:
+    """The shared unpatched tiny model of a family; patch a :func:`clone`."""
+    return build(registry()[name], attention)
+
+
+def clone(name: str, attention: str = "sdpa") -> Any:
+    """An independent copy of :func:`plain`."""
+    return copy.deepcopy(plain(name, attention))
+
+
+def picture(shape: Sequence[int], seed: int) -> Tensor:
+    """A scene of flat and of noisy areas, so that some windows merge and others do not; frames change slowly."""
+    draw = torch.Generator().manual_seed(seed)
+    frames = shape[0] if len(shape) == 4 else 1
+    height, width = shape[-2:]
+    cells = (max(2, height // 12), max(2, width // 12))
+    colour = torch.randn(1, 3, *cells, generator=draw)
+    noise = torch.rand(1, 1, *cells, generator=draw).pow(2)
+    resize = functools.partial(torch.nn.functional.interpolate, size=(height, width), mode="nearest")
+    made = [
+        resize(colour) + 0.05 * t + resize(noise) * torch.randn(1, 3, height, width, generator=draw)
+        for t in range(frames)
+    ]
+    return torch.cat(made) if len(shape) == 4 else made[0][0]
+
+
+def batch(
+    adapter: Adapter,
+    model: Any,
+    rows: Sequence[Row],
+    seed: int = 0,
+    first: int = 0,
+    paint: Callable[[int, Tensor], Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Inputs for ``generate``: row r holds the media ``rows[r]``; shorter rows are padded on the left.
+
+    Row r depends on (seed, first + r) alone, so it is the same in every batch. ``paint`` changes the k-th picture.
+    """
+    pictures: dict[str, list[Tensor]] = {kind: [] for kind in adapter.media}
+    number = 0
+    for r, row in enumerate(rows):
+        for k, kind in enumerate(row):
+            sizes = adapter.tiny_sizes(kind)
+            made = picture(sizes[(first + r + k) % len(sizes)], 104729 * seed + 100 * (first + r) + k)
+            pictures[kind].append(made if paint is None else paint(number, made))
+            number += 1
+    inputs: dict[str, Tensor] = {}
+    runs: dict[str, list[list[int]]] = {}
+    for kind, made in pictures.items():
+        if made:
+            arguments, runs[kind] = adapter.tiny_media(model, kind, made)
+            inputs |= adapter.tiny_rows(arguments, [row.count(kind) for row in rows])
+    ids = []
+    for r, row in enumerate(rows):
+        draw = torch.Generator().manual_seed(7919 * seed + first + r)
+
+        def words(n: int, draw: torch.Generator = draw) -> list[int]:
+            return torch.randint(20, 400, (n,), generator=draw).tolist()
+
+        line = [BOS, *words(2 + (first + r) % 3)]
+        for kind in row:
+            line += [*runs[kind].pop(0), *words(2)]
+        ids.append(line + words(4 - (first + r) % 2))
+    length = max(map(len, ids))
+    inputs["input_ids"] = torch.tensor([[PAD] * (length - len(line)) + line for line in ids])
+    inputs["attention_mask"] = torch.tensor([[0] * (length - len(line)) + [1] * len(line) for line in ids])
+    if adapter.token_types is not None:
+        tokens = [(m.token, 1 if m.name == "image" else 2) for m in adapter.modalities(model)]
+        inputs[adapter.token_types] = sum((inputs["input_ids"] == token).long() * kind for token, kind in tokens)
+    return inputs
+
+
+def vision_positions(model: Any, ids: Tensor, row: int) -> Tensor:
+    """(N,) positions of the vision tokens of one row."""
+    tokens = torch.tensor([modality.token for modality in find(model).modalities(model)])
+    return torch.isin(ids[row], tokens).nonzero()[:, 0]
+
+
+def hidden_by(model: Any, trace: Any, ids: Tensor, cascade_from: int | None = None) -> Hidden:
+    """What a trace says was dropped, per decoder layer, as positions in ``ids``."""
+    layers = len(find(model).decoder_layers(model))
+    prefill = torch.zeros(layers, *ids.shape, dtype=torch.bool)
+    decode = prefill.clone()
+    for row in range(len(ids)):
+        where = vision_positions(model, ids, row)
+        for layer in range(layers):
+            cached = layers if cascade_from is not None and layer >= cascade_from else layer
+            prefill[layer, row, _gone(where, trace.kept(layer, row))] = True
+            decode[layer, row, _gone(where, trace.kept(cached, row))] = True
+    return Hidden(prefill, decode)
+
+
+class Recorder:
+    """What the features methods of a (patched) model returned: kind -> list of outputs."""
+
+    def __init__(self, model: Any) -> None:
+        self.base, self.outputs, self.inside = find(model).base(model), {}, False
+        self._methods = {m.name: m.method for m in find(model).modalities(model)}
+
+    def __enter__(self) -> Recorder:
+        self._before = {}
+        for kind, method in self._methods.items():
+            self._before[method] = vars(self.base).get(method)
+            object.__setattr__(self.base, method, self._recording(kind, getattr(self.base, method)))
+        return self
+
+    def _recording(self, kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            outermost, self.inside = not self.inside, True
+            try:
+                output = function(*args, **kwargs)
+            finally:
+                self.inside = self.inside and not outermost
+            if outermost:  # the method of one kind may call that of another
+                self.outputs[kind] = copy.deepcopy(output)
+            return output
+
+        return wrapper
+
+    def __exit__(self, *_: object) -> None:
+        for method, before in self._before.items():
+            if before is None:
+                object.__delattr__(self.base, method)
+            else:
+                object.__setattr__(self.base, method, before)
+
+
+class FamilyOracle(MaskedOracle):
+    """As :class:`MaskedOracle`; the features that the patched model made stand in for the model's own.
+
+    Rows that the vision stage dropped hold zeros, which nobody sees: those tokens are hidden from layer 0 on.
+    """
+
+    def __init__(self, model: Any, hidden: Hidden, outputs: dict[str, Any] | None = None) -> None:
+        super().__init__(model, hidden)
+        self.outputs = outputs or {}
+
+    def __enter__(self) -> FamilyOracle:
+        super().__enter__()
+        base = find(self.model).base(self.model)
+        for modality in find(self.model).modalities(self.model):
+            if modality.name in self.outputs:
+                function = getattr(base, modality.method)
+                object.__setattr__(base, modality.method, self._replaying(modality.name, function))
+        return self
+
+    def _replaying(self, kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            output = copy.deepcopy(self.outputs[kind])
+            made = output.pooler_output
+            if isinstance(made, Tensor):
+                output.pooler_output = made.nan_to_num(0.0)
+            else:
+                output.pooler_output = type(made)(part.nan_to_num(0.0) for part in made)
+            return output
+
+        return wrapper
+
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        base = find(self.model).base(self.model)
+        for modality in find(self.model).modalities(self.model):
+            vars(base).pop(modality.method, None)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Both sides of one comparison."""
+
+    ours: Answer
+    oracle: Answer
+    hidden: Hidden
+    trace: Any
+
+
+def compare(
+    name: str,
+    rows: Sequence[Row],
+    attention: str = "sdpa",
+    *,
+    steps: int = 8,
+    seed: int = 0,
+    inputs: dict[str, Tensor] | None = None,
+    generation: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Compared:
+    """``generate`` on the patched model and on the oracle; ``settings`` go to ``mustdrop.patch``."""
+    flash = attention == fake_flash.NAME
+    oracle_model = plain(name, "sdpa" if flash else attention)
+    model = clone(name, "sdpa" if flash else attention)
+    if flash:
+        fake_flash.use(model)
+    mustdrop.patch(model, **settings)
+    adapter, options = registry()[name], generation or {}
+    inputs = batch(adapter, model, rows, seed) if inputs is None else inputs
+    decode = vars(model)["_mustdrop"].method.decode
+    repeat = max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
+    ids = inputs["input_ids"].repeat_interleave(repeat, 0)
+    with Recorder(model) as recorder, CacheWatch(model) as watch:
+        torch.manual_seed(seed)
+        ours = answer(model, inputs, steps, **options)
+    trace = mustdrop.trace(model)
+    hidden = hidden_by(model, trace, ids, decode.full_layers if decode and decode.cascade else None)
+    if decode is not None and decode.keep is not None:
+        with FamilyOracle(oracle_model, Hidden(hidden.prefill, hidden.prefill), recorder.outputs) as oracle:
+            answer(oracle_model, inputs, 0, past_key_values=DynamicCache(), **options)
+        where = functools.partial(vision_positions, model)
+        hidden = watch.hidden_while_decoding(oracle.prompt_keys, ids, hidden, where)
+    with FamilyOracle(oracle_model, hidden, recorder.outputs):
+        torch.manual_seed(seed)
+        # a cache that never forgets: what a sliding layer may not see, the mask says
+        if options.get("use_cache") is not False:
+            options = {"past_key_values": DynamicCache(), **options}
+        theirs = answer(oracle_model, inputs, steps, **options)
+    return Compared(ours, theirs, hidden, trace)
+
+
+def assert_dropping_equals_masking(*args: Any, tolerance: float = 1e-5, **settings: Any) -> Compared:
+    """Logits at the prefill and at every decode step, equal tokens, and something was dropped."""
+    both = compare(*args, **settings)
+    assert both.hidden.anything, "nothing was dropped: this comparison proves nothing"
+    difference = (both.ours.logits - both.oracle.logits).abs().amax((0, 2))
+    assert difference.max() <= tolerance, f"largest difference of the logits per step: {difference.tolist()}"
+    assert torch.equal(both.ours.sequences, both.oracle.sequences)
+    return both
+
+
+def for_beams(kind: str) -> tuple[Row, ...]:
+    """Rows whose prompts are expanded: with one medium each where transformers mixes images up."""
+    return ((kind,), (kind,)) if BEAMS_MIX_IMAGES else ((kind,), (kind, kind))
+
+
+def turns(adapter: Adapter, model: Any, kind: str) -> tuple[dict[str, Tensor], Tensor]:
+    """A first turn with one medium, and the ids of what is said next."""
+    return batch(adapter, model, ((kind,),)), torch.tensor([[31, 57, 86, 110]])
+
+
+def continued(adapter: Adapter, model: Any, ids: Tensor) -> dict[str, Tensor]:
+    """Inputs for the next turn: everything so far, without media."""
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if adapter.token_types is not None:
+        inputs[adapter.token_types] = torch.zeros_like(ids)
+    return inputs
+
+
+def follow_a_patch(adapter: Adapter, model: Any, kind: str, place: float) -> None:
+    """Paint a part of the picture; the features that change must be those that the layout says.
+
+    The encoder's attention gives zeros, so a patch changes nothing but the features that it is part of.
+    """
+    tower = adapter.tower(model, kind)
+    silence(tower.module)
+    shape = adapter.tiny_sizes(kind)[0]
+    spot = tuple(int(place * n) for n in (shape[-2:] if len(shape) == 3 else (shape[0], *shape[-2:])))
+
+    def paint(_: int, picture: Tensor) -> Tensor:
+        changed = picture.clone()
+        area = tuple(slice(max(0, at - 1), at + 2) for at in spot[-2:])  # so large that no resampling steps over it
+        changed[(spot[0], slice(None), *area) if len(spot) == 3 else (slice(None), *area)] += 5.0
+        return changed
+
+    seen, features, layouts = [], [], []
+    base, (modality,) = adapter.base(model), [m for m in adapter.modalities(model) if m.name == kind]
+    handle = tower.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for how in (None, paint):
+        inputs = batch(adapter, model, ((kind,),), paint=how)
+        known = inspect.signature(getattr(base, modality.method)).parameters
+        arguments = {name: value for name, value in inputs.items() if name in known}
+        with torch.no_grad():
+            made = getattr(base, modality.method)(**arguments).pooler_output
+        features.append(made.flatten(0, -2) if isinstance(made, Tensor) else torch.cat(list(made)))
+        layouts.append(adapter.layouts(model, kind, arguments))
+    handle.remove()
+    ((layout,), _) = layouts
+    prefix = 0 if tower.packed else tower.prefix
+    before, after = (hidden.flatten(0, -2) if tower.packed else hidden[:, prefix:].flatten(0, 1) for hidden in seen)
+    painted = (before != after).any(-1).nonzero()[:, 0]
+    changed = ((features[0] - features[1]).abs().amax(-1) > 1e-6).nonzero()[:, 0]
+    assert len(painted), "the paint did not reach the encoder"
+    expected = torch.isin(layout.patches, painted).any(-1).nonzero()[:, 0]
+    assert changed.tolist() == expected.tolist()
+    for (frames, rows, columns), start in zip(layout.grids, layout.offsets, strict=False):
+        cells = layout.cells[changed]
+        own = cells[(cells >= start) & (cells < start + frames * rows * columns)] - start
+        assert len(own), "a grid that shows the picture does not show the paint"
+        high, wide = shape[-2:]
+        at = (spot[-2] * rows // high, spot[-1] * columns // wide)
+        # resampling and the rounding of tiles may move it by one cell
+        assert (own // columns % rows - at[0]).abs().max() <= 1
+        assert (own % columns - at[1]).abs().max() <= 1
+        if len(spot) == 3:
+            assert own.div(rows * columns, rounding_mode="floor").unique().tolist() == [spot[0] * frames // shape[0]]
+
+
+def lasting(model: Any, run: Callable[[], object] | None = None) -> dict[str, Any]:
+    """The anatomy of a model without what a plain run changes by itself (positions that are remembered)."""
+    before = anatomy(model)
+    if run is not None:
+        run()
+        after = anatomy(model)
+        model.tests_changing = {name for name in before if before[name] != after[name]}
+    return {name: value for name, value in anatomy(model).items() if name and name not in model.tests_changing}
+
+
+def silence(tower: Any) -> None:
+    """Attention that returns zeros, in every module of an encoder."""
+    name = "tests_silent"
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        ALL_ATTENTION_FUNCTIONS.register(
+            name, lambda module, q, k, v, *_, **__: (torch.zeros_like(q.transpose(1, 2)), None)
+        )
+    for module in tower.modules():
+        config = getattr(module, "config", None)
+        if config is not None:
+            config._attn_implementation_internal = name
