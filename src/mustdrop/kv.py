@@ -8,7 +8,7 @@ it came from.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,6 +40,16 @@ class Arrival:
     vision: Tensor
     totals: Tensor
     advance: int
+    elsewhere: dict[torch.device, Arrival] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> Arrival:
+        """The same on the device of a cache layer. Layers of one device share it, so that they share their cuts."""
+        if self.positions.device == device:
+            return self
+        if device not in self.elsewhere:
+            moved = (self.positions.to(device), self.vision.to(device), self.totals.to(device))
+            self.elsewhere[device] = Arrival(*moved, self.advance)
+        return self.elsewhere[device]
 
 
 class PrunedLayer(DynamicLayer):
@@ -105,6 +115,7 @@ class PrunedLayer(DynamicLayer):
             self.logical += key_states.shape[-2]
             self.steps += 1
         else:
+            arrival = arrival.on(key_states.device)
             known = self.slot_positions()
             marks = self.slot_vision()
             self.positions = arrival.positions if known is None else torch.cat([known, arrival.positions], 1)

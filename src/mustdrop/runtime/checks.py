@@ -4,15 +4,39 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from mustdrop import kv
 from mustdrop.adapters.base import Modality
+from mustdrop.compat import checkpoints_activations
 from mustdrop.errors import CacheStateError, ConfigError, UnsupportedOptionError
 from mustdrop.runtime import tap
 
 if TYPE_CHECKING:
     from mustdrop.runtime.core import Runtime
+
+
+def model(runtime: Runtime) -> None:
+    """Raise `UnsupportedOptionError` for a model that cannot be patched."""
+    backend(runtime)
+    parts = getattr(runtime.model, "_tp_size", None) or 1
+    if parts > 1:
+        raise UnsupportedOptionError(
+            f"a model in tensor parallel cannot be pruned (tp_size={parts}, expected 1): each process holds some of "
+            "the attention heads, would score the tokens by these alone and drop others than its neighbours. Load the "
+            "model without tp_plan and tp_size; device_map='auto' spreads whole layers over several devices."
+        )
+
+
+def call(runtime: Runtime) -> None:
+    """Raise `UnsupportedOptionError` for a call that cannot be pruned; settings may have changed since `patch`."""
+    backend(runtime)
+    if (runtime.model.training or torch.is_grad_enabled()) and checkpoints_activations(runtime.base):
+        raise UnsupportedOptionError(
+            "training a patched model with gradient checkpointing is not supported: the layers would run twice. "
+            "Call model.gradient_checkpointing_disable(), or unpatch the model while it trains."
+        )
 
 
 def backend(runtime: Runtime) -> None:

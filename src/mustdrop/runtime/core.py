@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable
 from typing import Any, cast
@@ -13,11 +12,7 @@ from torch import Tensor, nn
 from mustdrop.adapters.base import Adapter
 from mustdrop.compat import eager, require_supported_transformers
 from mustdrop.cost import TextCost
-from mustdrop.errors import (
-    ConfigError,
-    NothingDroppedWarning,
-    UnsupportedModelError,
-)
+from mustdrop.errors import ConfigError, NothingDroppedWarning, UnsupportedModelError
 from mustdrop.method import Method
 from mustdrop.runtime import checks, tap
 from mustdrop.runtime.additions import AdditionWrapper
@@ -63,7 +58,7 @@ class Runtime:
         self.handles: list[Any] = []
         self.tapped: list[nn.Module] = []
         self.overridden: list[tuple[nn.Module, str]] = []
-        checks.backend(self)
+        checks.model(self)
 
     def _encoders(self) -> dict[str, EncoderStage]:
         """Kind of media -> its encoder. Kinds that share a tower share the stage.
@@ -85,9 +80,9 @@ class Runtime:
             found[modality.name] = stage
         return found
 
-    @functools.cached_property
+    @property
     def text_cost(self) -> TextCost:
-        """Sizes of the text model, read once."""
+        """Sizes of the text model, as it is now: adapters may be added, switched and merged."""
         return TextCost.of(self.layers, self.text.config, cast(Any, self.model).get_output_embeddings())
 
     @property
@@ -181,7 +176,7 @@ class Runtime:
             ids: (B, S) prompt ids that the cache does not hold yet, or None.
             kwargs: the call's arguments: embeddings, attention mask and media are looked up here.
         """
-        checks.backend(self)
+        checks.call(self)
         call = Call(owner)
         kinds = self.placeholders(ids, kwargs.get("inputs_embeds")) if self._has_media(kwargs) else None
         if kinds is not None:
@@ -232,7 +227,7 @@ class Runtime:
             same = ids[..., None] == wanted
         else:
             rows = self.text.get_input_embeddings()(wanted)
-            same = (cast(Tensor, embeds)[:, :, None] == rows.to(cast(Tensor, embeds).dtype)).all(-1)
+            same = (cast(Tensor, embeds)[:, :, None] == rows.to(cast(Tensor, embeds))).all(-1)
         index = torch.arange(len(self.modalities), device=device)
         return torch.where(same, index, -1).amax(-1)
 
@@ -258,6 +253,9 @@ class Runtime:
         if self.local.call is None:
             self._begin_forward(module, args, kwargs)
         ids, embeds = _ids(args, kwargs), kwargs.get("inputs_embeds")
+        call = self.local.call
+        if ids is None and embeds is not None and call is not None and call.length and call.prefill is None:
+            call.length = embeds.shape[1]  # peft's prompt tuning puts rows before the ids that generate was given
         # without media, a placeholder id is a token that somebody generated or guessed, not an image
         self.local.kinds = self.placeholders(ids, embeds) if self._has_media(kwargs) else None
         mask = kwargs.get("attention_mask")

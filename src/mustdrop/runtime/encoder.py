@@ -59,7 +59,8 @@ class EncoderRun:
             return None
         if self.merged is None or self.merged.merge_into is None:
             return torch.cat([score.flatten() for score in self.scores])
-        return torch.cat(self.scores).gather(1, self.merged.merge_into).flatten()
+        scores = torch.cat(self.scores)
+        return scores.gather(1, self.merged.merge_into.to(scores.device)).flatten()
 
     def owners(self, patches: int) -> Tensor:
         """(patches,) long, for every patch of all items the patch that names its merged window (or itself)."""
@@ -229,7 +230,7 @@ class EncoderStage:
         prefix, batch, length = self.tower.prefix, q.shape[0], k.shape[2]
         visible = torch.ones(batch, length, dtype=torch.bool, device=q.device)
         if run.merged is not None:
-            visible = nn.functional.pad(run.merged.valid, (prefix, 0), value=True)
+            visible = nn.functional.pad(run.merged.valid, (prefix, 0), value=True).to(q.device)
         if self.tower.has_cls:
             cls = torch.zeros(batch, 1, dtype=torch.long, device=q.device)
             score = row_probabilities(q, k, cls, visible[:, None], scaling)[:, 0]
@@ -263,7 +264,9 @@ class EncoderStage:
             or merged.merge_into is None
         ):
             return state
-        return torch.cat([state[:, :prefix], merged.expand(state[:, prefix:], merged.merge_into.shape[1])], 1)
+        return torch.cat(
+            [state[:, :prefix], merged.to(state.device).expand(state[:, prefix:], merged.merge_into.shape[1])], 1
+        )
 
 
 def takes_mask(block: nn.Module) -> bool:

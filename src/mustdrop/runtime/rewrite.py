@@ -49,7 +49,7 @@ class Rewriter:
         if key not in forward.memo:
             new = arrival(forward, media)
             before = layer.slot_positions() if layer is not None else None
-            slots = new.positions if before is None else torch.cat([before, new.positions], 1)
+            slots = new.positions if before is None else torch.cat([before.to(new.positions.device), new.positions], 1)
             padded = forward.padded if layer is None else layer.padded
             rows = forward.index(slots.device)
             forward.memo[key] = Layout(rows, new.positions, slots, padded, self.runtime.method.renumber)
@@ -68,6 +68,7 @@ class Rewriter:
         if key not in forward.memo:
             slots = layer.slot_positions(extra=forward.length)
             assert slots is not None  # positions are known, so there are slots
+            slots = slots.to((mask if isinstance(mask, Tensor) else hidden).device)  # the cache may lie elsewhere
             new = slots[:, -forward.length :]
             layout = Layout(forward.index(slots.device), new, slots, layer.padded, renumber)
             forward.memo[key] = (layer.positions, layout)
@@ -103,7 +104,7 @@ class Rewriter:
             if self.runtime.method.renumber:
                 # position = how many stored tokens come before: what the released code's shorter sequence amounts to
                 place = (layout.slots != PAD).cumsum(1)[:, -layout.queries.shape[1] :] - 1
-                made = tuple(self.runtime.text.rotary_emb(hidden, place.clamp(min=0)))
+                made = tuple(self.runtime.text.rotary_emb(hidden, place.clamp(min=0).to(hidden.device)))
             else:
                 made = tuple(_cut_rows(t, layout.rows) for t in value)
             forward.memo[key] = (value, made)
