@@ -93,6 +93,14 @@ def minimums(session: nox.Session) -> None:
 
 
 @nox.session
+def support(session: nox.Session) -> None:
+    """Write down which model family passes which conformance test; docs/generate.py makes a table of it."""
+    install(session, "-e", ".[dev]")
+    families, out = "tests/conformance/test_families.py", "benchmarks/results/support.json"
+    session.run("pytest", "-n", "2", families, "--support", out, *session.posargs, env=OFFLINE)
+
+
+@nox.session
 def gpu(session: nox.Session) -> None:
     """Run the tests that need a CUDA device."""
     install(session, "-e", ".[dev]")

@@ -99,8 +99,9 @@ def test_eager_attention(name, kind):
 
 
 @each
-def test_flash_attention(name, kind, flash):
+def test_flash_attention(name, kind, flash, record_property):
     if registry()[name].refuses_flash:
+        record_property("refused", f"Flash attention is refused: {registry()[name].refuses_flash}.")
         model = fake_flash.use(clone(name))
         with pytest.raises(UnsupportedOptionError, match="flash"):
             mustdrop.patch(model)
