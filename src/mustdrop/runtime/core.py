@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from mustdrop import kv
 from mustdrop.adapters.base import Adapter
-from mustdrop.compat import eager, require_supported_transformers
+from mustdrop.compat import require_supported_transformers
 from mustdrop.cost import TextCost
 from mustdrop.errors import ConfigError, NothingDroppedWarning, UnsupportedModelError, UnsupportedOptionError
 from mustdrop.method import Method
 from mustdrop.runtime import tap
+from mustdrop.runtime.compiled import outside_steps
 from mustdrop.runtime.encoder import KEY, BlockHook, EncoderStage
 from mustdrop.runtime.entry import last_token, valid_tokens
 from mustdrop.runtime.features import FeaturesWrapper
@@ -79,6 +80,21 @@ class Runtime:
     def flash(self) -> bool:
         """Whether the text model runs a flash-attention kernel."""
         return "flash" in self.implementation
+
+    @property
+    def no_static(self) -> str | None:
+        """Why a static cache cannot be used, None if it can."""
+        if self.method.decode is not None and self.method.decode.keep is not None:
+            return (
+                "decode_keep (DecodeCachePruner.keep) moves entries between decode steps, and a static cache is there "
+                "so that nothing moves. Use a DynamicCache, or a method without decode_keep."
+            )
+        if self.flash:
+            return (
+                f"attn_implementation={self.implementation!r} has no mask that could hide the room for later tokens. "
+                "Use model.set_attn_implementation('sdpa'), or a DynamicCache."
+            )
+        return None
 
     def _check_backend(self) -> None:
         name = self.implementation
@@ -168,7 +184,9 @@ class Runtime:
         call = Call(owner)
         vision = self.placeholders(ids, kwargs.get("inputs_embeds")) if _has_media(kwargs) else None
         if vision is not None:
-            valid = valid_tokens(vision, kwargs.get("attention_mask"))
+            cache = kwargs.get("past_key_values")
+            start = 0 if cache is None else int(cache.get_seq_length())
+            valid = valid_tokens(vision, kwargs.get("attention_mask"), start)
             call.totals = (vision & valid).sum(1).tolist()
             call.plans = [self.plan(total) for total in call.totals]
             call.open_ended = (vision & last_token(valid)).any(1).tolist()
@@ -182,7 +200,7 @@ class Runtime:
         if call is None or call.owner is not owner:
             return
         local.call = local.forward = local.vision = local.encoder = local.capture = None
-        if failed:
+        if failed or (call.prefill is None and self.last is not None):  # the latter: a compiled step ran inside
             return
         local.record = self.last = record(self, call)
         if self.method.drops and any(call.totals) and not self.warned and not self.last.dropped_anything:
@@ -214,7 +232,7 @@ class Runtime:
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
-    @eager
+    @outside_steps
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Begin a call for a plain forward; take a copy of the labels so that dropped tokens can leave the loss."""
         if self.local.call is None:
@@ -224,7 +242,7 @@ class Runtime:
             call.labels = kwargs["labels"] = kwargs["labels"].clone()
         return args, kwargs
 
-    @eager
+    @outside_steps
     def before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find the vision positions of this pass; begin a call if the base model is called by itself."""
         if self.local.call is None:
@@ -233,22 +251,24 @@ class Runtime:
         # without media, a placeholder id is a token that somebody generated or guessed, not an image
         self.local.vision = self.placeholders(ids, embeds) if _has_media(kwargs) else None
 
-    @eager
+    @outside_steps
     def after_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """End the call that `before_base` began."""
         self.local.vision = None
         self.end(module, failed=output is None)
 
-    @eager
+    @outside_steps
     def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """End the call that `before_model` began."""
         if self.local.call is not None:
             self.local.call.labels = None
         self.end(module, failed=output is None)
+        if output is not None:
+            kv.settle(kwargs.get("past_key_values"))
 
     def _begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if kwargs.get("past_key_values") is not None:
-            kv.check(kwargs["past_key_values"])
+            kv.check(kwargs["past_key_values"], self.no_static)
         self.begin(module, _ids(args, kwargs), kwargs)
 
 

@@ -58,7 +58,8 @@ def read(runtime: Runtime, embeds: Tensor, vision: Tensor, mask: Any) -> Media:
     """
     call = runtime.local.call
     vision = vision.to(embeds.device)
-    valid = valid_tokens(vision, mask)
+    forward = runtime.local.forward
+    valid = valid_tokens(vision, mask, forward.start if forward is not None else 0)
     vision = vision & valid
     alive = ~(vision & embeds[..., 0].isnan()) if runtime.encoder is not None else torch.ones_like(vision)
     totals = vision.sum(1).tolist()
@@ -73,10 +74,25 @@ def read(runtime: Runtime, embeds: Tensor, vision: Tensor, mask: Any) -> Media:
     return media
 
 
-def valid_tokens(vision: Tensor, mask: Any) -> Tensor:
-    """(B, length) bool, tokens of this pass that are not padding, by a 2-D attention mask (all of them without one)."""
+def valid_tokens(vision: Tensor, mask: Any, start: int = 0) -> Tensor:
+    """(B, length) bool, tokens of this pass that are not padding, as the attention mask says (all without one).
+
+    Args:
+        vision: (B, length), for the shape.
+        mask: None, (B, keys), or what `generate` makes of that for a static cache: (B or 1, 1, length, keys), or a dict
+            of such. There, padding is what no token sees.
+        start: logical position of the first token; a mask may cover keys after the last one, as for a static cache.
+    """
+    if isinstance(mask, dict):
+        mask = next((m for m in mask.values() if m is not None), None)
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        here = mask[:, 0, :, start : start + vision.shape[1]]
+        seen = here if here.dtype == torch.bool else here > torch.finfo(here.dtype).min / 2
+        return seen.any(1).to(vision.device).expand(vision.shape[0], -1)
     if isinstance(mask, Tensor) and mask.ndim == 2:
-        return mask[:, -vision.shape[1] :].to(vision.device).bool()
+        end = start + vision.shape[1]
+        here = mask[:, start:end] if mask.shape[1] > end else mask[:, -vision.shape[1] :]
+        return here.to(vision.device).bool()
     return torch.ones_like(vision)
 
 

@@ -1,88 +1,50 @@
-"""Cache layers that store fewer entries than the sequence is long. The only file that knows Hugging Face caches.
-
-Outside, a `PrunedLayer` speaks logical lengths: everything in transformers (positions, masks, chat continuation, crop)
-goes on as if no token had been dropped. Inside, it stores only the entries that are left, and for each the logical
-position
-it came from.
-"""
+"""A growing cache layer that stores fewer entries than the sequence is long."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
-from mustdrop.compat import crop_length, dynamic_cache
+from mustdrop.compat import crop_length
 from mustdrop.errors import CacheStateError, UnsupportedOptionError
+from mustdrop.kv.slots import Slots
 from mustdrop.runtime.eviction import Cut
-from mustdrop.runtime.rows import PAD, take
-
-REFUSED_IMPLEMENTATIONS = "static, sliding_window, hybrid, quantized, offloaded and paged caches"
+from mustdrop.runtime.rows import take
 
 
-@dataclass(frozen=True)
-class Arrival:
-    """What the next `update` of a layer brings.
-
-    Attributes:
-        positions: (B, n) long, logical position of each new entry, PAD on padding.
-        vision: (B, n) bool, which of them are vision tokens.
-        totals: (B,) long, vision tokens of the chunk, dropped ones included.
-        advance: logical tokens that the chunk stands for (n plus what was dropped).
-    """
-
-    positions: Tensor
-    vision: Tensor
-    totals: Tensor
-    advance: int
-
-
-class PrunedLayer(DynamicLayer):
+class PrunedLayer(Slots, DynamicLayer):
     """A growing cache layer with a logical length and fewer physical slots.
 
     `positions`, `vision` and `attended` describe the first slots, those of the last prefill; slots after them are
-    decoded
-    tokens whose positions follow one another, so that a decode step adds no bookkeeping tensor.
+    decoded tokens whose positions follow one another, so that a decode step adds no bookkeeping tensor.
     """
 
     def __init__(self, is_sliding: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.keys: Any = None
-        self.values: Any = None
+        self.keys = self.values = None
         self.is_sliding = is_sliding
         self.logical = 0
-        self.positions: Tensor | None = None
-        self.vision: Tensor | None = None
-        self.attended: Tensor | None = None
-        self.totals: Tensor | None = None
-        self.padded = False
         self.steps = 0  # decode steps since the last prefill
-        self.arrival: Arrival | None = None
-        self.prepared = False
+        self.forget()
 
     @classmethod
     def adopt(cls, layer: Any) -> PrunedLayer:
         """Take over a layer of transformers, with what it holds.
 
         Raises:
-            UnsupportedOptionError: a layer type that cannot be pruned, or a sliding layer that has already forgotten.
+            UnsupportedOptionError: a sliding layer that has already forgotten.
         """
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            raise UnsupportedOptionError(
-                f"the cache holds {type(layer).__name__} layers; mustdrop prunes growing caches "
-                f"(DynamicCache) and refuses "
-                f"{REFUSED_IMPLEMENTATIONS}. Pass past_key_values=DynamicCache(config=model.config) or none at all."
-            )
         new = cls(bool(layer.is_sliding))
         if layer.is_initialized and layer.keys is not None and layer.keys.numel():
             new.logical = layer.get_seq_length()
             if layer.keys.shape[-2] != new.logical:
                 raise UnsupportedOptionError(
-                    "a sliding-window cache that has already dropped its oldest entries cannot be "
-                    "continued on a patched model."
+                    "a sliding-window cache that has already dropped its oldest entries cannot be continued on a "
+                    "patched model."
                 )
             new.keys, new.values = layer.keys, layer.values
             new.dtype, new.device, new.is_initialized = layer.keys.dtype, layer.keys.device, True
@@ -92,13 +54,7 @@ class PrunedLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append entries; the arrival set by the layer hook says which logical positions they have."""
-        if self.positions is not None and not self.prepared:
-            raise CacheStateError(
-                "this cache holds entries of a pruned prompt, and the model that uses it is not "
-                "patched (any more). Patch it "
-                "again with mustdrop.patch(model, ...), or start with a new cache."
-            )
-        arrival, self.arrival, self.prepared = self.arrival, None, False
+        arrival = self.expect_hook()
         if arrival is None:
             self.logical += key_states.shape[-2]
             self.steps += 1
@@ -110,6 +66,7 @@ class PrunedLayer(DynamicLayer):
             self.totals = arrival.totals if self.totals is None else self.totals + arrival.totals
             self.attended, self.steps = None, 0
             self.logical += arrival.advance
+            self.whole &= arrival.whole
         return super().update(key_states, value_states, *args, **kwargs)
 
     def get_seq_length(self, *args: Any) -> int:
@@ -128,9 +85,8 @@ class PrunedLayer(DynamicLayer):
         """Forget everything."""
         self.keys = self.values = None
         self.is_initialized = False
-        self.positions = self.vision = self.attended = self.totals = self.arrival = None
         self.logical = self.steps = 0
-        self.padded = self.prepared = False
+        self.forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select batch rows for beam search."""
@@ -187,31 +143,13 @@ class PrunedLayer(DynamicLayer):
         tail = torch.arange(self.logical - (self.slots - known), self.logical + extra, device=device).expand(batch, -1)
         return tail if self.positions is None else torch.cat([self.positions, tail], 1)
 
-    def slot_vision(self) -> Tensor | None:
-        """(B, slots) bool, which slots hold vision tokens."""
-        if not self.slots:
-            return None
-        known = 0 if self.vision is None else self.vision.shape[1]
-        tail = torch.zeros(self.keys.shape[0], self.slots - known, dtype=torch.bool, device=self.keys.device)
-        return tail if self.vision is None else torch.cat([self.vision, tail], 1)
-
-    def lengths(self, start: int, valid: Tensor) -> Tensor:
-        """(B,) long, stored entries per row without padding.
-
-        `valid` (B, q) marks real tokens of the chunk at `start`.
-        """
-        positions = self.slot_positions()
-        if positions is None:
-            return torch.zeros(valid.shape[0], dtype=torch.long)
-        real = positions != PAD
-        inside = (positions >= start) & (positions < start + valid.shape[1])
-        if positions.shape[0] == valid.shape[0]:
-            real &= ~inside | take(valid.to(positions.device), (positions - start).clamp(0, valid.shape[1] - 1), 1)
-        return real.sum(1)
-
     def storage_bytes(self) -> int:
         """Bytes of the tensors that hold keys and values."""
         return 0 if not self.slots else self.keys.nbytes + self.values.nbytes
+
+    def unpruned_bytes(self) -> int:
+        """Bytes that it would take to hold every token."""
+        return self.storage_bytes() // self.slots * self.logical if self.slots else 0
 
     def accumulate(self, probability: Tensor) -> None:
         """Add the attention of the newest tokens to the entries of the prompt.
@@ -237,63 +175,14 @@ class PrunedLayer(DynamicLayer):
         if cut is not None:
             self.apply(cut)
 
-    def forget_if_whole(self) -> None:
-        """Drop the bookkeeping of a layer that holds every token: it is a plain cache layer again."""
-        if self.slots == self.logical:
-            self.positions = self.vision = self.attended = self.totals = None
-            self.padded = False
-
     def apply(self, cut: Cut) -> None:
         """Gather what a cut leaves."""
         if self.attended is not None:
             padding = self.slots - self.attended.shape[1]
             self.attended = take(torch.nn.functional.pad(self.attended, (0, padding)), cut.index, 1)
         self.keys, self.values = take(self.keys, cut.index, 2), take(self.values, cut.index, 2)
-        self.positions, self.vision, self.padded = cut.positions, cut.vision, cut.padded
+        self.positions, self.vision, self.padded, self.whole = cut.positions, cut.vision, cut.padded, False
 
-    def _rows(self, select: Any) -> None:
+    def _rows(self, select: Callable[[Tensor], Tensor]) -> None:
         self.keys, self.values = select(self.keys), select(self.values)
-        for name in ("positions", "vision", "attended", "totals"):
-            value = getattr(self, name)
-            if value is not None:
-                setattr(self, name, select(value))
-
-
-def adopt(cache: Any, text_config: Any, n_layers: int, use_cache: bool) -> Any:
-    """Make every layer of `cache` a `PrunedLayer`, in place; a new cache if there is none and one is wanted.
-
-    Args:
-        cache: `past_key_values` as it came, or None.
-        text_config: configuration of the text model.
-        n_layers: decoder layers.
-        use_cache: whether the caller wants a cache.
-
-    Returns:
-        The cache to use, or None.
-
-    Raises:
-        UnsupportedOptionError: a cache that cannot be pruned; the message names it.
-    """
-    if cache is None:
-        if not use_cache:
-            return None
-        cache = dynamic_cache(text_config)
-    check(cache)
-    if len(cache.layers) < n_layers:
-        cache.layers.extend(PrunedLayer() for _ in range(n_layers - len(cache.layers)))
-    for i, layer in enumerate(cache.layers):
-        if type(layer) is not PrunedLayer:
-            cache.layers[i] = PrunedLayer.adopt(layer)
-    return cache
-
-
-def check(cache: Any) -> None:
-    """Raise `UnsupportedOptionError` if `cache` cannot be pruned; nothing is changed."""
-    if not hasattr(cache, "layers") or getattr(cache, "offloading", False):
-        kind = "an offloading cache" if getattr(cache, "offloading", False) else f"a {type(cache).__name__}"
-        raise UnsupportedOptionError(
-            f"{kind} cannot be pruned; mustdrop refuses {REFUSED_IMPLEMENTATIONS}. Use a DynamicCache."
-        )
-    for layer in cache.layers:
-        if type(layer) is not PrunedLayer:
-            PrunedLayer.adopt(layer)
+        self.select_rows(select)
