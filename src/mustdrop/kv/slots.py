@@ -72,6 +72,11 @@ class Slots:
         raise NotImplementedError
 
     @property
+    def layout(self) -> object:
+        """What layers with the same entries in the same slots share: its identity stands for the layout."""
+        return self.positions
+
+    @property
     def slots(self) -> int:
         """Physical entries stored."""
         raise NotImplementedError

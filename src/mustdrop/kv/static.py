@@ -35,6 +35,11 @@ class PrunedStaticLayer(Slots, StaticLayer):
         self.dropped, self.ready = 0, False
         self.forget()
 
+    def forget(self) -> None:
+        """Start the bookkeeping anew."""
+        super().forget()
+        self._shared: Tensor | None = None
+
     @classmethod
     def adopt(cls, layer: StaticLayer) -> PrunedStaticLayer:
         """Take over a layer of transformers, with what it holds."""
@@ -85,6 +90,15 @@ class PrunedStaticLayer(Slots, StaticLayer):
     # -- what the runtime asks ----------------------------------------------------------------------------------------
 
     @property
+    def layout(self) -> object:
+        """What layers with the same entries share.
+
+        Their `positions` are copies: to a compiler, layers that share a tensor are another program than layers that do
+        not.
+        """
+        return None if self.positions is None else self._shared
+
+    @property
     def slots(self) -> int:
         """Physical entries stored (waits for the device)."""
         return int(self.cumulative_length) if self.is_initialized else 0
@@ -118,7 +132,7 @@ class PrunedStaticLayer(Slots, StaticLayer):
         keys, values = take(self.keys[:, :, :slots], cut.index, 2), take(self.values[:, :, :slots], cut.index, 2)
         self.dropped += slots - cut.index.shape[1]
         self._store(keys, values)
-        self.positions = self._with_future(cut.positions, cut.memo)
+        self._place(cut.positions, cut.memo)
         self.vision, self.padded, self.whole = cut.vision, cut.padded, False
 
     @eager
@@ -131,11 +145,11 @@ class PrunedStaticLayer(Slots, StaticLayer):
         if lost and self.is_initialized:
             self._store(self.keys[:, :, :slots], self.values[:, :, :slots])
         keys, values = super().update(key_states, value_states)
-        key = ("arrived", id(self.positions), slots)
+        key = ("arrived", id(self.layout), slots)
         if key not in arrival.memo:
             new = arrival.positions if known is None else torch.cat([known, arrival.positions], 1)
-            arrival.memo[key] = (self.positions, new)  # holding the old positions keeps their id from being used again
-        self.positions = self._with_future(arrival.memo[key][1], arrival.memo)
+            arrival.memo[key] = (self.layout, new)  # holding the old layout keeps its id from being used again
+        self._place(arrival.memo[key][1], arrival.memo)
         self.vision = arrival.vision if marks is None else torch.cat([marks, arrival.vision], 1)
         self.totals = arrival.totals if self.totals is None else self.totals + arrival.totals
         if self.whole:
@@ -151,14 +165,15 @@ class PrunedStaticLayer(Slots, StaticLayer):
         self.keys[:, :, :n], self.values[:, :, :n] = keys, values
         self.cumulative_length.fill_(n)
 
-    def _with_future(self, positions: Tensor, memo: dict[Any, Any]) -> Tensor:
-        """(B, room): the positions (B, n) of filled slots, then those of the tokens that will fill the others.
+    def _place(self, positions: Tensor, memo: dict[Any, Any]) -> None:
+        """Note the positions (B, n) of filled slots, and those of the tokens that will fill the others.
 
-        Layers that share the former share the result, so that they also share the masks that are made from it.
+        Layers that share the former share the latter, and so the masks that are made from them.
         """
-        key = ("future", id(positions), self.dropped, self.max_cache_len)
+        key = ("placed", id(positions), self.dropped, self.max_cache_len)
         if key not in memo:
             first = positions.shape[1] + self.dropped
             future = torch.arange(first, max(first, self.max_cache_len), device=positions.device)
-            memo[key] = fixed_address(torch.cat([positions, future.expand(positions.shape[0], -1)], 1))
-        return memo[key]  # type: ignore[no-any-return]
+            memo[key] = torch.cat([positions, future.expand(positions.shape[0], -1)], 1)
+        self._shared = memo[key]
+        self.positions = fixed_address(memo[key].clone())

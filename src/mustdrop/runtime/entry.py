@@ -85,7 +85,7 @@ def valid_tokens(vision: Tensor, mask: Any, start: int = 0) -> Tensor:
     """
     if isinstance(mask, dict):
         mask = next((m for m in mask.values() if m is not None), None)
-    if isinstance(mask, Tensor) and mask.ndim == 4:
+    if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[3] >= start + vision.shape[1]:
         here = mask[:, 0, :, start : start + vision.shape[1]]
         seen = here if here.dtype == torch.bool else here > torch.finfo(here.dtype).min / 2
         return seen.any(1).to(vision.device).expand(vision.shape[0], -1)

@@ -48,7 +48,7 @@ def evict_dropped(layers: list[Slots], start: int, here: Tensor) -> None:
     """
     shared: dict[int, Cut | None] = {}
     for layer in layers:
-        key = id(layer.positions)
+        key = id(layer.layout)
         if key not in shared:
             positions, vision = layer.slot_positions(), layer.slot_vision()
             if positions is None or vision is None:

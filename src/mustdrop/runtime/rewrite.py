@@ -45,7 +45,7 @@ class Rewriter:
                 )
 
     def _layout(self, layer: kv.Slots | None, forward: Forward, media: Media) -> Layout:
-        known = layer.positions if layer is not None else None
+        known = layer.layout if layer is not None else None
         key = ("layout", id(known), layer.slots if layer is not None else 0)
         if key not in forward.memo:
             new = arrival(forward, media)
@@ -65,13 +65,13 @@ class Rewriter:
         mask, renumber = kwargs.get("attention_mask"), self.runtime.method.renumber
         if mask is None and not layer.padded and forward.length == 1 and not renumber and not self.runtime.flash:
             return False  # one query that sees every slot: nothing to map
-        key = ("extend", id(layer.positions), layer.slots)
+        key = ("extend", id(layer.layout), layer.slots)
         if key not in forward.memo:
             slots = layer.slot_positions(extra=forward.length)
             assert slots is not None  # positions are known, so there are slots
             new = slots[:, -forward.length :]
             layout = Layout(forward.index(slots.device), new, slots, layer.padded, renumber)
-            forward.memo[key] = (layer.positions, layout)
+            forward.memo[key] = (layer.layout, layout)
         layout = forward.memo[key][1]
         self._map_mask(layout, forward, hidden, kwargs)
         if self.runtime.flash:
@@ -103,7 +103,7 @@ class Rewriter:
         if memo is None:
             kwargs["attention_mask"] = fixed_mask(mask, layer.positions, layer.padded)
         else:
-            key = ("step", id(mask), id(layer.positions))
+            key = ("step", id(mask), id(layer.layout))
             if key not in memo:
                 memo[key] = (mask, fixed_mask(mask, layer.positions, layer.padded))
             kwargs["attention_mask"] = memo[key][1]
