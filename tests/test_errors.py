@@ -250,7 +250,7 @@ def assert_refused(model, inputs, error, match, call=None, **options):
 @pytest.mark.parametrize(
     ("options", "names"),
     [
-        ({"cache_implementation": "static"}, "static"),
+        ({"cache_implementation": "sliding_window"}, "sliding_window"),
         ({"cache_implementation": "offloaded"}, "offload"),
         ({"cache_implementation": "quantized"}, "quantized"),
         ({"cache_implementation": "offloaded_static"}, "static|offload"),
@@ -267,10 +267,12 @@ def test_unsupported_caches_are_named_before_any_work(options, names):
 @pytest.mark.parametrize("how", ["generate", "forward"])
 def test_unsupported_cache_objects_are_named_before_any_work(how):
     model, inputs = patched(prefill=THRESHOLDS), batch()
-    static = transformers.StaticCache(config=model.config.get_text_config(), max_cache_len=64)
-    given = {**inputs, "past_key_values": static}
+    config = model.config.get_text_config()
+    window = transformers.cache_utils.StaticSlidingWindowLayer(max_cache_len=64, sliding_window=16)
+    sliding = transformers.cache_utils.Cache(layers=[window] * config.num_hidden_layers)
+    given = {**inputs, "past_key_values": sliding}
     call = None if how == "generate" else (lambda: model(**given))
-    assert_refused(model, given, errors.UnsupportedOptionError, "StaticLayer|StaticCache", call=call)
+    assert_refused(model, given, errors.UnsupportedOptionError, "StaticSlidingWindowLayer", call=call)
 
 
 def test_an_offloaded_cache_object_is_named_before_any_work():

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from packaging.version import Version
-from torch import nn
+from torch import Tensor, nn
 
 from mustdrop.errors import UnsupportedOptionError
 
@@ -76,3 +76,16 @@ def checkpoints_activations(module: nn.Module) -> bool:
 def eager(function: F) -> F:
     """Keep `function` out of `torch.compile`: the shapes of its tensors depend on data, and it keeps state."""
     return torch.compiler.disable(function)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def static_cache(config: Any, length: int) -> Any:
+    """An empty cache of fixed size for a text model. Nothing is allocated."""
+    from transformers import StaticCache
+
+    return StaticCache(config=config, max_cache_len=length)
+
+
+def fixed_address(tensor: Tensor) -> Tensor:
+    """Mark a tensor that compiled code may read in place, as transformers marks the tensors of a static cache."""
+    torch._dynamo.mark_static_address(tensor)
+    return tensor

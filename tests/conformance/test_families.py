@@ -131,6 +131,15 @@ def test_without_cache(name, kind):
 
 
 @each
+def test_static_cache(name, kind, record_property):
+    options = {"cache_implementation": "static"}
+    try:
+        assert_dropping_equals_masking(name, ragged(kind), generation=options, **ALL)
+    except UnsupportedOptionError:  # a family with sliding layers
+        record_property("refused", "A static cache is refused: it would hold layers with a sliding window.")
+
+
+@each
 def test_second_turn(name, kind):
     """The conversation goes on over the pruned cache."""
     adapter, model = registry()[name], mustdrop.patch(clone(name), **ALL)

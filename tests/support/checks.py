@@ -97,6 +97,10 @@ def compare(
     ``oracle_model`` is an unpatched model with the weights of ``model``, if these are not the variant's.
     """
     oracle_model = oracle_model or plain(variant, "sdpa" if attn == fake_flash.NAME else attn)
+    # the oracle masks logical positions in a growing cache, whatever cache the patched model is given
+    plainly = {
+        k: v for k, v in options.items() if k not in ("cache_implementation", "past_key_values", "compile_config")
+    }
     repeat = max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
     ids = inputs["input_ids"].repeat_interleave(repeat, 0)
     with CacheWatch(model) as watch:
@@ -108,10 +112,10 @@ def compare(
     features = merged_features(variant, inputs, trace, vision, repeat, oracle_model)
     if decode is not None and decode.keep is not None:
         with MaskedOracle(oracle_model, Hidden(hidden.prefill, hidden.prefill), features) as oracle:
-            answer(oracle_model, inputs, 0, **options)
+            answer(oracle_model, inputs, 0, **plainly)
         hidden = watch.hidden_while_decoding(oracle.prompt_keys, ids, hidden)
     with MaskedOracle(oracle_model, hidden, features):
-        theirs = answer(oracle_model, inputs, steps, **options)
+        theirs = answer(oracle_model, inputs, steps, **plainly)
     return Compared(ours, theirs, hidden, trace)
 
 

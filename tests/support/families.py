@@ -246,7 +246,8 @@ def compare(
         torch.manual_seed(seed)
         # a cache that never forgets: what a sliding layer may not see, the mask says
         if options.get("use_cache") is not False:
-            options = {"past_key_values": DynamicCache(), **options}
+            options = {name: value for name, value in options.items() if name != "cache_implementation"}
+            options["past_key_values"] = DynamicCache()
         theirs = answer(oracle_model, inputs, steps, **options)
     return Compared(ours, theirs, hidden, trace)
 

@@ -54,6 +54,21 @@ def backend(runtime: Runtime) -> None:
         )
 
 
+def no_static(runtime: Runtime) -> str | None:
+    """Why a static cache cannot be used, None if it can."""
+    if runtime.method.decode is not None and runtime.method.decode.keep is not None:
+        return (
+            "decode_keep (DecodeCachePruner.keep) moves entries between decode steps, and a static cache is there "
+            "so that nothing moves. Use a DynamicCache, or a method without decode_keep."
+        )
+    if runtime.flash:
+        return (
+            f"attn_implementation={runtime.implementation!r} has no mask that could hide the room for later tokens. "
+            "Use model.set_attn_implementation('sdpa'), or a DynamicCache."
+        )
+    return None
+
+
 def media(runtime: Runtime, totals_of: dict[str, list[int]], kwargs: dict[str, Any]) -> None:
     """Refuse media that do not fill the prompts' placeholders, before any work.
 
@@ -82,8 +97,8 @@ def cache(runtime: Runtime, given: Any) -> None:
         UnsupportedOptionError: a kind of cache that cannot be pruned.
         CacheStateError: entries of a model with other layers or other keys.
     """
-    kv.check(given)
-    filled = [layer for layer in given.layers if getattr(layer, "is_initialized", False)]
+    kv.check(given, no_static(runtime))
+    filled = [layer for layer in given.layers if int(layer.get_seq_length())]
     if filled and len(filled) != runtime.depth:
         raise CacheStateError(
             f"this cache holds entries of {len(filled)} layers, {type(runtime.model).__name__} has {runtime.depth} "

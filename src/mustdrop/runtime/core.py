@@ -9,13 +9,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from mustdrop import kv
 from mustdrop.adapters.base import Adapter
-from mustdrop.compat import eager, require_supported_transformers
+from mustdrop.compat import require_supported_transformers
 from mustdrop.cost import TextCost
 from mustdrop.errors import ConfigError, NothingDroppedWarning, UnsupportedModelError
 from mustdrop.method import Method
 from mustdrop.runtime import checks, tap
 from mustdrop.runtime.additions import AdditionWrapper
+from mustdrop.runtime.compiled import outside_steps
 from mustdrop.runtime.encoder import BlockHook, EncoderStage, MaskHook, takes_mask
 from mustdrop.runtime.entry import last_token, valid_tokens
 from mustdrop.runtime.features import FeaturesWrapper
@@ -180,7 +182,9 @@ class Runtime:
         call = Call(owner)
         kinds = self.placeholders(ids, kwargs.get("inputs_embeds")) if self._has_media(kwargs) else None
         if kinds is not None:
-            valid = valid_tokens(kinds, kwargs.get("attention_mask"))
+            cache = kwargs.get("past_key_values")
+            start = 0 if cache is None else int(cache.get_seq_length())
+            valid = valid_tokens(kinds, kwargs.get("attention_mask"), start)
             kinds = kinds.masked_fill(~valid, -1)
             call.totals = (kinds >= 0).sum(1).tolist()
             call.totals_of = {m.name: (kinds == i).sum(1).tolist() for i, m in enumerate(self.modalities)}
@@ -198,7 +202,7 @@ class Runtime:
         if call is None or call.owner is not owner:
             return
         local.call = local.forward = local.kinds = local.mask = local.encoder = local.capture = None
-        if failed:
+        if failed or (call.prefill is None and self.last is not None):  # the latter: a compiled step ran inside
             return
         local.record = self.last = record(self, call)
         if self.method.drops and any(call.totals) and not self.warned and not self.last.dropped_anything:
@@ -237,7 +241,7 @@ class Runtime:
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
-    @eager
+    @outside_steps
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Begin a call for a plain forward; take a copy of the labels so that dropped tokens can leave the loss."""
         if self.local.call is None:
@@ -247,7 +251,7 @@ class Runtime:
             call.labels = kwargs["labels"] = kwargs["labels"].clone()
         return args, kwargs
 
-    @eager
+    @outside_steps
     def before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find the vision positions of this pass; begin a call if the base model is called by itself."""
         if self.local.call is None:
@@ -261,18 +265,20 @@ class Runtime:
         mask = kwargs.get("attention_mask")
         self.local.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
-    @eager
+    @outside_steps
     def after_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """End the call that `before_base` began."""
         self.local.kinds = self.local.mask = None
         self.end(module, failed=output is None)
 
-    @eager
+    @outside_steps
     def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """End the call that `before_model` began."""
         if self.local.call is not None:
             self.local.call.labels = None
         self.end(module, failed=output is None)
+        if output is not None:
+            kv.settle(kwargs.get("past_key_values"))
 
     def _begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if kwargs.get("past_key_values") is not None:

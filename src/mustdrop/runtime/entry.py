@@ -60,7 +60,8 @@ def read(runtime: Runtime, embeds: Tensor, kinds: Tensor, mask: Tensor | None) -
     """
     call = runtime.local.call
     kinds = kinds.to(embeds.device)
-    valid = valid_tokens(kinds, mask)
+    forward = runtime.local.forward
+    valid = valid_tokens(kinds, mask, forward.start if forward is not None else 0)
     vision = (kinds >= 0) & valid
     alive = ~(vision & embeds[..., 0].isnan()) if runtime.method.vision is not None else torch.ones_like(vision)
     totals = vision.sum(1).tolist()
@@ -78,10 +79,25 @@ def read(runtime: Runtime, embeds: Tensor, kinds: Tensor, mask: Tensor | None) -
     return media
 
 
-def valid_tokens(tokens: Tensor, mask: Any) -> Tensor:
-    """(B, length) bool, which of `tokens` (B, length) are no padding, by a 2-D attention mask (all without one)."""
+def valid_tokens(tokens: Tensor, mask: Any, start: int = 0) -> Tensor:
+    """(B, length) bool, tokens of this pass that are not padding, as the attention mask says (all without one).
+
+    Args:
+        tokens: (B, length), for the shape.
+        mask: None, (B, keys), or what `generate` makes of that for a static cache: (B or 1, 1, length, keys), or a dict
+            of such. There, padding is what no token sees.
+        start: logical position of the first token; a mask may cover keys after the last one, as for a static cache.
+    """
+    if isinstance(mask, dict):
+        mask = next((m for m in mask.values() if m is not None), None)
+    if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[3] >= start + tokens.shape[1]:
+        here = mask[:, 0, :, start : start + tokens.shape[1]]
+        seen = here if here.dtype == torch.bool else here > torch.finfo(here.dtype).min / 2
+        return seen.any(1).to(tokens.device).expand(tokens.shape[0], -1)
     if isinstance(mask, Tensor) and mask.ndim == 2:
-        return mask[:, -tokens.shape[1] :].to(tokens.device).bool()
+        end = start + tokens.shape[1]
+        here = mask[:, start:end] if mask.shape[1] > end else mask[:, -tokens.shape[1] :]
+        return here.to(tokens.device).bool()
     return torch.ones_like(tokens, dtype=torch.bool)
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from mustdrop.runtime.rows import PAD, has_padding, pack, take
 
 if TYPE_CHECKING:
-    from mustdrop.kv import PrunedLayer
+    from mustdrop.kv import Slots
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Cut:
     positions: Tensor
     vision: Tensor
     padded: bool
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, positions: Tensor, vision: Tensor, keep: Tensor) -> Cut | None:
@@ -35,7 +36,7 @@ class Cut:
         )
 
 
-def evict_dropped(layers: list[PrunedLayer], start: int, here: Tensor) -> None:
+def evict_dropped(layers: list[Slots], start: int, here: Tensor) -> None:
     """Cut from every layer the vision entries of the chunk at `start` that are not `here` at its end.
 
     Layers that hold the same tokens share one index and, afterwards, the same bookkeeping tensors.
@@ -47,7 +48,7 @@ def evict_dropped(layers: list[PrunedLayer], start: int, here: Tensor) -> None:
     """
     shared: dict[int, Cut | None] = {}
     for layer in layers:
-        key = id(layer.positions)
+        key = id(layer.layout)
         if key not in shared:
             positions, vision = layer.slot_positions(), layer.slot_vision()
             if positions is None or vision is None:

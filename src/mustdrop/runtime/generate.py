@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from mustdrop import kv
-from mustdrop.compat import eager
+from mustdrop.compat import eager, static_cache
 from mustdrop.errors import UnsupportedOptionError
 from mustdrop.runtime import checks
 
@@ -55,12 +55,15 @@ class GenerateWrapper:
             return kwargs[name] if name in kwargs else getattr(config, name, None)
 
         implementation = option("cache_implementation")
-        if implementation not in (None, "dynamic") and option("use_cache") is not False:
-            raise UnsupportedOptionError(
-                f"cache_implementation={implementation!r} cannot be pruned; mustdrop refuses "
-                f"{kv.REFUSED_IMPLEMENTATIONS}. "
-                "Leave it out, or use 'dynamic'."
-            )
+        if option("use_cache") is not False:
+            if implementation not in (None, "dynamic", "static"):
+                raise UnsupportedOptionError(
+                    f"cache_implementation={implementation!r} cannot be pruned; mustdrop refuses "
+                    f"{kv.REFUSED_IMPLEMENTATIONS}. "
+                    "Leave it out, or use 'dynamic' or 'static'."
+                )
+            if implementation == "static":
+                kv.check(static_cache(self.runtime.text.config, 1), checks.no_static(self.runtime))
         if option("prefill_chunk_size"):
             raise UnsupportedOptionError(
                 "prefill_chunk_size cuts the prompt before the text has been seen, so vision tokens "

@@ -92,6 +92,33 @@ def physical_mask(mask: Tensor | None, layout: Layout, implementation: str, dtyp
     return torch.where(alone, closed, known.masked_fill(hidden, lowest))
 
 
+def fixed_mask(mask: object, positions: Tensor, padded: bool) -> Tensor:
+    """The mask of a static cache layer.
+
+    Args:
+        mask: what transformers passed, (B or 1, 1, queries, logical keys), bool or additive.
+        positions: (B, slots) long, logical position per slot, those not filled yet included, PAD on padding.
+        padded: whether `positions` holds PAD.
+
+    Returns:
+        The mask over slots, (B, 1, queries, slots). It needs no causal part of its own: transformers hides the
+        positions that are not filled yet.
+
+    Raises:
+        UnsupportedOptionError: any other kind of mask.
+    """
+    if not isinstance(mask, Tensor) or mask.ndim != 4:
+        raise UnsupportedOptionError(
+            "a pruned static cache needs a mask with queries and keys, and the attention implementation came with "
+            f"{type(mask).__name__}: use model.set_attn_implementation('sdpa')."
+        )
+    known = take(mask, positions, 3)
+    if not padded:
+        return known
+    hidden = (positions == PAD)[:, None, None]
+    return known & ~hidden if known.dtype == torch.bool else known.masked_fill(hidden, torch.finfo(known.dtype).min)
+
+
 def encoder_mask(visible: Tensor, implementation: str, dtype: torch.dtype) -> Tensor | None:
     """The mask for encoder layers over ragged tokens: `visible` (B, N) bool; None if all are."""
     if bool(visible.all()):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mustdrop import kv
 from mustdrop.cost import Compared, embedding_flops, encoder_flops, total
 from mustdrop.runtime.rows import PAD, take
 from mustdrop.runtime.state import Call, Prefill
@@ -28,6 +29,8 @@ def record(runtime: Runtime, call: Call) -> Trace:
     tokens = torch.tensor([[len(a) for a in layer] for layer in alive[:depth]])
     cache = call.cache
     valid = prefill.valid
+    if cache is not None and isinstance(cache.layers[0], kv.PrunedStaticLayer):  # compiled steps count nothing
+        call.steps = cache.layers[0].logical - prefill.start - valid.shape[1]
     lengths = [layer.lengths(prefill.start, valid).cpu() for layer in cache.layers[:depth]] if cache is not None else []
     kv_lengths = torch.stack(lengths) if lengths else torch.zeros(depth, len(alive[0]), dtype=torch.long)
     return Trace(
@@ -73,9 +76,7 @@ def _kv_bytes(cache: Any, depth: int) -> Compared:
     if cache is None:
         return Compared(0, 0)
     actual = sum(layer.storage_bytes() for layer in cache.layers[:depth])
-    unpruned = sum(
-        layer.storage_bytes() // layer.slots * layer.unpruned_slots for layer in cache.layers[:depth] if layer.slots
-    )
+    unpruned = sum(layer.unpruned_bytes() for layer in cache.layers[:depth])
     return Compared(actual, unpruned)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from mustdrop import kv
 from mustdrop.errors import UnsupportedOptionError
 from mustdrop.runtime.entry import Media
-from mustdrop.runtime.masks import Layout, physical_mask
+from mustdrop.runtime.masks import Layout, fixed_mask, physical_mask
 from mustdrop.runtime.rows import PAD, take
 from mustdrop.runtime.state import Forward
 
@@ -27,7 +27,7 @@ class Rewriter:
         self.runtime = runtime
 
     def rewrite(
-        self, layer: kv.PrunedLayer | None, forward: Forward, media: Media, hidden: Tensor, kwargs: dict[str, Any]
+        self, layer: kv.Slots | None, forward: Forward, media: Media, hidden: Tensor, kwargs: dict[str, Any]
     ) -> None:
         """Positions, masks and whatever else has one entry per row, for the rows that are left."""
         layout = self._layout(layer, forward, media)
@@ -44,7 +44,7 @@ class Rewriter:
                     "which mustdrop does not know how to cut."
                 )
 
-    def _layout(self, layer: kv.PrunedLayer | None, forward: Forward, media: Media) -> Layout:
+    def _layout(self, layer: kv.Slots | None, forward: Forward, media: Media) -> Layout:
         key = ("layout", layer.layout_key if layer is not None else None)
         if key not in forward.memo:
             new = arrival(forward, media)
@@ -55,7 +55,7 @@ class Rewriter:
             forward.memo[key] = Layout(rows, new.positions, slots, padded, self.runtime.method.renumber)
         return forward.memo[key]  # type: ignore[no-any-return]
 
-    def extend(self, layer: kv.PrunedLayer, forward: Forward, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
+    def extend(self, layer: kv.Slots, forward: Forward, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
         """A decode step, or any chunk in which nothing is dropped, over a cache that has been pruned.
 
         Returns:
@@ -71,7 +71,7 @@ class Rewriter:
             slots = slots.to((mask if isinstance(mask, Tensor) else hidden).device)  # the cache may lie elsewhere
             new = slots[:, -forward.length :]
             layout = Layout(forward.index(slots.device), new, slots, layer.padded, renumber)
-            forward.memo[key] = (layer.positions, layout)
+            forward.memo[key] = (layer.layout, layout)
         layout = forward.memo[key][1]
         self._map_mask(layout, forward, hidden, kwargs)
         if self.runtime.flash:
@@ -80,6 +80,39 @@ class Rewriter:
             for name, value in kwargs.items():
                 if name.startswith("position_embeddings") and value is not None:
                     kwargs[name] = self._rotary(layout, forward, hidden, value)
+        return True
+
+    def step(
+        self, layer: kv.PrunedStaticLayer, hidden: Tensor, kwargs: dict[str, Any], memo: dict[Any, Any] | None = None
+    ) -> bool:
+        """Tokens that follow one another over a static cache that has been pruned; compiled code comes here too.
+
+        Args:
+            layer: cache layer.
+            hidden: (B, q, C) input of the decoder layer.
+            kwargs: its arguments.
+            memo: shared by the layers of one pass; a compiler finds by itself what they have in common.
+
+        Returns:
+            Whether `kwargs` were changed.
+        """
+        if layer.whole:
+            return False
+        assert layer.positions is not None  # fixed when the first token was dropped
+        mask = kwargs.get("attention_mask")
+        if memo is None:
+            kwargs["attention_mask"] = fixed_mask(mask, layer.positions, layer.padded)
+        else:
+            key = ("step", id(mask), id(layer.layout))
+            if key not in memo:
+                memo[key] = (mask, fixed_mask(mask, layer.positions, layer.padded))
+            kwargs["attention_mask"] = memo[key][1]
+        if self.runtime.method.renumber:
+            stored = layer.cumulative_length - (layer.positions == PAD).sum(1, keepdim=True)
+            place = stored + torch.arange(hidden.shape[1], device=hidden.device)
+            for name, value in kwargs.items():
+                if name.startswith("position_embeddings") and value is not None:
+                    kwargs[name] = tuple(self.runtime.text.rotary_emb(hidden, place))
         return True
 
     def _map_mask(self, layout: Layout, forward: Forward, hidden: Tensor, kwargs: dict[str, Any]) -> None:
@@ -116,7 +149,8 @@ def arrival(forward: Forward, media: Media) -> kv.Arrival:
     if "arrival" not in forward.memo:
         index = forward.index(media.vision.device)
         positions = (index + forward.start).masked_fill(~forward.current(media.valid), PAD)
-        made = kv.Arrival(positions, forward.current(media.vision), media.vision.sum(1), forward.length)
+        vision, totals, whole = forward.current(media.vision), media.vision.sum(1), forward.rows is None
+        made = kv.Arrival(positions, vision, totals, forward.length, whole)
         forward.memo["arrival"] = made
     return forward.memo["arrival"]  # type: ignore[no-any-return]
 

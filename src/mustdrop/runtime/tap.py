@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mustdrop.compat import attention_function, attention_registry, eager
@@ -42,6 +43,8 @@ class ConfigProxy:
 
     @property
     def _attn_implementation(self) -> Any:
+        if torch.compiler.is_compiling() and self.local.capture is None:
+            return self.real._attn_implementation  # nothing to do, and nothing that breaks a graph
         return self._implementation()
 
     @eager

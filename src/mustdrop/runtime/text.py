@@ -12,13 +12,14 @@ from mustdrop import kv
 from mustdrop.compat import eager
 from mustdrop.errors import MustDropError, UnsupportedOptionError
 from mustdrop.kernels.reference import row_probabilities
-from mustdrop.runtime import entry
+from mustdrop.runtime import checks, entry
+from mustdrop.runtime.compiled import compiled_step, outside_steps
 from mustdrop.runtime.entry import Media
 from mustdrop.runtime.eviction import evict_dropped
 from mustdrop.runtime.masks import visible_keys
 from mustdrop.runtime.rewrite import Rewriter, arrival
 from mustdrop.runtime.rows import PAD, has_padding, pack, take
-from mustdrop.runtime.state import Call, Forward, Prefill
+from mustdrop.runtime.state import Call, Forward, Local, Prefill
 
 if TYPE_CHECKING:
     from mustdrop.runtime.core import Runtime
@@ -32,7 +33,9 @@ class LayerHook:
     index: int
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """See `TextStage.before_layer`."""
+        """See `TextStage.before_layer` and, for a compiled decode step, `TextStage.compiled_layer`."""
+        if compiled_step(self.stage.local, args, kwargs):
+            return self.stage.compiled_layer(self.index, args, kwargs)
         return self.stage.before_layer(self.index, args, kwargs)
 
 
@@ -55,9 +58,14 @@ class TextStage:
         self.runtime = runtime
         self.rewriter = Rewriter(runtime)
 
+    @property
+    def local(self) -> Local:
+        """Run state of this thread."""
+        return self.runtime.local
+
     # -- entry --------------------------------------------------------------------------------------------------------
 
-    @eager
+    @outside_steps
     def before_text(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Adopt the cache, find the vision tokens of this pass, take the NaN marks out of the embeddings."""
         runtime, local = self.runtime, self.runtime.local
@@ -68,14 +76,15 @@ class TextStage:
             return None
         wants = kwargs.get("use_cache")
         wants = module.config.use_cache if wants is None else wants
-        cache = kv.adopt(kwargs.get("past_key_values"), module.config, runtime.depth, bool(wants))
+        cache = kv.adopt(
+            kwargs.get("past_key_values"), module.config, runtime.depth, bool(wants), checks.no_static(runtime)
+        )
         if cache is not None:
             kwargs["past_key_values"] = cache
         start = int(cache.get_seq_length()) if cache is not None else 0
         forward = local.forward = Forward(embeds.shape[1], start, embeds.shape[0], cache)
         mask = kwargs.get("attention_mask")
-        if not isinstance(mask, Tensor) or mask.ndim != 2:
-            mask = local.mask  # the base model has made 4-D masks of it
+        mask = mask if local.mask is None else local.mask  # the base model may have made 4-D masks of it
         if kinds is None or not bool((kinds >= 0).any()):
             if runtime.method.vision is not None and forward.length > 1 and bool(embeds[..., 0].isnan().any()):
                 raise UnsupportedOptionError(
@@ -84,7 +93,7 @@ class TextStage:
                 )
             self._evict(forward)
             nothing = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-            self._begin_record(forward, Prefill(nothing, start, entry.valid_tokens(nothing, mask)))
+            self._begin_record(forward, Prefill(nothing, start, entry.valid_tokens(nothing, mask, start)))
             return args, kwargs
         media = forward.media = entry.read(runtime, embeds, kinds, mask)
         self._begin_record(forward, Prefill(media.vision, start, media.valid, marks=media.marks, media=media.media))
@@ -146,6 +155,12 @@ class TextStage:
             self._extend(i, layer, forward, hidden, kwargs)
         return (hidden, *args[1:]), kwargs
 
+    def compiled_layer(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A decode step over a static cache: only the mask is mapped to the slots."""
+        layer = kwargs["past_key_values"].layers[i]
+        layer.prepared = True
+        return (args, kwargs) if self.rewriter.step(layer, args[0], kwargs) else None
+
     def _filter(self, forward: Forward, media: Media, k: int, hidden: Tensor) -> Tensor:
         attention, forward.attention = forward.attention, None
         prefill = self.runtime.method.prefill
@@ -175,12 +190,16 @@ class TextStage:
         hidden = take(hidden, place, 1)
         return hidden.masked_fill((place == PAD).to(hidden.device)[..., None], 0) if forward.padded else hidden
 
-    def _extend(
-        self, i: int, layer: kv.PrunedLayer | None, forward: Forward, hidden: Tensor, kwargs: dict[str, Any]
-    ) -> bool:
+    def _extend(self, i: int, layer: kv.Slots | None, forward: Forward, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
         """Nothing is dropped in this pass: only a cache that has been pruned before needs its mask mapped."""
         if layer is None or layer.positions is None:
             return False
+        if isinstance(layer, kv.PrunedStaticLayer):
+            # a whole layer is what transformers takes it for, and gives out all its room
+            if layer.whole:
+                return False
+            if forward.media is None:
+                return self.rewriter.step(layer, hidden, kwargs, forward.memo)
         if forward.media is None and self._scores_decode:
             self.runtime.local.capture = ("text", i)
         return self.rewriter.extend(layer, forward, hidden, kwargs)
@@ -205,6 +224,9 @@ class TextStage:
             rows = torch.arange(q.shape[2], device=q.device).expand(q.shape[0], -1)
         else:
             rows = pack(forward.current(media.raters & media.valid)).to(q.device)
+        if forward.cache is not None:  # a static cache hands out room for later tokens too
+            stored = forward.cache.layers[i].slots
+            k, mask = k[:, :, :stored], mask if mask is None else mask[..., :stored]
         visible, bias = visible_keys(rows, mask, q.shape[2], k.shape[2])
         scaling = kwargs.get("scaling") or getattr(module, "scaling", None) or q.shape[-1] ** -0.5
         probability = row_probabilities(q, k, rows, visible, scaling, bias, kwargs.get("softcap"))
@@ -218,7 +240,7 @@ class TextStage:
 
     # -- exit ---------------------------------------------------------------------------------------------------------
 
-    @eager
+    @outside_steps
     def after_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Scatter the hidden states back to the logical length; cut the earlier layers' caches."""
         local = self.runtime.local

@@ -1,94 +1,41 @@
-"""Cache layers that store fewer entries than the sequence is long. The only file that knows Hugging Face caches.
-
-Outside, a `PrunedLayer` speaks logical lengths: everything in transformers (positions, masks, chat continuation, crop)
-goes on as if no token had been dropped. Inside, it stores only the entries that are left, and for each the logical
-position
-it came from.
-"""
+"""A growing cache layer that stores fewer entries than the sequence is long."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
-from mustdrop.compat import crop_length, dynamic_cache
-from mustdrop.errors import CacheStateError, UnsupportedOptionError
+from mustdrop.compat import crop_length
+from mustdrop.errors import CacheStateError
+from mustdrop.kv.slots import Slots
 from mustdrop.runtime.eviction import Cut
-from mustdrop.runtime.rows import PAD, take
+from mustdrop.runtime.rows import take
 
 _SLIDE = 64  # tokens after which a sliding layer with gaps looks for entries that have left its window
 
-REFUSED_IMPLEMENTATIONS = "static, sliding_window, hybrid, quantized, offloaded and paged caches"
 
-
-@dataclass(frozen=True)
-class Arrival:
-    """What the next `update` of a layer brings.
-
-    Attributes:
-        positions: (B, n) long, logical position of each new entry, PAD on padding.
-        vision: (B, n) bool, which of them are vision tokens.
-        totals: (B,) long, vision tokens of the chunk, dropped ones included.
-        advance: logical tokens that the chunk stands for (n plus what was dropped).
-    """
-
-    positions: Tensor
-    vision: Tensor
-    totals: Tensor
-    advance: int
-    elsewhere: dict[torch.device, Arrival] = field(default_factory=dict)
-
-    def on(self, device: torch.device) -> Arrival:
-        """The same on the device of a cache layer. Layers of one device share it, so that they share their cuts."""
-        if self.positions.device == device:
-            return self
-        if device not in self.elsewhere:
-            moved = (self.positions.to(device), self.vision.to(device), self.totals.to(device))
-            self.elsewhere[device] = Arrival(*moved, self.advance)
-        return self.elsewhere[device]
-
-
-class PrunedLayer(DynamicLayer):
+class PrunedLayer(Slots, DynamicLayer):
     """A growing cache layer with a logical length and fewer physical slots.
 
     `positions`, `vision` and `attended` describe the first slots, those of the last prefill; slots after them are
-    decoded
-    tokens whose positions follow one another, so that a decode step adds no bookkeeping tensor.
+    decoded tokens whose positions follow one another, so that a decode step adds no bookkeeping tensor.
     """
 
     def __init__(self, window: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.keys: Any = None
-        self.values: Any = None
+        self.keys = self.values = None
         self.is_sliding, self.window = window is not None, window
         self.logical = 0
-        self.positions: Tensor | None = None
-        self.vision: Tensor | None = None
-        self.attended: Tensor | None = None
-        self.totals: Tensor | None = None
-        self.padded = False
-        self.gaps = False  # whether anything between the oldest and the newest entry is missing
         self.steps = 0  # decode steps since the last prefill
-        self.arrival: Arrival | None = None
-        self.prepared = False
+        self.forget()
 
     @classmethod
     def adopt(cls, layer: Any) -> PrunedLayer:
-        """Take over a layer of transformers, with what it holds.
-
-        Raises:
-            UnsupportedOptionError: a layer type that cannot be pruned.
-        """
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            raise UnsupportedOptionError(
-                f"the cache holds {type(layer).__name__} layers; mustdrop prunes growing caches "
-                f"(DynamicCache) and refuses "
-                f"{REFUSED_IMPLEMENTATIONS}. Pass past_key_values=DynamicCache(config=model.config) or none at all."
-            )
+        """Take over a layer of transformers, with what it holds (of a sliding window, the newest entries)."""
         new = cls(int(layer.sliding_window) if layer.is_sliding else None)
         if layer.is_initialized and layer.keys is not None and layer.keys.numel():
             new.logical = layer.get_seq_length()
@@ -104,13 +51,7 @@ class PrunedLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append entries; the arrival set by the layer hook says which logical positions they have."""
-        if self.positions is not None and not self.prepared:
-            raise CacheStateError(
-                "this cache holds entries of a pruned prompt, and the model that uses it is not "
-                "patched (any more). Patch it "
-                "again with mustdrop.patch(model, ...), or start with a new cache."
-            )
-        arrival, self.arrival, self.prepared = self.arrival, None, False
+        arrival = self.expect_hook()
         if arrival is None:
             self.logical += key_states.shape[-2]
             self.steps += 1
@@ -123,7 +64,7 @@ class PrunedLayer(DynamicLayer):
             self.totals = arrival.totals if self.totals is None else self.totals + arrival.totals
             self.attended, self.steps = None, 0
             self.logical += arrival.advance
-            self.gaps |= arrival.advance != key_states.shape[-2]
+            self.whole &= arrival.whole
         return super().update(key_states, value_states, *args, **kwargs)
 
     def get_seq_length(self, *args: Any) -> int:
@@ -142,9 +83,8 @@ class PrunedLayer(DynamicLayer):
         """Forget everything."""
         self.keys = self.values = None
         self.is_initialized = False
-        self.positions = self.vision = self.attended = self.totals = self.arrival = None
         self.logical = self.steps = 0
-        self.padded = self.gaps = self.prepared = False
+        self.forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select batch rows for beam search."""
@@ -201,31 +141,13 @@ class PrunedLayer(DynamicLayer):
         tail = torch.arange(self.logical - (self.slots - known), self.logical + extra, device=device).expand(batch, -1)
         return tail if self.positions is None else torch.cat([self.positions, tail], 1)
 
-    def slot_vision(self) -> Tensor | None:
-        """(B, slots) bool, which slots hold vision tokens."""
-        if not self.slots:
-            return None
-        known = 0 if self.vision is None else self.vision.shape[1]
-        tail = torch.zeros(self.keys.shape[0], self.slots - known, dtype=torch.bool, device=self.keys.device)
-        return tail if self.vision is None else torch.cat([self.vision, tail], 1)
-
-    def lengths(self, start: int, valid: Tensor) -> Tensor:
-        """(B,) long, stored entries per row without padding.
-
-        `valid` (B, q) marks real tokens of the chunk at `start`.
-        """
-        positions = self.slot_positions()
-        if positions is None:
-            return torch.zeros(valid.shape[0], dtype=torch.long)
-        real = positions != PAD
-        inside = (positions >= start) & (positions < start + valid.shape[1])
-        if positions.shape[0] == valid.shape[0]:
-            real &= ~inside | take(valid.to(positions.device), (positions - start).clamp(0, valid.shape[1] - 1), 1)
-        return real.sum(1)
-
     def storage_bytes(self) -> int:
         """Bytes of the tensors that hold keys and values."""
         return 0 if not self.slots else self.keys.nbytes + self.values.nbytes
+
+    def unpruned_bytes(self) -> int:
+        """Bytes that a layer of transformers would take."""
+        return self.storage_bytes() // self.slots * self.unpruned_slots if self.slots else 0
 
     def accumulate(self, probability: Tensor) -> None:
         """Add the attention of the newest tokens to the entries of the prompt.
@@ -265,7 +187,7 @@ class PrunedLayer(DynamicLayer):
         if self.window is None or self.slots < self.window or not self.slots:
             return
         surplus = self.slots - (self.window - 1)
-        if self.gaps:
+        if not self.whole:
             positions = self.slot_positions()
             if positions is None or (self.steps and self.steps % _SLIDE):
                 return
@@ -281,17 +203,10 @@ class PrunedLayer(DynamicLayer):
                 setattr(self, name, value[:, min(surplus, known) :])
         self.keys, self.values = self.keys[:, :, surplus:].clone(), self.values[:, :, surplus:].clone()
 
-    @property
-    def layout_key(self) -> tuple[int, int]:
-        """Equal for layers that hold the same positions."""
-        tail_only = self.positions is not None and not self.positions.shape[1]
-        return (0 if tail_only else id(self.positions), self.slots)
-
     def forget_if_whole(self) -> None:
         """Drop the bookkeeping of a layer that holds every token: it is a plain cache layer again."""
-        if self.slots == self.logical:
-            self.positions = self.vision = self.attended = self.totals = None
-            self.padded = False
+        if self.slots == self.logical:  # a sliding layer has to say which entries are left
+            super().forget_if_whole()
 
     def apply(self, cut: Cut) -> None:
         """Gather what a cut leaves."""
@@ -299,51 +214,8 @@ class PrunedLayer(DynamicLayer):
             padding = self.slots - self.attended.shape[1]
             self.attended = take(torch.nn.functional.pad(self.attended, (0, padding)), cut.index, 1)
         self.keys, self.values = take(self.keys, cut.index, 2), take(self.values, cut.index, 2)
-        self.positions, self.vision, self.padded, self.gaps = cut.positions, cut.vision, cut.padded, True
+        self.positions, self.vision, self.padded, self.whole = cut.positions, cut.vision, cut.padded, False
 
-    def _rows(self, select: Any) -> None:
+    def _rows(self, select: Callable[[Tensor], Tensor]) -> None:
         self.keys, self.values = select(self.keys), select(self.values)
-        for name in ("positions", "vision", "attended", "totals"):
-            value = getattr(self, name)
-            if value is not None:
-                setattr(self, name, select(value))
-
-
-def adopt(cache: Any, text_config: Any, n_layers: int, use_cache: bool) -> Any:
-    """Make every layer of `cache` a `PrunedLayer`, in place; a new cache if there is none and one is wanted.
-
-    Args:
-        cache: `past_key_values` as it came, or None.
-        text_config: configuration of the text model.
-        n_layers: decoder layers.
-        use_cache: whether the caller wants a cache.
-
-    Returns:
-        The cache to use, or None.
-
-    Raises:
-        UnsupportedOptionError: a cache that cannot be pruned; the message names it.
-    """
-    if cache is None:
-        if not use_cache:
-            return None
-        cache = dynamic_cache(text_config)
-    check(cache)
-    if len(cache.layers) < n_layers:
-        cache.layers.extend(PrunedLayer() for _ in range(n_layers - len(cache.layers)))
-    for i, layer in enumerate(cache.layers):
-        if type(layer) is not PrunedLayer:
-            cache.layers[i] = PrunedLayer.adopt(layer)
-    return cache
-
-
-def check(cache: Any) -> None:
-    """Raise `UnsupportedOptionError` if `cache` cannot be pruned; nothing is changed."""
-    if not hasattr(cache, "layers") or getattr(cache, "offloading", False):
-        kind = "an offloading cache" if getattr(cache, "offloading", False) else f"a {type(cache).__name__}"
-        raise UnsupportedOptionError(
-            f"{kind} cannot be pruned; mustdrop refuses {REFUSED_IMPLEMENTATIONS}. Use a DynamicCache."
-        )
-    for layer in cache.layers:
-        if type(layer) is not PrunedLayer:
-            PrunedLayer.adopt(layer)
+        self.select_rows(select)

@@ -1,0 +1,113 @@
+"""Cache layers that store fewer entries than the sequence is long. The only package that knows Hugging Face caches.
+
+Outside, a pruned layer speaks logical lengths: everything in transformers (positions, masks, chat continuation, crop)
+goes on as if no token had been dropped. Inside, it stores only the entries that are left, and for each the logical
+position it came from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+
+from mustdrop.compat import dynamic_cache
+from mustdrop.errors import UnsupportedOptionError
+from mustdrop.kv.growing import PrunedLayer
+from mustdrop.kv.slots import Arrival, Slots
+from mustdrop.kv.static import PrunedStaticLayer
+
+__all__ = ["Arrival", "PrunedLayer", "PrunedStaticLayer", "Slots", "adopt", "check", "is_step", "settle"]
+
+REFUSED_IMPLEMENTATIONS = "sliding_window and hybrid static caches, quantized, offloaded and paged caches"
+
+_PRUNED: dict[Any, Any] = {
+    DynamicLayer: PrunedLayer,
+    DynamicSlidingWindowLayer: PrunedLayer,
+    StaticLayer: PrunedStaticLayer,
+}
+
+
+def adopt(cache: Any, text_config: Any, n_layers: int, use_cache: bool, no_static: str | None = None) -> Any:
+    """Make every layer of `cache` a `PrunedLayer` or `PrunedStaticLayer`, in place.
+
+    A new, growing cache if there is none and one is wanted.
+
+    Args:
+        cache: `past_key_values` as it came, or None.
+        text_config: configuration of the text model.
+        n_layers: decoder layers.
+        use_cache: whether the caller wants a cache.
+        no_static: see `check`.
+
+    Returns:
+        The cache to use, or None.
+
+    Raises:
+        UnsupportedOptionError: a cache that cannot be pruned; the message names it.
+    """
+    if cache is None:
+        if not use_cache:
+            return None
+        cache = dynamic_cache(text_config)
+    check(cache, no_static)
+    if len(cache.layers) < n_layers:
+        cache.layers.extend(PrunedLayer() for _ in range(n_layers - len(cache.layers)))
+    for i, layer in enumerate(cache.layers):
+        if not isinstance(layer, Slots):
+            cache.layers[i] = _PRUNED[type(layer)].adopt(layer)
+    return cache
+
+
+def check(cache: Any, no_static: str | None = None) -> None:
+    """Refuse what cannot be pruned; nothing is changed.
+
+    Args:
+        cache: any cache of transformers.
+        no_static: why a static cache is out of the question, None where it is not.
+
+    Raises:
+        UnsupportedOptionError: the message names the cache, or the layers in it that are to blame.
+    """
+    if not hasattr(cache, "layers") or getattr(cache, "offloading", False):
+        kind = "an offloading cache" if getattr(cache, "offloading", False) else f"a {type(cache).__name__}"
+        raise UnsupportedOptionError(
+            f"{kind} cannot be pruned; mustdrop refuses {REFUSED_IMPLEMENTATIONS}. Use a DynamicCache or a StaticCache."
+        )
+    for layer in cache.layers:
+        if not isinstance(layer, Slots) and type(layer) not in _PRUNED:
+            raise UnsupportedOptionError(
+                f"the cache holds {type(layer).__name__} layers; mustdrop prunes growing and static caches of full "
+                f"attention and refuses {REFUSED_IMPLEMENTATIONS}. "
+                "Pass past_key_values=DynamicCache(config=model.config) or none at all."
+            )
+        if no_static is not None and isinstance(layer, StaticLayer):
+            raise UnsupportedOptionError(f"a static cache cannot be used here: {no_static}")
+        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+            PrunedLayer.adopt(layer)
+
+
+def is_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a module is called for one more token over a static cache whose layout is fixed, and without media.
+
+    Reads nothing but shapes and attributes, so that compiled code may ask.
+
+    Args:
+        args: positional arguments of a top, base or text model.
+        kwargs: its keyword arguments.
+    """
+    cache = kwargs.get("past_key_values")
+    layers = getattr(cache, "layers", None)
+    if not layers or type(layers[0]) is not PrunedStaticLayer or not layers[0].ready:
+        return False
+    token = kwargs.get("input_ids")
+    if token is None:
+        token = args[0] if args else kwargs.get("inputs_embeds")
+    return token is not None and token.shape[1] == 1
+
+
+def settle(cache: Any) -> None:
+    """A pass over `cache` has ended: a static cache is ready for compiled decode steps."""
+    for layer in getattr(cache, "layers", None) or ():
+        if type(layer) is PrunedStaticLayer:
+            layer.ready = True

@@ -1,0 +1,155 @@
+"""What both kinds of cache layer share: which logical position each stored entry came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mustdrop.errors import CacheStateError
+from mustdrop.runtime.rows import PAD, take
+
+if TYPE_CHECKING:
+    from mustdrop.runtime.eviction import Cut
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What the next `update` of a layer brings.
+
+    Attributes:
+        positions: (B, n) long, logical position of each new entry, PAD on padding.
+        vision: (B, n) bool, which of them are vision tokens.
+        totals: (B,) long, vision tokens of the chunk, dropped ones included.
+        advance: logical tokens that the chunk stands for (n plus what was dropped).
+        whole: whether the new entries are all tokens of the chunk, in order.
+        memo: what layers with the same entries derive from them.
+    """
+
+    positions: Tensor
+    vision: Tensor
+    totals: Tensor
+    advance: int
+    whole: bool
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def on(self, device: torch.device) -> Arrival:
+        """The same on the device of a cache layer. Layers of one device share it, so that they share their cuts."""
+        if self.positions.device == device:
+            return self
+        key = ("on", device)
+        if key not in self.memo:
+            moved = (self.positions.to(device), self.vision.to(device), self.totals.to(device))
+            self.memo[key] = Arrival(*moved, self.advance, self.whole)
+        return self.memo[key]  # type: ignore[no-any-return]
+
+
+class Slots:
+    """The bookkeeping of one cache layer, mixed into a layer class of transformers.
+
+    Attributes:
+        keys: (B, G, slots or more, D), None before the first entry.
+        values: likewise.
+        positions: (B, known or more) long, logical position of the first slots, PAD on padding; None while every slot
+            holds the token of its own number.
+        vision: (B, known) bool, which of the first slots hold vision tokens.
+        attended: (B, known) float32, attention that the generated tokens gave them, where that is summed.
+        totals: (B,) long, vision tokens that came, dropped ones included.
+        padded: whether `positions` holds PAD.
+        whole: whether nothing was dropped or moved: slots are logical positions.
+        arrival: what the next `update` brings, None for tokens that follow one another.
+        prepared: whether the layer hook has run since the last `update`.
+    """
+
+    keys: Any
+    values: Any
+
+    def forget(self) -> None:
+        """Start the bookkeeping anew."""
+        self.positions: Tensor | None = None
+        self.vision: Tensor | None = None
+        self.attended: Tensor | None = None
+        self.totals: Tensor | None = None
+        self.arrival: Arrival | None = None
+        self.padded = self.prepared = False
+        self.whole = True
+
+    def apply(self, cut: Cut) -> None:
+        """Store only the slots that a cut leaves."""
+        raise NotImplementedError
+
+    @property
+    def layout(self) -> object:
+        """What layers with the same entries in the same slots share: its identity stands for the layout."""
+        return self.positions
+
+    @property
+    def layout_key(self) -> tuple[int, int]:
+        """Equal for layers that hold the same positions."""
+        tail_only = self.positions is not None and not self.positions.shape[1]
+        return (0 if tail_only else id(self.layout), self.slots)
+
+    @property
+    def slots(self) -> int:
+        """Physical entries stored."""
+        raise NotImplementedError
+
+    def slot_positions(self, extra: int = 0) -> Tensor | None:
+        """(B, slots + extra) logical position per slot, PAD on padding; `extra` counts tokens about to arrive."""
+        raise NotImplementedError
+
+    def slot_vision(self) -> Tensor | None:
+        """(B, slots) bool, which slots hold vision tokens."""
+        slots = self.slots
+        if not slots:
+            return None
+        known = 0 if self.vision is None else self.vision.shape[1]
+        tail = torch.zeros(self.keys.shape[0], slots - known, dtype=torch.bool, device=self.keys.device)
+        return tail if self.vision is None else torch.cat([self.vision, tail], 1)
+
+    def lengths(self, start: int, valid: Tensor) -> Tensor:
+        """(B,) long, stored entries per row without padding.
+
+        `valid` (B, q) marks real tokens of the chunk at `start`.
+        """
+        positions = self.slot_positions()
+        if positions is None:
+            return torch.zeros(valid.shape[0], dtype=torch.long)
+        real = positions != PAD
+        inside = (positions >= start) & (positions < start + valid.shape[1])
+        if positions.shape[0] == valid.shape[0]:
+            real &= ~inside | take(valid.to(positions.device), (positions - start).clamp(0, valid.shape[1] - 1), 1)
+        return real.sum(1)
+
+    def forget_if_whole(self) -> None:
+        """Drop the bookkeeping of a layer that holds every token: it is a plain cache layer again."""
+        if self.whole:
+            self.positions = self.vision = self.attended = self.totals = None
+            self.padded = False
+
+    def expect_hook(self) -> Arrival | None:
+        """What arrives with this `update`.
+
+        Raises:
+            CacheStateError: the layer holds entries of a pruned prompt, and no layer hook has run.
+        """
+        if self.positions is not None and not self.prepared:
+            raise CacheStateError(
+                "this cache holds entries of a pruned prompt, and the model that uses it is not patched (any more). "
+                "Patch it again with mustdrop.patch(model, ...), or start with a new cache."
+            )
+        arrival, self.arrival, self.prepared = self.arrival, None, False
+        return arrival
+
+    def slide(self) -> None:
+        """Forget what has left a sliding window; most layers have none."""
+
+    def select_rows(self, select: Callable[[Tensor], Tensor]) -> None:
+        """Apply `select` to the batch rows of the bookkeeping."""
+        for name in ("positions", "vision", "attended", "totals"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, select(value))

@@ -1,0 +1,180 @@
+"""A cache layer of fixed size that is smaller than the sequence is long, and can be compiled.
+
+Everything about the layout is decided in the prefill, outside of any compiled code: how many entries there is room for,
+and which logical position each of them has, those of tokens yet to come included. A decode step writes one entry, reads
+`positions` and moves one counter, so it is the same program every time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import StaticLayer
+
+from mustdrop.compat import eager, fixed_address
+from mustdrop.kv.slots import Arrival, Slots
+from mustdrop.runtime.eviction import Cut
+from mustdrop.runtime.rows import take
+
+
+class PrunedStaticLayer(Slots, StaticLayer):
+    """A static cache layer with a logical length and fewer physical slots.
+
+    `max_cache_len` stays what it was, the most logical tokens. There is room for `max_cache_len - dropped` entries, and
+    `cumulative_length` counts those that are filled. `positions` is (B, room).
+
+    Attributes:
+        dropped: logical tokens that have no slot.
+        ready: whether a pass over this cache has ended, so that a compiled decode step may follow.
+    """
+
+    def __init__(self, max_cache_len: int) -> None:
+        super().__init__(max_cache_len=max_cache_len)
+        self.dropped, self.ready = 0, False
+        self.forget()
+
+    def forget(self) -> None:
+        """Start the bookkeeping anew."""
+        super().forget()
+        self._shared: Tensor | None = None
+
+    @classmethod
+    def adopt(cls, layer: StaticLayer) -> PrunedStaticLayer:
+        """Take over a layer of transformers, with what it holds."""
+        new = cls(layer.max_cache_len)
+        vars(new).update(vars(layer))  # the same tensors, under whatever names this release has for them
+        return new
+
+    # -- what transformers asks ---------------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate room for as many entries as can come."""
+        logical = self.max_cache_len
+        self.max_cache_len = max(0, logical - self.dropped)
+        try:
+            super().lazy_initialization(key_states, value_states)
+        finally:
+            self.max_cache_len = logical
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write entries; the arrival set by the layer hook says which logical positions they have.
+
+        Returns:
+            (B, G, room, D) keys and values; in the prefill of a layer that lost tokens, only the filled part of them.
+        """
+        arrival = self.expect_hook()
+        if arrival is not None:
+            return self._receive(arrival, key_states, value_states)
+        return super().update(key_states, value_states)
+
+    def get_seq_length(self, *args: Any) -> Any:
+        """Logical length, dropped tokens included: a tensor, as compiled code needs it, or 0."""
+        return self.cumulative_length + self.dropped if self.is_initialized else 0
+
+    def reset(self) -> None:
+        """Forget everything; a layer that had lost tokens will be allocated anew, in full size."""
+        super().reset()
+        if self.dropped:
+            self.keys = self.values = None
+            self.is_initialized = False
+        self.dropped, self.ready = 0, False
+        self.forget()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Select batch rows for beam search."""
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self.select_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    # -- what the runtime asks ----------------------------------------------------------------------------------------
+
+    @property
+    def layout(self) -> object:
+        """What layers with the same entries share.
+
+        Their `positions` are copies: to a compiler, layers that share a tensor are another program than layers that do
+        not.
+        """
+        return None if self.positions is None else self._shared
+
+    @property
+    def slots(self) -> int:
+        """Physical entries stored (waits for the device)."""
+        return int(self.cumulative_length) if self.is_initialized else 0
+
+    @property
+    def logical(self) -> int:
+        """Logical length (waits for the device)."""
+        return self.slots + self.dropped
+
+    def slot_positions(self, extra: int = 0) -> Tensor | None:
+        """(B, slots + extra) logical position per slot, PAD on padding; `extra` counts tokens about to arrive."""
+        slots = self.slots
+        if not slots:
+            return None
+        if self.positions is not None:
+            return self.positions[:, : slots + extra]
+        return torch.arange(slots + extra, device=self.keys.device).expand(self.keys.shape[0], -1)
+
+    def storage_bytes(self) -> int:
+        """Bytes of the tensors that hold keys and values, room for tokens to come included."""
+        return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
+
+    def unpruned_bytes(self) -> int:
+        """Bytes that the layer would take with room for every token."""
+        room = self.keys.shape[2] if self.is_initialized else 0
+        return self.storage_bytes() // room * self.max_cache_len if room else 0
+
+    def apply(self, cut: Cut) -> None:
+        """Keep what a cut leaves, in smaller tensors."""
+        slots = self.slots
+        keys, values = take(self.keys[:, :, :slots], cut.index, 2), take(self.values[:, :, :slots], cut.index, 2)
+        self.dropped += slots - cut.index.shape[1]
+        self._store(keys, values)
+        self._place(cut.positions, cut.memo)
+        self.vision, self.padded, self.whole = cut.vision, cut.padded, False
+
+    @eager
+    def _receive(self, arrival: Arrival, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """A chunk in which tokens may have been dropped before this layer."""
+        arrival = arrival.on(key_states.device)
+        known, marks, slots = self.slot_positions(), self.slot_vision(), self.slots
+        self.whole &= arrival.whole
+        lost = arrival.advance - key_states.shape[2]
+        self.dropped += lost
+        if lost and self.is_initialized:
+            self._store(self.keys[:, :, :slots], self.values[:, :, :slots])
+        keys, values = super().update(key_states, value_states)
+        key = ("arrived", id(self.layout), slots)
+        if key not in arrival.memo:
+            new = arrival.positions if known is None else torch.cat([known, arrival.positions], 1)
+            arrival.memo[key] = (self.layout, new)  # holding the old layout keeps its id from being used again
+        self._place(arrival.memo[key][1], arrival.memo)
+        self.vision = arrival.vision if marks is None else torch.cat([marks, arrival.vision], 1)
+        self.totals = arrival.totals if self.totals is None else self.totals + arrival.totals
+        if self.whole:
+            return keys, values
+        # no query may see the room for later tokens: leaving it out is cheaper than masking it
+        end = slots + key_states.shape[2]
+        return keys[:, :, :end], values[:, :, :end]
+
+    def _store(self, keys: Tensor, values: Tensor) -> None:
+        """Allocate anew and write these entries, (B, G, n, D), as the first ones."""
+        self.lazy_initialization(keys, values)
+        n = keys.shape[2]
+        self.keys[:, :, :n], self.values[:, :, :n] = keys, values
+        self.cumulative_length.fill_(n)
+
+    def _place(self, positions: Tensor, memo: dict[Any, Any]) -> None:
+        """Note the positions (B, n) of filled slots, and those of the tokens that will fill the others.
+
+        Layers that share the former share the latter, and so the masks that are made from them.
+        """
+        key = ("placed", id(positions), self.dropped, self.max_cache_len)
+        if key not in memo:
+            first = positions.shape[1] + self.dropped
+            future = torch.arange(first, max(first, self.max_cache_len), device=positions.device)
+            memo[key] = torch.cat([positions, future.expand(positions.shape[0], -1)], 1)
+        self._shared = memo[key]
+        self.positions = fixed_address(memo[key].clone())

@@ -1,0 +1,322 @@
+"""A static cache of a patched model: the numbers of the masked oracle, in less room."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache, StaticCache
+
+import mustdrop
+from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
+from mustdrop.errors import CacheStateError, UnsupportedOptionError
+from mustdrop.kv import PrunedStaticLayer
+from support import fake_flash
+from support.builders import LLAMA, MISTRAL, QWEN2, SIGLIP, answer, batch, clone, plain, row_alone
+from support.checks import TOLERANCE, assert_dropping_equals_masking, distance, patched
+from support.versions import BEAMS_MIX_IMAGES
+
+STATIC = {"cache_implementation": "static"}
+THRESHOLDS = {"prefill": PrefillPruner(global_threshold=0.02, individual_threshold=0.02)}
+CASCADE = {"prefill": PrefillPruner(keep=0.4), "decode": DecodeCachePruner()}
+FROM_0 = {"prefill": PrefillPruner(keep=0.4), "decode": DecodeCachePruner(full_layers=0)}
+SELECTING = {"vision": VisionStagePruner(window=None, keep=11), "prefill": PrefillPruner(scale=1.0, bias=2.0)}
+ALL_THREE = {
+    "vision": VisionStagePruner(window=3),
+    "prefill": PrefillPruner(keep=1 / 3),
+    "decode": DecodeCachePruner(),
+}
+RELEASED = {
+    "vision": VisionStagePruner(compat="released"),
+    "prefill": PrefillPruner(global_threshold=0.02, individual_threshold=0.02, compat="released"),
+    "decode": DecodeCachePruner(),
+}
+SETUPS = {
+    "thresholds": THRESHOLDS,
+    "cascade": CASCADE,
+    "from_0": FROM_0,
+    "selecting": SELECTING,
+    "all_three": ALL_THREE,
+}
+ROWS = (1, 1) if BEAMS_MIX_IMAGES else (1, 2)
+
+
+def static(model, length=160, **options):
+    return StaticCache(config=model.config.get_text_config(), max_cache_len=length, **options)
+
+
+def growing(model):
+    return DynamicCache(config=model.config.get_text_config())
+
+
+def room(cache):
+    return [layer.keys.shape[2] for layer in cache.layers]
+
+
+def stored_bytes(cache):
+    return sum(t.untyped_storage().nbytes() for layer in cache.layers for t in (layer.keys, layer.values))
+
+
+def pruners(setup):
+    return {name: setup[name] for name in ("vision", "decode") if name in setup}
+
+
+# ------------------------------------------------------------------------------------------------------------ numbers
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("images", [(1,), (2, 0, 1)], ids=str)
+@pytest.mark.parametrize("setup", SETUPS)
+def test_dropping_equals_masking(setup, images, attn):
+    setup, inputs = SETUPS[setup], batch(LLAMA, images, seed=3)
+    both = assert_dropping_equals_masking(
+        patched(LLAMA, attn, **setup), inputs, LLAMA, attn, **pruners(setup), **STATIC
+    )
+    assert isinstance(both.ours.cache, StaticCache)
+    model = patched(LLAMA, attn, **setup)
+    given = {"past_key_values": static(model)}
+    both = assert_dropping_equals_masking(model, inputs, LLAMA, attn, **pruners(setup), **given)
+    assert both.ours.cache is given["past_key_values"]
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("variant", [MISTRAL, QWEN2, SIGLIP], ids=str)
+def test_other_models(variant, attn):
+    inputs = batch(variant, (1, 2), seed=4)
+    model = patched(variant, attn, **ALL_THREE)
+    assert_dropping_equals_masking(model, inputs, variant, attn, **pruners(ALL_THREE), **STATIC)
+
+
+@pytest.mark.parametrize("setup", [CASCADE, ALL_THREE], ids=["cascade", "all_three"])
+def test_beam_search(setup):
+    model, inputs = patched(LLAMA, **setup), batch(LLAMA, ROWS, seed=8)
+    both = assert_dropping_equals_masking(model, inputs, **pruners(setup), num_beams=3, **STATIC)
+    assert both.trace.tokens.shape == (LLAMA.n_layers, 6)
+
+
+def test_several_samples_per_prompt():
+    model, inputs = patched(LLAMA, **ALL_THREE), batch(LLAMA, ROWS, seed=9)
+    options = {"do_sample": True, "num_return_sequences": 3, "top_k": 0}
+    torch.manual_seed(0)
+    expected = answer(model, inputs, **options)
+    torch.manual_seed(0)
+    got = answer(model, inputs, **options, **STATIC)
+    assert torch.equal(got.sequences, expected.sequences)
+    assert distance(got.logits, expected.logits) <= TOLERANCE
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("images", [(1,), (1, 2)], ids=str)
+def test_renumbered_positions(images, attn):
+    model, inputs = patched(LLAMA, attn, **RELEASED), batch(LLAMA, images, seed=5)
+    expected, got = answer(model, inputs), answer(model, inputs, **STATIC)
+    assert mustdrop.trace(model).dropped_anything
+    assert distance(got.logits, expected.logits) <= TOLERANCE
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_a_padded_row_equals_the_same_row_alone(setup):
+    model, inputs = patched(LLAMA, **SETUPS[setup]), batch(LLAMA, (1, 0, 2), seed=6)
+    together = answer(model, inputs, **STATIC)
+    for row in range(3):
+        alone = answer(model, row_alone(inputs, row), **STATIC)
+        assert distance(together.logits[row], alone.logits[0]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("images", [(1,), (1, 2), (0, 0)], ids=str)
+def test_keeping_everything_changes_no_bit(images, attn):
+    inputs = batch(LLAMA, images, seed=7)
+    keep_all = {"prefill": PrefillPruner(keep=1.0), "decode": DecodeCachePruner()}
+    model = patched(LLAMA, attn, **keep_all if any(images) else CASCADE)
+    got, expected = answer(model, inputs, **STATIC), answer(plain(LLAMA, attn), inputs, **STATIC)
+    assert torch.equal(got.logits, expected.logits)
+    assert room(got.cache) == room(expected.cache)
+
+
+# --------------------------------------------------------------------------------------------------------------- room
+
+
+@pytest.mark.parametrize("images", [(1,), (1, 0, 2)], ids=str)
+@pytest.mark.parametrize("setup", SETUPS)
+def test_a_layer_has_room_for_what_it_keeps_and_the_tokens_to_come(setup, images):
+    model, inputs = patched(LLAMA, **SETUPS[setup]), batch(LLAMA, images, seed=1)
+    steps, length = 6, inputs["input_ids"].shape[1]
+    expected = answer(model, inputs, steps)
+    longest = mustdrop.trace(model).kv_lengths.amax(1)
+    whole = answer(plain(LLAMA), inputs, steps, past_key_values=static(model)).cache
+    for cache in (static(model), None):
+        given = STATIC if cache is None else {"past_key_values": cache}
+        cache = answer(model, inputs, steps, **given).cache
+        trace, most = mustdrop.trace(model), cache.layers[0].max_cache_len
+        assert torch.equal(trace.kv_lengths.amax(1), longest)
+        assert room(cache) == [most - (length + steps - layer.keys.shape[2]) for layer in expected.cache.layers]
+        assert trace.kv_bytes.actual == stored_bytes(cache)
+        assert trace.kv_bytes.unpruned == stored_bytes(whole) * most // 160
+        assert cache.get_seq_length() == length + steps
+    assert min(room(cache)) < most
+
+
+def test_the_last_slot_is_used_and_one_more_token_is_transformers_own_error():
+    model, inputs = patched(LLAMA, **CASCADE), batch(LLAMA, (1,), seed=2)
+    length = inputs["input_ids"].shape[1]
+    for steps, most in ((3, length + 3), (3, length + 2), (3, length - 1)):
+        caches = [static(model, most) for _ in range(2)]
+        if most == length + steps:
+            answer(model, inputs, steps, past_key_values=caches[0])
+            continue
+        with pytest.raises((IndexError, RuntimeError)) as theirs:
+            answer(plain(LLAMA), inputs, steps, past_key_values=caches[0])
+        with pytest.raises(theirs.type):
+            answer(model, inputs, steps, past_key_values=caches[1])
+
+
+# -------------------------------------------------------------------------------------------------------------- reuse
+
+
+@pytest.mark.parametrize("setup", [CASCADE, ALL_THREE], ids=["cascade", "all_three"])
+@pytest.mark.parametrize("images", [(1,), (1, 2)], ids=str)
+@pytest.mark.parametrize("new", [True, False], ids=["image", "text"])
+@pytest.mark.parametrize("began", ["patched", "unpatched"])
+def test_a_chat_continues(setup, images, new, began):
+    model, inputs = patched(LLAMA, **setup), batch(LLAMA, images, seed=17)
+    more = batch(LLAMA, tuple(int(new) for _ in images), seed=18)
+    found = []
+    for cache in (growing(model), static(model)):
+        first = answer(model if began == "patched" else plain(LLAMA), inputs, 3, past_key_values=cache)
+        ids = torch.cat([first.sequences, more["input_ids"]], 1)
+        known = first.sequences.shape[1] - inputs["attention_mask"].shape[1]
+        masks = [inputs["attention_mask"], torch.ones(len(ids), known, dtype=torch.long), more["attention_mask"]]
+        following = {**more, "input_ids": ids, "attention_mask": torch.cat(masks, 1)}
+        found.append((first.logits, answer(model, following, 5, past_key_values=cache).logits))
+    assert distance(found[0][0], found[1][0]) <= TOLERANCE
+    assert distance(found[0][1], found[1][1]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("cache", [growing, static], ids=["growing", "static"])
+def test_a_row_that_lost_tokens_beside_one_that_lost_none(cache):
+    """The cache is then as long as the sequence, and still its slots are not positions, in the next turn either."""
+    first = batch(LLAMA, (2, 0), seed=5, before=(2, 76), after=(5, 5))
+    second = batch(LLAMA, (1, 0), seed=6, before=(2, 39), after=(3, 2))
+    assert first["attention_mask"].all()
+    assert second["attention_mask"].all()
+    seen = first["input_ids"].shape[1]
+
+    def talk(rows):
+        model, kept = patched(LLAMA, prefill=PrefillPruner(keep=36, layers=(1, 3))), []
+        past = cache(model)
+        for inputs, length in ((first, seen), (second, seen + second["input_ids"].shape[1])):
+            ids = inputs["input_ids"][:rows]
+            mask = torch.ones(rows, length, dtype=torch.long)
+            model(input_ids=ids, attention_mask=mask, pixel_values=inputs["pixel_values"], past_key_values=past)
+            kept.append(mustdrop.trace(model).tokens[:, 0])
+        assert (kept[0] < 72).any()
+        assert (kept[1] == 36).all()
+        mask = torch.ones(rows, length + 1, dtype=torch.long)
+        return model(input_ids=torch.full((rows, 1), 7), attention_mask=mask, past_key_values=past).logits
+
+    with torch.no_grad(), pytest.warns(mustdrop.errors.NothingDroppedWarning):
+        assert distance(talk(2)[:1], talk(1)) <= TOLERANCE
+
+
+def test_a_cache_that_was_reset_is_as_good_as_new():
+    model = patched(LLAMA, **CASCADE)
+    cache = static(model)
+    for seed, images in ((1, (1,)), (2, (1,)), (3, (2,))):
+        inputs = batch(LLAMA, images, seed=seed)
+        fresh = answer(model, inputs, past_key_values=static(model))
+        again = answer(model, inputs, past_key_values=cache)
+        assert torch.equal(again.logits, fresh.logits)
+        assert room(cache) == room(fresh.cache)
+        cache.reset()
+        assert cache.get_seq_length() == 0
+    inputs, model = batch(LLAMA, (1,), seed=4), mustdrop.unpatch(model)
+    expected = answer(plain(LLAMA), inputs, past_key_values=static(model))
+    assert torch.equal(answer(model, inputs, past_key_values=cache).logits, expected.logits)
+    assert room(cache) == room(expected.cache)
+
+
+def test_generate_again_and_after_unpatching():
+    """Up to 5.13 the model keeps one cache and resets it for every call."""
+    model = clone()
+    for seed in (1, 2):
+        inputs = batch(LLAMA, (1, 2), seed=seed)
+        with mustdrop.patched(model, **ALL_THREE):
+            expected = answer(model, inputs)
+            assert distance(answer(model, inputs, **STATIC).logits, expected.logits) <= TOLERANCE
+        assert torch.equal(answer(model, inputs, **STATIC).logits, answer(plain(), inputs, **STATIC).logits)
+
+
+def test_a_copied_cache_goes_its_own_way():
+    model, inputs = patched(LLAMA, **CASCADE), batch(LLAMA, (1,), seed=1)
+    cache = static(model)
+    first = answer(model, inputs, 2, past_key_values=cache)
+    inputs = {"input_ids": first.sequences}
+    twin = copy.deepcopy(cache)
+    expected = answer(model, inputs, past_key_values=cache)
+    assert torch.equal(answer(model, inputs, past_key_values=twin).logits, expected.logits)
+
+
+def test_a_cache_that_was_allocated_before():
+    model, inputs = patched(LLAMA, **ALL_THREE), batch(LLAMA, (1,), seed=1)
+    cache, text = static(model), model.config.text_config
+    heads, size = text.num_key_value_heads, text.hidden_size // text.num_attention_heads
+    cache.early_initialization(1, heads, size, torch.float32, torch.device("cpu"))
+    expected = answer(model, inputs, past_key_values=static(model))
+    assert torch.equal(answer(model, inputs, past_key_values=cache).logits, expected.logits)
+    assert room(cache) == room(expected.cache)
+
+
+# ------------------------------------------------------------------------------------------------------------ refused
+
+
+def test_a_pruned_cache_is_refused_by_a_model_that_is_not_patched():
+    inputs, model = batch(LLAMA, seed=6), patched(LLAMA, **CASCADE)
+    cache = answer(model, inputs, steps=2, **STATIC).cache
+    assert all(type(layer) is PrunedStaticLayer for layer in cache.layers)
+    mustdrop.unpatch(model)
+    with pytest.raises(CacheStateError, match="patch"):
+        model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+
+
+def refused(model, inputs, match, **options):
+    work = []
+    modules = [model.model.vision_tower, *model.model.language_model.layers]
+    handles = [module.register_forward_hook(lambda *_: work.append(1)) for module in modules]
+    with pytest.raises(UnsupportedOptionError, match=match):
+        answer(model, inputs, 2, **options)
+    if "past_key_values" in options:
+        with pytest.raises(UnsupportedOptionError, match=match):
+            model(**inputs, **options)
+    for handle in handles:
+        handle.remove()
+    assert not work, "work was done before the error"
+
+
+def test_evictions_are_refused_by_name_before_any_work():
+    model, inputs = patched(LLAMA, decode=DecodeCachePruner(keep=5)), batch()
+    refused(model, inputs, "decode_keep", **STATIC)
+    refused(model, inputs, "decode_keep", past_key_values=static(model))
+
+
+@pytest.mark.usefixtures("flash")
+def test_flash_attention_is_refused_by_name_before_any_work():
+    model, inputs = patched(LLAMA, fake_flash.NAME, **CASCADE), batch()
+    refused(model, inputs, "flash_attention_2.*sdpa", **STATIC)
+    refused(model, inputs, "flash_attention_2.*sdpa", past_key_values=static(model))
+
+
+def test_sliding_windows_of_fixed_size_are_refused_by_name_before_any_work():
+    model, inputs = clone(MISTRAL), batch(MISTRAL)
+    model.config.text_config.sliding_window = 32
+    mustdrop.patch(model, **CASCADE)
+    refused(model, inputs, "StaticSlidingWindowLayer", **STATIC)
+    refused(model, inputs, "StaticSlidingWindowLayer", past_key_values=static(model))
+
+
+def test_a_cache_of_an_encoder_and_a_decoder_is_refused_by_name_before_any_work():
+    model = patched(LLAMA, **CASCADE)
+    cache = transformers.EncoderDecoderCache(static(model), static(model))
+    refused(model, batch(), "EncoderDecoderCache", past_key_values=cache)
