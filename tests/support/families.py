@@ -79,7 +79,8 @@ def batch(
         if made:
             arguments, runs[kind] = adapter.tiny_media(model, kind, made)
             inputs |= adapter.tiny_rows(arguments, [row.count(kind) for row in rows])
-    ids = []
+    ids, types = [], []
+    placeholder = {modality.name: modality.token for modality in adapter.modalities(model)}
     for r, row in enumerate(rows):
         draw = torch.Generator().manual_seed(7919 * seed + first + r)
 
@@ -87,15 +88,19 @@ def batch(
             return torch.randint(20, 400, (n,), generator=draw).tolist()
 
         line = [BOS, *words(2 + (first + r) % 3)]
+        marks = [0] * len(line)
         for kind in row:
-            line += [*runs[kind].pop(0), *words(2)]
+            run = runs[kind].pop(0)
+            marks += [(1 if kind == "image" else 2) * (token == placeholder[kind]) for token in run] + [0] * 2
+            line += [*run, *words(2)]
         ids.append(line + words(4 - (first + r) % 2))
+        types.append(marks + [0] * (len(ids[-1]) - len(marks)))
     length = max(map(len, ids))
     inputs["input_ids"] = torch.tensor([[PAD] * (length - len(line)) + line for line in ids])
     inputs["attention_mask"] = torch.tensor([[0] * (length - len(line)) + [1] * len(line) for line in ids])
     if adapter.token_types is not None:
-        tokens = [(m.token, 1 if m.name == "image" else 2) for m in adapter.modalities(model)]
-        inputs[adapter.token_types] = sum((inputs["input_ids"] == token).long() * kind for token, kind in tokens)
+        kinds = torch.tensor([[0] * (length - len(line)) + line for line in types])
+        inputs[adapter.token_types] = adapter.tiny_types(kinds)
     return inputs
 
 
@@ -172,12 +177,12 @@ class FamilyOracle(MaskedOracle):
     def _replaying(self, kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            output = copy.deepcopy(self.outputs[kind])
-            made = output.pooler_output
+            output, field = copy.deepcopy(self.outputs[kind]), find(self.model).features
+            made = getattr(output, field)
             if isinstance(made, Tensor):
-                output.pooler_output = made.nan_to_num(0.0)
+                setattr(output, field, made.nan_to_num(0.0))
             else:
-                output.pooler_output = type(made)(part.nan_to_num(0.0) for part in made)
+                setattr(output, field, type(made)(part.nan_to_num(0.0) for part in made))
             return output
 
         return wrapper

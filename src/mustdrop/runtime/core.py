@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mustdrop import kv
-from mustdrop.adapters.base import Adapter
+from mustdrop.adapters.base import Adapter, Modality
 from mustdrop.compat import eager, require_supported_transformers
 from mustdrop.cost import TextCost
 from mustdrop.errors import ConfigError, NothingDroppedWarning, UnsupportedModelError, UnsupportedOptionError
@@ -188,7 +188,7 @@ class Runtime:
         """
         self._check_backend()
         call = Call(owner)
-        kinds = self.placeholders(ids, kwargs.get("inputs_embeds")) if self._has_media(kwargs) else None
+        kinds = self.placeholders(ids, kwargs.get("inputs_embeds"), kwargs) if self._has_media(kwargs) else None
         if kinds is not None:
             valid = valid_tokens(kinds, kwargs.get("attention_mask"))
             kinds = kinds.masked_fill(~valid, -1)
@@ -226,8 +226,11 @@ class Runtime:
             return f"keep={prefill.keep} asks for all of them."
         return "its thresholds drop nothing here; raise global_threshold and individual_threshold, or set keep."
 
-    def placeholders(self, ids: Tensor | None, embeds: Tensor | None) -> Tensor | None:
-        """(B, S) long, index of the modality that each position stands for, -1 for text."""
+    def placeholders(self, ids: Tensor | None, embeds: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
+        """(B, S) long, index of the modality that each position stands for, -1 for text.
+
+        Where two kinds of media share a token, it stands for the kind that came with the call.
+        """
         if ids is None and embeds is None:
             return None
         device = ids.device if ids is not None else cast(Tensor, embeds).device
@@ -238,7 +241,15 @@ class Runtime:
             rows = self.text.get_input_embeddings()(wanted)
             same = (cast(Tensor, embeds)[:, :, None] == rows.to(cast(Tensor, embeds).dtype)).all(-1)
         index = torch.arange(len(self.modalities), device=device)
+        shared = (wanted[:, None] == wanted).sum(1) > 1
+        if bool(shared.any()):
+            came = torch.tensor([self._came(modality, kwargs) for modality in self.modalities], device=device)
+            same &= came | ~shared
         return torch.where(same, index, -1).amax(-1)
+
+    def _came(self, modality: Modality, kwargs: dict[str, Any]) -> bool:
+        given = any(kwargs.get(name) is not None for name in modality.pixels)
+        return given or modality.name in (kwargs.get("mm_encoder_outputs") or {})
 
     def _has_media(self, kwargs: dict[str, Any]) -> bool:
         names = (name for modality in self.modalities for name in modality.pixels)
@@ -263,7 +274,7 @@ class Runtime:
             self._begin_forward(module, args, kwargs)
         ids, embeds = _ids(args, kwargs), kwargs.get("inputs_embeds")
         # without media, a placeholder id is a token that somebody generated or guessed, not an image
-        self.local.kinds = self.placeholders(ids, embeds) if self._has_media(kwargs) else None
+        self.local.kinds = self.placeholders(ids, embeds, kwargs) if self._has_media(kwargs) else None
         mask = kwargs.get("attention_mask")
         self.local.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 

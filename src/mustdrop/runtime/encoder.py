@@ -93,7 +93,10 @@ class BlockHook:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """See `EncoderStage.before_block`."""
+        """See `EncoderStage.before_block`. Hidden states that come by name are handed on by position."""
+        if not args:
+            name = list(inspect.signature(type(module).forward).parameters)[1]
+            args, kwargs = (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
         return self.stage.before_block(self.index, module, args, kwargs)
 
 
@@ -231,11 +234,11 @@ class EncoderStage:
         if run.merged is not None:
             visible = nn.functional.pad(run.merged.valid, (prefix, 0), value=True)
         if self.tower.has_cls:
-            cls = torch.zeros(batch, 1, dtype=torch.long, device=q.device)
+            cls = torch.full((batch, 1), 0 if prefix else length - 1, dtype=torch.long, device=q.device)
             score = row_probabilities(q, k, cls, visible[:, None], scaling)[:, 0]
         else:
             score = received_attention(q, k, visible, scaling)
-        run.scores.append(score[:, prefix:])
+        run.scores.append(score[:, prefix : length - self.tower.suffix])
 
     @eager
     def after_tower(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,10 @@ class LayerHook:
     index: int
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """See `TextStage.before_layer`."""
+        """See `TextStage.before_layer`. What comes by position beside the hidden states gets its name."""
+        if len(args) > 1:
+            names = list(inspect.signature(type(module).forward).parameters)[2:]
+            args, kwargs = args[:1], {**dict(zip(names, args[1:], strict=False)), **kwargs}
         return self.stage.before_layer(self.index, args, kwargs)
 
 
@@ -149,7 +153,7 @@ class TextStage:
             self.rewriter.rewrite(layer, forward, media, hidden, kwargs)
         else:
             self._extend(i, layer, forward, hidden, kwargs)
-        return (hidden, *args[1:]), kwargs
+        return (hidden,), kwargs
 
     def _filter(self, forward: Forward, media: Media, k: int, hidden: Tensor) -> Tensor:
         attention, forward.attention = forward.attention, None
