@@ -98,10 +98,8 @@ def batch(
     length = max(map(len, ids))
     inputs["input_ids"] = torch.tensor([[PAD] * (length - len(line)) + line for line in ids])
     inputs["attention_mask"] = torch.tensor([[0] * (length - len(line)) + [1] * len(line) for line in ids])
-    if adapter.token_types is not None:
-        kinds = torch.tensor([[0] * (length - len(line)) + line for line in types])
-        inputs[adapter.token_types] = adapter.tiny_types(kinds)
-    return inputs
+    kinds = torch.tensor([[0] * (length - len(line)) + line for line in types])
+    return inputs | adapter.tiny_types(kinds)
 
 
 def vision_positions(model: Any, ids: Tensor, row: int) -> Tensor:

@@ -40,6 +40,7 @@ def find(model: object) -> Adapter:
     names = [kind.__name__ for kind in type(model).__mro__]
     for adapter in registry().values():
         if any(name in adapter.classes for name in names):
+            adapter.check(model)
             return adapter
     known = [name for adapter in registry().values() for name in adapter.classes]
     hint = " Pass the model itself, not its processor, config or pipeline." if not isinstance(model, nn.Module) else ""

@@ -97,6 +97,13 @@ class Adapter(ABC):
             arguments: the call's arguments by name.
         """
 
+    def check(self, model: Any) -> None:
+        """Look whether this model of the family is one that the adapter is for.
+
+        Raises:
+            UnsupportedModelError: it is not; the message says what it has and what still works.
+        """
+
     def modalities(self, model: Any) -> tuple[Modality, ...]:
         """The media that this model takes."""
         return tuple(
@@ -198,9 +205,9 @@ class Adapter(ABC):
             The arguments that the processor would return, and per medium the ids of its run in the prompt.
         """
 
-    def tiny_types(self, kinds: Tensor) -> Tensor:
-        """What `token_types` holds for a prompt whose tokens are text (0), image (1) or video (2)."""
-        return kinds
+    def tiny_types(self, kinds: Tensor) -> dict[str, Tensor]:
+        """Arguments that say so for a prompt whose tokens are text (0), image (1) or video (2)."""
+        return {} if self.token_types is None else {self.token_types: kinds}
 
     def tiny_rows(self, arguments: dict[str, Any], counts: list[int]) -> dict[str, Any]:
         """Arguments of `tiny_media` for prompts with `counts` media each; most families do not care."""

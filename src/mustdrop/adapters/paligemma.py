@@ -39,6 +39,6 @@ class PaliGemma(Adapter):
         """36 tokens per image."""
         return {"pixel_values": stack(images)}, [[IMAGE] * 36 for _ in images]
 
-    def tiny_types(self, kinds: Tensor) -> Tensor:
+    def tiny_types(self, kinds: Tensor) -> dict[str, Tensor]:
         """0 is the prefix, 1 the answer."""
-        return kinds * 0
+        return {"token_type_ids": kinds * 0}

@@ -20,7 +20,7 @@ from mustdrop.compat import eager
 from mustdrop.errors import ConfigError
 from mustdrop.kernels.reference import received_attention, row_probabilities
 from mustdrop.pruners import VisionStagePruner
-from mustdrop.runtime.masks import cut_encoder_mask, encoder_mask
+from mustdrop.runtime.masks import attended_keys, cut_encoder_mask, encoder_mask
 from mustdrop.runtime.state import Local
 from mustdrop.runtime.tap import attention_of
 from mustdrop.selection import Selection
@@ -226,12 +226,15 @@ class EncoderStage:
         if run is None:
             return
         scaling = kwargs.get("scaling") or getattr(module, "scale", None) or q.shape[-1] ** -0.5
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # grouped keys
         if self.tower.packed:
             run.scores += _of_segments(q, k, mask, kwargs, scaling)
             return
         prefix, batch, length = self.tower.prefix, q.shape[0], k.shape[2]
         visible = torch.ones(batch, length, dtype=torch.bool, device=q.device)
-        if run.merged is not None:
+        if mask is not None and run.merged is None:  # patches that nobody sees are padding
+            visible = attended_keys(mask).expand(batch, -1)
+        elif run.merged is not None:
             visible = nn.functional.pad(run.merged.valid, (prefix, 0), value=True)
         if self.tower.has_cls:
             cls = torch.full((batch, 1), 0 if prefix else length - 1, dtype=torch.long, device=q.device)
