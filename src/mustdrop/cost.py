@@ -77,8 +77,8 @@ class TextCost:
     def of(cls, layers: nn.ModuleList, config: Any, head: nn.Module | None) -> TextCost:
         """Read the sizes off a model."""
         heads = int(config.num_attention_heads)
-        own = [getattr(getattr(layer, "self_attn", None), "head_dim", None) for layer in layers]
-        if None in own:
+        own = [getattr(getattr(layer, "self_attn", None), "head_dim", 0) for layer in layers]
+        if not all(own):
             own = [getattr(config, "head_dim", None) or config.hidden_size // heads] * len(own)
         return cls(
             tuple(linear_flops(layer) for layer in layers),

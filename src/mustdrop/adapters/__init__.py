@@ -9,6 +9,7 @@ from functools import cache
 from torch import nn
 
 from mustdrop.adapters.base import Adapter
+from mustdrop.adapters.unsupported import reason
 from mustdrop.errors import UnsupportedModelError, did_you_mean
 
 
@@ -35,7 +36,8 @@ def find(model: object) -> Adapter:
     """The adapter for `model`.
 
     Raises:
-        UnsupportedModelError: no adapter; the message lists the supported classes and the nearest.
+        UnsupportedModelError: no adapter, or not for this model; the message says why where that is known, and lists
+            the supported classes and the nearest.
     """
     names = [kind.__name__ for kind in type(model).__mro__]
     for adapter in registry().values():
@@ -45,6 +47,6 @@ def find(model: object) -> Adapter:
     known = [name for adapter in registry().values() for name in adapter.classes]
     hint = " Pass the model itself, not its processor, config or pipeline." if not isinstance(model, nn.Module) else ""
     raise UnsupportedModelError(
-        f"mustdrop has no adapter for {type(model).__name__}. "
+        f"{reason(names) or f'mustdrop has no adapter for {type(model).__name__}.'} "
         f"{did_you_mean(type(model).__name__, known)}{hint} docs/add-a-model.md shows how to add one."
     )

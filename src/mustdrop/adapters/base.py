@@ -97,7 +97,7 @@ class Adapter(ABC):
             arguments: the call's arguments by name.
         """
 
-    def check(self, model: Any) -> None:
+    def check(self, model: Any) -> None:  # noqa: B027 (most families have nothing to look at)
         """Look whether this model of the family is one that the adapter is for.
 
         Raises:

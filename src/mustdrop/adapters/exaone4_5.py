@@ -13,7 +13,7 @@ class Exaone45(Qwen25VL):
 
     name = "exaone4_5"
     classes = ("Exaone4_5_ForConditionalGeneration",)
-    token_types = None
+    token_types: str | None = None
 
     def tiny(self) -> dict[str, Any]:
         """Three of five decoder layers see 16 tokens back; the others have no positions."""

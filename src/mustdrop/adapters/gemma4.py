@@ -38,8 +38,8 @@ class Gemma4(Adapter):
         shared = getattr(model.config.text_config, "num_kv_shared_layers", 0)
         if shared:
             raise UnsupportedModelError(
-                f"the last {shared} decoder layers of this Gemma 4 read the keys and values of an earlier layer, so they "
-                "have no cache of their own that could hold fewer tokens. Models without shared layers "
+                f"the last {shared} decoder layers of this Gemma 4 read the keys and values of an earlier layer, so "
+                "they have no cache of their own that could hold fewer tokens. Models without shared layers "
                 "(num_kv_shared_layers=0: 26B-A4B, 31B) work."
             )
 

@@ -15,7 +15,7 @@ class HyperClovaXVision(Qwen25VL):
 
     name = "hyperclovax_vision_v2"
     classes = ("HyperCLOVAXVisionV2ForConditionalGeneration",)
-    token_types = None
+    token_types: str | None = None
 
     def tower(self, model: Any, modality: str = "image") -> Tower:
         """`model.model.vision_model`."""

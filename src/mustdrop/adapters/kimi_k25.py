@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from mustdrop.adapters.base import Tower
 from mustdrop.adapters.paddleocr_vl import PaddleOCRVL, packed_frames
 from mustdrop.adapters.tiny import text, tokens
@@ -14,11 +12,11 @@ from mustdrop.layout import Layout
 
 
 class KimiK25(PaddleOCRVL):
-    """`Kimi_K25ForConditionalGeneration`. Images only: transformers 5.23 cannot split the features of a longer video."""
+    """`Kimi_K25ForConditionalGeneration`, images only: transformers 5.23 cannot split the features of longer videos."""
 
     name = "kimi_k25"
     classes = ("Kimi_K25ForConditionalGeneration",)
-    token_types = None
+    token_types: str | None = None
 
     def tower(self, model: Any, modality: str = "image") -> Tower:
         """`model.model.vision_tower`."""
@@ -71,7 +69,3 @@ class KimiK25(PaddleOCRVL):
             "tie_word_embeddings": False,
             **tokens(vision_start_token_id=502, vision_end_token_id=503),
         }
-
-    def tiny_types(self, kinds: Tensor) -> dict[str, Tensor]:
-        """None."""
-        return {}

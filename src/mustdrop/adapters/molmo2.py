@@ -1,4 +1,4 @@
-"""Molmo 2: overlapping crops, pooled by attention over the patches that the processor names; image tokens see each other.
+"""Molmo 2: overlapping crops, pooled by attention over patches that the processor names; image tokens see each other.
 
 Features are added to the embeddings of the placeholders. Images and the frames of videos share one placeholder token.
 """
@@ -53,7 +53,7 @@ class Molmo2(Adapter):
     def read_layer(self, model: Any, modality: str, arguments: dict[str, Any]) -> int:
         """The last of the layers that the adapter reads."""
         depth = len(self.tower(model, modality).blocks)
-        return max(k % depth for k in model.config.adapter_config.vision_feature_layer)
+        return max(int(k) % depth for k in model.config.adapter_config.vision_feature_layer)
 
     def tiny(self) -> dict[str, Any]:
         """6 x 6 patches per crop, 2 x 2 to a feature, two of four encoder layers."""
@@ -91,7 +91,8 @@ class Molmo2(Adapter):
         # the crops are 6 x 6 patches each, the second begins at the third column of the first: 6 x 9 in all
         wide = torch.nn.functional.pad(torch.cat([corner, 36 + corner[:, 3:]], 1), (0, 1), value=-37)
         wide = rearrange(wide, "(h a) (w b) -> (h w) (a b)", a=2, b=2)
-        crops, pooling, grids, runs = [], [], [], []
+        crops: list[Tensor] = []
+        pooling, grids, runs = [], [], []
         for image in images:
             start = 36 * len(crops)
             if modality == "image":

@@ -22,7 +22,7 @@ class PaddleOCRVL(Adapter):
 
     name = "paddleocr_vl"
     classes = ("PaddleOCRVLForConditionalGeneration",)
-    token_types = "mm_token_type_ids"
+    token_types: str | None = "mm_token_type_ids"
 
     def tower(self, model: Any, modality: str = "image") -> Tower:
         """A SigLIP with rotary embeddings."""

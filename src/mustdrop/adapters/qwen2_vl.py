@@ -19,8 +19,8 @@ class Qwen2VL(Adapter):
     """`Qwen2VLForConditionalGeneration`."""
 
     name = "qwen2_vl"
-    classes = ("Qwen2VLForConditionalGeneration",)
-    token_types = "mm_token_type_ids"
+    classes: tuple[str, ...] = ("Qwen2VLForConditionalGeneration",)
+    token_types: str | None = "mm_token_type_ids"
     media = {  # noqa: RUF012
         **Adapter.media,
         "video": ("get_video_features", ("pixel_values_videos",), "video_token_id"),
@@ -93,7 +93,8 @@ class Qwen25VL(Qwen2VL):
         t, i, j = torch.meshgrid(frames, rows, columns, indexing="ij")
         windows = ((t * (len(rows) // side + 1) + i // side) * (len(columns) // side + 1) + j // side).flatten()
         # stable: inside a window the raster order stays
-        return windows.argsort(stable=True).argsort()
+        order: Tensor = windows.argsort(stable=True).argsort()
+        return order
 
     def tiny(self) -> dict[str, Any]:
         """Windows of 2 x 2 features; every second block sees everything."""

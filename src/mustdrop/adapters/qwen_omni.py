@@ -10,7 +10,7 @@ from torch import Tensor
 from mustdrop.adapters.qwen2_vl import Qwen25VL
 from mustdrop.adapters.qwen3_vl import Qwen3VLMoe
 
-_AUDIO, _AUDIO_START, _AUDIO_END = 506, 507, 508
+_START, _END, _AUDIO, _AUDIO_START, _AUDIO_END = 502, 503, 506, 507, 508
 
 
 class Qwen25Omni(Qwen25VL):
@@ -18,7 +18,7 @@ class Qwen25Omni(Qwen25VL):
 
     name = "qwen2_5_omni_thinker"
     classes = ("Qwen2_5OmniThinkerForConditionalGeneration",)
-    token_types = None
+    token_types: str | None = None
 
     def tiny(self) -> dict[str, Any]:
         """As Qwen2.5-VL, with one layer that hears."""
@@ -38,7 +38,7 @@ class Qwen3Omni(Qwen3VLMoe):
 
     name = "qwen3_omni_moe_thinker"
     classes = ("Qwen3OmniMoeThinkerForConditionalGeneration",)
-    token_types = None
+    token_types: str | None = None
 
     def tiny(self) -> dict[str, Any]:
         """As Qwen3-VL, with one layer that hears."""
@@ -51,7 +51,7 @@ class Qwen3Omni(Qwen3VLMoe):
 
     def tiny_run(self, token: int, frames: int, per_frame: int) -> list[int]:
         """No timestamps."""
-        return Qwen25VL.tiny_run(self, token, frames, per_frame)  # type: ignore[arg-type]
+        return [_START, *[token] * (frames * per_frame), _END]
 
 
 def with_seconds(arguments: dict[str, Any], modality: str, media: int) -> dict[str, Any]:

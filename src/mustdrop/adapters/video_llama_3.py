@@ -75,9 +75,9 @@ class VideoLlama3(Adapter):
             f"{modality}_merge_sizes": torch.full((len(images),), merge),
         }
         runs = []
-        for frames, rows, columns in grids:
+        for count, rows, columns in grids:
             run = []
-            for t in range(frames):
+            for t in range(count):
                 run += [*([10 + t] if modality == "video" else []), *[token] * (rows * columns // merge**2)]
             runs.append(run)
         return arguments, runs

@@ -227,33 +227,23 @@ class Runtime:
         return "its thresholds drop nothing here; raise global_threshold and individual_threshold, or set keep."
 
     def placeholders(self, ids: Tensor | None, embeds: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
-        """(B, S) long, index of the modality that each position stands for, -1 for text.
-
-        Where two kinds of media share a token, it stands for the kind that came with the call.
-        """
+        """(B, S) long, index of the modality that each position stands for, -1 for text."""
         if ids is None and embeds is None:
             return None
         device = ids.device if ids is not None else cast(Tensor, embeds).device
-        wanted = torch.tensor([modality.token for modality in self.modalities], device=device)
+        tokens = [modality.token for modality in self.modalities]
+        # of kinds that share a token, the one that came with the call
+        kinds = [i for i, m in enumerate(self.modalities) if tokens.count(m.token) == 1 or _came(m, kwargs)]
+        wanted = torch.tensor([tokens[i] for i in kinds], device=device)
         if ids is not None:
             same = ids[..., None] == wanted
         else:
             rows = self.text.get_input_embeddings()(wanted)
             same = (cast(Tensor, embeds)[:, :, None] == rows.to(cast(Tensor, embeds).dtype)).all(-1)
-        index = torch.arange(len(self.modalities), device=device)
-        shared = (wanted[:, None] == wanted).sum(1) > 1
-        if bool(shared.any()):
-            came = torch.tensor([self._came(modality, kwargs) for modality in self.modalities], device=device)
-            same &= came | ~shared
-        return torch.where(same, index, -1).amax(-1)
-
-    def _came(self, modality: Modality, kwargs: dict[str, Any]) -> bool:
-        given = any(kwargs.get(name) is not None for name in modality.pixels)
-        return given or modality.name in (kwargs.get("mm_encoder_outputs") or {})
+        return torch.where(same, torch.tensor(kinds, device=device), -1).amax(-1)
 
     def _has_media(self, kwargs: dict[str, Any]) -> bool:
-        names = (name for modality in self.modalities for name in modality.pixels)
-        return any(kwargs.get(name) is not None for name in names) or bool(kwargs.get("mm_encoder_outputs"))
+        return any(_came(modality, kwargs) for modality in self.modalities)
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
@@ -295,6 +285,11 @@ class Runtime:
         if kwargs.get("past_key_values") is not None:
             kv.check(kwargs["past_key_values"])
         self.begin(module, _ids(args, kwargs), kwargs)
+
+
+def _came(modality: Modality, kwargs: dict[str, Any]) -> bool:
+    encoded = (kwargs.get("mm_encoder_outputs") or {}).get(modality.name)
+    return encoded is not None or any(kwargs.get(name) is not None for name in modality.pixels)
 
 
 def _ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
