@@ -31,7 +31,7 @@ class InternVL(Adapter):
 
     def pool(self, model: Any, modality: str, arguments: dict[str, Any]) -> int:
         """The inverse of the pixel shuffle's ratio."""
-        return int(round(1 / model.config.downsample_ratio))
+        return round(1 / float(model.config.downsample_ratio))
 
     def tiny(self) -> dict[str, Any]:
         """Three encoder layers and Qwen2."""

@@ -108,11 +108,12 @@ def build(adapter: Adapter, attention: str = "sdpa", seed: int = 0) -> Any:
     import transformers
 
     settings = adapter.tiny()
-    kind = settings.pop("model_type")
-    config = transformers.AutoConfig.for_model(kind, **settings)
+    del settings["model_type"]
+    kind = next(getattr(transformers, name) for name in adapter.classes if hasattr(transformers, name))
+    config = kind.config_class(**settings)
     config._attn_implementation = attention
     torch.manual_seed(seed)
-    model = getattr(transformers, adapter.classes[0])(config).eval().float()
+    model = kind(config).eval().float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1 and name.endswith("bias"):
