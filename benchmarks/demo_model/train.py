@@ -125,7 +125,7 @@ class Training:
         pictures, questions, visible, objects, rate, cosine = {
             "language-1-2": (16, 8, 32, (1, 2), 1.8e-3, (0.0, 0.1)),
             "language-2-4": (12, 10, 64, (2, 4), 1.8e-3, (0.0, 0.3)),
-            "language-hidden": (8, 12, 112, (8, 8), 1.5e-3, (0.1, 0.42)),
+            "language-hidden": (8, 12, 112, (8, 8), 1.5e-3, (0.1, 0.418182)),
             "language-whole": (4, 20, PATCHES, (8, 8), 1e-3, (0.3, 1.0)),
         }[name]
         step = language.make_step(

@@ -69,8 +69,8 @@ def crop_length(tokens: int, logical: int) -> int:
 
 
 def checkpoints_activations(module: nn.Module) -> bool:
-    """Whether gradient checkpointing is on anywhere in `module` (the property that says so was renamed in 5.23)."""
-    return any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
+    """Whether any part of `module` checkpoints now (the property that says so was renamed in 5.23)."""
+    return any(part.training and getattr(part, "gradient_checkpointing", False) for part in module.modules())
 
 
 def eager(function: F) -> F:

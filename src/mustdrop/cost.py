@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -49,9 +49,31 @@ def total(parts: dict[str, Compared], counted: Sequence[str]) -> Compared:
 
 
 def linear_flops(module: nn.Module) -> int:
-    """FLOPs per token of all linear layers inside `module`."""
-    layers: list[Any] = [m for m in module.modules() if hasattr(m, "in_features") and hasattr(m, "out_features")]
-    return sum(2 * int(m.in_features) * int(m.out_features) for m in layers)
+    """FLOPs per token of the linear layers inside `module` that run.
+
+    Quantised layers count like the layers that they replace. A layer that peft has wrapped counts once, with the
+    adapters that are active in it.
+    """
+    parts: dict[str, Any] = module._modules
+    if "base_layer" in parts:
+        return sum(linear_flops(part) for part in _adapted(module))
+    if "original_module" in parts:  # peft keeps a trained copy of the same shape beside it, and runs one of the two
+        return linear_flops(parts["original_module"])
+    inside = sum(linear_flops(part) for part in parts.values() if part is not None)
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if inside or None in sizes:
+        return inside
+    return 2 * int(cast(Any, sizes[0])) * int(cast(Any, sizes[1]))
+
+
+def _adapted(module: Any) -> list[nn.Module]:
+    """What a layer wrapped by peft runs: the original and, unless merged into it or switched off, its adapters."""
+    parts = [module.base_layer]
+    if not getattr(module, "merged", False) and not getattr(module, "disable_adapters", False):
+        kinds = [module._modules.get(name) for name in getattr(module, "adapter_layer_names", ())]
+        active = getattr(module, "active_adapters", ())
+        parts += [kind[name] for kind in kinds if isinstance(kind, nn.ModuleDict) for name in active if name in kind]
+    return parts
 
 
 def causal_pairs(new: int, past: int) -> int:

@@ -8,7 +8,7 @@ it came from.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from mustdrop.compat import crop_length, dynamic_cache
 from mustdrop.errors import CacheStateError, UnsupportedOptionError
 from mustdrop.runtime.eviction import Cut
 from mustdrop.runtime.rows import PAD, take
+
+_SLIDE = 64  # tokens after which a sliding layer with gaps looks for entries that have left its window
 
 REFUSED_IMPLEMENTATIONS = "static, sliding_window, hybrid, quantized, offloaded and paged caches"
 
@@ -38,6 +40,16 @@ class Arrival:
     vision: Tensor
     totals: Tensor
     advance: int
+    elsewhere: dict[torch.device, Arrival] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> Arrival:
+        """The same on the device of a cache layer. Layers of one device share it, so that they share their cuts."""
+        if self.positions.device == device:
+            return self
+        if device not in self.elsewhere:
+            moved = (self.positions.to(device), self.vision.to(device), self.totals.to(device))
+            self.elsewhere[device] = Arrival(*moved, self.advance)
+        return self.elsewhere[device]
 
 
 class PrunedLayer(DynamicLayer):
@@ -48,17 +60,18 @@ class PrunedLayer(DynamicLayer):
     tokens whose positions follow one another, so that a decode step adds no bookkeeping tensor.
     """
 
-    def __init__(self, is_sliding: bool = False) -> None:
+    def __init__(self, window: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.keys: Any = None
         self.values: Any = None
-        self.is_sliding = is_sliding
+        self.is_sliding, self.window = window is not None, window
         self.logical = 0
         self.positions: Tensor | None = None
         self.vision: Tensor | None = None
         self.attended: Tensor | None = None
         self.totals: Tensor | None = None
         self.padded = False
+        self.gaps = False  # whether anything between the oldest and the newest entry is missing
         self.steps = 0  # decode steps since the last prefill
         self.arrival: Arrival | None = None
         self.prepared = False
@@ -68,7 +81,7 @@ class PrunedLayer(DynamicLayer):
         """Take over a layer of transformers, with what it holds.
 
         Raises:
-            UnsupportedOptionError: a layer type that cannot be pruned, or a sliding layer that has already forgotten.
+            UnsupportedOptionError: a layer type that cannot be pruned.
         """
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise UnsupportedOptionError(
@@ -76,16 +89,15 @@ class PrunedLayer(DynamicLayer):
                 f"(DynamicCache) and refuses "
                 f"{REFUSED_IMPLEMENTATIONS}. Pass past_key_values=DynamicCache(config=model.config) or none at all."
             )
-        new = cls(bool(layer.is_sliding))
+        new = cls(int(layer.sliding_window) if layer.is_sliding else None)
         if layer.is_initialized and layer.keys is not None and layer.keys.numel():
             new.logical = layer.get_seq_length()
-            if layer.keys.shape[-2] != new.logical:
-                raise UnsupportedOptionError(
-                    "a sliding-window cache that has already dropped its oldest entries cannot be "
-                    "continued on a patched model."
-                )
             new.keys, new.values = layer.keys, layer.values
             new.dtype, new.device, new.is_initialized = layer.keys.dtype, layer.keys.device, True
+            if new.slots != new.logical:  # a sliding layer that has forgotten its oldest entries
+                newest = torch.arange(new.logical - new.slots, new.logical, device=new.keys.device)
+                new.positions = newest.expand(new.keys.shape[0], -1)
+                new.vision = torch.zeros_like(new.positions, dtype=torch.bool)
         return new
 
     # -- what transformers asks ---------------------------------------------------------------------------------------
@@ -103,6 +115,7 @@ class PrunedLayer(DynamicLayer):
             self.logical += key_states.shape[-2]
             self.steps += 1
         else:
+            arrival = arrival.on(key_states.device)
             known = self.slot_positions()
             marks = self.slot_vision()
             self.positions = arrival.positions if known is None else torch.cat([known, arrival.positions], 1)
@@ -110,6 +123,7 @@ class PrunedLayer(DynamicLayer):
             self.totals = arrival.totals if self.totals is None else self.totals + arrival.totals
             self.attended, self.steps = None, 0
             self.logical += arrival.advance
+            self.gaps |= arrival.advance != key_states.shape[-2]
         return super().update(key_states, value_states, *args, **kwargs)
 
     def get_seq_length(self, *args: Any) -> int:
@@ -130,7 +144,7 @@ class PrunedLayer(DynamicLayer):
         self.is_initialized = False
         self.positions = self.vision = self.attended = self.totals = self.arrival = None
         self.logical = self.steps = 0
-        self.padded = self.prepared = False
+        self.padded = self.gaps = self.prepared = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select batch rows for beam search."""
@@ -237,6 +251,42 @@ class PrunedLayer(DynamicLayer):
         if cut is not None:
             self.apply(cut)
 
+    @property
+    def unpruned_slots(self) -> int:
+        """Entries that a layer of transformers would hold: all, or the newest of a sliding window."""
+        return self.logical if self.window is None else min(self.logical, self.window - 1)
+
+    def slide(self) -> None:
+        """Forget what no later token can see: entries that have left the sliding window.
+
+        Where nothing was dropped, exactly the entries stay that transformers would hold. With gaps it takes a look at
+        the device to know how many may go, so it waits until there are some.
+        """
+        if self.window is None or self.slots < self.window or not self.slots:
+            return
+        surplus = self.slots - (self.window - 1)
+        if self.gaps:
+            positions = self.slot_positions()
+            if positions is None or (self.steps and self.steps % _SLIDE):
+                return
+            surplus = int((positions <= self.logical - self.window).sum(1).min())
+        known = 0 if self.positions is None else self.positions.shape[1]
+        if self.positions is None:  # from here on the layer has to say which positions it holds
+            batch, device = self.keys.shape[0], self.keys.device
+            self.positions = torch.zeros(batch, 0, dtype=torch.long, device=device)
+            self.vision = torch.zeros(batch, 0, dtype=torch.bool, device=device)
+        for name in ("positions", "vision", "attended"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, value[:, min(surplus, known) :])
+        self.keys, self.values = self.keys[:, :, surplus:].clone(), self.values[:, :, surplus:].clone()
+
+    @property
+    def layout_key(self) -> tuple[int, int]:
+        """Equal for layers that hold the same positions."""
+        tail_only = self.positions is not None and not self.positions.shape[1]
+        return (0 if tail_only else id(self.positions), self.slots)
+
     def forget_if_whole(self) -> None:
         """Drop the bookkeeping of a layer that holds every token: it is a plain cache layer again."""
         if self.slots == self.logical:
@@ -249,7 +299,7 @@ class PrunedLayer(DynamicLayer):
             padding = self.slots - self.attended.shape[1]
             self.attended = take(torch.nn.functional.pad(self.attended, (0, padding)), cut.index, 1)
         self.keys, self.values = take(self.keys, cut.index, 2), take(self.values, cut.index, 2)
-        self.positions, self.vision, self.padded = cut.positions, cut.vision, cut.padded
+        self.positions, self.vision, self.padded, self.gaps = cut.positions, cut.vision, cut.padded, True
 
     def _rows(self, select: Any) -> None:
         self.keys, self.values = select(self.keys), select(self.values)

@@ -35,7 +35,8 @@ def patch(
     """Make `model` drop vision tokens. Patching a patched model replaces what was there.
 
     Args:
-        model: a Hugging Face vision-language model of a known family (`mustdrop.adapters()`).
+        model: a Hugging Face vision-language model of a known family (`mustdrop.adapters()`), or a peft model around
+            one: then the model inside is patched.
         method: a published method by name (`mustdrop.methods()`), or a `Method`. Default: "mustdrop", unless one of
             the three pruners is given.
         keep: equal-token budget: int (tokens) or share in (0, 1] of the prompt's vision tokens. It is the mean over the
@@ -55,14 +56,15 @@ def patch(
         UnsupportedOptionError: an attention backend that cannot be pruned.
     """
     chosen = _method(method, keep, vision, prefill, decode, knobs)
-    runtime = Runtime(model, find_adapter(model), chosen)  # fails before the model is touched
+    inner = _inside(model)
+    runtime = Runtime(inner, find_adapter(inner), chosen)  # fails before the model is touched
     unpatch(model)
     try:
         runtime.install()
     except BaseException:
         runtime.uninstall()
         raise
-    object.__setattr__(model, _ATTRIBUTE, runtime)
+    object.__setattr__(inner, _ATTRIBUTE, runtime)
     return model
 
 
@@ -74,7 +76,7 @@ def unpatch(model: M) -> M:
     runtime = _runtime(model)
     if runtime is not None:
         runtime.uninstall()
-        object.__delattr__(model, _ATTRIBUTE)
+        object.__delattr__(_inside(model), _ATTRIBUTE)
     return model
 
 
@@ -115,7 +117,22 @@ def trace(model: nn.Module) -> Trace:
 
 
 def _runtime(model: object) -> Runtime | None:
-    return vars(model).get(_ATTRIBUTE) if isinstance(model, nn.Module) else None
+    inner = _inside(model)
+    return vars(inner).get(_ATTRIBUTE) if isinstance(inner, nn.Module) else None
+
+
+def _inside(model: Any) -> Any:
+    """The model that peft has wrapped and runs; any other model is itself.
+
+    Told by the package of its class, since peft need not be installed.
+    """
+    while isinstance(model, nn.Module) and any(kind.__module__.startswith("peft.") for kind in type(model).__mro__):
+        children = dict(model.named_children())  # attributes that peft's classes lack are looked up in the model inside
+        inner = children.get("base_model", children.get("model"))
+        if inner is None:
+            break
+        model = inner
+    return model
 
 
 def _method(

@@ -40,6 +40,11 @@ class Selection:
         """(B,) long, survivors per row."""
         return self.valid.sum(1)
 
+    def to(self, device: torch.device) -> Selection:
+        """The same on another device."""
+        into = None if self.merge_into is None else self.merge_into.to(device)
+        return Selection(self.keep.to(device), self.valid.to(device), into)
+
     def mask(self, n: int) -> Tensor:
         """(B, n) bool, True at surviving tokens."""
         out = torch.zeros(self.keep.shape[0], n + 1, dtype=torch.bool, device=self.keep.device)

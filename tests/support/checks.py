@@ -43,22 +43,30 @@ class Compared:
 
 
 def merged_features(
-    variant: Variant, inputs: dict[str, Tensor], trace: Any, vision: Any, repeat: int = 1
+    variant: Variant,
+    inputs: dict[str, Tensor],
+    trace: Any,
+    vision: Any,
+    repeat: int = 1,
+    model: Any = None,
+    differentiable: bool = False,
 ) -> Tensor | None:
     """(images, N, D): what the reference tower gives, in the rows of all its members; None if nothing can merge.
 
-    ``repeat`` is how many rows of the trace belong to one prompt (beams, ``num_return_sequences``).
+    ``repeat`` is how many rows of the trace belong to one prompt (beams, ``num_return_sequences``). ``model`` is the
+    plain model whose tower is meant, if not the shared one.
     """
     if vision is None or vision.window is None or "pixel_values" not in inputs:
         return None
-    model, n = plain(variant), variant.n_vision
-    features = torch.zeros(len(inputs["pixel_values"]), n, model.config.text_config.hidden_size)
+    model, n = model or plain(variant), variant.n_vision
+    run = encode.__wrapped__ if differentiable else encode
+    features = torch.zeros(len(inputs["pixel_values"]), n, model.config.text_config.hidden_size, dtype=model.dtype)
     image = 0
     for row, total in enumerate((inputs["input_ids"] == IMAGE).sum(1).tolist()):
         entered = trace.kept(0, row * repeat)
         for first in range(0, total, n):
             alive = int(((entered >= first) & (entered < first + n)).sum())
-            encoded = encode(
+            encoded = run(
                 model,
                 inputs["pixel_values"][image],
                 window=vision.window,
@@ -81,10 +89,14 @@ def compare(
     vision: Any = None,
     decode: Any = None,
     steps: int = 8,
+    oracle_model: Any = None,
     **options: Any,
 ) -> Compared:
-    """``generate`` on the patched model and on the oracle. ``vision`` and ``decode`` are the pruners in use, if any."""
-    oracle_model = plain(variant, "sdpa" if attn == fake_flash.NAME else attn)
+    """``generate`` on the patched model and on the oracle. ``vision`` and ``decode`` are the pruners in use, if any.
+
+    ``oracle_model`` is an unpatched model with the weights of ``model``, if these are not the variant's.
+    """
+    oracle_model = oracle_model or plain(variant, "sdpa" if attn == fake_flash.NAME else attn)
     repeat = max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
     ids = inputs["input_ids"].repeat_interleave(repeat, 0)
     with CacheWatch(model) as watch:
@@ -93,7 +105,7 @@ def compare(
     hidden = hidden_by(
         trace, ids, variant.n_layers, cascade_from=decode.full_layers if decode and decode.cascade else None
     )
-    features = merged_features(variant, inputs, trace, vision, repeat)
+    features = merged_features(variant, inputs, trace, vision, repeat, oracle_model)
     if decode is not None and decode.keep is not None:
         with MaskedOracle(oracle_model, Hidden(hidden.prefill, hidden.prefill), features) as oracle:
             answer(oracle_model, inputs, 0, **options)
@@ -113,4 +125,31 @@ def assert_dropping_equals_masking(*args: Any, **options: Any) -> Compared:
     return both
 
 
-__all__ = ["Compared", "assert_dropping_equals_masking", "batch", "compare", "distance", "merged_features", "patched"]
+def assert_masking_up_to_rounding(*args: Any, tolerance: float, **options: Any) -> Compared:
+    """For types and weights that round: logits within `tolerance` for as long as both chose the same tokens.
+
+    The first differing choice ends the comparison of a row: what the two then see differs. Its own logits are still
+    compared, so a choice may only differ where the oracle's two best logits are that close.
+    """
+    both = compare(*args, **options)
+    assert both.hidden.anything, "nothing was dropped: this comparison proves nothing"
+    steps = both.ours.logits.shape[1]
+    same = (both.ours.sequences == both.oracle.sequences)[:, -steps:].long()
+    seen = torch.cat([torch.ones_like(same[:, :1]), same.cumprod(1)[:, :-1]], 1).bool()
+    assert bool(seen[:, 0].all())
+    difference = (both.ours.logits - both.oracle.logits).abs().amax(2) * seen
+    assert difference.max() <= tolerance, f"largest difference of the logits per row and step: {difference.tolist()}"
+    assert int(seen.sum()) > seen.numel() // 2, "the answers part too early to prove much"
+    return both
+
+
+__all__ = [
+    "Compared",
+    "assert_dropping_equals_masking",
+    "assert_masking_up_to_rounding",
+    "batch",
+    "compare",
+    "distance",
+    "merged_features",
+    "patched",
+]

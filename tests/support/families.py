@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import mustdrop
 from mustdrop.adapters import find, registry
 from mustdrop.adapters.base import Adapter
 from mustdrop.adapters.tiny import build
+from mustdrop.compat import attention_function
+from mustdrop.runtime.tap import attention_of
 
 from . import fake_flash
-from .builders import Answer, answer
+from .builders import Answer, anatomy, answer
 from .oracle import CacheWatch, Hidden, MaskedOracle, _gone
+from .versions import BEAMS_MIX_IMAGES
 
 PAD, BOS = 0, 1
 
@@ -126,7 +131,7 @@ class Recorder:
     """What the features methods of a (patched) model returned: kind -> list of outputs."""
 
     def __init__(self, model: Any) -> None:
-        self.base, self.outputs = find(model).base(model), {}
+        self.base, self.outputs, self.inside = find(model).base(model), {}, False
         self._methods = {m.name: m.method for m in find(model).modalities(model)}
 
     def __enter__(self) -> Recorder:
@@ -139,8 +144,13 @@ class Recorder:
     def _recording(self, kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            output = function(*args, **kwargs)
-            self.outputs[kind] = copy.deepcopy(output)
+            outermost, self.inside = not self.inside, True
+            try:
+                output = function(*args, **kwargs)
+            finally:
+                self.inside = self.inside and not outermost
+            if outermost:  # the method of one kind may call that of another
+                self.outputs[kind] = copy.deepcopy(output)
             return output
 
         return wrapper
@@ -226,6 +236,7 @@ def compare(
     repeat = max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
     ids = inputs["input_ids"].repeat_interleave(repeat, 0)
     with Recorder(model) as recorder, CacheWatch(model) as watch:
+        torch.manual_seed(seed)
         ours = answer(model, inputs, steps, **options)
     trace = mustdrop.trace(model)
     hidden = hidden_by(model, trace, ids, decode.full_layers if decode and decode.cascade else None)
@@ -235,8 +246,11 @@ def compare(
         where = functools.partial(vision_positions, model)
         hidden = watch.hidden_while_decoding(oracle.prompt_keys, ids, hidden, where)
     with FamilyOracle(oracle_model, hidden, recorder.outputs):
+        torch.manual_seed(seed)
         # a cache that never forgets: what a sliding layer may not see, the mask says
-        theirs = answer(oracle_model, inputs, steps, past_key_values=DynamicCache(), **options)
+        if options.get("use_cache") is not False:
+            options = {"past_key_values": DynamicCache(), **options}
+        theirs = answer(oracle_model, inputs, steps, **options)
     return Compared(ours, theirs, hidden, trace)
 
 
@@ -248,3 +262,172 @@ def assert_dropping_equals_masking(*args: Any, tolerance: float = 1e-5, **settin
     assert difference.max() <= tolerance, f"largest difference of the logits per step: {difference.tolist()}"
     assert torch.equal(both.ours.sequences, both.oracle.sequences)
     return both
+
+
+def for_beams(kind: str) -> tuple[Row, ...]:
+    """Rows whose prompts are expanded: with one medium each where transformers mixes images up."""
+    return ((kind,), (kind,)) if BEAMS_MIX_IMAGES else ((kind,), (kind, kind))
+
+
+def turns(adapter: Adapter, model: Any, kind: str) -> tuple[dict[str, Tensor], Tensor]:
+    """A first turn with one medium, and the ids of what is said next."""
+    return batch(adapter, model, ((kind,),)), torch.tensor([[31, 57, 86, 110]])
+
+
+def continued(adapter: Adapter, model: Any, ids: Tensor) -> dict[str, Tensor]:
+    """Inputs for the next turn: everything so far, without media."""
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if adapter.token_types is not None:
+        inputs[adapter.token_types] = torch.zeros_like(ids)
+    return inputs
+
+
+def follow_a_patch(adapter: Adapter, model: Any, kind: str, place: float) -> None:
+    """Paint a part of the picture; the features that change must be those that the layout says.
+
+    The encoder's attention gives zeros, so a patch changes nothing but the features that it is part of.
+    """
+    tower = adapter.tower(model, kind)
+    silence(tower.module)
+    shape = adapter.tiny_sizes(kind)[0]
+    spot = tuple(int(place * n) for n in (shape[-2:] if len(shape) == 3 else (shape[0], *shape[-2:])))
+
+    def paint(_: int, picture: Tensor) -> Tensor:
+        changed = picture.clone()
+        area = tuple(slice(max(0, at - 1), at + 2) for at in spot[-2:])  # so large that no resampling steps over it
+        changed[(spot[0], slice(None), *area) if len(spot) == 3 else (slice(None), *area)] += 5.0
+        return changed
+
+    seen, features, layouts = [], [], []
+    base, (modality,) = adapter.base(model), [m for m in adapter.modalities(model) if m.name == kind]
+    handle = tower.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for how in (None, paint):
+        inputs = batch(adapter, model, ((kind,),), paint=how)
+        known = inspect.signature(getattr(base, modality.method)).parameters
+        arguments = {name: value for name, value in inputs.items() if name in known}
+        with torch.no_grad():
+            made = getattr(base, modality.method)(**arguments)
+        features.append(flat_features(made))
+        layouts.append(adapter.layouts(model, kind, arguments))
+    handle.remove()
+    ((layout,), _) = layouts
+    prefix = 0 if tower.packed else tower.prefix
+    before, after = (hidden.flatten(0, -2) if tower.packed else hidden[:, prefix:].flatten(0, 1) for hidden in seen)
+    painted = (before != after).any(-1).nonzero()[:, 0]
+    changed = ((features[0] - features[1]).abs().amax(-1) > 1e-6).nonzero()[:, 0]
+    assert len(painted), "the paint did not reach the encoder"
+    expected = torch.isin(layout.patches, painted).any(-1).nonzero()[:, 0]
+    assert changed.tolist() == expected.tolist()
+    for (frames, rows, columns), start in zip(layout.grids, layout.offsets, strict=False):
+        cells = layout.cells[changed]
+        own = cells[(cells >= start) & (cells < start + frames * rows * columns)] - start
+        assert len(own), "a grid that shows the picture does not show the paint"
+        high, wide = shape[-2:]
+        at = (spot[-2] * rows // high, spot[-1] * columns // wide)
+        # resampling and the rounding of tiles may move it by one cell
+        assert (own // columns % rows - at[0]).abs().max() <= 1
+        assert (own % columns - at[1]).abs().max() <= 1
+        if len(spot) == 3:
+            assert own.div(rows * columns, rounding_mode="floor").unique().tolist() == [spot[0] * frames // shape[0]]
+
+
+def lasting(model: Any, run: Callable[[], object] | None = None) -> dict[str, Any]:
+    """The anatomy of a model without what a plain run changes by itself (positions that are remembered)."""
+    before = anatomy(model)
+    if run is not None:
+        run()
+        after = anatomy(model)
+        model.tests_changing = {name for name in before if before[name] != after[name]}
+    return {name: value for name, value in anatomy(model).items() if name and name not in model.tests_changing}
+
+
+def silence(tower: Any) -> None:
+    """Attention that returns zeros, in every module of an encoder."""
+    name = "tests_silent"
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        ALL_ATTENTION_FUNCTIONS.register(
+            name, lambda module, q, k, v, *_, **__: (torch.zeros_like(q.transpose(1, 2)), None)
+        )
+    for module in tower.modules():
+        config = getattr(module, "config", None)
+        if config is not None:
+            config._attn_implementation_internal = name
+
+
+class MergedTower:
+    """A plain encoder made to compute what an encoder with merged tokens must compute, at full length.
+
+    After ``layer`` every patch takes the mean of its window; from then on only one patch per window is seen. So all
+    patches of a window hold what the merged token would hold.
+    """
+
+    def __init__(self, tower: Any, layer: int, merged: Any) -> None:
+        self.tower, self.layer, self.merged = tower, layer, merged
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> MergedTower:
+        if self.merged is None:
+            return self
+        blocks = list(self.tower.blocks)[self.layer + 1 :]
+        self._handles.append(blocks[0].register_forward_pre_hook(self._spread))
+        for block in blocks:
+            takes = "attention_mask" in inspect.signature(type(block).forward).parameters
+            module = block if takes else attention_of(block)
+            self._handles.append(module.register_forward_pre_hook(self._hide, with_kwargs=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _spread(self, _: object, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        prefix = self.tower.prefix
+        patches = args[0][:, prefix:]
+        means = self.merged.expand(self.merged.apply(patches), patches.shape[1])
+        return (torch.cat([args[0][:, :prefix], means], 1), *args[1:])
+
+    def _hide(self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        n = self.merged.merge_into.shape[1]
+        seen = torch.nn.functional.pad(self.merged.mask(n), (self.tower.prefix, 0), value=True)
+        mask = torch.zeros(len(seen), 1, seen.shape[1], seen.shape[1])
+        mask = mask.masked_fill(~seen[:, None, None], torch.finfo(torch.float32).min)
+        if len(args) > 1:
+            return (args[0], mask, *args[2:]), kwargs
+        return args, {**kwargs, "attention_mask": mask}
+
+
+def flat_features(output: Any) -> Tensor:
+    """(F, C) features of one call, of all media."""
+    made = output.pooler_output
+    return made.flatten(0, -2) if isinstance(made, Tensor) else torch.cat(list(made))
+
+
+def encoder_attention(adapter: Adapter, model: Any, kind: str, inputs: dict[str, Tensor]) -> Tensor:
+    """(patches,) what the last encoder layer gives each patch, from the attention weights of an eager model.
+
+    With a CLS token its attention, else the mean received; in a packed sequence times the length of the segment.
+    """
+    tower, found = adapter.tower(model, kind), []
+    name, attention = "tests_eager", attention_of(tower.blocks[-1])
+    real = attention_function(attention, "eager")
+
+    def recording(module: Any, *args: Any, **kwargs: Any) -> Any:
+        out = real(module, *args, **kwargs)
+        if module is attention:
+            found.append(out[1].mean(1))
+        return out
+
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        ALL_ATTENTION_FUNCTIONS.register(name, lambda *args, **kwargs: recording_of[0](*args, **kwargs))
+    recording_of[:] = [recording]
+    attention.config = copy.copy(attention.config)
+    attention.config._attn_implementation_internal = name
+    with torch.no_grad():
+        model(**inputs)
+    if tower.packed:
+        return torch.cat([weights.sum(1).flatten() for weights in found])
+    scores = [w[:, 0] if tower.has_cls else w.mean(1) for w in found]
+    return torch.cat([score[:, tower.prefix :].flatten() for score in scores])
+
+
+recording_of: list[Any] = []

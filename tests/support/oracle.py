@@ -159,7 +159,8 @@ class CacheWatch:
 
     def _record(self, i: int) -> Callable[..., None]:
         def hook(_: object, args: object, kwargs: dict[str, Any], out: object) -> None:
-            self.keys[-1][i] = kwargs["past_key_values"].layers[i].keys.clone()
+            if kwargs.get("past_key_values") is not None:
+                self.keys[-1][i] = kwargs["past_key_values"].layers[i].keys.clone()
 
         return hook
 
@@ -192,8 +193,9 @@ class CacheWatch:
         return hidden
 
 
-def _held(stored: Tensor, prompt: Tensor, tolerance: float = 1e-4) -> Tensor:
-    """stored (G, n, D), prompt (G, N, D) -> (N,) whether each prompt key is among the stored ones."""
+def _held(stored: Tensor, prompt: Tensor) -> Tensor:
+    """stored (G, n, D), prompt (G, N, D) -> (N,) whether each prompt key is among the stored ones, up to rounding."""
+    tolerance = max(1e-4, 32 * torch.finfo(stored.dtype).eps)
     a, b = stored.transpose(0, 1).flatten(1), prompt.transpose(0, 1).flatten(1)
     if not len(b):
         return torch.zeros(0, dtype=torch.bool)

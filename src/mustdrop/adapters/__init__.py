@@ -46,6 +46,10 @@ def find(model: object) -> Adapter:
             return adapter
     known = [name for adapter in registry().values() for name in adapter.classes]
     hint = " Pass the model itself, not its processor, config or pipeline." if not isinstance(model, nn.Module) else ""
+    for name in ("module", "_orig_mod"):  # DistributedDataParallel and the like; torch.compile
+        wrapped = type(getattr(model, name, None)).__name__
+        if wrapped in known:
+            hint = f" It wraps a {wrapped}: pass that, .{name} of what you passed."
     raise UnsupportedModelError(
         f"{reason(names) or f'mustdrop has no adapter for {type(model).__name__}.'} "
         f"{did_you_mean(type(model).__name__, known)}{hint} docs/add-a-model.md shows how to add one."

@@ -61,6 +61,7 @@ class Adapter(ABC):
         media: kind of media -> (method of the base model, names of its main argument, config field of the token id).
         additions: methods of the text model, called as method(hidden, mask, rows), that add `rows` to the hidden states
             of the tokens in `mask` between decoder layers (DeepStack).
+        refuses_flash: why the text model cannot be pruned with flash attention; empty if it can.
         token_types: name of the argument that marks the kind of each token (1 image, 2 video), or None.
         added_features: fields of the features output that hold those rows, as a list of levels of features per medium.
         features: field of the features output that holds what enters the language model.
@@ -76,6 +77,7 @@ class Adapter(ABC):
     }
     additions: tuple[str, ...] = ()
     added_features: tuple[str, ...] = ()
+    refuses_flash: str = ""
     token_types: str | None = None
     features: str = "pooler_output"
     row_arguments: tuple[str, ...] = ()

@@ -20,6 +20,10 @@ class Gemma3(Adapter):
     name = "gemma3"
     classes = ("Gemma3ForConditionalGeneration",)
     token_types = "token_type_ids"
+    refuses_flash = (
+        "image blocks see both ways, which flash attention cannot express (the unpatched model is wrong with it too), "
+        "and its sliding window would count what is left instead of positions"
+    )
 
     def layouts(self, model: Any, modality: str, arguments: dict[str, Any]) -> list[Layout]:
         """A square grid of pooled patches per image."""

@@ -31,7 +31,8 @@ class InternVL(Adapter):
 
     def pool(self, model: Any, modality: str, arguments: dict[str, Any]) -> int:
         """The inverse of the pixel shuffle's ratio."""
-        return round(1 / float(model.config.downsample_ratio))
+        side: float = 1 / model.config.downsample_ratio
+        return round(side)
 
     def tiny(self) -> dict[str, Any]:
         """Three encoder layers and Qwen2."""

@@ -93,8 +93,8 @@ class Qwen25VL(Qwen2VL):
         t, i, j = torch.meshgrid(frames, rows, columns, indexing="ij")
         windows = ((t * (len(rows) // side + 1) + i // side) * (len(columns) // side + 1) + j // side).flatten()
         # stable: inside a window the raster order stays
-        order: Tensor = windows.argsort(stable=True).argsort()
-        return order
+        place: Tensor = windows.argsort(stable=True).argsort()
+        return place
 
     def tiny(self) -> dict[str, Any]:
         """Windows of 2 x 2 features; every second block sees everything."""

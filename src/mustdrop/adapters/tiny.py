@@ -123,3 +123,22 @@ def build(adapter: Adapter, attention: str = "sdpa", seed: int = 0) -> Any:
         model.get_output_embeddings().weight.mul_(0.5)
     model.generation_config.update(pad_token_id=0, bos_token_id=1, eos_token_id=None)
     return model
+
+
+def prompt(adapter: Adapter, model: Any, modality: str, pictures: list[Tensor], words: int = 6) -> dict[str, Tensor]:
+    """Inputs of one prompt for a tiny model: a few words, the media, a few words.
+
+    Args:
+        adapter: of the family.
+        model: made by `build`.
+        modality: "image" or "video".
+        pictures: of shapes that `adapter.tiny_sizes` names.
+        words: text tokens after the media, which ask.
+    """
+    arguments, runs = adapter.tiny_media(model, modality, pictures)
+    line = [1, 20, 21, *(token for run in runs for token in run), *range(30, 30 + words)]
+    inputs = dict(adapter.tiny_rows(arguments, [len(pictures)]))
+    inputs |= {"input_ids": torch.tensor([line]), "attention_mask": torch.ones(1, len(line), dtype=torch.long)}
+    (token,) = (m.token for m in adapter.modalities(model) if m.name == modality)
+    kinds = (inputs["input_ids"] == token).long() * (1 if modality == "image" else 2)
+    return inputs | adapter.tiny_types(kinds)

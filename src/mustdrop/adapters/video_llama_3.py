@@ -43,6 +43,10 @@ class VideoLlama3(Adapter):
             patches = start + torch.arange(size * merge * merge).view(size, merge * merge)
             found.append(Layout((grid,), torch.arange(size), patches))
             start += patches.numel()
+        kept = arguments.get("video_compression_mask") if modality == "video" else None
+        if kept is not None:  # of a whole prompt, not of the encoder
+            parts = zip(found, kept.cpu().split([layout.size for layout in found]), strict=True)
+            found = [Layout(layout.grids, layout.cells[part], layout.patches[part]) for layout, part in parts]
         return found
 
     def projector_flops(self, model: Any) -> int:

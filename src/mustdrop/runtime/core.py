@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable
 from typing import Any, cast
@@ -10,13 +9,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mustdrop import kv
 from mustdrop.adapters.base import Adapter, Modality
 from mustdrop.compat import eager, require_supported_transformers
 from mustdrop.cost import TextCost
-from mustdrop.errors import ConfigError, NothingDroppedWarning, UnsupportedModelError, UnsupportedOptionError
+from mustdrop.errors import ConfigError, NothingDroppedWarning, UnsupportedModelError
 from mustdrop.method import Method
-from mustdrop.runtime import tap
+from mustdrop.runtime import checks, tap
 from mustdrop.runtime.additions import AdditionWrapper
 from mustdrop.runtime.encoder import BlockHook, EncoderStage, MaskHook, takes_mask
 from mustdrop.runtime.entry import last_token, valid_tokens
@@ -60,7 +58,7 @@ class Runtime:
         self.handles: list[Any] = []
         self.tapped: list[nn.Module] = []
         self.overridden: list[tuple[nn.Module, str]] = []
-        self._check_backend()
+        checks.model(self)
 
     def _encoders(self) -> dict[str, EncoderStage]:
         """Kind of media -> its encoder. Kinds that share a tower share the stage.
@@ -82,9 +80,9 @@ class Runtime:
             found[modality.name] = stage
         return found
 
-    @functools.cached_property
+    @property
     def text_cost(self) -> TextCost:
-        """Sizes of the text model, read once."""
+        """Sizes of the text model, as it is now: adapters may be added, switched and merged."""
         return TextCost.of(self.layers, self.text.config, cast(Any, self.model).get_output_embeddings())
 
     @property
@@ -96,14 +94,6 @@ class Runtime:
     def flash(self) -> bool:
         """Whether the text model runs a flash-attention kernel."""
         return "flash" in self.implementation
-
-    def _check_backend(self) -> None:
-        name = self.implementation
-        if name.startswith("paged") or "flex" in name:
-            raise UnsupportedOptionError(
-                f"attn_implementation={name!r} cannot be pruned (its masks have no rows and columns): "
-                f"use model.set_attn_implementation('sdpa')."
-            )
 
     def plan(self, total: int) -> RowPlan:
         """Numbers for a prompt with `total` vision tokens; a server sees the same few sizes all day."""
@@ -186,7 +176,7 @@ class Runtime:
             ids: (B, S) prompt ids that the cache does not hold yet, or None.
             kwargs: the call's arguments: embeddings, attention mask and media are looked up here.
         """
-        self._check_backend()
+        checks.call(self)
         call = Call(owner)
         kinds = self.placeholders(ids, kwargs.get("inputs_embeds"), kwargs) if self._has_media(kwargs) else None
         if kinds is not None:
@@ -194,6 +184,7 @@ class Runtime:
             kinds = kinds.masked_fill(~valid, -1)
             call.totals = (kinds >= 0).sum(1).tolist()
             call.totals_of = {m.name: (kinds == i).sum(1).tolist() for i, m in enumerate(self.modalities)}
+            checks.media(self, call.totals_of, kwargs)
             call.plans = [self.plan(total) for total in call.totals]
             ends = kinds.masked_fill(~last_token(valid), -1).amax(1).tolist()
             call.open_ended = [None if i < 0 else self.modalities[i].name for i in ends]
@@ -239,7 +230,7 @@ class Runtime:
             same = ids[..., None] == wanted
         else:
             rows = self.text.get_input_embeddings()(wanted)
-            same = (cast(Tensor, embeds)[:, :, None] == rows.to(cast(Tensor, embeds).dtype)).all(-1)
+            same = (cast(Tensor, embeds)[:, :, None] == rows.to(cast(Tensor, embeds))).all(-1)
         return torch.where(same, torch.tensor(kinds, device=device), -1).amax(-1)
 
     def _has_media(self, kwargs: dict[str, Any]) -> bool:
@@ -263,6 +254,9 @@ class Runtime:
         if self.local.call is None:
             self._begin_forward(module, args, kwargs)
         ids, embeds = _ids(args, kwargs), kwargs.get("inputs_embeds")
+        call = self.local.call
+        if ids is None and embeds is not None and call is not None and call.length and call.prefill is None:
+            call.length = embeds.shape[1]  # peft's prompt tuning puts rows before the ids that generate was given
         # without media, a placeholder id is a token that somebody generated or guessed, not an image
         self.local.kinds = self.placeholders(ids, embeds, kwargs) if self._has_media(kwargs) else None
         mask = kwargs.get("attention_mask")
@@ -283,7 +277,7 @@ class Runtime:
 
     def _begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if kwargs.get("past_key_values") is not None:
-            kv.check(kwargs["past_key_values"])
+            checks.cache(self, kwargs["past_key_values"])
         self.begin(module, _ids(args, kwargs), kwargs)
 
 

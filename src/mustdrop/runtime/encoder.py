@@ -59,7 +59,8 @@ class EncoderRun:
             return None
         if self.merged is None or self.merged.merge_into is None:
             return torch.cat([score.flatten() for score in self.scores])
-        return torch.cat(self.scores).gather(1, self.merged.merge_into).flatten()
+        scores = torch.cat(self.scores)
+        return scores.gather(1, self.merged.merge_into.to(scores.device)).flatten()
 
     def owners(self, patches: int) -> Tensor:
         """(patches,) long, for every patch of all items the patch that names its merged window (or itself)."""
@@ -235,7 +236,7 @@ class EncoderStage:
         if mask is not None and run.merged is None:  # patches that nobody sees are padding
             visible = attended_keys(mask).expand(batch, -1)
         elif run.merged is not None:
-            visible = nn.functional.pad(run.merged.valid, (prefix, 0), value=True)
+            visible = nn.functional.pad(run.merged.valid, (prefix, 0), value=True).to(q.device)
         if self.tower.has_cls:
             cls = torch.full((batch, 1), 0 if prefix else length - 1, dtype=torch.long, device=q.device)
             score = row_probabilities(q, k, cls, visible[:, None], scaling)[:, 0]
@@ -269,7 +270,9 @@ class EncoderStage:
             or merged.merge_into is None
         ):
             return state
-        return torch.cat([state[:, :prefix], merged.expand(state[:, prefix:], merged.merge_into.shape[1])], 1)
+        return torch.cat(
+            [state[:, :prefix], merged.to(state.device).expand(state[:, prefix:], merged.merge_into.shape[1])], 1
+        )
 
 
 def takes_mask(block: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from mustdrop.budget import share_out
 from mustdrop.compat import eager
 from mustdrop.errors import MustDropError
 from mustdrop.layout import Layout
+from mustdrop.runtime import checks
 from mustdrop.runtime.encoder import EncoderRun, EncoderStage
 from mustdrop.runtime.marking import decide, must_remain
 from mustdrop.runtime.plan import rows_of_media
@@ -41,6 +42,8 @@ class FeaturesWrapper:
         arguments = self._arguments(args, kwargs)
         if arguments is None or local.encoder is not None:  # inside: the method of one kind calls that of another
             return self.function(*args, **kwargs)
+        for name in self.modality.pixels:
+            checks.pixels(name, arguments.get(name), self.modality)
         layouts = runtime.adapter.layouts(runtime.model, kind, arguments)
         sizes = [layout.size for layout in layouts]
         call = local.call
@@ -54,9 +57,10 @@ class FeaturesWrapper:
         if stage is None:
             return self.function(*args, **kwargs)
         stage.check(runtime.adapter.read_layer(runtime.model, kind, arguments))
-        plans, totals = ([runtime.plan(size) for size in sizes], sizes)
         if call is not None and of_call:
             plans, totals = call.plans, call.totals
+        else:
+            plans, totals = [runtime.plan(size) for size in sizes], sizes
         least = _limits(sizes, owners, mine, totals, [plan.at_least for plan in plans])
         run = self._run(stage, layouts, least, arguments)
         local.encoder = run

@@ -11,10 +11,12 @@ from torch import Tensor
 from mustdrop import kv
 from mustdrop.compat import eager
 from mustdrop.errors import UnsupportedOptionError
+from mustdrop.runtime import checks
 
 if TYPE_CHECKING:
     from mustdrop.runtime.core import Runtime
 
+_READING_LAYERS = {"dola_layers": "DoLa", "penalty_alpha": "contrastive search"}
 _DRAFTING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 
 
@@ -64,6 +66,13 @@ class GenerateWrapper:
                 "prefill_chunk_size cuts the prompt before the text has been seen, so vision tokens "
                 "cannot be scored: leave it out."
             )
+        for name, what in _READING_LAYERS.items():
+            if option(name):
+                raise UnsupportedOptionError(
+                    f"{name}={option(name)!r} asks for {what}, which reads the hidden states of single layers: in a "
+                    "patched model these have the length of their layer. Leave it out (greedy, sampling, beam search "
+                    "and assisted decoding work), or unpatch the model for this call."
+                )
         decode = self.runtime.method.decode
         drafts = [name for name in _DRAFTING if option(name)]
         if drafts and decode is not None and decode.keep is not None:
@@ -72,7 +81,7 @@ class GenerateWrapper:
                 "the cache. Leave it out, or use a method without decode_keep (DecodeCachePruner.keep=None)."
             )
         if kwargs.get("past_key_values") is not None:
-            kv.check(kwargs["past_key_values"])
+            checks.cache(self.runtime, kwargs["past_key_values"])
 
     def _prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """Ids of the part of the prompt that the cache does not hold yet."""

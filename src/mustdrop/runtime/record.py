@@ -74,7 +74,7 @@ def _kv_bytes(cache: Any, depth: int) -> Compared:
         return Compared(0, 0)
     actual = sum(layer.storage_bytes() for layer in cache.layers[:depth])
     unpruned = sum(
-        layer.storage_bytes() // layer.slots * layer.logical for layer in cache.layers[:depth] if layer.slots
+        layer.storage_bytes() // layer.slots * layer.unpruned_slots for layer in cache.layers[:depth] if layer.slots
     )
     return Compared(actual, unpruned)
 

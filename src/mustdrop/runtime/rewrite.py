@@ -47,12 +47,11 @@ class Rewriter:
                 )
 
     def _layout(self, layer: kv.PrunedLayer | None, forward: Forward, media: Media) -> Layout:
-        known = layer.positions if layer is not None else None
-        key = ("layout", id(known), layer.slots if layer is not None else 0)
+        key = ("layout", layer.layout_key if layer is not None else None)
         if key not in forward.memo:
             new = arrival(forward, media)
             before = layer.slot_positions() if layer is not None else None
-            slots = new.positions if before is None else torch.cat([before, new.positions], 1)
+            slots = new.positions if before is None else torch.cat([before.to(new.positions.device), new.positions], 1)
             padded = forward.padded if layer is None else layer.padded
             rows = forward.index(slots.device)
             forward.memo[key] = Layout(rows, new.positions, slots, padded, self.runtime.method.renumber)
@@ -67,10 +66,11 @@ class Rewriter:
         mask, renumber = kwargs.get("attention_mask"), self.runtime.method.renumber
         if mask is None and not layer.padded and forward.length == 1 and not renumber and not self.runtime.flash:
             return False  # one query that sees every slot: nothing to map
-        key = ("extend", id(layer.positions), layer.slots)
+        key = ("extend", layer.layout_key)
         if key not in forward.memo:
             slots = layer.slot_positions(extra=forward.length)
             assert slots is not None  # positions are known, so there are slots
+            slots = slots.to((mask if isinstance(mask, Tensor) else hidden).device)  # the cache may lie elsewhere
             new = slots[:, -forward.length :]
             layout = Layout(forward.index(slots.device), new, slots, layer.padded, renumber)
             forward.memo[key] = (layer.positions, layout)
@@ -108,7 +108,7 @@ class Rewriter:
             if self.runtime.method.renumber:
                 # position = how many stored tokens come before: what the released code's shorter sequence amounts to
                 place = (layout.slots != PAD).cumsum(1)[:, -layout.queries.shape[1] :] - 1
-                made = self.runtime.text.rotary_emb(hidden, place.clamp(min=0))
+                made = self.runtime.text.rotary_emb(hidden, place.clamp(min=0).to(hidden.device))
             elif isinstance(value, Tensor):  # one table of complex numbers
                 made = _cut_rows(value, layout.rows)
             else:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mustdrop import kv
-from mustdrop.compat import checkpoints_activations, eager
+from mustdrop.compat import eager
 from mustdrop.errors import MustDropError, UnsupportedOptionError
 from mustdrop.kernels.reference import row_probabilities
 from mustdrop.runtime import entry
@@ -19,7 +19,7 @@ from mustdrop.runtime.eviction import evict_dropped
 from mustdrop.runtime.masks import visible_keys
 from mustdrop.runtime.rewrite import Rewriter, arrival
 from mustdrop.runtime.rows import PAD, has_padding, pack, take
-from mustdrop.runtime.state import Forward, Prefill
+from mustdrop.runtime.state import Call, Forward, Prefill
 
 if TYPE_CHECKING:
     from mustdrop.runtime.core import Runtime
@@ -70,11 +70,6 @@ class TextStage:
         kinds, local.kinds = local.kinds, None
         if embeds is None:
             return None
-        if module.training and checkpoints_activations(module):
-            raise UnsupportedOptionError(
-                "training a patched model with gradient checkpointing is not supported: the layers would run twice. "
-                "Call model.gradient_checkpointing_disable(), or unpatch the model while it trains."
-            )
         wants = kwargs.get("use_cache")
         wants = module.config.use_cache if wants is None else wants
         cache = kv.adopt(kwargs.get("past_key_values"), module.config, runtime.depth, bool(wants))
@@ -167,7 +162,7 @@ class TextStage:
             )
         vision = forward.current(media.vision)
         selection = prefill(
-            attention,
+            attention.to(vision.device),
             vision,
             count=None if media.counts is None else media.counts[k],
             pinned=None if media.pinned is None else forward.current(media.pinned),
@@ -179,10 +174,10 @@ class TextStage:
     def _gather(self, forward: Forward, media: Media, hidden: Tensor, keep: Tensor) -> Tensor:
         """Keep the rows where `keep`, (B, rows now), is True; the prompt's padding goes at the first gather."""
         place = pack(keep & forward.current(media.valid), media.order if forward.rows is None else None)
-        forward.rows = take(forward.index(hidden.device), place, 1).masked_fill(place == PAD, PAD)
+        forward.rows = take(forward.index(place.device), place, 1).masked_fill(place == PAD, PAD)
         forward.padded, forward.memo = has_padding(place), {}
         hidden = take(hidden, place, 1)
-        return hidden.masked_fill((place == PAD)[..., None], 0) if forward.padded else hidden
+        return hidden.masked_fill((place == PAD).to(hidden.device)[..., None], 0) if forward.padded else hidden
 
     def _extend(
         self, i: int, layer: kv.PrunedLayer | None, forward: Forward, hidden: Tensor, kwargs: dict[str, Any]
@@ -213,7 +208,7 @@ class TextStage:
         if media is None:
             rows = torch.arange(q.shape[2], device=q.device).expand(q.shape[0], -1)
         else:
-            rows = pack(forward.current(media.raters & media.valid))
+            rows = pack(forward.current(media.raters & media.valid)).to(q.device)
         visible, bias = visible_keys(rows, mask, q.shape[2], k.shape[2])
         scaling = kwargs.get("scaling") or getattr(module, "scaling", None) or q.shape[-1] ** -0.5
         probability = row_probabilities(q, k, rows, visible, scaling, bias, kwargs.get("softcap"))
@@ -237,6 +232,14 @@ class TextStage:
         call = local.call
         if call is not None:
             call.cache = forward.cache
+        made = self._leave(forward, call, output)
+        if forward.cache is not None:
+            for layer in forward.cache.layers:
+                layer.slide()
+        return made
+
+    def _leave(self, forward: Forward, call: Call | None, output: Any) -> Any:
+        """Scatter and cut after a pass in which something was dropped; None if nothing was."""
         if forward.media is None:
             return None
         if forward.record is not None:

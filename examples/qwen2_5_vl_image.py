@@ -1,0 +1,64 @@
+"""Qwen2.5-VL and an image of any size: a budget in its own tokens, each 2 x 2 patches.
+
+Runs offline on a tiny model with random weights;
+`--model Qwen/Qwen2.5-VL-7B-Instruct --image FILE` takes a hub model.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+import mustdrop
+from mustdrop.adapters import registry, tiny
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a model of the hub, or a folder; a tiny one with random weights if left out")
+    parser.add_argument("--image", help="a file or an address; noise if left out")
+    parser.add_argument("--question", default="What is happening here?")
+    parser.add_argument("--keep", type=float, default=0.25, help="vision tokens, or a share below 1")
+    options = parser.parse_args(arguments)
+    if bool(options.model) != bool(options.image):
+        parser.error("--model and --image go together: a tiny model sees noise, a real one a real image")
+
+    model, inputs = from_hub(options) if options.model else tiny_one()
+    mustdrop.patch(model, keep=options.keep if options.keep < 1 else int(options.keep))
+    with torch.inference_mode():
+        out = model.generate(**inputs, max_new_tokens=64 if options.model else 4, do_sample=False)
+    if options.model:
+        processor = AutoProcessor.from_pretrained(options.model)
+        print(processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])
+    print(mustdrop.trace(model))
+    for medium in mustdrop.trace(model).media[0]:
+        grids = ", ".join(f"{frames} x {rows} x {columns}" for frames, rows, columns in medium.layout.grids)
+        print(f"{medium.kind}: {medium.layout.size} tokens, frames x rows x columns: {grids}")
+
+
+def from_hub(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(options.model, dtype="auto", device_map="auto")
+    processor = AutoProcessor.from_pretrained(options.model)
+    content = [{"type": "image", "path": options.image}, {"type": "text", "text": options.question}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    return model.eval(), inputs.to(model.device, model.dtype)
+
+
+def tiny_one() -> tuple[Any, dict[str, Any]]:
+    adapter = registry()["qwen2_5_vl"]
+    model = tiny.build(adapter)
+    noise = torch.randn(adapter.tiny_sizes("image")[0], generator=torch.Generator().manual_seed(0))
+    return model, tiny.prompt(adapter, model, "image", [noise])
+
+
+if __name__ == "__main__":
+    main()

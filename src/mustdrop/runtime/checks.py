@@ -1,0 +1,110 @@
+"""What a patched model refuses, by name and before any work."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mustdrop import kv
+from mustdrop.adapters.base import Modality
+from mustdrop.compat import checkpoints_activations
+from mustdrop.errors import CacheStateError, ConfigError, UnsupportedOptionError
+from mustdrop.runtime import tap
+
+if TYPE_CHECKING:
+    from mustdrop.runtime.core import Runtime
+
+
+def model(runtime: Runtime) -> None:
+    """Raise `UnsupportedOptionError` for a model that cannot be patched."""
+    backend(runtime)
+    parts = getattr(runtime.model, "_tp_size", None) or 1
+    if parts > 1:
+        raise UnsupportedOptionError(
+            f"a model in tensor parallel cannot be pruned (tp_size={parts}, expected 1): each process holds some of "
+            "the attention heads, would score the tokens by these alone and drop others than its neighbours. Load the "
+            "model without tp_plan and tp_size; device_map='auto' spreads whole layers over several devices."
+        )
+
+
+def call(runtime: Runtime) -> None:
+    """Raise `UnsupportedOptionError` for a call that cannot be pruned; settings may have changed since `patch`."""
+    backend(runtime)
+    if (runtime.model.training or torch.is_grad_enabled()) and checkpoints_activations(runtime.base):
+        raise UnsupportedOptionError(
+            "training a patched model with gradient checkpointing is not supported: the layers would run twice. "
+            "Call model.gradient_checkpointing_disable(), or unpatch the model while it trains."
+        )
+
+
+def backend(runtime: Runtime) -> None:
+    """Raise `UnsupportedOptionError` for an attention implementation of the text model that cannot be pruned."""
+    name = runtime.implementation
+    if name.startswith("paged") or "flex" in name:
+        raise UnsupportedOptionError(
+            f"attn_implementation={name!r} cannot be pruned (its masks have no rows and columns): "
+            f"use model.set_attn_implementation('sdpa')."
+        )
+    if runtime.flash and runtime.adapter.refuses_flash:
+        raise UnsupportedOptionError(
+            f"{runtime.adapter.name} with attn_implementation={name!r} cannot be pruned: "
+            f"{runtime.adapter.refuses_flash}. Use model.set_attn_implementation('sdpa')."
+        )
+
+
+def media(runtime: Runtime, totals_of: dict[str, list[int]], kwargs: dict[str, Any]) -> None:
+    """Refuse media that do not fill the prompts' placeholders, before any work.
+
+    Raises:
+        ConfigError: they do not; the message says how many there are of each.
+    """
+    for modality in runtime.modalities:
+        given = [name for name in modality.pixels if isinstance(kwargs.get(name), Tensor)]
+        if not given:
+            continue
+        pixels(given[0], kwargs[given[0]], modality)
+        layouts = runtime.adapter.layouts(runtime.model, modality.name, kwargs)
+        made, wanted = sum(layout.size for layout in layouts), sum(totals_of[modality.name])
+        if made != wanted:
+            raise ConfigError(
+                f"the prompts hold {wanted} {modality.name} tokens (id {modality.token}) and do not match the "
+                f"{modality.name}s in {given[0]}, which make {made} features. Do the processor and the config of "
+                "the model agree (patch size, image size, merge size)? Was the prompt truncated?"
+            )
+
+
+def cache(runtime: Runtime, given: Any) -> None:
+    """Refuse a cache that cannot be pruned, and one that another model filled.
+
+    Raises:
+        UnsupportedOptionError: a kind of cache that cannot be pruned.
+        CacheStateError: entries of a model with other layers or other keys.
+    """
+    kv.check(given)
+    filled = [layer for layer in given.layers if getattr(layer, "is_initialized", False)]
+    if filled and len(filled) != runtime.depth:
+        raise CacheStateError(
+            f"this cache holds entries of {len(filled)} layers, {type(runtime.model).__name__} has {runtime.depth} "
+            "decoder layers: another model made it. Start with a new cache."
+        )
+    for i, (layer, block) in enumerate(zip(filled, runtime.layers, strict=False)):
+        projection = getattr(tap.attention_of(block), "k_proj", None)
+        made = layer.keys.shape[1] * layer.keys.shape[-1] if layer.keys is not None and layer.keys.ndim == 4 else 0
+        if made and projection is not None and getattr(projection, "out_features", made) != made:
+            raise CacheStateError(
+                f"this cache holds keys of {layer.keys.shape[1]} heads x {layer.keys.shape[-1]} at layer {i}, "
+                f"{type(runtime.model).__name__} makes {projection.out_features} numbers per token there: another "
+                "model made it. Start with a new cache."
+            )
+
+
+def pixels(name: str, values: Any, modality: Modality) -> None:
+    """Raise `ConfigError` for media without a single pixel, which fail in strange places otherwise."""
+    if isinstance(values, Tensor) and not values.numel():
+        raise ConfigError(
+            f"{name} has shape {tuple(values.shape)}: a {modality.name} without "
+            f"{'frames' if modality.name == 'video' else 'pixels'}. Leave {name} out of the call, and its "
+            "tokens out of the prompt."
+        )

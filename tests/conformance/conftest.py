@@ -1,0 +1,46 @@
+"""`pytest tests/conformance/test_families.py --support FILE` writes down which family passed what."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mustdrop.provenance import provenance
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--support", type=Path, help="write the outcomes of the family tests to this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--support", default=None)
+    if path is not None and not hasattr(config, "workerinput"):  # with xdist only the controller sees all reports
+        config.pluginmanager.register(Support(path))
+
+
+class Support:
+    """Outcome per family, kind of media and test: "passed", "failed", or the reason why it is refused."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.outcomes: dict[str, dict[str, str]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if "test_families.py" not in report.nodeid or "[" not in report.nodeid:
+            return
+        if report.when != "call" and report.outcome == "passed":
+            return
+        test, case = report.nodeid.rsplit("::", 1)[1].rstrip("]").split("[", 1)
+        reasons = [reason for name, reason in report.user_properties if name == "refused"]
+        outcome = reasons[0] if report.outcome == "passed" and reasons else report.outcome
+        self.outcomes.setdefault(case, {})[test] = str(outcome)
+
+    def pytest_sessionfinish(self) -> None:
+        result = {
+            "what": "which family passed which conformance test, on its tiny configuration",
+            **provenance(0),
+            "outcomes": dict(sorted(self.outcomes.items())),
+        }
+        self.path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
