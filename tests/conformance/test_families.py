@@ -119,12 +119,14 @@ def test_flash_attention(name, kind, flash):
 @each
 def test_beams(name, kind):
     options = {"num_beams": 3, "num_return_sequences": 2}
+    families.skip_where_transformers_fails(name, kind, **options)
     assert_dropping_equals_masking(name, families.for_beams(kind), steps=5, generation=options, **ALL)
 
 
 @each
 def test_sampling(name, kind):
     options = {"do_sample": True, "num_return_sequences": 2, "temperature": 0.8}
+    families.skip_where_transformers_fails(name, kind, **options)
     assert_dropping_equals_masking(name, families.for_beams(kind), steps=5, generation=options, **ALL)
 
 
@@ -315,7 +317,7 @@ def test_any_prompt_and_budget(name, kind, data):
 def test_stages_that_are_left(name, kind, record_property):
     lacks = registry()[name].lacks
     record_property("refused", "; ".join(f"no {stage} stage: {why}" for stage, why in lacks.items()))
-    for setup in (PREFILL, THRESHOLDS, EVICTION, ALL):
+    for setup in (PREFILL, THRESHOLDS, EVICTION):
         left = {stage: pruner for stage, pruner in setup.items() if stage not in lacks}
         for attention in ("sdpa", "eager"):
             assert_dropping_equals_masking(name, ((kind,),), attention, **left)

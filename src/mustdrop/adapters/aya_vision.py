@@ -16,6 +16,7 @@ class AyaVision(Adapter):
 
     name = "aya_vision"
     classes = ("AyaVisionForConditionalGeneration",)
+    refuses_flash = "its sliding window would count what is left instead of positions"
 
     def layouts(self, model: Any, modality: str, arguments: dict[str, Any]) -> list[Layout]:
         """A grid per tile; the prompt counts every tile as an image."""

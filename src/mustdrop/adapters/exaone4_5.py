@@ -13,6 +13,7 @@ class Exaone45(Qwen25VL):
 
     name = "exaone4_5"
     classes = ("Exaone4_5_ForConditionalGeneration",)
+    refuses_flash = "its sliding window would count what is left instead of positions"
     token_types: str | None = None
 
     def tiny(self) -> dict[str, Any]:

@@ -26,6 +26,7 @@ class Gemma4(Adapter):
 
     name = "gemma4"
     classes = ("Gemma4ForConditionalGeneration",)
+    refuses_flash = "its sliding window would count what is left instead of positions, and images may see both ways"
     token_types = "mm_token_type_ids"
     row_arguments = ("per_layer_input",)
     media = {  # noqa: RUF012

@@ -21,6 +21,7 @@ class Llama4(Adapter):
 
     name = "llama4"
     classes = ("Llama4ForConditionalGeneration",)
+    refuses_flash = "transformers has no flash attention for Llama 4, whose chunks count positions"
     features = "last_hidden_state"  # the projection follows outside of `get_image_features`
 
     def base(self, model: Any) -> nn.Module:

@@ -23,6 +23,7 @@ class Molmo2(Adapter):
 
     name = "molmo2"
     classes = ("Molmo2ForConditionalGeneration",)
+    refuses_flash = "image tokens see each other both ways, which flash attention cannot express"
     token_types = "mm_token_type_ids"
     media = {  # noqa: RUF012
         **Adapter.media,
@@ -96,7 +97,8 @@ class Molmo2(Adapter):
         for image in images:
             start = 36 * len(crops)
             if modality == "image":
-                crops += [image, image, image.flip(2)]
+                wider = torch.nn.functional.interpolate(image[None], size=(24, 36))[0]
+                crops += [image, wider[..., :24], wider[..., 12:]]
                 pooling += [square + start, torch.where(wide < 0, -1, wide + start + 36)]
                 grids.append([3, 3, 3, 5])
                 run = [_LOW, *[IMAGE] * 9, _END, _START]

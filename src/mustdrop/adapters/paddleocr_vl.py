@@ -40,7 +40,7 @@ class PaddleOCRVL(Adapter):
 
     def tiny(self) -> dict[str, Any]:
         """Four blocks and Ernie 4.5."""
-        made = tiny_qwen("paddleocr_vl", {}, initializer_range=0.25)
+        made = tiny_qwen("paddleocr_vl", {}, initializer_range=0.2)
         return {**made, "vision_config": tower("paddleocr_vl_vision")}
 
     def tiny_media(self, model: Any, modality: str, images: list[Tensor]) -> tuple[dict[str, Any], list[list[int]]]:
