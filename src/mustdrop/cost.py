@@ -87,38 +87,43 @@ class TextCost:
 
     Attributes:
         linear: FLOPs per token of each layer's linear layers.
-        width: heads * head_dim.
+        widths: heads * head_dim of each layer.
         head: FLOPs of the language head for one token.
     """
 
     linear: tuple[int, ...]
-    width: int
+    widths: tuple[int, ...]
     head: int
 
     @classmethod
     def of(cls, layers: nn.ModuleList, config: Any, head: nn.Module | None) -> TextCost:
         """Read the sizes off a model."""
         heads = int(config.num_attention_heads)
-        dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+        own = [getattr(getattr(layer, "self_attn", None), "head_dim", 0) for layer in layers]
+        if not all(own):
+            own = [getattr(config, "head_dim", None) or config.hidden_size // heads] * len(own)
         return cls(
             tuple(linear_flops(layer) for layer in layers),
-            heads * dim,
+            tuple(heads * int(dim) for dim in own),
             linear_flops(head) if head is not None else 0,
         )
 
     def prefill(self, new: Sequence[int], past: Sequence[int]) -> int:
         """One prompt: `new` tokens per layer after `past` cached ones."""
         return self.head + sum(
-            c * n + 4 * self.width * causal_pairs(n, p) for c, n, p in zip(self.linear, new, past, strict=True)
+            c * n + 4 * width * causal_pairs(n, p)
+            for c, width, n, p in zip(self.linear, self.widths, new, past, strict=True)
         )
 
     def step(self, cached: Sequence[int]) -> int:
         """One decode step over `cached` entries per layer."""
-        return self.head + sum(c + 4 * self.width * (n + 1) for c, n in zip(self.linear, cached, strict=True))
+        return self.head + sum(
+            c + 4 * width * (n + 1) for c, width, n in zip(self.linear, self.widths, cached, strict=True)
+        )
 
-    def scoring(self, raters: int, keys: int) -> int:
+    def scoring(self, layer: int, raters: int, keys: int) -> int:
         """One filter: `raters` text rows against `keys`."""
-        return 2 * self.width * raters * keys
+        return 2 * self.widths[layer] * raters * keys
 
 
 def embedding_flops(encoder: nn.Module, blocks: nn.ModuleList) -> int:

@@ -9,6 +9,7 @@ from functools import cache
 from torch import nn
 
 from mustdrop.adapters.base import Adapter
+from mustdrop.adapters.unsupported import reason
 from mustdrop.errors import UnsupportedModelError, did_you_mean
 
 
@@ -35,11 +36,13 @@ def find(model: object) -> Adapter:
     """The adapter for `model`.
 
     Raises:
-        UnsupportedModelError: no adapter; the message lists the supported classes and the nearest.
+        UnsupportedModelError: no adapter, or not for this model; the message says why where that is known, and lists
+            the supported classes and the nearest.
     """
     names = [kind.__name__ for kind in type(model).__mro__]
     for adapter in registry().values():
         if any(name in adapter.classes for name in names):
+            adapter.check(model)
             return adapter
     known = [name for adapter in registry().values() for name in adapter.classes]
     hint = " Pass the model itself, not its processor, config or pipeline." if not isinstance(model, nn.Module) else ""
@@ -48,6 +51,6 @@ def find(model: object) -> Adapter:
         if wrapped in known:
             hint = f" It wraps a {wrapped}: pass that, .{name} of what you passed."
     raise UnsupportedModelError(
-        f"mustdrop has no adapter for {type(model).__name__}. "
+        f"{reason(names) or f'mustdrop has no adapter for {type(model).__name__}.'} "
         f"{did_you_mean(type(model).__name__, known)}{hint} docs/add-a-model.md shows how to add one."
     )

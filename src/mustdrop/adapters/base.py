@@ -38,7 +38,8 @@ class Tower:
         module: the encoder.
         blocks: its transformer layers, in order.
         prefix: tokens before the patches of each item (1 with a CLS token, 0 without).
-        has_cls: whether the first prefix token attends like a CLS token.
+        suffix: tokens after the patches of each item; such towers merge behind the encoder only (`pool` is None).
+        has_cls: whether the first prefix token, or without a prefix the last suffix token, attends like a CLS token.
         packed: whether the patches of all items lie in one sequence without a batch dimension (or with one of size 1).
             Then tokens merge behind the encoder, not in it.
     """
@@ -47,6 +48,7 @@ class Tower:
     blocks: nn.ModuleList
     prefix: int = 0
     has_cls: bool = False
+    suffix: int = 0
     packed: bool = False
 
 
@@ -62,6 +64,10 @@ class Adapter(ABC):
         refuses_flash: why the text model cannot be pruned with flash attention; empty if it can.
         token_types: name of the argument that marks the kind of each token (1 image, 2 video), or None.
         added_features: fields of the features output that hold those rows, as a list of levels of features per medium.
+        features: field of the features output that holds what enters the language model.
+        row_arguments: arguments of a decoder layer, beside its hidden states, masks and positions, that hold one entry
+            per token in dimension 1.
+        lacks: stage that no model of the family can have ("vision", "prefill", "decode") -> why.
     """
 
     name: str
@@ -73,6 +79,15 @@ class Adapter(ABC):
     added_features: tuple[str, ...] = ()
     refuses_flash: str = ""
     token_types: str | None = None
+    features: str = "pooler_output"
+    row_arguments: tuple[str, ...] = ()
+    lacks: dict[str, str] = {}  # noqa: RUF012 (a constant of the class)
+
+    def available(self) -> bool:
+        """Whether the installed transformers has this family."""
+        import transformers
+
+        return any(hasattr(transformers, name) for name in self.classes)
 
     @abstractmethod
     def layouts(self, model: Any, modality: str, arguments: dict[str, Any]) -> list[Layout]:
@@ -82,6 +97,13 @@ class Adapter(ABC):
             model: the patched model.
             modality: key of `media`.
             arguments: the call's arguments by name.
+        """
+
+    def check(self, model: Any) -> None:  # noqa: B027 (most families have nothing to look at)
+        """Look whether this model of the family is one that the adapter is for.
+
+        Raises:
+            UnsupportedModelError: it is not; the message says what it has and what still works.
         """
 
     def modalities(self, model: Any) -> tuple[Modality, ...]:
@@ -110,6 +132,11 @@ class Adapter(ABC):
         Raises:
             UnsupportedModelError: an encoder that the vision stage cannot work in; the message says why.
         """
+        if "vision" in self.lacks:
+            raise UnsupportedModelError(
+                f"the {self.name} adapter has no vision stage: {self.lacks['vision']} Leave it out: "
+                "mustdrop.patch(model, prefill=PrefillPruner(...), decode=DecodeCachePruner())."
+            )
         return self.dense_tower(self.base(model).vision_tower)
 
     def dense_tower(self, module: Any) -> Tower:
@@ -179,6 +206,10 @@ class Adapter(ABC):
         Returns:
             The arguments that the processor would return, and per medium the ids of its run in the prompt.
         """
+
+    def tiny_types(self, kinds: Tensor) -> dict[str, Tensor]:
+        """Arguments that say so for a prompt whose tokens are text (0), image (1) or video (2)."""
+        return {} if self.token_types is None else {self.token_types: kinds}
 
     def tiny_rows(self, arguments: dict[str, Any], counts: list[int]) -> dict[str, Any]:
         """Arguments of `tiny_media` for prompts with `counts` media each; most families do not care."""

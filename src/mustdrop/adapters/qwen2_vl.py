@@ -19,8 +19,8 @@ class Qwen2VL(Adapter):
     """`Qwen2VLForConditionalGeneration`."""
 
     name = "qwen2_vl"
-    classes = ("Qwen2VLForConditionalGeneration",)
-    token_types = "mm_token_type_ids"
+    classes: tuple[str, ...] = ("Qwen2VLForConditionalGeneration",)
+    token_types: str | None = "mm_token_type_ids"
     media = {  # noqa: RUF012
         **Adapter.media,
         "video": ("get_video_features", ("pixel_values_videos",), "video_token_id"),

@@ -108,11 +108,12 @@ def build(adapter: Adapter, attention: str = "sdpa", seed: int = 0) -> Any:
     import transformers
 
     settings = adapter.tiny()
-    kind = settings.pop("model_type")
-    config = transformers.AutoConfig.for_model(kind, **settings)
+    del settings["model_type"]
+    kind = next(getattr(transformers, name) for name in adapter.classes if hasattr(transformers, name))
+    config = kind.config_class(**settings)
     config._attn_implementation = attention
     torch.manual_seed(seed)
-    model = getattr(transformers, adapter.classes[0])(config).eval().float()
+    model = kind(config).eval().float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1 and name.endswith("bias"):
@@ -138,7 +139,6 @@ def prompt(adapter: Adapter, model: Any, modality: str, pictures: list[Tensor], 
     line = [1, 20, 21, *(token for run in runs for token in run), *range(30, 30 + words)]
     inputs = dict(adapter.tiny_rows(arguments, [len(pictures)]))
     inputs |= {"input_ids": torch.tensor([line]), "attention_mask": torch.ones(1, len(line), dtype=torch.long)}
-    if adapter.token_types is not None:
-        kinds = {m.token: 1 if m.name == "image" else 2 for m in adapter.modalities(model)}
-        inputs[adapter.token_types] = torch.tensor([[kinds.get(token, 0) for token in line]])
-    return inputs
+    (token,) = (m.token for m in adapter.modalities(model) if m.name == modality)
+    kinds = (inputs["input_ids"] == token).long() * (1 if modality == "image" else 2)
+    return inputs | adapter.tiny_types(kinds)

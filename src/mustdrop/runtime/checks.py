@@ -105,13 +105,17 @@ def cache(runtime: Runtime, given: Any) -> None:
             "decoder layers: another model made it. Start with a new cache."
         )
     for i, (layer, block) in enumerate(zip(filled, runtime.layers, strict=False)):
-        projection = getattr(tap.attention_of(block), "k_proj", None)
-        made = layer.keys.shape[1] * layer.keys.shape[-1] if layer.keys is not None and layer.keys.ndim == 4 else 0
-        if made and projection is not None and getattr(projection, "out_features", made) != made:
+        if not isinstance(layer.keys, Tensor) or layer.keys.ndim != 4:
+            continue
+        heads, width = int(layer.keys.shape[1]), int(layer.keys.shape[-1])
+        made = getattr(getattr(tap.attention_of(block), "k_proj", None), "out_features", None)
+        config = runtime.text.config
+        known = {getattr(config, name, heads) for name in ("num_key_value_heads", "num_attention_heads")}
+        if (made is not None and made != heads * width) or (made is None and heads not in known):
             raise CacheStateError(
-                f"this cache holds keys of {layer.keys.shape[1]} heads x {layer.keys.shape[-1]} at layer {i}, "
-                f"{type(runtime.model).__name__} makes {projection.out_features} numbers per token there: another "
-                "model made it. Start with a new cache."
+                f"this cache holds keys of {heads} heads x {width} at layer {i}, {type(runtime.model).__name__} makes "
+                f"{f'{made} numbers' if made else f'keys of {sorted(known)} heads'} per token there: another model "
+                "made it. Start with a new cache."
             )
 
 

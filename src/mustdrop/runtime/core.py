@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mustdrop import kv
-from mustdrop.adapters.base import Adapter
+from mustdrop.adapters.base import Adapter, Modality
 from mustdrop.compat import require_supported_transformers
 from mustdrop.cost import TextCost
 from mustdrop.errors import ConfigError, NothingDroppedWarning, UnsupportedModelError
@@ -180,7 +180,7 @@ class Runtime:
         """
         checks.call(self)
         call = Call(owner)
-        kinds = self.placeholders(ids, kwargs.get("inputs_embeds")) if self._has_media(kwargs) else None
+        kinds = self.placeholders(ids, kwargs.get("inputs_embeds"), kwargs) if self._has_media(kwargs) else None
         if kinds is not None:
             cache = kwargs.get("past_key_values")
             start = 0 if cache is None else int(cache.get_seq_length())
@@ -221,23 +221,24 @@ class Runtime:
             return f"keep={prefill.keep} asks for all of them."
         return "its thresholds drop nothing here; raise global_threshold and individual_threshold, or set keep."
 
-    def placeholders(self, ids: Tensor | None, embeds: Tensor | None) -> Tensor | None:
+    def placeholders(self, ids: Tensor | None, embeds: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
         """(B, S) long, index of the modality that each position stands for, -1 for text."""
         if ids is None and embeds is None:
             return None
         device = ids.device if ids is not None else cast(Tensor, embeds).device
-        wanted = torch.tensor([modality.token for modality in self.modalities], device=device)
+        tokens = [modality.token for modality in self.modalities]
+        # of kinds that share a token, the one that came with the call
+        kinds = [i for i, m in enumerate(self.modalities) if tokens.count(m.token) == 1 or _came(m, kwargs)]
+        wanted = torch.tensor([tokens[i] for i in kinds], device=device)
         if ids is not None:
             same = ids[..., None] == wanted
         else:
             rows = self.text.get_input_embeddings()(wanted)
             same = (cast(Tensor, embeds)[:, :, None] == rows.to(cast(Tensor, embeds))).all(-1)
-        index = torch.arange(len(self.modalities), device=device)
-        return torch.where(same, index, -1).amax(-1)
+        return torch.where(same, torch.tensor(kinds, device=device), -1).amax(-1)
 
     def _has_media(self, kwargs: dict[str, Any]) -> bool:
-        names = (name for modality in self.modalities for name in modality.pixels)
-        return any(kwargs.get(name) is not None for name in names) or bool(kwargs.get("mm_encoder_outputs"))
+        return any(_came(modality, kwargs) for modality in self.modalities)
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
@@ -261,7 +262,7 @@ class Runtime:
         if ids is None and embeds is not None and call is not None and call.length and call.prefill is None:
             call.length = embeds.shape[1]  # peft's prompt tuning puts rows before the ids that generate was given
         # without media, a placeholder id is a token that somebody generated or guessed, not an image
-        self.local.kinds = self.placeholders(ids, embeds) if self._has_media(kwargs) else None
+        self.local.kinds = self.placeholders(ids, embeds, kwargs) if self._has_media(kwargs) else None
         mask = kwargs.get("attention_mask")
         self.local.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
@@ -284,6 +285,11 @@ class Runtime:
         if kwargs.get("past_key_values") is not None:
             checks.cache(self, kwargs["past_key_values"])
         self.begin(module, _ids(args, kwargs), kwargs)
+
+
+def _came(modality: Modality, kwargs: dict[str, Any]) -> bool:
+    encoded = (kwargs.get("mm_encoder_outputs") or {}).get(modality.name)
+    return encoded is not None or any(kwargs.get(name) is not None for name in modality.pixels)
 
 
 def _ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

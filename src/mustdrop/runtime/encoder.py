@@ -20,7 +20,7 @@ from mustdrop.compat import eager
 from mustdrop.errors import ConfigError
 from mustdrop.kernels.reference import received_attention, row_probabilities
 from mustdrop.pruners import VisionStagePruner
-from mustdrop.runtime.masks import cut_encoder_mask, encoder_mask
+from mustdrop.runtime.masks import attended_keys, cut_encoder_mask, encoder_mask
 from mustdrop.runtime.state import Local
 from mustdrop.runtime.tap import attention_of
 from mustdrop.selection import Selection
@@ -94,7 +94,10 @@ class BlockHook:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """See `EncoderStage.before_block`."""
+        """See `EncoderStage.before_block`. Hidden states that come by name are handed on by position."""
+        if not args:
+            name = list(inspect.signature(type(module).forward).parameters)[1]
+            args, kwargs = (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
         return self.stage.before_block(self.index, module, args, kwargs)
 
 
@@ -224,19 +227,22 @@ class EncoderStage:
         if run is None:
             return
         scaling = kwargs.get("scaling") or getattr(module, "scale", None) or q.shape[-1] ** -0.5
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # grouped keys
         if self.tower.packed:
             run.scores += _of_segments(q, k, mask, kwargs, scaling)
             return
         prefix, batch, length = self.tower.prefix, q.shape[0], k.shape[2]
         visible = torch.ones(batch, length, dtype=torch.bool, device=q.device)
-        if run.merged is not None:
+        if mask is not None and run.merged is None:  # patches that nobody sees are padding
+            visible = attended_keys(mask).expand(batch, -1)
+        elif run.merged is not None:
             visible = nn.functional.pad(run.merged.valid, (prefix, 0), value=True).to(q.device)
         if self.tower.has_cls:
-            cls = torch.zeros(batch, 1, dtype=torch.long, device=q.device)
+            cls = torch.full((batch, 1), 0 if prefix else length - 1, dtype=torch.long, device=q.device)
             score = row_probabilities(q, k, cls, visible[:, None], scaling)[:, 0]
         else:
             score = received_attention(q, k, visible, scaling)
-        run.scores.append(score[:, prefix:])
+        run.scores.append(score[:, prefix : length - self.tower.suffix])
 
     @eager
     def after_tower(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

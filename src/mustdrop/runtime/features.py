@@ -72,11 +72,12 @@ class FeaturesWrapper:
             call.encoded.append(run)
         if stage.pruner is None:
             return output
-        flat = self._flat(output.pooler_output, layouts)
+        field = self.runtime.adapter.features
+        flat = self._flat(getattr(output, field), layouts)
         most = _limits(sizes, owners, mine, totals, [plan.at_most for plan in plans])
         last = self._last(call, owners, sizes) if call is not None and of_call else []
         decided = decide(stage.pruner, run, layouts, flat, least, most, last)
-        output.pooler_output = _restored(decided.write(flat), output.pooler_output)
+        setattr(output, field, _restored(decided.write(flat), getattr(output, field)))
         for name in self.runtime.adapter.added_features:
             levels = [_restored(decided.merged(torch.cat(list(level))), level) for level in getattr(output, name)]
             setattr(output, name, levels)

@@ -145,6 +145,14 @@ def cut_encoder_mask(mask: Tensor, slots: Tensor, visible: Tensor) -> Tensor:
     return known.masked_fill(~visible[:, None, None], torch.finfo(known.dtype).min)
 
 
+def attended_keys(mask: Tensor) -> Tensor:
+    """(items or 1, keys) bool, the keys that any query sees by a mask of transformers (2-D or 4-D)."""
+    if mask.ndim == 2:
+        return mask.bool()
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return seen.flatten(1, 2).any(1)
+
+
 def _cast(visible: Tensor, rows: int | None, implementation: str, dtype: torch.dtype) -> Tensor:
     if rows is not None:
         visible = visible.expand(-1, -1, rows, -1)

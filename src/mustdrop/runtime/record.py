@@ -91,7 +91,7 @@ def _flops(runtime: Runtime, call: Call, prefill: Prefill, rows: list[Tensor | N
     new = [[counts[id(row)][b] if row is not None else whole[b] for row in rows[:depth]] for b in range(batch)]
     past = prefill.past[:depth] or [0] * depth
     start = [prefill.start] * depth
-    scoring = sum(text.scoring(prefill.raters, new[b][i] + past[i]) for b in range(batch) for i in prefill.scored)
+    scoring = sum(text.scoring(i, prefill.raters, new[b][i] + past[i]) for b in range(batch) for i in prefill.scored)
     logical = [int(n) for n in (torch.tensor(whole) + prefill.start + call.steps)]
     parts = {
         "vision": _encoder_cost(call),

@@ -35,6 +35,8 @@ class Rewriter:
         for name, value in kwargs.items():
             if name.startswith("position_embeddings") and value is not None:
                 kwargs[name] = self._rotary(layout, forward, hidden, value)
+            elif name in self.runtime.adapter.row_arguments and value is not None:
+                kwargs[name] = take(value, layout.rows, 1)
             elif name == "position_ids" and value is not None:
                 # flash attention takes gaps between positions for the borders of packed samples
                 kwargs[name] = None if self.runtime.flash else self._positions(layout, forward, value)
@@ -126,18 +128,22 @@ class Rewriter:
     def _positions(self, layout: Layout, forward: Forward, value: Tensor) -> Tensor:
         key = ("positions", id(value), id(layout))
         if key not in forward.memo:
-            forward.memo[key] = (value, take(value, layout.rows, 1))
+            axes = [value] if value.ndim == 2 else list(value)  # (B, S), or (axes, B, S)
+            cut = [take(axis, layout.rows, 1) for axis in axes]
+            forward.memo[key] = (value, cut[0] if value.ndim == 2 else torch.stack(cut))
         return forward.memo[key][1]  # type: ignore[no-any-return]
 
     def _rotary(
-        self, layout: Layout, forward: Forward, hidden: Tensor, value: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...]:
+        self, layout: Layout, forward: Forward, hidden: Tensor, value: Tensor | tuple[Tensor, ...]
+    ) -> Tensor | tuple[Tensor, ...]:
         key = ("rotary", id(value), id(layout))
         if key not in forward.memo:
             if self.runtime.method.renumber:
                 # position = how many stored tokens come before: what the released code's shorter sequence amounts to
                 place = (layout.slots != PAD).cumsum(1)[:, -layout.queries.shape[1] :] - 1
-                made = tuple(self.runtime.text.rotary_emb(hidden, place.clamp(min=0).to(hidden.device)))
+                made = self.runtime.text.rotary_emb(hidden, place.clamp(min=0).to(hidden.device))
+            elif isinstance(value, Tensor):  # one table of complex numbers
+                made = _cut_rows(value, layout.rows)
             else:
                 made = tuple(_cut_rows(t, layout.rows) for t in value)
             forward.memo[key] = (value, made)

@@ -73,6 +73,8 @@ def _captured_attention(
     proxy: Any = module.config
     local: Local = proxy.local
     local.inside, local.capture = True, None
+    if "scaling" in kwargs and kwargs["scaling"] is None:  # a default that not every eager function knows
+        kwargs["scaling"] = q.shape[-1] ** -0.5
     try:
         out = attention_function(module, proxy.real._attn_implementation)(
             module, q, k, v, attention_mask, *args, **kwargs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +34,15 @@ class LayerHook:
     index: int
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """See `TextStage.before_layer` and, for a compiled decode step, `TextStage.compiled_layer`."""
+        """See `TextStage.before_layer` and, for a compiled decode step, `TextStage.compiled_layer`.
+
+        What comes by position beside the hidden states gets its name.
+        """
         if compiled_step(self.stage.local, args, kwargs):
             return self.stage.compiled_layer(self.index, args, kwargs)
+        if len(args) > 1:
+            names = list(inspect.signature(type(module).forward).parameters)[2:]
+            args, kwargs = args[:1], {**dict(zip(names, args[1:], strict=False)), **kwargs}
         return self.stage.before_layer(self.index, args, kwargs)
 
 
@@ -153,7 +160,7 @@ class TextStage:
             self.rewriter.rewrite(layer, forward, media, hidden, kwargs)
         else:
             self._extend(i, layer, forward, hidden, kwargs)
-        return (hidden, *args[1:]), kwargs
+        return (hidden,), kwargs
 
     def compiled_layer(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A decode step over a static cache: only the mask is mapped to the slots."""

@@ -1,0 +1,34 @@
+"""HyperCLOVA X SEED Vision v2: the tower of Qwen2.5-VL, one more projection, and plain positions in the text model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mustdrop.adapters.base import Tower
+from mustdrop.adapters.qwen2_vl import Qwen25VL
+from mustdrop.adapters.tiny import text
+from mustdrop.cost import linear_flops
+
+
+class HyperClovaXVision(Qwen25VL):
+    """`HyperCLOVAXVisionV2ForConditionalGeneration`."""
+
+    name = "hyperclovax_vision_v2"
+    classes = ("HyperCLOVAXVisionV2ForConditionalGeneration",)
+    token_types: str | None = None
+
+    def tower(self, model: Any, modality: str = "image") -> Tower:
+        """`model.model.vision_model`."""
+        visual = model.model.vision_model
+        return Tower(visual, visual.blocks, packed=True)
+
+    def projector_flops(self, model: Any) -> int:
+        """The merger and the projection."""
+        return linear_flops(model.model.vision_model.merger) + linear_flops(model.model.projector)
+
+    def tiny(self) -> dict[str, Any]:
+        """As Qwen2.5-VL, 48 wide before the projection."""
+        made = super().tiny()
+        del made["vision_start_token_id"], made["vision_end_token_id"]
+        vision = {**made["vision_config"], "out_hidden_size": 48, "model_type": "qwen2_5_vl_vision"}
+        return {**made, "model_type": self.name, "vision_config": vision, "text_config": text("hyperclovax")}

@@ -1,0 +1,67 @@
+"""Idefics2: a perceiver resamples every image to a fixed number of latents, which lie nowhere in the image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mustdrop.adapters.base import Adapter
+from mustdrop.adapters.idefics3 import Idefics3
+from mustdrop.adapters.tiny import IMAGE, text, tower
+from mustdrop.cost import linear_flops
+from mustdrop.layout import Layout
+
+#: Why there is no vision stage behind a resampler.
+RESAMPLED = "its features are learned queries that read the whole image, so they lie on no grid of patches."
+
+
+def resampled(size: int) -> Layout:
+    """Features of a medium that stand for no part of the picture."""
+    return Layout((), torch.full((size,), -1), torch.full((size, 1), -1))
+
+
+class Idefics2(Idefics3):
+    """`Idefics2ForConditionalGeneration`."""
+
+    name = "idefics2"
+    classes = ("Idefics2ForConditionalGeneration",)
+    lacks = {"vision": RESAMPLED}  # noqa: RUF012
+
+    def text(self, model: Any) -> nn.Module:
+        """`model.model.text_model`."""
+        return model.model.text_model  # type: ignore[no-any-return]
+
+    tower = Adapter.tower  # raises
+
+    def layouts(self, model: Any, modality: str, arguments: dict[str, Any]) -> list[Layout]:
+        """One medium per row of the batch: the latents of its images; images of zeros are padding."""
+        latents = model.config.perceiver_config.resampler_n_latents
+        counts = (arguments["pixel_values"] != 0).flatten(2).any(-1).sum(1).tolist()
+        return [resampled(count * latents) for count in counts]
+
+    def projector_flops(self, model: Any) -> int:
+        """The layers that map a patch; the perceiver depends on the number of patches and is left out."""
+        return linear_flops(model.model.connector.modality_projection)
+
+    def tiny(self) -> dict[str, Any]:
+        """16 latents per image."""
+        vision = tower("idefics2_vision")
+        del vision["model_type"]
+        perceiver = {"resampler_n_latents": 16, "resampler_depth": 1, "resampler_n_heads": 4, "resampler_head_dim": 16}
+        return {
+            "model_type": "idefics2",
+            "vision_config": vision,
+            "perceiver_config": {**perceiver, "num_key_value_heads": 2, "hidden_size": 64, "initializer_range": 0.15},
+            "text_config": text("mistral", sliding_window=None, initializer_range=0.25),
+            "image_token_id": IMAGE,
+        }
+
+    def tiny_media(self, model: Any, modality: str, images: list[Tensor]) -> tuple[dict[str, Any], list[list[int]]]:
+        """16 tokens per image."""
+        return {"pixel_values": torch.stack(images)}, [[IMAGE] * 16 for _ in images]
+
+    def tiny_sizes(self, modality: str) -> tuple[tuple[int, ...], ...]:
+        """One size."""
+        return ((3, 24, 24),)

@@ -1,0 +1,73 @@
+"""Llama 4: square tiles, CLS behind the patches, decoder layers that see their own chunk of the prompt only.
+
+The layers without rotary embeddings scale queries by their place in the rows that are there, once a prompt is longer
+than `floor_scale` (8192). Where rows were dropped before such a layer, these scales are those of the shorter prompt.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn, stack
+
+from mustdrop.adapters.base import Adapter, Tower
+from mustdrop.adapters.tiny import IMAGE, text, tower
+from mustdrop.cost import linear_flops
+from mustdrop.layout import Layout
+
+
+class Llama4(Adapter):
+    """`Llama4ForConditionalGeneration`."""
+
+    name = "llama4"
+    classes = ("Llama4ForConditionalGeneration",)
+    refuses_flash = "transformers has no flash attention for Llama 4, whose chunks count positions"
+    features = "last_hidden_state"  # the projection follows outside of `get_image_features`
+
+    def base(self, model: Any) -> nn.Module:
+        """The model itself."""
+        return model  # type: ignore[no-any-return]
+
+    def text(self, model: Any) -> nn.Module:
+        """The text model inside the causal language model."""
+        return model.language_model.model  # type: ignore[no-any-return]
+
+    def tower(self, model: Any, modality: str = "image") -> Tower:
+        """CLS is the last token. Rotary tables are one per model, so patches cannot merge inside."""
+        return Tower(model.vision_model, model.vision_model.model.layers, suffix=1, has_cls=True)
+
+    def layouts(self, model: Any, modality: str, arguments: dict[str, Any]) -> list[Layout]:
+        """A grid per tile; the prompt counts every tile as an image."""
+        side = model.config.vision_config.image_size // model.config.vision_config.patch_size
+        pool = round(1 / model.config.vision_config.pixel_shuffle_ratio)
+        grid = (1, side // pool, side // pool)
+        return [Layout.of_frames(grid, (side, side), i, pool=pool) for i in range(len(arguments["pixel_values"]))]
+
+    def pool(self, model: Any, modality: str, arguments: dict[str, Any]) -> int | None:
+        """None: tokens merge behind the encoder."""
+        return None
+
+    def projector_flops(self, model: Any) -> int:
+        """The pixel shuffle's layers and the projection."""
+        return linear_flops(nn.ModuleList([model.vision_model.vision_adapter, model.multi_modal_projector]))
+
+    def tiny(self) -> dict[str, Any]:
+        """Every second layer has no rotary embeddings and sees everything; the others see chunks of 16."""
+        vision = tower("llama4_vision_model", image_size=48, intermediate_size=128, vision_output_dim=64)
+        sizes = {"projector_input_dim": 64, "projector_output_dim": 64}
+        experts = {"num_local_experts": 2, "intermediate_size_mlp": 96, "interleave_moe_layer_step": 2}
+        return {
+            "model_type": "llama4",
+            "vision_config": {**vision, **sizes},
+            "text_config": text("llama4_text", attention_chunk_size=16, no_rope_layer_interval=2, **experts),
+            "image_token_id": IMAGE,
+            "tie_word_embeddings": False,
+        }
+
+    def tiny_media(self, model: Any, modality: str, images: list[Tensor]) -> tuple[dict[str, Any], list[list[int]]]:
+        """36 tokens per tile."""
+        return {"pixel_values": stack(images)}, [[IMAGE] * 36 for _ in images]
+
+    def tiny_sizes(self, modality: str) -> tuple[tuple[int, ...], ...]:
+        """One tile."""
+        return ((3, 48, 48),)

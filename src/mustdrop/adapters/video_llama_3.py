@@ -1,0 +1,91 @@
+"""VideoLLaMA 3: packed patches with a merge size per image or video, bilinear merging, plain positions in the text.
+
+Where `video_compression_mask` takes features of a video away before the text model, the vision stage has decided before
+that: its budget counts the features of the video and not its tokens, and the trace cannot place them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from mustdrop.adapters.base import Adapter, Tower
+from mustdrop.adapters.tiny import IMAGE, VIDEO, text, tokens, tower
+from mustdrop.cost import linear_flops
+from mustdrop.layout import Layout
+
+
+class VideoLlama3(Adapter):
+    """`VideoLlama3ForConditionalGeneration`."""
+
+    name = "video_llama_3"
+    classes = ("VideoLlama3ForConditionalGeneration",)
+    media = {  # noqa: RUF012
+        **Adapter.media,
+        "video": ("get_video_features", ("pixel_values_videos",), "video_token_id"),
+    }
+
+    def tower(self, model: Any, modality: str = "image") -> Tower:
+        """One packed tower."""
+        visual = model.model.vision_model
+        return Tower(visual, visual.encoder.layers, packed=True)
+
+    def layouts(self, model: Any, modality: str, arguments: dict[str, Any]) -> list[Layout]:
+        """(frames, rows, columns) of features per medium; the patches of a feature follow one another."""
+        found, start = [], 0
+        grids, merges = arguments[f"{modality}_grid_thw"], arguments[f"{modality}_merge_sizes"]
+        for (frames, rows, columns), merge in zip(grids.tolist(), merges.tolist(), strict=True):
+            grid = (frames, rows // merge, columns // merge)
+            size = grid[0] * grid[1] * grid[2]
+            patches = start + torch.arange(size * merge * merge).view(size, merge * merge)
+            found.append(Layout((grid,), torch.arange(size), patches))
+            start += patches.numel()
+        kept = arguments.get("video_compression_mask") if modality == "video" else None
+        if kept is not None:  # of a whole prompt, not of the encoder
+            parts = zip(found, kept.cpu().split([layout.size for layout in found]), strict=True)
+            found = [Layout(layout.grids, layout.cells[part], layout.patches[part]) for layout, part in parts]
+        return found
+
+    def projector_flops(self, model: Any) -> int:
+        """The projector."""
+        return linear_flops(model.model.projector)
+
+    def tiny(self) -> dict[str, Any]:
+        """A SigLIP with rotary embeddings, and Qwen2."""
+        return {
+            "model_type": "video_llama_3",
+            "vision_config": tower("video_llama_3_vision"),
+            "text_config": text("qwen2"),
+            "tie_word_embeddings": False,
+            **tokens(),
+        }
+
+    def tiny_media(self, model: Any, modality: str, images: list[Tensor]) -> tuple[dict[str, Any], list[list[int]]]:
+        """Images whole, videos merged by 2 x 2."""
+        merge = 1 if modality == "image" else 2
+        token = IMAGE if modality == "image" else VIDEO
+        pixels, grids = [], []
+        for image in images:
+            frames = image[None] if image.ndim == 3 else image
+            pattern = "t c (h a p) (w b q) -> (t h w a b) (c p q)"
+            pixels.append(rearrange(frames, pattern, a=merge, b=merge, p=4, q=4))
+            grids.append([len(frames), frames.shape[-2] // 4, frames.shape[-1] // 4])
+        arguments = {
+            "pixel_values" if modality == "image" else "pixel_values_videos": torch.cat(pixels),
+            f"{modality}_grid_thw": torch.tensor(grids),
+            f"{modality}_merge_sizes": torch.full((len(images),), merge),
+        }
+        runs = []
+        for count, rows, columns in grids:
+            run = []
+            for t in range(count):
+                run += [*([10 + t] if modality == "video" else []), *[token] * (rows * columns // merge**2)]
+            runs.append(run)
+        return arguments, runs
+
+    def tiny_sizes(self, modality: str) -> tuple[tuple[int, ...], ...]:
+        """Two sizes of image; two or three frames."""
+        return ((3, 24, 24), (3, 16, 32)) if modality == "image" else ((3, 3, 24, 32), (2, 3, 24, 24))

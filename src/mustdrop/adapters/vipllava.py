@@ -1,0 +1,38 @@
+"""ViP-LLaVA: LLaVA whose features are several encoder layers side by side, without their CLS rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mustdrop.adapters.llava import Llava
+from mustdrop.adapters.tiny import IMAGE, clip, text
+from mustdrop.layout import Layout
+
+
+class VipLlava(Llava):
+    """`VipLlavaForConditionalGeneration`."""
+
+    name = "vipllava"
+    classes = ("VipLlavaForConditionalGeneration",)
+
+    def layouts(self, model: Any, modality: str, arguments: dict[str, Any]) -> list[Layout]:
+        """A square grid per image; the model has no setting that keeps the CLS row."""
+        side = self.encoder_grid(model, modality, arguments)[0]
+        images = range(len(arguments["pixel_values"]))
+        return [Layout.of_frames((1, side, side), (side, side), i) for i in images]
+
+    def read_layer(self, model: Any, modality: str, arguments: dict[str, Any]) -> int:
+        """The first of the layers: all of them must see the same patches, so merging comes before."""
+        layers = arguments.get("vision_feature_layer") or model.config.vision_feature_layer
+        depth = len(self.tower(model, modality).blocks)
+        return min(k - 1 if k >= 0 else depth + k for k in ([layers] if isinstance(layers, int) else layers))
+
+    def tiny(self) -> dict[str, Any]:
+        """The last two layers of CLIP, and Llama."""
+        return {
+            "model_type": "vipllava",
+            "vision_config": clip(),
+            "text_config": text("llama"),
+            "image_token_id": IMAGE,
+            "vision_feature_layer": [-1, -2],
+        }

@@ -1,0 +1,65 @@
+"""Architectures that cannot be patched are refused with the reason, and never both refused and supported."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+import mustdrop
+from mustdrop import errors
+from mustdrop.adapters import registry
+from mustdrop.adapters.tiny import build
+from mustdrop.adapters.unsupported import UNSUPPORTED
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_a_refused_architecture_says_why_and_what_works(name):
+    model = type(name, (torch.nn.Module,), {})()
+    with pytest.raises(errors.UnsupportedModelError) as raised:
+        mustdrop.patch(model)
+    family, why = UNSUPPORTED[name]
+    for part in (name, family, why, "LlavaForConditionalGeneration"):
+        assert part in str(raised.value)
+
+
+def test_a_subclass_of_a_refused_architecture_is_refused_for_the_same_reason():
+    parent = type("MllamaForConditionalGeneration", (torch.nn.Module,), {})
+    with pytest.raises(errors.UnsupportedModelError, match="cross-attention"):
+        mustdrop.patch(type("Mine", (parent,), {})())
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_no_architecture_is_both_refused_and_supported(name):
+    assert name not in {kind for adapter in registry().values() for kind in adapter.classes}
+
+
+def test_refused_names_are_names_of_transformers():
+    present = [name for name in UNSUPPORTED if hasattr(transformers, name)]
+    assert len(present) > len(UNSUPPORTED) // 2  # a few are newer than the oldest transformers
+    assert "MllamaForConditionalGeneration" in present
+
+
+@pytest.mark.parametrize("name", [name for name, adapter in registry().items() if adapter.lacks])
+def test_a_stage_that_a_family_lacks_is_refused_and_the_others_work(name):
+    adapter = registry()[name]
+    if not adapter.available():
+        pytest.skip(f"this transformers has no {name}")
+    model = build(adapter)
+    for stage, why in adapter.lacks.items():
+        assert stage == "vision"
+        with pytest.raises(errors.UnsupportedModelError) as raised:
+            mustdrop.patch(model, vision=mustdrop.VisionStagePruner(window=None, keep=0.5))
+        assert why in str(raised.value)
+        assert "prefill" in str(raised.value)
+    mustdrop.unpatch(mustdrop.patch(model, prefill=mustdrop.PrefillPruner(keep=0.5)))
+
+
+def test_a_model_whose_layers_share_keys_is_refused_with_the_models_that_work():
+    adapter = registry()["gemma4"]
+    if not adapter.available():
+        pytest.skip("this transformers has no Gemma 4")
+    model = build(adapter)
+    model.config.text_config.num_kv_shared_layers = 2
+    with pytest.raises(errors.UnsupportedModelError, match="num_kv_shared_layers=0"):
+        mustdrop.patch(model)
