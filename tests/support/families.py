@@ -271,12 +271,15 @@ def for_beams(kind: str) -> tuple[Row, ...]:
 
 
 def skip_where_transformers_fails(name: str, kind: str, **options: Any) -> None:
-    """Skip a test of prompts that are expanded where the unpatched model raises."""
+    """Skip a test of prompts that are expanded where the unpatched model raises, or gives a copy other images."""
     model = clone(name)
     try:
-        answer(model, batch(registry()[name], model, for_beams(kind)), 1, **options)
+        made = answer(model, batch(registry()[name], model, for_beams(kind)), 1, **options).logits[:, 0]
     except (ValueError, RuntimeError) as error:
         pytest.skip(f"the unpatched model raises: {error}")
+    copies = made.view(2, -1, made.shape[-1])
+    if (copies - copies[:, :1]).abs().max() > 1e-3:
+        pytest.skip("the unpatched model mixes up the images of a prompt when it copies it")
 
 
 def turns(adapter: Adapter, model: Any, kind: str) -> tuple[dict[str, Tensor], Tensor]:
