@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 
 import mustdrop
 from mustdrop import errors
@@ -21,6 +22,12 @@ def test_a_refused_architecture_says_why_and_what_works(name):
     family, why = UNSUPPORTED[name]
     for part in (name, family, why, "LlavaForConditionalGeneration"):
         assert part in str(raised.value)
+
+
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="families came later")
+@pytest.mark.parametrize("name", registry())
+def test_every_adapter_is_of_a_family_that_transformers_has(name):
+    assert registry()[name].available()
 
 
 def test_a_subclass_of_a_refused_architecture_is_refused_for_the_same_reason():

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mustdrop.adapters.base import Tower
 from mustdrop.adapters.qwen2_vl import Qwen25VL
 from mustdrop.adapters.qwen3_vl import Qwen3VLMoe
+from mustdrop.cost import linear_flops
 
 _START, _END, _AUDIO, _AUDIO_START, _AUDIO_END = 502, 503, 506, 507, 508
 
@@ -19,6 +21,25 @@ class Qwen25Omni(Qwen25VL):
     name = "qwen2_5_omni_thinker"
     classes = ("Qwen2_5OmniThinkerForConditionalGeneration",)
     token_types: str | None = None
+
+    def base(self, model: Any) -> nn.Module:
+        """What owns the towers."""
+        module: nn.Module = seeing(model)
+        return module
+
+    def text(self, model: Any) -> nn.Module:
+        """The text model."""
+        module: nn.Module = reading(model)
+        return module
+
+    def tower(self, model: Any, modality: str = "image") -> Tower:
+        """One tower for images and videos."""
+        visual: Any = seeing(model).visual
+        return Tower(visual, visual.blocks, packed=True)
+
+    def projector_flops(self, model: Any) -> int:
+        """The merger."""
+        return linear_flops(seeing(model).visual.merger)
 
     def tiny(self) -> dict[str, Any]:
         """As Qwen2.5-VL, with one layer that hears."""
@@ -40,6 +61,25 @@ class Qwen3Omni(Qwen3VLMoe):
     classes = ("Qwen3OmniMoeThinkerForConditionalGeneration",)
     token_types: str | None = None
 
+    def base(self, model: Any) -> nn.Module:
+        """What owns the towers."""
+        module: nn.Module = seeing(model)
+        return module
+
+    def text(self, model: Any) -> nn.Module:
+        """The text model."""
+        module: nn.Module = reading(model)
+        return module
+
+    def tower(self, model: Any, modality: str = "image") -> Tower:
+        """One tower for images and videos."""
+        visual: Any = seeing(model).visual
+        return Tower(visual, visual.blocks, packed=True)
+
+    def projector_flops(self, model: Any) -> int:
+        """The mergers."""
+        return linear_flops(nn.ModuleList([seeing(model).visual.merger, *merger_list(seeing(model).visual)]))
+
     def tiny(self) -> dict[str, Any]:
         """As Qwen3-VL, with one layer that hears."""
         return tiny_omni(super().tiny(), "qwen3_omni_moe_thinker")
@@ -52,6 +92,21 @@ class Qwen3Omni(Qwen3VLMoe):
     def tiny_run(self, token: int, frames: int, per_frame: int) -> list[int]:
         """No timestamps."""
         return [_START, *[token] * (frames * per_frame), _END]
+
+
+def seeing(model: Any) -> Any:
+    """The module that owns the towers: the base model, or before transformers 5.23 the thinker itself."""
+    return model.model if hasattr(model.model, "visual") else model
+
+
+def reading(model: Any) -> Any:
+    """The text model."""
+    return getattr(model.model, "language_model", model.model)
+
+
+def merger_list(visual: Any) -> list[nn.Module]:
+    """The mergers of DeepStack, under either of their names."""
+    return list(getattr(visual, "deepstack_merger_list", None) or getattr(visual, "merger_list", []))
 
 
 def with_seconds(arguments: dict[str, Any], modality: str, media: int) -> dict[str, Any]:

@@ -8,6 +8,9 @@ from mustdrop.adapters.llava import Llava
 from mustdrop.adapters.tiny import IMAGE, clip, text
 from mustdrop.layout import Layout
 
+#: The setting for the layers, which transformers 5.23 renamed.
+_NAMES = ("vision_feature_layer", "vision_feature_layers")
+
 
 class VipLlava(Llava):
     """`VipLlavaForConditionalGeneration`."""
@@ -23,7 +26,8 @@ class VipLlava(Llava):
 
     def read_layer(self, model: Any, modality: str, arguments: dict[str, Any]) -> int:
         """The first of the layers: all of them must see the same patches, so merging comes before."""
-        layers = arguments.get("vision_feature_layer") or model.config.vision_feature_layer
+        name = next(n for n in _NAMES if hasattr(model.config, n))
+        layers = arguments.get(name) or getattr(model.config, name)
         depth = len(self.tower(model, modality).blocks)
         return min(k - 1 if k >= 0 else depth + k for k in ([layers] if isinstance(layers, int) else layers))
 
@@ -34,5 +38,5 @@ class VipLlava(Llava):
             "vision_config": clip(),
             "text_config": text("llama"),
             "image_token_id": IMAGE,
-            "vision_feature_layer": [-1, -2],
+            **{name: [-1, -2] for name in _NAMES},
         }

@@ -79,7 +79,7 @@ class FeaturesWrapper:
         decided = decide(stage.pruner, run, layouts, flat, least, most, last)
         setattr(output, field, _restored(decided.write(flat), getattr(output, field)))
         for name in self.runtime.adapter.added_features:
-            levels = [_restored(decided.merged(torch.cat(list(level))), level) for level in getattr(output, name)]
+            levels = [_restored(decided.merged(_rows(level)), level) for level in getattr(output, name)]
             setattr(output, name, levels)
         if call is not None:
             call.marks[kind] = _grouped(decided.marks, owners, len(mine))
@@ -144,6 +144,11 @@ def _limits(
             for i, n in zip(media, share_out(part, [sizes[i] for i in media]), strict=True):
                 out[i] = n
     return out
+
+
+def _rows(level: Any) -> Tensor:
+    """(F, C) features of all media, as one tensor (in some transformers) or one per medium."""
+    return level if isinstance(level, Tensor) else torch.cat(list(level))
 
 
 def _restored(flat: Tensor, like: Any) -> Any:
