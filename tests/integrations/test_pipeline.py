@@ -98,8 +98,10 @@ def test_generate_options_go_through_the_pipeline(demo, pipe, scenes):
         generate_kwargs={"do_sample": False, **options},
     )
     assert got["generated_text"].strip() == expected(demo, scenes[0], QUESTIONS[0], **options)[0]
-    with pytest.raises(mustdrop.errors.UnsupportedOptionError, match="static"):
-        pipe(text=chat(scenes[0], QUESTIONS[0]), max_new_tokens=6, generate_kwargs={"cache_implementation": "static"})
+    with pytest.raises(mustdrop.errors.UnsupportedOptionError, match="quantized"):
+        pipe(
+            text=chat(scenes[0], QUESTIONS[0]), max_new_tokens=6, generate_kwargs={"cache_implementation": "quantized"}
+        )
 
 
 def test_a_patch_made_after_the_pipeline_acts_in_it(demo, scenes):

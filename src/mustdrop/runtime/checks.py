@@ -110,7 +110,8 @@ def cache(runtime: Runtime, given: Any) -> None:
         heads, width = int(layer.keys.shape[1]), int(layer.keys.shape[-1])
         made = getattr(getattr(tap.attention_of(block), "k_proj", None), "out_features", None)
         config = runtime.text.config
-        known = {getattr(config, name, heads) for name in ("num_key_value_heads", "num_attention_heads")}
+        counts = (getattr(config, name, heads) for name in ("num_key_value_heads", "num_attention_heads"))
+        known = {1, *counts}  # latent attention stores one head for all
         if (made is not None and made != heads * width) or (made is None and heads not in known):
             raise CacheStateError(
                 f"this cache holds keys of {heads} heads x {width} at layer {i}, {type(runtime.model).__name__} makes "
