@@ -245,7 +245,8 @@ def test_merged_features(name, kind, monkeypatch):
     with families.Recorder(model) as recorder, torch.no_grad():
         model(**inputs)
     trace, plain_model = mustdrop.trace(model), plain(name)
-    ours = families.flat_features(recorder.outputs[kind])
+    layouts = [medium.layout for row in trace.media for medium in row]
+    ours = families.flat_features(recorder.outputs[kind], layouts)
     tower = registry()[name].tower(plain_model, kind)
     merged = runs[0].merged if runs else None
     with (
@@ -254,7 +255,7 @@ def test_merged_features(name, kind, monkeypatch):
         torch.no_grad(),
     ):
         plain_model(**inputs)
-    theirs = families.flat_features(recorder.outputs[kind])
+    theirs = families.flat_features(recorder.outputs[kind], layouts)
     start, some = 0, False
     for row, total in enumerate(trace.total.tolist()):
         slots, kept = trace.assignment(row), trace.kept(0, row)

@@ -20,6 +20,7 @@ from mustdrop.adapters import find, registry
 from mustdrop.adapters.base import Adapter
 from mustdrop.adapters.tiny import build
 from mustdrop.compat import attention_function
+from mustdrop.layout import Layout
 from mustdrop.runtime.tap import attention_of
 
 from . import fake_flash
@@ -325,10 +326,18 @@ def follow_a_patch(adapter: Adapter, model: Any, kind: str, place: float) -> Non
         inputs = batch(adapter, model, ((kind,),), paint=how)
         known = inspect.signature(getattr(base, modality.method)).parameters
         arguments = {name: value for name, value in inputs.items() if name in known}
+        pixels = [name for name in modality.pixels if name in inputs]
+        if not any(name in known for name in pixels):  # older releases name the argument of a video as that of an image
+            arguments = {next(iter(known)): inputs[pixels[0]], **arguments}
+        if (
+            "vision_feature_select_strategy" in known
+            and known["vision_feature_select_strategy"].default is inspect._empty
+        ):
+            arguments["vision_feature_select_strategy"] = model.config.vision_config.vision_feature_select_strategy
         with torch.no_grad():
             made = getattr(base, modality.method)(**arguments)
-        features.append(flat_features(made))
-        layouts.append(adapter.layouts(model, kind, arguments))
+        layouts.append(adapter.layouts(model, kind, inputs))
+        features.append(flat_features(made, layouts[-1]))
     handle.remove()
     ((layout,), _) = layouts
     prefix = 0 if tower.packed else tower.prefix
@@ -417,10 +426,15 @@ class MergedTower:
         return args, {**kwargs, "attention_mask": mask}
 
 
-def flat_features(output: Any) -> Tensor:
-    """(F, C) features of one call, of all media."""
-    made = output.last_hidden_state if output.pooler_output is None else output.pooler_output
-    return made.flatten(0, -2) if isinstance(made, Tensor) else torch.cat(list(made))
+def flat_features(output: Any, layouts: Sequence[Layout]) -> Tensor:
+    """(F, C) features of one call, of all media; structural rows that the model adds only later are zeros."""
+    made = getattr(output, "pooler_output", None)
+    made = output.last_hidden_state if made is None else made
+    flat = made.flatten(0, -2) if isinstance(made, Tensor) else torch.cat([part.flatten(0, -2) for part in made])
+    picture = ~torch.cat([layout.structural for layout in layouts])
+    if len(flat) == len(picture):
+        return flat
+    return flat.new_zeros(len(picture), flat.shape[1]).masked_scatter(picture[:, None], flat)
 
 
 def encoder_attention(adapter: Adapter, model: Any, kind: str, inputs: dict[str, Tensor]) -> Tensor:

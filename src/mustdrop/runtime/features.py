@@ -77,19 +77,27 @@ class FeaturesWrapper:
         most = _limits(sizes, owners, mine, totals, [plan.at_most for plan in plans])
         last = self._last(call, owners, sizes) if call is not None and of_call else []
         decided = decide(stage.pruner, run, layouts, flat, least, most, last)
-        setattr(output, field, _restored(decided.write(flat), getattr(output, field)))
+        setattr(output, field, _restored(decided.write(flat), getattr(output, field), layouts))
         for name in self.runtime.adapter.added_features:
-            levels = [_restored(decided.merged(_rows(level)), level) for level in getattr(output, name)]
+            levels = [_restored(decided.merged(_rows(level)), level, layouts) for level in getattr(output, name)]
             setattr(output, name, levels)
         if call is not None:
             call.marks[kind] = _grouped(decided.marks, owners, len(mine))
         return output
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
-        """The call's arguments by name; None if there are no pixels, for transformers' own error message."""
-        arguments = inspect.signature(self.function).bind(*args, **kwargs).arguments
+        """The call's arguments by name; None if there are no pixels, for transformers' own error message.
+
+        Releases name the main argument differently; what comes first is what is encoded.
+        """
+        parameters = inspect.signature(self.function)
+        arguments = parameters.bind(*args, **kwargs).arguments
         arguments = {**arguments.pop("kwargs", {}), **arguments}
-        return arguments if any(arguments.get(name) is not None for name in self.modality.pixels) else None
+        names = self.modality.pixels
+        first = arguments.get(next(iter(parameters.parameters), ""))
+        if all(arguments.get(name) is None for name in names) and isinstance(first, Tensor):
+            arguments[names[0]] = first
+        return arguments if any(arguments.get(name) is not None for name in names) else None
 
     def _run(
         self, stage: EncoderStage, layouts: Sequence[Layout], least: Sequence[int], arguments: dict[str, Any]
@@ -107,8 +115,11 @@ class FeaturesWrapper:
 
     def _flat(self, features: Any, layouts: Sequence[Layout]) -> Tensor:
         """(F, C) features of all media."""
-        made = features.flatten(0, -2) if isinstance(features, Tensor) else torch.cat(list(features))
+        made = _rows(features)
         expected = sum(layout.size for layout in layouts)
+        picture = ~torch.cat([layout.structural for layout in layouts]).to(made.device)
+        if len(made) == int(picture.sum()) < expected:  # some releases add the structural rows only afterwards
+            made = made.new_zeros(expected, made.shape[1]).masked_scatter(picture[:, None], made)
         if len(made) != expected:
             raise MustDropError(
                 f"the adapter {self.runtime.adapter.name!r} expected {expected} features of {len(layouts)} "
@@ -146,13 +157,20 @@ def _limits(
     return out
 
 
-def _rows(level: Any) -> Tensor:
-    """(F, C) features of all media, as one tensor (in some transformers) or one per medium."""
-    return level if isinstance(level, Tensor) else torch.cat(list(level))
+def _rows(features: Any) -> Tensor:
+    """(F, C) of features in whatever container: one tensor, or one per medium, with or without a frame dimension."""
+    if isinstance(features, Tensor):
+        return features.flatten(0, -2)
+    return torch.cat([part.flatten(0, -2) for part in features])
 
 
-def _restored(flat: Tensor, like: Any) -> Any:
-    """Features (F, C) in the container that the model returned them in."""
+def _restored(flat: Tensor, like: Any, layouts: Sequence[Layout]) -> Any:
+    """Features (F, C) in the container that the model returned them in, without rows that it adds only later."""
+    parts = [like] if isinstance(like, Tensor) else list(like)
+    counts = [part.shape[:-1].numel() for part in parts]
+    if sum(counts) < len(flat):
+        flat = flat[~torch.cat([layout.structural for layout in layouts]).to(flat.device)]
     if isinstance(like, Tensor):
         return flat.view(like.shape)
-    return type(like)(torch.split(flat, [len(part) for part in like]))
+    pieces = torch.split(flat, counts)
+    return type(like)(piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True))
