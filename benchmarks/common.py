@@ -106,13 +106,13 @@ def build(size: str, device: torch.device, seed: int) -> LlavaForConditionalGene
     return model.eval()
 
 
-def prompt(model: LlavaForConditionalGeneration, seed: int) -> dict[str, Tensor]:
-    """576 vision tokens of a smooth random image between 64 text tokens."""
+def prompt(model: LlavaForConditionalGeneration, seed: int, batch: int = 1) -> dict[str, Tensor]:
+    """576 vision tokens of a smooth random image between 64 text tokens, `batch` different prompts."""
     generator = torch.Generator().manual_seed(seed)
-    words = torch.randint(3, 31999, (1, BEFORE + AFTER), generator=generator)
-    image = torch.full((1, VISION), IMAGE)
+    words = torch.randint(3, 31999, (batch, BEFORE + AFTER), generator=generator)
+    image = torch.full((batch, VISION), IMAGE)
     ids = torch.cat([words[:, :BEFORE], image, words[:, BEFORE:]], 1)
-    coarse = torch.randn(1, 3, 9, 9, generator=generator)
+    coarse = torch.randn(batch, 3, 9, 9, generator=generator)
     pixels = nn.functional.interpolate(coarse, size=(336, 336), mode="bilinear")
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels.to(model.dtype)}
     return {name: value.to(model.device) for name, value in inputs.items()}

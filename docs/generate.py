@@ -190,6 +190,7 @@ def speed_cpu(results: Results) -> str:
             (
                 f"`{row['method']}`",
                 row["keep"] or "all",
+                row["batch"],
                 f"{text['flops_ratio']:.2f}",
                 _ratio(text["speed_up"]),
                 f"{text['share_of_flops_ratio']:.0%}",
@@ -199,7 +200,15 @@ def speed_cpu(results: Results) -> str:
                 f"{row['kv_bytes']['stored'] / 2**20:.1f}",
             )
         )
-    header = ("method", "keep", "prefill: FLOPs ratio", "speed-up", "of the FLOPs ratio", "whole prompt: FLOPs ratio")
+    header = (
+        "method",
+        "keep",
+        "batch",
+        "prefill: FLOPs ratio",
+        "speed-up",
+        "of the FLOPs ratio",
+        "whole prompt: FLOPs ratio",
+    )
     return _speed_setting(record) + "\n\n" + table((*header, "speed-up", "decoding", "KV MiB"), rows)
 
 
@@ -212,6 +221,7 @@ def speed_cpu_hardware(results: Results) -> str:
         (
             f"`{row['method']}`",
             row["keep"],
+            row["batch"],
             _ratio(row["text"]["speed_up"]),
             _ratio(row["bare"]["speed_up"]),
             f"{row['bare']['pruning_share']['median']:.1%}",
@@ -220,7 +230,9 @@ def speed_cpu_hardware(results: Results) -> str:
         if "bare" in row
     ]
     first = table(("tokens", "GFLOP/s of the linear layers", "efficiency"), points)
-    second = table(("method", "keep", "prefill speed-up", "of the bare layers", "time that pruning takes"), shares)
+    second = table(
+        ("method", "keep", "batch", "prefill speed-up", "of the bare layers", "time that pruning takes"), shares
+    )
     return f"{_speed_setting(record)}\n\n{first}\n\n{second}"
 
 
@@ -235,7 +247,7 @@ def _speed_setting(record: Mapping[str, Any]) -> str:
         f"{model['attention']}) on {record['hardware']}, {record['threads']} threads; "
         f"{prompt['vision_tokens']} vision and {prompt['text_tokens']} text tokens; torch {versions['torch']}, "
         f"transformers {versions['transformers']}; medians (and extremes) of {record['pairs']['prefill']} pairs of "
-        "neighbouring runs."
+        f"neighbouring runs, {record['pairs']['keep_all']} where nothing is dropped."
     )
 
 
