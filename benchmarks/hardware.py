@@ -1,4 +1,4 @@
-"""What the hardware gives: a model's own layers and matrix products on fewer tokens, with nothing of mustdrop in the way."""
+"""What the hardware gives: a model's own layers and matrix products on fewer tokens, without mustdrop in the way."""
 
 from __future__ import annotations
 

@@ -25,6 +25,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+import support_table
+
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(
     r"^(?P<begin><!-- begin: (?P<name>\S+) -->\n)(?P<body>.*?)^(?P<end><!-- end: (?P=name) -->)$",
@@ -51,62 +54,10 @@ def renderer(name: str) -> Callable[[Renderer], Renderer]:
     return register
 
 
-#: Columns of the table of families: heading -> tests of tests/conformance/test_families.py, all of which must pass.
-SUPPORT = {
-    "select": ("test_vision_stage_selects", "test_importance_is_the_encoders_attention"),
-    "merge": ("test_vision_stage_merges", "test_merged_features", "test_windows_over_frames"),
-    "prefill": ("test_prefill_stage",),
-    "decode": ("test_decode_stage",),
-    "all": ("test_all_stages", "test_keep_all_is_bit_identical", "test_unpatch_restores", "test_cache_really_shrinks"),
-    "batches": ("test_padded_row_equals_single_row", "test_any_prompt_and_budget"),
-    "mixed": ("test_several_kinds_in_one_prompt",),
-    "eager": ("test_eager_attention",),
-    "flash": ("test_flash_attention",),
-    "beams": ("test_beams",),
-    "sampling": ("test_sampling",),
-    "no cache": ("test_without_cache",),
-    "chat": ("test_second_turn",),
-    "static": ("test_static_cache",),
-    "trace": ("test_trace_names_the_right_patches",),
-}
-
-
 @renderer("support")
 def support(results: Results) -> str:
     """Which family passed which conformance test."""
-    record = results["support"]
-    columns = {
-        name: tests
-        for name, tests in SUPPORT.items()
-        if any(t in o for o in record["outcomes"].values() for t in tests)
-    }
-    rows, reasons = [], []
-    for case, outcomes in record["outcomes"].items():
-        family, kind = case.rsplit("-", 1)
-        cells = []
-        for tests in columns.values():
-            found = [outcomes[test] for test in tests if test in outcomes]
-            refused = [outcome for outcome in found if outcome not in ("passed", "failed", "skipped")]
-            if refused and refused[0] not in reasons:
-                reasons.append(refused[0])
-            if "failed" in found or not found:
-                cells.append("no")
-            else:
-                cells.append(f"[{reasons.index(refused[0]) + 1}]" if refused else "yes" if "passed" in found else "no")
-        rows.append([f"`{family}`", kind, *cells])
-    lines = [
-        f"Tiny models with random weights, float32, transformers {record['versions']['transformers']}, commit "
-        f"{str(record['commit'])[:10]}.",
-        "",
-        table(["family", "media", *columns], rows),
-        "",
-        *(f"[{n}] {reason}" for n, reason in enumerate(reasons, 1)),
-        "",
-        "The tests behind each column, of `tests/conformance/test_families.py`: "
-        + "; ".join(f"*{name}* " + ", ".join(f"`{test}`" for test in tests) for name, tests in columns.items())
-        + ".",
-    ]
-    return "\n".join(lines)
+    return support_table.render(results["support"], table)
 
 
 @renderer("versions")

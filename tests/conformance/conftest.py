@@ -35,6 +35,8 @@ class Support:
         test, case = report.nodeid.rsplit("::", 1)[1].rstrip("]").split("[", 1)
         reasons = [reason for name, reason in report.user_properties if name == "refused"]
         outcome = reasons[0] if report.outcome == "passed" and reasons else report.outcome
+        if report.outcome == "skipped" and isinstance(report.longrepr, tuple):
+            outcome = str(report.longrepr[2]).removeprefix("Skipped: ").splitlines()[0][:160]
         self.outcomes.setdefault(case, {})[test] = str(outcome)
 
     def pytest_sessionfinish(self) -> None:
