@@ -33,6 +33,11 @@ def require_supported_transformers() -> None:
         )
 
 
+def older_than(version: str) -> bool:
+    """Whether the installed transformers is older than `version`."""
+    return Version(version) > TRANSFORMERS
+
+
 def attention_registry() -> Any:
     """Transformers' table of attention functions by name."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

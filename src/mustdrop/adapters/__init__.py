@@ -6,10 +6,12 @@ import importlib
 import pkgutil
 from functools import cache
 
+import transformers
 from torch import nn
 
 from mustdrop.adapters.base import Adapter
 from mustdrop.adapters.unsupported import reason
+from mustdrop.compat import older_than
 from mustdrop.errors import UnsupportedModelError, did_you_mean
 
 
@@ -42,6 +44,11 @@ def find(model: object) -> Adapter:
     names = [kind.__name__ for kind in type(model).__mro__]
     for adapter in registry().values():
         if any(name in adapter.classes for name in names):
+            if older_than(adapter.since):
+                raise UnsupportedModelError(
+                    f"{adapter.name} needs transformers >= {adapter.since}, found {transformers.__version__}: "
+                    "pip install -U transformers."
+                )
             adapter.check(model)
             return adapter
     known = [name for adapter in registry().values() for name in adapter.classes]

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from mustdrop.compat import MINIMUM_TRANSFORMERS, older_than
 from mustdrop.cost import linear_flops
 from mustdrop.errors import UnsupportedModelError
 from mustdrop.layout import Layout
@@ -67,6 +68,7 @@ class Adapter(ABC):
         features: field of the features output that holds what enters the language model.
         row_arguments: arguments of a decoder layer, beside its hidden states, masks and positions, that hold one entry
             per token in dimension 1.
+        since: oldest release of transformers in which the family passes its tests.
         lacks: stage that no model of the family can have ("vision", "prefill", "decode") -> why.
     """
 
@@ -81,18 +83,14 @@ class Adapter(ABC):
     token_types: str | None = None
     features: str = "pooler_output"
     row_arguments: tuple[str, ...] = ()
+    since: str = MINIMUM_TRANSFORMERS
     lacks: dict[str, str] = {}  # noqa: RUF012 (a constant of the class)
 
     def available(self) -> bool:
-        """Whether the installed transformers has this family, with a configuration that its own checks accept."""
+        """Whether the installed transformers has this family, in a form that the adapter is for."""
         import transformers
-        from huggingface_hub.errors import StrictDataclassError
 
-        kinds = [getattr(transformers, name) for name in self.classes if hasattr(transformers, name)]
-        try:
-            return any(kind.config_class() is not None for kind in kinds)
-        except StrictDataclassError:  # early releases of some families declare fields with the wrong type
-            return False
+        return not older_than(self.since) and any(hasattr(transformers, name) for name in self.classes)
 
     @abstractmethod
     def layouts(self, model: Any, modality: str, arguments: dict[str, Any]) -> list[Layout]:

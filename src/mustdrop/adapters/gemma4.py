@@ -25,6 +25,7 @@ class Gemma4(Adapter):
     """`Gemma4ForConditionalGeneration`."""
 
     name = "gemma4"
+    since = "5.23"
     classes = ("Gemma4ForConditionalGeneration",)
     refuses_flash = "its sliding window would count what is left instead of positions, and images may see both ways"
     token_types = "mm_token_type_ids"

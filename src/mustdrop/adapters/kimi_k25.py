@@ -15,6 +15,7 @@ class KimiK25(PaddleOCRVL):
     """`Kimi_K25ForConditionalGeneration`, images only: transformers 5.23 cannot split the features of longer videos."""
 
     name = "kimi_k25"
+    since = "5.23"
     classes = ("Kimi_K25ForConditionalGeneration",)
     token_types: str | None = None
 

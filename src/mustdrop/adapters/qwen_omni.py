@@ -19,6 +19,7 @@ class Qwen25Omni(Qwen25VL):
     """`Qwen2_5OmniThinkerForConditionalGeneration`; of the whole model, patch `model.thinker`."""
 
     name = "qwen2_5_omni_thinker"
+    since = "5.23"
     classes = ("Qwen2_5OmniThinkerForConditionalGeneration",)
     token_types: str | None = None
 
@@ -58,6 +59,7 @@ class Qwen3Omni(Qwen3VLMoe):
     """`Qwen3OmniMoeThinkerForConditionalGeneration`; of the whole model, patch `model.thinker`."""
 
     name = "qwen3_omni_moe_thinker"
+    since = "5.23"
     classes = ("Qwen3OmniMoeThinkerForConditionalGeneration",)
     token_types: str | None = None
 
