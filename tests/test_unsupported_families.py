@@ -30,6 +30,12 @@ def test_every_adapter_is_of_a_family_that_transformers_has(name):
     assert registry()[name].available()
 
 
+def test_a_family_that_needs_newer_transformers_says_which(monkeypatch):
+    monkeypatch.setattr(type(registry()["llava"]), "since", "999.0")
+    with pytest.raises(errors.UnsupportedModelError, match=r"llava needs transformers >= 999\.0, found"):
+        mustdrop.patch(type("LlavaForConditionalGeneration", (torch.nn.Module,), {})())
+
+
 def test_a_subclass_of_a_refused_architecture_is_refused_for_the_same_reason():
     parent = type("MllamaForConditionalGeneration", (torch.nn.Module,), {})
     with pytest.raises(errors.UnsupportedModelError, match="cross-attention"):

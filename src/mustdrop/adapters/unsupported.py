@@ -43,6 +43,10 @@ UNSUPPORTED: dict[str, tuple[str, str]] = {
         "its text model adds image features to hidden states of full length inside its own forward, between decoder "
         "layers, where a shorter sequence does not fit.",
     ),
+    "MistralLarge4ForConditionalGeneration": (
+        "Mistral Large 4",
+        "its sparse attention chooses entries of the cache by an index of its own, which has no pruned form.",
+    ),
     "Phi4MultimodalForCausalLM": ("Phi-4 multimodal", _INSIDE),
     "FuyuForCausalLM": ("Fuyu", "it has no vision encoder: raw patches enter through one linear layer."),
     "ChameleonForConditionalGeneration": ("Chameleon", _WORDS),
