@@ -87,10 +87,17 @@ class Adapter(ABC):
     lacks: dict[str, str] = {}  # noqa: RUF012 (a constant of the class)
 
     def available(self) -> bool:
-        """Whether the installed transformers has this family, in a form that the adapter is for."""
+        """Whether the installed transformers has this family, with a configuration that its own checks accept."""
         import transformers
+        from huggingface_hub.errors import StrictDataclassError
 
-        return not older_than(self.since) and any(hasattr(transformers, name) for name in self.classes)
+        if older_than(self.since):
+            return False
+        kinds = [getattr(transformers, name) for name in self.classes if hasattr(transformers, name)]
+        try:
+            return any(kind.config_class() is not None for kind in kinds)
+        except StrictDataclassError:  # early releases of some families declare fields with the wrong type
+            return False
 
     @abstractmethod
     def layouts(self, model: Any, modality: str, arguments: dict[str, Any]) -> list[Layout]:
