@@ -10,6 +10,7 @@ from collections.abc import Sequence
 # name -> what it measures; the module of that name has `add_arguments(parser)` and `run(options) -> exit status`
 BENCHMARKS = {
     "end_to_end": "speed, FLOPs and KV bytes of a patched model against the same model unpatched",
+    "kernels_aot": "registers, spills and shared memory of every kernel, compiled for GPUs that need not be there",
 }
 
 
