@@ -25,6 +25,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import kernel_table
+
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(
     r"^(?P<begin><!-- begin: (?P<name>\S+) -->\n)(?P<body>.*?)^(?P<end><!-- end: (?P=name) -->)$",
@@ -222,6 +224,13 @@ def speed_cpu_hardware(results: Results) -> str:
     first = table(("tokens", "GFLOP/s of the linear layers", "efficiency"), points)
     second = table(("method", "keep", "prefill speed-up", "of the bare layers", "time that pruning takes"), shares)
     return f"{_speed_setting(record)}\n\n{first}\n\n{second}"
+
+
+@renderer("kernels-aot")
+def kernels_aot(results: Results) -> str:
+    """Registers and shared memory of every kernel."""
+    sentence, header, rows = kernel_table.launches(results["kernels_aot"])
+    return sentence + "\n\n" + table(header, rows)
 
 
 def _ratio(spread: Mapping[str, float]) -> str:

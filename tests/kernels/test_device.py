@@ -7,8 +7,11 @@ import os
 import pytest
 import torch
 
+import mustdrop
 from kernels import checks
 from mustdrop.kernels import dispatch
+from support.builders import LLAMA, SIGLIP, answer, batch
+from support.checks import distance, patched
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytest.importorskip("triton")
@@ -34,3 +37,29 @@ def test_kernel(case, monkeypatch):
         return
     with checked(checks.made):
         case.call(DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("variant", "settings"),
+    [
+        (LLAMA, {"keep": 0.4}),
+        (SIGLIP, {"keep": 0.3, "decode_keep": 4, "interval": 2}),
+        (LLAMA, {"scale": 2.0, "bias": 2.0}),
+    ],
+    ids=str,
+)
+def test_a_model_decides_what_it_decides_with_the_references(variant, settings, monkeypatch):
+    inputs = {name: value.to(DEVICE) for name, value in batch(variant, (1, 2)).items()}
+    model = patched(variant, "sdpa", "mustdrop", **settings).to(DEVICE)
+    traces, logits = [], []
+    for choice in ("reference", "triton"):
+        monkeypatch.setattr(dispatch, "_forced", [choice])
+        logits.append(answer(model, inputs).logits)
+        model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        traces.append(mustdrop.trace(model))
+    assert [trace.kernels for trace in traces] == ["reference", "triton"]
+    for layer in range(variant.n_layers + 1):
+        for sample in range(2):
+            assert traces[0].kept(layer, sample).tolist() == traces[1].kept(layer, sample).tolist()
+    assert torch.equal(traces[0].kv_lengths, traces[1].kv_lengths)
+    assert distance(*logits) <= 1e-4
