@@ -286,7 +286,7 @@ def launch(
     out = q.new_empty(shape, dtype=torch.float32)
     split = head_splits > 1
     parts = q.new_empty(head_splits, batch, count, width, dtype=torch.float32) if split else out
-    bt = min(32 if wide else 64, p2(count, 16))
+    bt = min(16 if wide and exact else 32 if wide else 64, p2(count, 16))
     _scores[(key_blocks, head_splits, batch)](
         q, k, rows, seen, added, lse, parts, scale, cap, count, keys, first, key_splits, groups_per, *strides, groups,
         BT=bt, ROWS=as_rows or split, STAGES=2 if per_group > 1 else 1,

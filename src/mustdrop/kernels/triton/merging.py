@@ -65,7 +65,7 @@ def window_similarity(x: Tensor, index: Tensor) -> Tensor:
         block = p2(channels, 32)
         _similarity[(windows, batch)](
             x, index, out, *x.stride()[:2], *index.stride(), n, C=channels, BC=block, UNROLL=4,
-            num_warps=8 if block > 4096 else 4 if block > 256 else 1, **FUSED,
+            num_warps=16 if block > 4096 else 4 if block > 256 else 1, **FUSED,
         )  # fmt: skip
     return out
 
