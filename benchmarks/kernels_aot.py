@@ -163,15 +163,27 @@ def usage(compiled: Any, target: str) -> dict[str, int]:
         text = compiled.asm["amdgcn"]
         found = {name: _number(rf"\.{name}:\s+(\d+)", text) for name in ("vgpr_count", "vgpr_spill_count")}
         return {"registers": found["vgpr_count"], "spills": found["vgpr_spill_count"], **shared}
+    import triton
+    from packaging.version import Version
     from triton.backends.nvidia.compiler import get_ptxas
 
+    # the options that triton itself gives to the assembler: with others it allocates other registers
+    options = ["-lineinfo"] + (["--regAllocOptLevel=2"] if Version(triton.__version__) >= Version("3.9") else [])
     ptx = compiled.asm["ptx"]
     arch = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
     assert arch is not None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.ptx")
         path.write_text(ptx)
-        command = [get_ptxas(TARGETS[target][1]).path, "-v", f"--gpu-name={arch[1]}", str(path), "-o", os.devnull]
+        command = [
+            get_ptxas(TARGETS[target][1]).path,
+            "-v",
+            *options,
+            f"--gpu-name={arch[1]}",
+            str(path),
+            "-o",
+            os.devnull,
+        ]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spills = _number(r"(\d+) bytes spill stores", log) + _number(r"(\d+) bytes spill loads", log)
     return {"registers": _number(r"Used (\d+) registers", log), "spills": spills, **shared}

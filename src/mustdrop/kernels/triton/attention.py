@@ -265,8 +265,10 @@ def launch(
     per_group = heads // groups
     bd = p2(dim, 16)
     exact = q.dtype == torch.float32
-    wide = bd > 128 or bd != dim or (exact and bd > 64)  # smaller tiles where larger ones would spill registers
-    bm, bn = min(32 if wide else 64, p2(per_group * count, 16)), 32 if wide else 64
+    # smaller tiles where larger ones would spill registers
+    wide, widest = exact or bd > 128 or bd != dim, bd * q.element_size() > 512
+    bn = 16 if widest else 32 if wide else 64
+    bm = min(bn, p2(per_group * count, 16))
     pair_blocks, key_blocks = triton.cdiv(per_group * count, bm), triton.cdiv(width, bn)
     want = 2 * cores(q.device)
     if key_splits is None:
@@ -286,11 +288,11 @@ def launch(
     out = q.new_empty(shape, dtype=torch.float32)
     split = head_splits > 1
     parts = q.new_empty(head_splits, batch, count, width, dtype=torch.float32) if split else out
-    bt = min(16 if wide and exact else 32 if wide else 64, p2(count, 16))
+    bt = min(16 if widest or (exact and bd > 64) else bn, p2(count, 16))
     _scores[(key_blocks, head_splits, batch)](
         q, k, rows, seen, added, lse, parts, scale, cap, count, keys, first, key_splits, groups_per, *strides, groups,
         BT=bt, ROWS=as_rows or split, STAGES=2 if per_group > 1 else 1,
-        num_warps=8 if wide and exact else 4, **common,
+        num_warps=8 if exact and bd > 64 else 4, **common,
     )  # fmt: skip
     if split:
         _finish[(triton.cdiv(width, 32), batch)](

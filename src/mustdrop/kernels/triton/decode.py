@@ -114,7 +114,8 @@ def key_scores(
     if not out.numel():
         return out
     bd = p2(dim, 16)
-    bn = 32 if bd > 128 else 64
+    size = bd * q.element_size()
+    bn = 16 if size > 512 else 32 if size > 256 else 64
     blocks = triton.cdiv(keys, bn)
     per = triton.cdiv(blocks, max(1, min(64, blocks, splits or 2 * cores(q.device) // (batch * groups)))) * bn
     splits = triton.cdiv(keys, per)
