@@ -35,7 +35,7 @@ SHARES = {
 def checks(device: str) -> list[dict[str, Any]]:
     """Run every kernel check here; one row each."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from kernels.checks import CASES
+    from kernels.checks_tokens import CASES  # all of them: it adds its own to those of attention
     from mustdrop.kernels import use_kernels
 
     cuda = device.startswith("cuda")

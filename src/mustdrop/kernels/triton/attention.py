@@ -18,6 +18,7 @@ from mustdrop.kernels.triton.common import (
     LOG2E,
     base2,
     broadcast,
+    combined,
     cores,
     p2,
     plain,
@@ -28,7 +29,7 @@ from mustdrop.kernels.triton.common import (
 from mustdrop.kernels.triton.decode import key_scores
 
 LOG2 = tl.constexpr(LOG2E)
-INF = tl.constexpr(float("inf"))
+PARTS = 1 << 24  # numbers that the parts of the heads may take together
 
 
 @triton.jit
@@ -124,7 +125,7 @@ def _scores(
                     mask=real[:, None] & (d < D)[None, :],
                     other=0.0,
                 )
-                whole = _combined(sums + t, splits, batch.to(tl.int64) * GROUPS * G * R, real, BT)
+                whole = combined(sums + t, splits, batch.to(tl.int64) * GROUPS * G * R, real, BT)
                 logits = base2(tl.dot(queries, tl.trans(block), input_precision=PRECISION), scale, cap, CAPPED)
                 if BIASED:
                     logits += LOG2 * tl.load(
@@ -145,20 +146,6 @@ def _scores(
     if not ROWS:
         tl.store(out + (2 * b).to(tl.int64) * width + column, total, mask=inside)
         tl.store(out + (2 * b + 1).to(tl.int64) * width + column, peak, mask=inside)
-
-
-@triton.jit
-def _combined(parts, splits, stride, real, BT: tl.constexpr):
-    """Log-sum-exp over the splits of the keys; +inf for rows that see nothing, so that their probabilities are zero."""
-    top = tl.full((BT,), float("-inf"), tl.float32)
-    total = tl.zeros((BT,), tl.float32)
-    for s in range(splits):
-        x = tl.load(parts + s * stride, mask=real, other=float("-inf"))
-        high = tl.maximum(top, x)
-        safe = tl.where(high == float("-inf"), 0.0, high)
-        total = total * tl.exp2(top - safe) + tl.exp2(x - safe)
-        top = high
-    return tl.where(total > 0, top + tl.log2(tl.where(total > 0, total, 1.0)), INF)
 
 
 @triton.jit
@@ -274,7 +261,8 @@ def launch(
     if key_splits is None:
         key_splits = max(1, min(8, triton.cdiv(keys, 4 * bn), want // (pair_blocks * batch * groups)))
     if head_splits is None:
-        head_splits = max(1, min(groups, want // (key_blocks * batch)))
+        # the parts are rows x keys in size: only where that is little, and so are the programs without them
+        head_splits = max(1, min(groups, want // (key_blocks * batch), PARTS // (batch * count * width)))
     groups_per = triton.cdiv(groups, head_splits)
     head_splits = triton.cdiv(groups, groups_per)
     common = {

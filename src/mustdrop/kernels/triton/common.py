@@ -74,6 +74,20 @@ def base2(dots, scale, cap, CAPPED: tl.constexpr):
         return dots * scale
 
 
+@triton.jit
+def combined(parts, splits, stride, real, N: tl.constexpr):
+    """Log-sum-exp over the splits of the keys; +inf for rows that see nothing, so that their probabilities are zero."""
+    top = tl.full((N,), float("-inf"), tl.float32)
+    total = tl.zeros((N,), tl.float32)
+    for s in range(splits):
+        x = tl.load(parts + s * stride, mask=real, other=float("-inf"))
+        high = tl.maximum(top, x)
+        safe = tl.where(high == float("-inf"), 0.0, high)
+        total = total * tl.exp2(top - safe) + tl.exp2(x - safe)
+        top = high
+    return tl.where(total > 0, top + tl.log2(tl.where(total > 0, total, 1.0)), float("inf"))
+
+
 def scales(scaling: float, softcap: float | None) -> tuple[float, float, bool]:
     """The arguments (scale, cap, CAPPED) of `base2`."""
     if softcap is None:

@@ -16,6 +16,7 @@ from mustdrop.kernels.triton.common import (
     LOG2E,
     base2,
     broadcast,
+    combined,
     cores,
     p2,
     plain,
@@ -80,15 +81,7 @@ def _mean(logits, lse, out, K, splits, HEADS: tl.constexpr, BH: tl.constexpr, BN
     inside = n < K
     h = tl.arange(0, BH)
     real = h < HEADS
-    top = tl.full((BH,), float("-inf"), tl.float32)
-    total = tl.zeros((BH,), tl.float32)
-    for s in range(splits):
-        x = tl.load(lse + (s * batch + b) * HEADS + h, mask=real, other=float("-inf"))
-        high = tl.maximum(top, x)
-        safe = tl.where(high == float("-inf"), 0.0, high)
-        total = total * tl.exp2(top - safe) + tl.exp2(x - safe)
-        top = high
-    whole = tl.where(total > 0, top + tl.log2(tl.where(total > 0, total, 1.0)), float("inf"))
+    whole = combined(lse + b * HEADS + h, splits, batch * HEADS, real, BH)
     x = tl.load(
         logits + b.to(tl.int64) * HEADS * K + h[:, None] * K + n[None, :],
         mask=real[:, None] & inside[None, :],
