@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+import kernel_table
 import support_table
 
 ROOT = Path(__file__).parents[1]
@@ -185,6 +185,13 @@ def speed_cpu_hardware(results: Results) -> str:
         ("method", "keep", "batch", "prefill speed-up", "of the bare layers", "time that pruning takes"), shares
     )
     return f"{_speed_setting(record)}\n\n{first}\n\n{second}"
+
+
+@renderer("kernels-aot")
+def kernels_aot(results: Results) -> str:
+    """Registers and shared memory of every kernel."""
+    sentence, header, rows = kernel_table.launches(results["kernels_aot"])
+    return sentence + "\n\n" + table(header, rows)
 
 
 def _ratio(spread: Mapping[str, float]) -> str:

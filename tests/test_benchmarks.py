@@ -72,3 +72,26 @@ def test_the_documents_show_the_result(result, block):
     text = generate.render(f"<!-- begin: {block} -->\n<!-- end: {block} -->\n", {"end_to_end_cpu": result})
     assert result["hardware"] in text
     assert "| `random` | 64 |" in text or "| 640 |" in text
+
+
+def test_without_a_gpu_the_kernels_benchmark_says_that_it_measures_none(tmp_path):
+    out = tmp_path / "kernels.json"
+    assert command.main(["kernels", "--quick", "--rounds", "1", "--out", str(out)]) == 0
+    record = json.loads(out.read_text())
+    assert not record["valid"]
+    assert "No GPU" in record["note"]
+    assert {row["ran"] for row in record["rows"]} == {"reference"}
+    assert all("nothing about the kernels" in row["measures"] for row in record["rows"])
+    assert {row["operation"] for row in record["rows"]} >= {"text statistics", "compact", "best match"}
+    assert all(row["share_of_roofline"] > 0 for row in record["rows"])
+
+
+def test_the_gpu_command_runs_without_a_gpu_and_says_so(tmp_path):
+    left_out = [word for part in ("kernels", "end_to_end") for word in ("--skip", part)]
+    assert command.main(["gpu", "--device", "cpu", "--out", str(tmp_path), *left_out]) == 0
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert not record["valid"]
+    assert [(part["part"], part["outcome"]) for part in record["parts"]][:1] == [("checks", "done")]
+    checks = json.loads((tmp_path / "checks_cpu_tiny.json").read_text())
+    assert len(checks["rows"]) > 50
+    assert all(row["passed"] for row in checks["rows"])

@@ -35,6 +35,7 @@ def test_a_device_gives_the_decisions_and_the_logits_of_the_cpu(variant, setting
         for sample in range(2):
             assert ours.kept(layer, sample).tolist() == theirs.kept(layer, sample).tolist()
     assert distance(got.logits.cpu(), expected.logits) <= 1e-3
+    assert ours.kernels == "triton"
 
 
 def test_keeping_everything_changes_no_bit_on_a_device():

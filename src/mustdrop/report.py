@@ -68,7 +68,8 @@ def table(trace: Trace) -> str:
             f"FLOPs a decode step  {trace.flops.parts['decode_step'].ratio:.1%} of the unpruned step\n"
             f"KV cache             {quantity(trace.kv_bytes.actual, 'B')} of "
             f"{quantity(trace.kv_bytes.unpruned, 'B')} ({trace.kv_bytes.ratio:.1%})\n"
-            f"backend              {trace.backend}",
+            f"backend              {trace.backend}\n"
+            f"kernels              {trace.kernels}",
             highlight=False,
         )
     return "\n".join(line.rstrip() for line in capture.get().splitlines())

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mustdrop import kernels
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -63,12 +65,7 @@ class Selection:
         if self.merge_into is None:
             out = x.gather(1, self.keep[..., None].expand(-1, -1, x.shape[-1]))
         else:
-            slots = self.keep.shape[1]
-            slot = self.merge_into.masked_fill(self.merge_into < 0, slots)[..., None].expand(-1, -1, x.shape[-1])
-            total = x.new_zeros(x.shape[0], slots + 1, x.shape[-1], dtype=torch.float32).scatter_add_(
-                1, slot, x.float()
-            )
-            out = (total[:, :slots] / self.sizes().clamp(min=1)[..., None]).to(x.dtype)
+            out = kernels.merge_tokens(x, self.merge_into, self.keep.shape[1])
         return out.masked_fill(~self.valid[..., None], 0)
 
     def sizes(self) -> Tensor:

@@ -32,6 +32,8 @@ class Trace:
             and the decode step. See `mustdrop.cost` for the formulas.
         kv_bytes: bytes of keys and values stored at the end, beside the unpruned call.
         backend: attention implementation of the text model.
+        kernels: what the operations of `mustdrop.kernels` ran as: "triton", "reference", both, or "none" where nothing
+            was scored, merged, gathered or cut.
         filters: decoder layers after which tokens left.
         fit: how the image processor fits an image to the grid.
         media: per sample, its images and videos in the order of the prompt: `kind`, `layout` (grids and cells of the
@@ -46,6 +48,7 @@ class Trace:
     flops: Compared
     kv_bytes: Compared
     backend: str
+    kernels: str
     filters: tuple[int, ...]
     fit: Literal["crop", "stretch"]
     media: list[list[Medium]]
@@ -118,6 +121,7 @@ class Trace:
         return {
             "method": self.method,
             "backend": self.backend,
+            "kernels": self.kernels,
             "filters": list(self.filters),
             "total": self.total.tolist(),
             "equal_tokens": self.equal_tokens.tolist(),

@@ -208,12 +208,12 @@ class PrunedLayer(Slots, DynamicLayer):
         if self.slots == self.logical:  # a sliding layer has to say which entries are left
             super().forget_if_whole()
 
-    def apply(self, cut: Cut) -> None:
-        """Gather what a cut leaves."""
+    def store(self, cut: Cut, keys: Tensor, values: Tensor) -> None:
+        """Hold what a cut left of `entries`."""
         if self.attended is not None:
             padding = self.slots - self.attended.shape[1]
             self.attended = take(torch.nn.functional.pad(self.attended, (0, padding)), cut.index, 1)
-        self.keys, self.values = take(self.keys, cut.index, 2), take(self.values, cut.index, 2)
+        self.keys, self.values = keys, values
         self.positions, self.vision, self.padded, self.whole = cut.positions, cut.vision, cut.padded, False
 
     def _rows(self, select: Callable[[Tensor], Tensor]) -> None:

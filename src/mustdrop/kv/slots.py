@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mustdrop import kernels
 from mustdrop.errors import CacheStateError
 from mustdrop.runtime.rows import PAD, take
 
@@ -79,6 +80,19 @@ class Slots:
 
     def apply(self, cut: Cut) -> None:
         """Store only the slots that a cut leaves."""
+        keys, values = kernels.compact(self.entries(), cut.index.to(self.keys.device))
+        self.store(cut, keys, values)
+
+    def storage_bytes(self) -> int:
+        """Bytes of the tensors that hold keys and values."""
+        raise NotImplementedError
+
+    def entries(self) -> list[Tensor]:
+        """Keys and values of the slots that are filled, each (B, G, slots, D)."""
+        return [self.keys[:, :, : self.slots], self.values[:, :, : self.slots]]
+
+    def store(self, cut: Cut, keys: Tensor, values: Tensor) -> None:
+        """Hold what a cut left of `entries`."""
         raise NotImplementedError
 
     @property

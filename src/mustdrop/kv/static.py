@@ -16,7 +16,6 @@ from transformers.cache_utils import StaticLayer
 from mustdrop.compat import eager, fixed_address
 from mustdrop.kv.slots import Arrival, Slots
 from mustdrop.runtime.eviction import Cut
-from mustdrop.runtime.rows import take
 
 
 class PrunedStaticLayer(Slots, StaticLayer):
@@ -126,11 +125,9 @@ class PrunedStaticLayer(Slots, StaticLayer):
         room = self.keys.shape[2] if self.is_initialized else 0
         return self.storage_bytes() // room * self.max_cache_len if room else 0
 
-    def apply(self, cut: Cut) -> None:
-        """Keep what a cut leaves, in smaller tensors."""
-        slots = self.slots
-        keys, values = take(self.keys[:, :, :slots], cut.index, 2), take(self.values[:, :, :slots], cut.index, 2)
-        self.dropped += slots - cut.index.shape[1]
+    def store(self, cut: Cut, keys: Tensor, values: Tensor) -> None:
+        """Hold what a cut left of `entries`, in smaller tensors."""
+        self.dropped += self.slots - cut.index.shape[1]
         self._store(keys, values)
         self._place(cut.positions, cut.memo)
         self.vision, self.padded, self.whole = cut.vision, cut.padded, False

@@ -10,7 +10,7 @@ from mustdrop.budget import check_layers, scaled_layers, schedule
 from mustdrop.errors import ConfigError
 from mustdrop.pruners.base import Budget, Compat, Settings
 from mustdrop.rules.ranking import keep_best
-from mustdrop.rules.text_attention import dual_filter, dual_score, dual_statistics, rank_counts
+from mustdrop.rules.text_attention import dual_filter, dual_score, dual_statistics, rank_counts, shares
 from mustdrop.selection import Selection
 
 # Filter layers of the released code, for the 32 layers of LLaVA-1.5-7B.
@@ -135,17 +135,64 @@ class PrefillPruner(Settings):
         batch, _, n = attention.shape
         if alive is None:
             alive = torch.ones(batch, n, dtype=torch.bool, device=attention.device)
-        statistics = dual_statistics(attention, alive)
+        if self.rank:
+            count = rank_counts(attention, alive, 1.0 if self.scale is None else self.scale, self.bias or 0.0)
+        return self._choose(dual_statistics(attention, alive), alive, count, pinned, importance)
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether the pruner must see the attention of each text token; if not, `from_statistics` will do."""
+        return self.rank or type(self).__call__ is not PrefillPruner.__call__
+
+    def from_statistics(
+        self,
+        statistics: Tensor,
+        alive: Tensor,
+        *,
+        count: Tensor | int | None = None,
+        pinned: Tensor | None = None,
+        importance: Tensor | None = None,
+    ) -> Selection:
+        """What a call with the whole attention chooses, from its sum and maximum over the text tokens.
+
+        Args:
+            statistics: (B, 2, N) from `mustdrop.kernels.text_statistics`.
+            alive: as in a call, and so are the others.
+            count: likewise.
+            pinned: likewise.
+            importance: likewise.
+
+        Returns:
+            `Selection` over the N tokens, ascending.
+
+        Raises:
+            ConfigError: the rank rule needs the whole attention; or `count` is missing in budget mode.
+        """
+        if self.rank:
+            raise ConfigError("PrefillPruner with the rank rule needs the attention of every text token: call it.")
+        return self._choose(shares(statistics, alive), alive, count, pinned, importance)
+
+    def _choose(
+        self,
+        statistics: tuple[Tensor, Tensor],
+        alive: Tensor,
+        count: Tensor | int | None,
+        pinned: Tensor | None,
+        importance: Tensor | None,
+    ) -> Selection:
         if self.keep is None and not self.rank:
             stay = dual_filter(statistics, alive, self.global_threshold or 0.0, self.individual_threshold or 0.0)
             return Selection.from_mask(stay if pinned is None else stay | (pinned & alive))
-        if self.rank:
-            count = rank_counts(attention, alive, 1.0 if self.scale is None else self.scale, self.bias or 0.0)
         if count is None:
             raise ConfigError(
                 "PrefillPruner(keep=...) called without count: pass counts(total, n_layers)[k] at "
                 "the k-th filter layer."
             )
-        count = torch.as_tensor(count, device=attention.device).expand(batch)
+        count = torch.as_tensor(count, device=alive.device).expand(len(alive))
         score = dual_score(statistics, self.global_threshold or 1.0, self.individual_threshold or 1.0)
         return Selection.from_mask(keep_best(score, count, alive, pinned, importance))
+
+
+def needs_rows(pruner: object) -> bool:
+    """Whether a pruner must see the attention of each text token: true of any that does not say otherwise."""
+    return bool(getattr(pruner, "needs_rows", True))

@@ -23,9 +23,22 @@ def dual_statistics(attention: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
         (global, individual), each (B, N) float32: the sum over text tokens as a share of the row's total over the alive
         tokens, and the maximum over text tokens. Both are 0 where a token is not alive.
     """
-    probability = attention.float().masked_fill(~alive[:, None], 0)
-    total = probability.sum(1)
-    return total / total.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny), probability.amax(1)
+    probability = attention.float()
+    return shares(torch.stack([probability.sum(1), probability.amax(1)], 1), alive)
+
+
+def shares(statistics: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+    """Global and individual attention from the sum and the maximum over the text tokens.
+
+    Args:
+        statistics: (B, 2, N), what `mustdrop.kernels.text_statistics` gives.
+        alive: (B, N) bool.
+
+    Returns:
+        See `dual_statistics`.
+    """
+    total, peak = statistics.masked_fill(~alive[:, None], 0).unbind(1)
+    return total / total.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny), peak
 
 
 def dual_filter(

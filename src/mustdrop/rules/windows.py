@@ -14,6 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from mustdrop import kernels
 from mustdrop.errors import ConfigError
 from mustdrop.rules.ranking import rank_descending
 from mustdrop.selection import Selection
@@ -59,8 +60,6 @@ def _centre(grid: Sides, window: int | Sides) -> int:
 def window_similarity(x: Tensor, grid: Sides, window: int | Sides) -> Tensor:
     """Mean pairwise cosine similarity of the tokens of each window.
 
-    The closed form (|sum of unit vectors|^2 - sum of their squared norms) / (n (n - 1)) needs no pairwise products.
-
     Args:
         x: (B, N, C) tokens in raster order of `grid`.
         grid: sides of the grid, with N tokens in all.
@@ -72,9 +71,7 @@ def window_similarity(x: Tensor, grid: Sides, window: int | Sides) -> Tensor:
     if x.shape[1] != math.prod(grid):
         sides = "x".join(map(str, grid))
         raise ConfigError(f"got {x.shape[1]} tokens for a grid of {sides} = {math.prod(grid)} patches.")
-    unit = torch.nn.functional.normalize(x.float(), dim=-1)[:, window_index(grid, window, x.device)]  # (B, W, n, C)
-    n = unit.shape[2]
-    return (unit.sum(2).square().sum(-1) - unit.square().sum((2, 3))) / (n * (n - 1))
+    return kernels.window_similarity(x, window_index(grid, window, x.device))
 
 
 def merge_windows(

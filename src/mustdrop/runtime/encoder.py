@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mustdrop.adapters.base import Tower
 from mustdrop.compat import eager
 from mustdrop.errors import ConfigError
-from mustdrop.kernels.reference import received_attention, row_probabilities
+from mustdrop.kernels import received_attention, row_probabilities
 from mustdrop.pruners import VisionStagePruner
 from mustdrop.runtime.masks import attended_keys, cut_encoder_mask, encoder_mask
 from mustdrop.runtime.state import Local

@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from mustdrop import kernels
 from mustdrop.runtime.rows import PAD, has_padding, pack, take
 
 if TYPE_CHECKING:
     from mustdrop.kv import Slots
+
+AT_ONCE = 1 << 28  # bytes of cache that are cut in one go
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ def evict_dropped(layers: list[Slots], start: int, here: Tensor) -> None:
         here: (B, length) bool, tokens of the chunk that the last decoder layer still processed.
     """
     shared: dict[int, Cut | None] = {}
+    alike: dict[tuple[int, torch.device], list[Slots]] = {}
     for layer in layers:
         key = id(layer.layout)
         if key not in shared:
@@ -58,4 +63,12 @@ def evict_dropped(layers: list[Slots], start: int, here: Tensor) -> None:
             shared[key] = Cut.of(positions, vision, ~vision | ~inside | stays)
         cut = shared[key]
         if cut is not None:
-            layer.apply(cut)
+            alike.setdefault((key, layer.keys.device), []).append(layer)
+    for (key, device), some in alike.items():
+        cut = shared[key]
+        assert cut is not None  # only layers that lose something are collected
+        while some:  # as many layers at once as may exist twice for a moment
+            part = [some.pop() for _ in range(min(len(some), max(1, AT_ONCE // some[-1].storage_bytes())))]
+            stored = kernels.compact([t for layer in part for t in layer.entries()], cut.index.to(device))
+            for layer, keys, values in zip(part, stored[::2], stored[1::2], strict=True):
+                layer.store(cut, keys, values)

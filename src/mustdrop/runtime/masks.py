@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mustdrop import kernels
 from mustdrop.errors import UnsupportedOptionError
 from mustdrop.runtime.rows import PAD, take
 
@@ -74,7 +75,9 @@ def physical_mask(mask: Tensor | None, layout: Layout, implementation: str, dtyp
             return None
         return _cast(layout.causal()[:, None], None, implementation, dtype)
     known = mask if mask.shape[0] == layout.rows.shape[0] else mask.expand(layout.rows.shape[0], -1, -1, -1)
-    known = take(take(known, layout.rows, 2), layout.slots.clamp(max=mask.shape[-1] - 1), 3)
+    known = kernels.cut_mask(
+        known, layout.rows.to(known.device), layout.slots.clamp(max=mask.shape[-1] - 1).to(known.device)
+    )
     if not layout.padded:
         return known
     hidden = (layout.slots == PAD)[:, None, None]
@@ -139,7 +142,7 @@ def cut_encoder_mask(mask: Tensor, slots: Tensor, visible: Tensor) -> Tensor:
     if mask.ndim == 2:
         return take(mask, slots, 1) & visible.to(mask.dtype)
     known = mask.expand(slots.shape[0], -1, -1, -1)
-    known = take(take(known, slots, 2), slots, 3)
+    known = kernels.cut_mask(known, slots.to(known.device), slots.to(known.device))
     if known.dtype == torch.bool:
         return known & visible[:, None, None]
     return known.masked_fill(~visible[:, None, None], torch.finfo(known.dtype).min)

@@ -41,6 +41,7 @@ def record(runtime: Runtime, call: Call) -> Trace:
         flops=_flops(runtime, call, prefill, rows, kv_lengths),
         kv_bytes=_kv_bytes(cache, depth),
         backend=runtime.implementation,
+        kernels=", ".join(sorted(call.kernels)) or "none",
         filters=runtime.filters,
         fit=runtime.adapter.fit(runtime.model),
         media=prefill.media,

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mustdrop import kv
+from mustdrop import kernels, kv
 from mustdrop.errors import UnsupportedOptionError
 from mustdrop.runtime.entry import Media
 from mustdrop.runtime.masks import Layout, fixed_mask, physical_mask
-from mustdrop.runtime.rows import PAD, take
+from mustdrop.runtime.rows import PAD
 from mustdrop.runtime.state import Forward
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Rewriter:
             if name.startswith("position_embeddings") and value is not None:
                 kwargs[name] = self._rotary(layout, forward, hidden, value)
             elif name in self.runtime.adapter.row_arguments and value is not None:
-                kwargs[name] = take(value, layout.rows, 1)
+                kwargs[name] = kernels.gather_rows([value], layout.rows.to(value.device))[0]
             elif name == "position_ids" and value is not None:
                 # flash attention takes gaps between positions for the borders of packed samples
                 kwargs[name] = None if self.runtime.flash else self._positions(layout, forward, value)
@@ -129,7 +129,7 @@ class Rewriter:
         key = ("positions", id(value), id(layout))
         if key not in forward.memo:
             axes = [value] if value.ndim == 2 else list(value)  # (B, S), or (axes, B, S)
-            cut = [take(axis, layout.rows, 1) for axis in axes]
+            cut = kernels.gather_rows(axes, layout.rows.to(value.device))
             forward.memo[key] = (value, cut[0] if value.ndim == 2 else torch.stack(cut))
         return forward.memo[key][1]  # type: ignore[no-any-return]
 
@@ -143,9 +143,9 @@ class Rewriter:
                 place = (layout.slots != PAD).cumsum(1)[:, -layout.queries.shape[1] :] - 1
                 made = self.runtime.text.rotary_emb(hidden, place.clamp(min=0).to(hidden.device))
             elif isinstance(value, Tensor):  # one table of complex numbers
-                made = _cut_rows(value, layout.rows)
+                (made,) = _cut_rows([value], layout.rows)
             else:
-                made = tuple(_cut_rows(t, layout.rows) for t in value)
+                made = tuple(_cut_rows(list(value), layout.rows))
             forward.memo[key] = (value, made)
         return forward.memo[key][1]  # type: ignore[no-any-return]
 
@@ -161,6 +161,8 @@ def arrival(forward: Forward, media: Media) -> kv.Arrival:
     return forward.memo["arrival"]  # type: ignore[no-any-return]
 
 
-def _cut_rows(table: Tensor, rows: Tensor) -> Tensor:
-    """Rows of a rotary table (B, S, D), or (axes, B, S, D) for multi-axis rotary embeddings."""
-    return take(table, rows, 1) if table.ndim == 3 else torch.stack([take(axis, rows, 1) for axis in table])
+def _cut_rows(tables: list[Tensor], rows: Tensor) -> list[Tensor]:
+    """Rows of rotary tables, each (B, S, D), or (axes, B, S, D) for multi-axis rotary embeddings."""
+    flat = [axis for table in tables for axis in (table if table.ndim == 4 else [table])]
+    cut = iter(kernels.gather_rows(flat, rows.to(tables[0].device)))
+    return [torch.stack([next(cut) for _ in table]) if table.ndim == 4 else next(cut) for table in tables]

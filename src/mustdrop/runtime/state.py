@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mustdrop.kernels.dispatch import fresh_log
 from mustdrop.layout import Layout
 from mustdrop.runtime.plan import RowPlan
 from mustdrop.runtime.rows import PAD, take
@@ -104,6 +105,7 @@ class Call:
         labels: our copy of the labels.
         cache: the cache that the call used.
         steps: logical tokens that followed the first pass.
+        kernels: which implementations ran (see `mustdrop.kernels`).
     """
 
     owner: object
@@ -119,6 +121,7 @@ class Call:
     labels: Tensor | None = None
     cache: Any = None
     steps: int = 0
+    kernels: set[str] = field(default_factory=fresh_log)
 
 
 @dataclass
@@ -134,7 +137,8 @@ class Forward:
         rows: (B, n) long, chunk index of each current row, PAD on padding; None while all rows are there.
         padded: whether `rows` holds PAD.
         record: what the trace learns about this pass, None if it describes another one.
-        attention: (B, T, n) captured at the last filter layer.
+        attention: captured at the last filter layer: (B, T, n), or (B, 2, n) where the pruner needs no more than the
+            sum and the maximum over the text rows.
         memo: masks and positions shared by layers of one layout.
     """
 

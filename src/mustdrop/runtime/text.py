@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mustdrop import kv
+from mustdrop import kernels, kv
 from mustdrop.compat import eager
 from mustdrop.errors import MustDropError, UnsupportedOptionError
-from mustdrop.kernels.reference import row_probabilities
+from mustdrop.pruners.prefill import needs_rows
 from mustdrop.runtime import checks, entry
 from mustdrop.runtime.compiled import compiled_step, outside_steps
 from mustdrop.runtime.entry import Media
@@ -179,7 +179,8 @@ class TextStage:
                 "does not ask its config which function to use."
             )
         vision = forward.current(media.vision)
-        selection = prefill(
+        choose = prefill if needs_rows(prefill) else prefill.from_statistics
+        selection = choose(
             attention.to(vision.device),
             vision,
             count=None if media.counts is None else media.counts[k],
@@ -194,8 +195,7 @@ class TextStage:
         place = pack(keep & forward.current(media.valid), media.order if forward.rows is None else None)
         forward.rows = take(forward.index(place.device), place, 1).masked_fill(place == PAD, PAD)
         forward.padded, forward.memo = has_padding(place), {}
-        hidden = take(hidden, place, 1)
-        return hidden.masked_fill((place == PAD).to(hidden.device)[..., None], 0) if forward.padded else hidden
+        return kernels.gather_rows([hidden], place.to(hidden.device), zero=forward.padded)[0]
 
     def _extend(self, i: int, layer: kv.Slots | None, forward: Forward, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
         """Nothing is dropped in this pass: only a cache that has been pruned before needs its mask mapped."""
@@ -236,11 +236,14 @@ class TextStage:
             k, mask = k[:, :, :stored], mask if mask is None else mask[..., :stored]
         visible, bias = visible_keys(rows, mask, q.shape[2], k.shape[2])
         scaling = kwargs.get("scaling") or getattr(module, "scaling", None) or q.shape[-1] ** -0.5
-        probability = row_probabilities(q, k, rows, visible, scaling, bias, kwargs.get("softcap"))
+        arguments = (q, k, rows, visible, scaling, bias, kwargs.get("softcap"))
         if media is None:
-            forward.cache.layers[i].accumulate(probability.sum(1))
+            probability = (kernels.row_probabilities if len(rows[0]) == 1 else kernels.text_statistics)(*arguments)
+            forward.cache.layers[i].accumulate(probability[:, 0])
             return
-        forward.attention = probability[..., -q.shape[2] :]
+        prefill = self.runtime.method.prefill
+        score = kernels.row_probabilities if needs_rows(prefill) else kernels.text_statistics
+        forward.attention = score(*arguments, first=k.shape[2] - q.shape[2])
         if forward.record is not None:
             forward.record.raters = max(forward.record.raters, rows.shape[1])
             forward.record.scored.append(i)

@@ -1,0 +1,109 @@
+"""The operations that `benchmarks.kernels` measures: sizes, arguments, and the bytes and FLOPs that they need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mustdrop import kernels
+from mustdrop.kernels import reference, reference_tokens
+
+
+@dataclass(frozen=True)
+class Size:
+    """What one model asks for: vision and text tokens, heads and key heads of dimension `dim`, width, layers."""
+
+    name: str
+    vision: int
+    heads: int
+    groups: int
+    hidden: int
+    layers: int
+    side: int  # tokens per side of a window
+    dim: int = 128
+    text: int = 64
+
+
+SIZES = (
+    Size("LLaVA-1.5-7B", 576, 32, 32, 4096, 32, 3),
+    Size("LLaVA-NeXT", 2880, 32, 32, 4096, 32, 3),
+    Size("Qwen2.5-VL-7B, image", 1296, 28, 4, 3584, 28, 2),
+    Size("Qwen2.5-VL-7B, video", 16384, 28, 4, 3584, 28, 2),
+)
+TINY = (Size("tiny", 64, 4, 2, 64, 3, 2, dim=16, text=6),)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One operation at one size: its variants, and the bytes and FLOPs that it needs."""
+
+    operation: str
+    size: str
+    kernel: Callable[[], Any]
+    eager: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    bytes: int
+    flops: int = 0
+
+
+def nbytes(*tensors: Tensor) -> int:
+    return sum(t.nbytes for t in tensors)
+
+
+def attention(size: Size, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries, keys, text rows (the last ones) and causal visibility."""
+    total = size.vision + size.text
+    q = torch.randn(1, size.heads, total, size.dim, device=device, dtype=dtype)
+    k = torch.randn(1, size.groups, total, size.dim, device=device, dtype=dtype)
+    rows = torch.arange(size.vision, total, device=device)[None]
+    return q, k, rows, torch.arange(total, device=device) <= rows[..., None]
+
+
+def scoring(size: Size, device: torch.device, dtype: torch.dtype) -> Work:
+    """The statistics that a filter layer needs."""
+    q, k, rows, visible = attention(size, device, dtype)
+    given = (q, k, rows, visible, size.dim**-0.5)
+    needed = size.heads * size.text * size.dim * dtype.itemsize + nbytes(k, visible) + 8 * k.shape[2]
+    flops = 2 * size.heads * size.text * k.shape[2] * size.dim
+    return Work("text statistics", size.name, lambda: kernels.text_statistics(*given), reference.text_statistics,
+                given, needed, flops)  # fmt: skip
+
+
+def works(size: Size, device: torch.device, dtype: torch.dtype) -> list[Work]:
+    """All operations at one size, on random numbers."""
+    n, total, c = size.vision, size.vision + size.text, size.hidden
+    keep = torch.rand(1, total, device=device).argsort(1)[:, : total // 4].sort(1).values
+    q, k, _, visible = attention(size, device, dtype)
+    one = (q[:, :, -1], k, visible[:, -1], size.dim**-0.5)
+    hidden = torch.randn(1, total, c, device=device, dtype=dtype)
+    tables = list(torch.randn(2, 1, total, size.dim, device=device, dtype=dtype))
+    place = torch.arange(total, device=device)[None]
+    window = size.side**2
+    index = torch.randperm(n, device=device)[: n // window * window].view(-1, window).sort(1).values
+    slots = n - n // 4
+    slot = torch.arange(n, device=device).clamp(max=slots - 1)[None]
+    weight = torch.ones(1, n, device=device)
+    metric = torch.randn(1, n, size.dim, device=device, dtype=dtype)
+    cache = [torch.randn_like(k) for _ in range(2 * size.layers)]
+    x = hidden[:, :n]
+    gathered, compacted, merged = [hidden, *tables, place], (cache, keep), (x, slot, slots, weight)
+    kept = keep.numel()
+
+    def work(name: str, given: tuple[Any, ...], needed: int, flops: int = 0, module: Any = reference_tokens) -> Work:
+        function = getattr(kernels, name)
+        return Work(name.replace("_", " "), size.name, lambda: function(*given), getattr(module, name), given, needed,
+                    flops)  # fmt: skip
+
+    return [
+        scoring(size, device, dtype),
+        work("key_scores", one, nbytes(k) + 5 * total, 2 * size.heads * total * size.dim, reference),
+        work("window_similarity", (x, index), nbytes(x, index) + 4 * len(index)),
+        work("merge_tokens", merged, nbytes(x, slot, weight) + slots * c * dtype.itemsize),
+        work("best_match", (metric[:, ::2], metric[:, 1::2]), nbytes(metric) + 6 * n, n * n // 2 * size.dim),
+        work("gather_rows", (gathered, keep), 2 * kept * (c + 2 * size.dim) * dtype.itemsize + 24 * kept),
+        work("compact", compacted, 2 * len(cache) * kept * size.groups * size.dim * dtype.itemsize),
+    ]

@@ -1,0 +1,172 @@
+"""Which implementation runs: Triton on a GPU, the PyTorch reference elsewhere, or what the caller asks for.
+
+Every operation is registered with torch under `torch.ops.mustdrop`, so `torch.compile`, `torch.export` and fake tensors
+know its output shapes and never look inside. `Library.define` and `impl` are used, and not `torch.library.custom_op`
+(whose eager call costs several times as much) or `triton_op` (which is decomposed before the device is known, and so
+cannot be traced on a machine without a GPU).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from mustdrop.errors import ConfigError, UnsupportedOptionError
+
+Choice = Literal["auto", "triton", "reference"]
+CHOICES = ("auto", "triton", "reference")
+VARIABLE = "MUSTDROP_KERNELS"
+
+LIBRARY: Any = torch.library.Library("mustdrop", "DEF")  # type: ignore[no-untyped-call]
+
+
+class _Log(threading.local):
+    """What ran in this thread since the current call of a patched model began."""
+
+    def __init__(self) -> None:
+        self.ran: set[str] = set()
+
+
+_LOG = _Log()
+_forced: list[Choice] = []  # at most one entry: what `use_kernels` said
+
+
+def use_kernels(choice: Choice) -> None:
+    """Choose the implementation of mustdrop's kernels for this process; overrides the variable MUSTDROP_KERNELS.
+
+    Args:
+        choice: "auto" (Triton on CUDA and ROCm devices, the reference elsewhere), "triton" or "reference".
+
+    Raises:
+        ConfigError: any other word.
+        UnsupportedOptionError: "triton" without the package triton. Tensors that Triton cannot take raise later, when
+            they come.
+    """
+    _check(choice, "use_kernels")
+    if choice == "triton" and not has_triton():
+        raise UnsupportedOptionError("use_kernels('triton'): the package triton is not installed (pip install triton).")
+    _forced[:] = [choice]
+
+
+def chosen() -> Choice:
+    """What `use_kernels` or the variable MUSTDROP_KERNELS asks for, "auto" without either."""
+    if _forced:
+        return _forced[0]
+    choice = os.environ.get(VARIABLE, "auto") or "auto"
+    _check(choice, VARIABLE)
+    return cast(Choice, choice)
+
+
+def implementation(device: torch.device, floats: tuple[torch.dtype, ...] = ()) -> Literal["triton", "reference"]:
+    """What runs for tensors on `device` with these floating-point types.
+
+    Raises:
+        UnsupportedOptionError: Triton is asked for and cannot run there.
+    """
+    choice = chosen()
+    if choice == "reference":
+        return "reference"
+    obstacle = _obstacle(device, floats, choice == "triton")
+    if obstacle is None:
+        return "triton"
+    if choice == "triton":
+        raise UnsupportedOptionError(f"Triton kernels are asked for, but {obstacle}: use MUSTDROP_KERNELS=auto.")
+    return "reference"
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether the package triton is installed; it is not imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def fresh_log() -> set[str]:
+    """An empty set to which every operation of this thread adds, from now on, what it ran as."""
+    _LOG.ran = set()
+    return _LOG.ran
+
+
+def differentiable(*tensors: Tensor | None) -> bool:
+    """Whether a gradient must flow through any of these: then the reference runs, whose steps autograd knows."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def register(schema: str, fake: Callable[..., Any], launcher: str) -> Callable[[Callable[..., Any]], Any]:
+    """Register a reference and its Triton launcher as one operation.
+
+    Args:
+        schema: name and types, as `torch.library.define` takes them.
+        fake: from the arguments, empty outputs of the right shape.
+        launcher: "module:function" below `mustdrop.kernels.triton`, with the arguments of the reference. It is imported
+            when it first runs, so `import mustdrop` needs no triton.
+
+    Returns:
+        A decorator for the reference; what it returns is called as the reference is.
+    """
+    name = schema.split("(")[0]
+    module, function = launcher.split(":")
+
+    def decorate(reference: Callable[..., Any]) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            tensors = list(_tensors((*args, *kwargs.values())))
+            floats = tuple({t.dtype for t in tensors if t.is_floating_point()})
+            kind = implementation(tensors[0].device, floats)
+            _LOG.ran.add(kind)
+            if kind == "reference":
+                return reference(*args, **kwargs)
+            launch = getattr(importlib.import_module(f"mustdrop.kernels.triton.{module}"), function)
+            with _on(tensors[0].device):
+                return launch(*args, **kwargs)
+
+        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"mustdrop::{name}", fake, lib=LIBRARY)
+        return getattr(torch.ops.mustdrop, name).default
+
+    return decorate
+
+
+def _on(device: torch.device) -> Any:
+    """Triton launches on the current device; a model may be spread over several."""
+    return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()
+
+
+def _obstacle(device: torch.device, floats: tuple[torch.dtype, ...], forced: bool) -> str | None:
+    """Why Triton cannot run, None if it can."""
+    if not has_triton():
+        return "the package triton is not installed"
+    if torch.float64 in floats:
+        return "there are float64 tensors, which the kernels do not take"
+    if device.type == "cuda":
+        return _gpu_obstacle(device.index or 0)
+    if forced and os.environ.get("TRITON_INTERPRET") == "1":  # Triton's interpreter takes tensors of the CPU
+        return None
+    return f"the tensors are on {device.type!r}, which the kernels do not run on"
+
+
+@functools.cache
+def _gpu_obstacle(index: int) -> str | None:
+    if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
+        return f"{torch.cuda.get_device_name(index)} is older than compute capability 8.0"
+    return None
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _check(choice: str, where: str) -> None:
+    if choice not in CHOICES:
+        raise ConfigError(f"{where}: expected one of {', '.join(CHOICES)}, got {choice!r}.")

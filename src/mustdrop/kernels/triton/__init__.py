@@ -1,0 +1,1 @@
+"""Triton kernels and what launches them. Imported when a kernel first runs: `import mustdrop` needs no triton."""

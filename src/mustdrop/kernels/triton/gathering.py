@@ -1,0 +1,193 @@
+"""Copies: rows of several tensors, a cut of a mask, and entries of all cache layers, in few launches.
+
+Numbers are moved as integers of the same size, so a copy is exact and one compiled kernel serves all types of a size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mustdrop.kernels.triton.common import FUSED, broadcast, p2
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+AT_ONCE = 4  # tensors per launch of `gather_rows`: hidden states, cosine, sine, positions
+PART = 1 << 28  # bytes of cache written per launch: old and new entries of that many exist side by side
+
+
+@triton.jit
+def _move(x, out, index, M, width, sxb, sxn, block, there, i, b, BC: tl.constexpr, ZERO: tl.constexpr):
+    """Rows `index` of one tensor: BC columns from `block` on."""
+    c = block * BC + tl.arange(0, BC)
+    inside = there[:, None] & (c < width)[None, :]
+    row = tl.maximum(index, 0)
+    v = tl.load(x + b * sxb + row[:, None] * sxn + c[None, :], mask=inside, other=0)
+    if ZERO:
+        v = tl.where((index < 0)[:, None], 0, v)
+    tl.store(out + b * M * width + i[:, None].to(tl.int64) * width + c[None, :], v, mask=inside)
+
+
+@triton.jit
+def _gather(
+    x0, x1, x2, x3, y0, y1, y2, y3, index, M, w0, w1, w2, w3, sb0, sb1, sb2, sb3, sn0, sn1, sn2, sn3, e0, e1, e2, sib,
+    sim, BR: tl.constexpr, BC: tl.constexpr, ZERO: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """BR rows x BC columns of one of up to four tensors; tensor t has the column blocks from e(t-1) to e(t)."""
+    block = tl.program_id(2)
+    b = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BR + tl.arange(0, BR)
+    there = i < M
+    j = tl.load(index + b * sib + i * sim, mask=there, other=0)
+    if block < e0:
+        _move(x0, y0, j, M, w0, sb0, sn0, block, there, i, b, BC, ZERO)
+    # nested: the outer condition is decided at compilation, the inner one on the device
+    if COUNT > 1:  # noqa: SIM102
+        if (block >= e0) & (block < e1):
+            _move(x1, y1, j, M, w1, sb1, sn1, block - e0, there, i, b, BC, ZERO)
+    if COUNT > 2:  # noqa: SIM102
+        if (block >= e1) & (block < e2):
+            _move(x2, y2, j, M, w2, sb2, sn2, block - e1, there, i, b, BC, ZERO)
+    if COUNT > 3:  # noqa: SIM102
+        if block >= e2:
+            _move(x3, y3, j, M, w3, sb3, sn3, block - e2, there, i, b, BC, ZERO)
+
+
+@triton.jit
+def _cut(
+    x, rows, columns, out, n, k, sxb, sxh, sxq, sxk, srb, srn, scb, sck, H, BR: tl.constexpr, BC: tl.constexpr
+):  # fmt: skip
+    """One tile of a mask."""
+    b = (tl.program_id(2) // H).to(tl.int64)
+    h = (tl.program_id(2) % H).to(tl.int64)
+    i = tl.program_id(0) * BR + tl.arange(0, BR)
+    j = tl.program_id(1) * BC + tl.arange(0, BC)
+    both = (i < n)[:, None] & (j < k)[None, :]
+    row = tl.maximum(tl.load(rows + b * srb + i * srn, mask=i < n, other=0), 0)
+    column = tl.maximum(tl.load(columns + b * scb + j * sck, mask=j < k, other=0), 0)
+    v = tl.load(x + b * sxb + h * sxh + row[:, None] * sxq + column[None, :] * sxk, mask=both, other=0)
+    tl.store(out + (tl.program_id(2).to(tl.int64) * n + i[:, None]) * k + j[None, :], v, mask=both)
+
+
+@triton.jit
+def _compact(
+    like, sources, outs, index, M, G, sxb, sxg, sxn, sib, sim, D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """BR entries of one head of one tensor, which a table of addresses names: all layers in one launch."""
+    which = tl.program_id(2)
+    b = (tl.program_id(1) // G).to(tl.int64)
+    g = (tl.program_id(1) % G).to(tl.int64)
+    kind = tl.pointer_type(like.dtype.element_ty)
+    x = tl.load(sources + which).to(kind)
+    out = tl.load(outs + which).to(kind)
+    if ALIGNED:  # the compiler cannot see it, and copies 16 bytes at a time only where it knows
+        x = tl.multiple_of(x, 16)
+        out = tl.multiple_of(out, 16)
+    i = tl.program_id(0) * BR + tl.arange(0, BR)
+    there = i < M
+    d = tl.arange(0, BD)
+    inside = there[:, None] & (d < D)[None, :]
+    j = tl.maximum(tl.load(index + b * sib + i * sim, mask=there, other=0), 0)
+    v = tl.load(x + b * sxb + g * sxg + j[:, None] * sxn + d[None, :], mask=inside, other=0)
+    start = out + tl.program_id(1).to(tl.int64) * M * D
+    tl.store(start + i[:, None] * D + d[None, :], v, mask=inside)
+
+
+def gather_rows(tensors: list[Tensor], index: Tensor, zero: bool = False) -> list[Tensor]:
+    """See `mustdrop.kernels.gather_rows`."""
+    outs = [x.new_empty(*index.shape, *x.shape[2:]) for x in tensors]
+    if not index.numel():
+        return outs
+    pairs = [(_as_rows(x), out) for x, out in zip(tensors, outs, strict=True) if out.numel()]
+    for start in range(0, len(pairs), AT_ONCE):
+        some = pairs[start : start + AT_ONCE]
+        _launch_gather([_integers(x) for x, _ in some], [_integers(out) for _, out in some], index, zero)
+    return outs
+
+
+def _launch_gather(xs: list[Tensor], outs: list[Tensor], index: Tensor, zero: bool) -> None:
+    batch, m = index.shape
+    index = index.to(xs[0].device)
+    block = min(512, p2(max(x.shape[2] for x in xs), 16))
+    blocks = [triton.cdiv(x.shape[2], block) for x in xs]
+    ends = [sum(blocks[: t + 1]) for t in range(AT_ONCE - 1)]
+    count, spare = len(xs), AT_ONCE - len(xs)
+    xs, outs = xs + xs[:1] * spare, outs + outs[:1] * spare
+    rows = max(4, 4096 // block)
+    _gather[(triton.cdiv(m, rows), batch, sum(blocks))](
+        *xs, *outs, index, m, *(x.shape[2] for x in xs), *(0 if x.shape[0] == 1 else x.stride(0) for x in xs),
+        *(x.stride(1) for x in xs), *ends, *index.stride(), BR=rows, BC=block, ZERO=zero, COUNT=count, num_warps=4,
+        **FUSED,
+    )  # fmt: skip
+
+
+def cut_mask(mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """See `mustdrop.kernels.cut_mask`."""
+    batch, n = rows.shape
+    heads, k = mask.shape[1], columns.shape[1]
+    out = mask.new_empty(batch, heads, n, k)
+    if out.numel():
+        x, rows, columns = _integers(mask), rows.to(mask.device), columns.to(mask.device)
+        block = min(128, p2(k, 16))
+        _cut[(triton.cdiv(n, 32), triton.cdiv(k, block), batch * heads)](
+            x, rows, columns, _integers(out), n, k, *broadcast(x), *rows.stride(), *columns.stride(), heads,
+            BR=32, BC=block, num_warps=4, **FUSED,
+        )  # fmt: skip
+    return out
+
+
+def compact(tensors: list[Tensor], index: Tensor) -> list[Tensor]:
+    """See `mustdrop.kernels.compact`."""
+    outs = [x.new_empty(index.shape[0], x.shape[1], index.shape[1], x.shape[3]) for x in tensors]
+    sources = [x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous() for x in tensors]
+    alike: dict[object, list[int]] = {}
+    for t, x in enumerate(sources):
+        if outs[t].numel():
+            alike.setdefault((x.shape[1:], x.stride(), x.shape[0], x.dtype), []).append(t)
+    for group in alike.values():
+        for part in _parts(group, outs[group[0]].nbytes):
+            _launch_compact([_integers(sources[t]) for t in part], [_integers(outs[t]) for t in part], index)
+    return outs
+
+
+def _parts(group: list[int], size: int) -> Iterator[list[int]]:
+    step = max(1, PART // size)
+    for start in range(0, len(group), step):
+        yield group[start : start + step]
+
+
+def _launch_compact(xs: list[Tensor], outs: list[Tensor], index: Tensor) -> None:
+    x, index = xs[0], index.to(xs[0].device)
+    batch, m = index.shape
+    heads, dim = x.shape[1], x.shape[3]
+    block = p2(dim, 16)
+    aligned = all(t.data_ptr() % 16 == 0 for t in (*xs, *outs))
+    rows = max(4, 4096 // block)
+    _compact[(triton.cdiv(m, rows), batch * heads, len(xs))](
+        x, _addresses(xs), _addresses(outs), index, m, heads, 0 if x.shape[0] == 1 else x.stride(0), x.stride(1),
+        x.stride(2), *index.stride(), D=dim, BD=block, BR=rows, ALIGNED=aligned, num_warps=4, **FUSED,
+    )  # fmt: skip
+
+
+def _addresses(tensors: list[Tensor]) -> Tensor:
+    """A table of where tensors begin, on their device. Copied from pinned memory, so that the host does not wait."""
+    table = torch.tensor([t.data_ptr() for t in tensors], dtype=torch.long)
+    device = tensors[0].device
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """(B or 1, N, ...) as (B or 1, N, C) with neighbouring columns."""
+    x = x.reshape(x.shape[0], x.shape[1], math.prod(x.shape[2:]))
+    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+
+
+def _integers(x: Tensor) -> Tensor:
+    if x.is_complex():
+        x = torch.view_as_real(x).flatten(-2)
+    return x.view(INTEGERS[x.element_size()])

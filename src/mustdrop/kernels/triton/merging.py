@@ -1,0 +1,91 @@
+"""Similarity of windows and means of what merges: each reads the features once, the latter writes them once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mustdrop.kernels.triton.common import FUSED, p2, plain
+
+
+@triton.jit
+def _similarity(x, index, out, sxb, sxn, siw, sit, n, C: tl.constexpr, BC: tl.constexpr, UNROLL: tl.constexpr):
+    """One window: its rows pass through registers one at a time. A zero row has cosine 0 to all others."""
+    w = tl.program_id(0)
+    b = tl.program_id(1)
+    c = tl.arange(0, BC)
+    total = tl.zeros((BC,), tl.float32)
+    squares = 0.0
+    for i in tl.range(0, n, loop_unroll_factor=UNROLL):
+        row = tl.load(index + w * siw + i * sit)
+        v = tl.load(x + b.to(tl.int64) * sxb + row * sxn + c, mask=c < C, other=0.0).to(tl.float32)
+        square = tl.sum(v * v)
+        norm = tl.maximum(tl.sqrt(square), 1e-12)
+        total += v / norm
+        squares += square / (norm * norm)
+    pairs = (n * (n - 1)).to(tl.float32)
+    tl.store(out + b * tl.num_programs(0) + w, (tl.sum(total * total) - squares) / pairs)
+
+
+@triton.jit
+def _segments(
+    x, weight, members, borders, out, N, M, C, sxb, sxn, swb, swn, WEIGHTED: tl.constexpr, BC: tl.constexpr
+):  # fmt: skip
+    """One slot: the mean of its members, which lie next to each other in `members`."""
+    slot = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    c = tl.program_id(2) * BC + tl.arange(0, BC)
+    start = tl.load(borders + b * (M + 1) + slot)
+    end = tl.load(borders + b * (M + 1) + slot + 1)
+    total = tl.zeros((BC,), tl.float32)
+    whole = 0.0
+    for i in range(start, end):
+        row = tl.load(members + b * N + i)
+        v = tl.load(x + b * sxb + row * sxn + c, mask=c < C, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            each = tl.load(weight + b * swb + row * swn).to(tl.float32)
+            total += v * each
+            whole += each
+        else:
+            total += v
+            whole += 1.0
+    mean = total / tl.where(whole > 0, whole, 1.0)
+    tl.store(out + (b * M + slot) * C + c, mean.to(out.dtype.element_ty), mask=c < C)
+
+
+def window_similarity(x: Tensor, index: Tensor) -> Tensor:
+    """See `mustdrop.kernels.window_similarity`."""
+    x = plain(x)
+    batch, _, channels = x.shape
+    windows, n = index.shape
+    out = x.new_empty(batch, windows, dtype=torch.float32)
+    if out.numel():
+        block = p2(channels, 32)
+        _similarity[(windows, batch)](
+            x, index, out, *x.stride()[:2], *index.stride(), n, C=channels, BC=block, UNROLL=4,
+            num_warps=16 if block > 4096 else 4 if block > 256 else 1, **FUSED,
+        )  # fmt: skip
+    return out
+
+
+def merge_tokens(x: Tensor, slot: Tensor, slots: int, weight: Tensor | None = None) -> Tensor:
+    """See `mustdrop.kernels.merge_tokens`."""
+    x = plain(x)
+    batch, n, channels = x.shape
+    out = x.new_empty(batch, slots, channels)
+    if not out.numel():
+        return out
+    if not n:
+        return out.zero_()
+    # members by slot, those that are gone last; shapes do not depend on data, so nothing waits for the device
+    by_slot, members = slot.masked_fill(slot < 0, slots).sort(dim=1, stable=True)
+    edges = torch.arange(slots + 1, device=x.device).expand(batch, -1).contiguous()
+    borders = torch.searchsorted(by_slot, edges)
+    block = min(1024, p2(channels, 32))
+    _segments[(slots, batch, triton.cdiv(channels, block))](
+        x, x if weight is None else weight, members, borders, out, n, slots, channels, *x.stride()[:2],
+        *((0, 0) if weight is None else weight.stride()), WEIGHTED=weight is not None, BC=block, num_warps=4, **FUSED,
+    )  # fmt: skip
+    return out
