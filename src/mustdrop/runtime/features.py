@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -167,7 +168,7 @@ def _rows(features: Any) -> Tensor:
 def _restored(flat: Tensor, like: Any, layouts: Sequence[Layout]) -> Any:
     """Features (F, C) in the container that the model returned them in, without rows that it adds only later."""
     parts = [like] if isinstance(like, Tensor) else list(like)
-    counts = [part.shape[:-1].numel() for part in parts]
+    counts = [math.prod(part.shape[:-1]) for part in parts]
     if sum(counts) < len(flat):
         flat = flat[~torch.cat([layout.structural for layout in layouts]).to(flat.device)]
     if isinstance(like, Tensor):
