@@ -135,6 +135,7 @@ class Forward:
         padded: whether `rows` holds PAD.
         record: what the trace learns about this pass, None if it describes another one.
         attention: (B, T, n) captured at the last filter layer.
+        keys: (B, n, G * D) likewise, if the scorer reads them.
         memo: masks and positions shared by layers of one layout.
     """
 
@@ -147,6 +148,7 @@ class Forward:
     padded: bool = False
     record: Prefill | None = None
     attention: Tensor | None = None
+    keys: Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
 
     def index(self, device: torch.device) -> Tensor:

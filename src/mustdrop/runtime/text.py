@@ -13,7 +13,7 @@ from mustdrop import kv
 from mustdrop.compat import eager
 from mustdrop.errors import MustDropError, UnsupportedOptionError
 from mustdrop.kernels.reference import row_probabilities
-from mustdrop.runtime import checks, entry
+from mustdrop.runtime import checks, entry, scores
 from mustdrop.runtime.compiled import compiled_step, outside_steps
 from mustdrop.runtime.entry import Media
 from mustdrop.runtime.eviction import evict_dropped
@@ -179,19 +179,29 @@ class TextStage:
                 "does not ask its config which function to use."
             )
         vision = forward.current(media.vision)
-        selection = prefill(
-            attention.to(vision.device),
-            vision,
+        seen = scores.seen(self.runtime, prefill, forward, media, hidden, attention)
+        selection = prefill.filter(
+            seen,
             count=None if media.counts is None else media.counts[k],
             pinned=None if media.pinned is None else forward.current(media.pinned),
             importance=None if media.importance is None else take(media.importance, forward.index(hidden.device), 1),
         )
         keep = selection.mask(vision.shape[1]) | ~vision
-        return hidden if bool(keep.all()) else self._gather(forward, media, hidden, keep)
+        reorders = selection.merge_into is not None and self.runtime.method.renumber
+        if bool(keep.all()) and not reorders:
+            return hidden
+        if selection.merge_into is not None:
+            hidden = scores.merged(selection.to(hidden.device), hidden)
+        order = scores.released_order(selection, vision.shape[1]) if reorders else None
+        return self._gather(forward, media, hidden, keep, order)
 
-    def _gather(self, forward: Forward, media: Media, hidden: Tensor, keep: Tensor) -> Tensor:
+    def _gather(
+        self, forward: Forward, media: Media, hidden: Tensor, keep: Tensor, order: Tensor | None = None
+    ) -> Tensor:
         """Keep the rows where `keep`, (B, rows now), is True; the prompt's padding goes at the first gather."""
-        place = pack(keep & forward.current(media.valid), media.order if forward.rows is None else None)
+        if order is None and forward.rows is None:
+            order = media.order
+        place = pack(keep & forward.current(media.valid), order)
         forward.rows = take(forward.index(place.device), place, 1).masked_fill(place == PAD, PAD)
         forward.padded, forward.memo = has_padding(place), {}
         hidden = take(hidden, place, 1)
@@ -230,7 +240,7 @@ class TextStage:
         if media is None:
             rows = torch.arange(q.shape[2], device=q.device).expand(q.shape[0], -1)
         else:
-            rows = pack(forward.current(media.raters & media.valid)).to(q.device)
+            rows = scores.rows(self.runtime.method.prefill, forward, media, k, q.shape[2]).to(q.device)
         if forward.cache is not None:  # a static cache hands out room for later tokens too
             stored = forward.cache.layers[i].slots
             k, mask = k[:, :, :stored], mask if mask is None else mask[..., :stored]
