@@ -86,3 +86,8 @@ def released_order(selection: Selection, n: int) -> Tensor:
         slots = selection.keep[b, valid]
         order[b, slots] = slots.sort().values
     return order
+
+
+def skips(media: Media, k: int) -> bool:
+    """Whether the k-th filter keeps everything in every row, as its counts say."""
+    return media.counts is not None and not media.counts[k].numel()

@@ -151,7 +151,7 @@ class TextStage:
         if forward.record is not None:
             forward.record.rows.append(forward.rows)
             forward.record.past.append(layer.slots if layer is not None else 0)
-        if i in self.runtime.filters and not _skips(media, self.runtime.filters.index(i)):
+        if i in self.runtime.filters and not scores.skips(media, self.runtime.filters.index(i)):
             self.runtime.local.capture = ("text", i)
         if layer is not None:
             layer.arrival = arrival(forward, media)
@@ -171,7 +171,7 @@ class TextStage:
     def _filter(self, forward: Forward, media: Media, k: int, hidden: Tensor) -> Tensor:
         attention, forward.attention = forward.attention, None
         prefill = self.runtime.method.prefill
-        if _skips(media, k) or prefill is None:
+        if scores.skips(media, k) or prefill is None:
             return hidden
         if attention is None:
             raise MustDropError(
@@ -298,8 +298,3 @@ class TextStage:
         full = hidden.new_zeros(hidden.shape[0], forward.length + 1, hidden.shape[2])
         output.last_hidden_state = full.scatter(1, target[..., None].expand_as(hidden), hidden)[:, :-1]
         return output
-
-
-def _skips(media: Media, k: int) -> bool:
-    """Whether the k-th filter keeps everything in every row, as its counts say."""
-    return media.counts is not None and not media.counts[k].numel()
