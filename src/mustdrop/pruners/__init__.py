@@ -2,6 +2,18 @@
 
 from mustdrop.pruners.decode import DecodeCachePruner
 from mustdrop.pruners.prefill import PrefillPruner
+from mustdrop.pruners.recycling import Recycling
+from mustdrop.pruners.scoring import LastRow, MeanOverText, Raters, Seen, TextScorer
 from mustdrop.pruners.vision import VisionStagePruner
 
-__all__ = ["DecodeCachePruner", "PrefillPruner", "VisionStagePruner"]
+__all__ = [
+    "DecodeCachePruner",
+    "LastRow",
+    "MeanOverText",
+    "PrefillPruner",
+    "Raters",
+    "Recycling",
+    "Seen",
+    "TextScorer",
+    "VisionStagePruner",
+]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -9,6 +12,8 @@ from torch import Tensor
 from mustdrop.budget import check_layers, scaled_layers, schedule
 from mustdrop.errors import ConfigError
 from mustdrop.pruners.base import Budget, Compat, Settings
+from mustdrop.pruners.recycling import Recycling
+from mustdrop.pruners.scoring import Seen, TextScorer
 from mustdrop.rules.ranking import keep_best
 from mustdrop.rules.text_attention import dual_filter, dual_score, dual_statistics, rank_counts, shares
 from mustdrop.selection import Selection
@@ -37,6 +42,11 @@ class PrefillPruner(Settings):
             max(global / gamma, individual / alpha).
         scale: tokens kept per unit of the attention matrix' numerical rank.
         bias: tokens kept on top of scale * rank.
+        survivors: tokens left after each filter layer, int or share of those that entered (rounded), in place of
+            `keep`.
+        paper_layers: layers published for a model of 32 layers; where `layers` is None they are scaled to the model.
+        score: how tokens are ranked; None is the dual attention.
+        recycle: what becomes of the tokens that go; None lets them go.
         compat: "released" renumbers positions after every filter, as the authors' code does. See docs/fidelity.md.
 
     Raises:
@@ -49,6 +59,10 @@ class PrefillPruner(Settings):
     individual_threshold: float | None = Field(None, ge=0, le=1)
     scale: float | None = Field(None, ge=0)
     bias: float | None = None
+    survivors: tuple[Budget, ...] | None = None
+    paper_layers: tuple[int, ...] = PAPER_LAYERS
+    score: TextScorer | None = None
+    recycle: Recycling | None = None
     compat: Compat = "paper"
 
     @model_validator(mode="after")
@@ -59,12 +73,22 @@ class PrefillPruner(Settings):
                 f"undercut); got global_threshold={self.global_threshold}, "
                 f"individual_threshold={self.individual_threshold}."
             )
+        if self.survivors is not None and (self.rank or self.keep is not None or self.global_threshold is not None):
+            raise ConfigError(
+                "PrefillPruner takes one way to set how many: keep, survivors, thresholds, or scale and bias. "
+                "Got survivors and another."
+            )
+        if self.score is not None and self.global_threshold is not None:
+            raise ConfigError(
+                "thresholds belong to the dual attention: leave score out, or global_threshold and "
+                "individual_threshold."
+            )
         if self.rank and (self.keep is not None or self.global_threshold is not None):
             raise ConfigError(
                 "PrefillPruner takes one way to set how many: keep, thresholds, or scale and bias. "
                 "Got scale/bias and another."
             )
-        if not self.rank and self.keep is None and self.global_threshold is None:
+        if not self.rank and self.survivors is None and self.keep is None and self.global_threshold is None:
             raise ConfigError(
                 "PrefillPruner needs one way to set how many tokens go: keep=..., global_threshold= and "
                 "individual_threshold=, or scale= and bias=."
@@ -93,9 +117,19 @@ class PrefillPruner(Settings):
         Raises:
             ConfigError: a layer outside the model.
         """
-        layers = scaled_layers(PAPER_LAYERS, PAPER_DEPTH, n_layers) if self.layers is None else self.layers
+        layers = scaled_layers(self.paper_layers, PAPER_DEPTH, n_layers) if self.layers is None else self.layers
         check_layers(layers, n_layers, "PrefillPruner.layers")
+        if self.survivors is not None and len(self.survivors) != len(layers):
+            raise ConfigError(
+                f"PrefillPruner.survivors has {len(self.survivors)} entries, and there are filters after layers "
+                f"{layers}: give one entry per filter, or layers=."
+            )
         return layers
+
+    def left(self, entering: int) -> tuple[int, ...]:
+        """Tokens after each filter by `survivors`, of `entering` tokens."""
+        asked = [round(s * entering) if isinstance(s, float) else s for s in self.survivors or ()]
+        return tuple(max(1, min(n, entering)) for n in asked)
 
     def counts(self, total: int, n_layers: int) -> tuple[int, ...]:
         """Survivors after each filter layer for `total` vision tokens under `keep` (see `mustdrop.budget.schedule`)."""
@@ -132,17 +166,15 @@ class PrefillPruner(Settings):
             raise ConfigError(
                 f"attention must be (batch, text tokens, vision tokens), got shape {tuple(attention.shape)}."
             )
-        batch, _, n = attention.shape
         if alive is None:
-            alive = torch.ones(batch, n, dtype=torch.bool, device=attention.device)
-        if self.rank:
-            count = rank_counts(attention, alive, 1.0 if self.scale is None else self.scale, self.bias or 0.0)
-        return self._choose(dual_statistics(attention, alive), alive, count, pinned, importance)
+            alive = attention.new_ones(attention.shape[0], attention.shape[2], dtype=torch.bool)
+        return self.filter(Seen(attention, alive), count=count, pinned=pinned, importance=importance)
 
     @property
     def needs_rows(self) -> bool:
         """Whether the pruner must see the attention of each text token; if not, `from_statistics` will do."""
-        return self.rank or type(self).__call__ is not PrefillPruner.__call__
+        plain = self.score is None and self.recycle is None and not self.rank
+        return not plain or type(self).__call__ is not PrefillPruner.__call__
 
     def from_statistics(
         self,
@@ -166,13 +198,17 @@ class PrefillPruner(Settings):
             `Selection` over the N tokens, ascending.
 
         Raises:
-            ConfigError: the rank rule needs the whole attention; or `count` is missing in budget mode.
+            ConfigError: the rank rule, a scorer or recycling needs the whole attention; or `count` is missing in
+                budget mode.
         """
-        if self.rank:
-            raise ConfigError("PrefillPruner with the rank rule needs the attention of every text token: call it.")
-        return self._choose(shares(statistics, alive), alive, count, pinned, importance)
+        if self.rank or self.score is not None or self.recycle is not None:
+            raise ConfigError(
+                "PrefillPruner with the rank rule, a scorer or recycling needs the attention of every text token: "
+                "call it."
+            )
+        return self._dual(shares(statistics, alive), alive, count, pinned, importance)
 
-    def _choose(
+    def _dual(
         self,
         statistics: tuple[Tensor, Tensor],
         alive: Tensor,
@@ -180,17 +216,72 @@ class PrefillPruner(Settings):
         pinned: Tensor | None,
         importance: Tensor | None,
     ) -> Selection:
-        if self.keep is None and not self.rank:
+        """Dual attention, by thresholds or by a count."""
+        if self.keep is None and self.survivors is None and not self.rank:
             stay = dual_filter(statistics, alive, self.global_threshold or 0.0, self.individual_threshold or 0.0)
             return Selection.from_mask(stay if pinned is None else stay | (pinned & alive))
-        if count is None:
-            raise ConfigError(
-                "PrefillPruner(keep=...) called without count: pass counts(total, n_layers)[k] at "
-                "the k-th filter layer."
-            )
-        count = torch.as_tensor(count, device=alive.device).expand(len(alive))
         score = dual_score(statistics, self.global_threshold or 1.0, self.individual_threshold or 1.0)
-        return Selection.from_mask(keep_best(score, count, alive, pinned, importance))
+        return Selection.from_mask(keep_best(score, _wanted(count, alive), alive, pinned, importance))
+
+    def filter(
+        self,
+        seen: Seen,
+        *,
+        count: Tensor | int | None = None,
+        pinned: Tensor | None = None,
+        importance: Tensor | None = None,
+    ) -> Selection:
+        """As the call, with all that a scorer may read.
+
+        Args:
+            seen: what the layer knows; `hidden` is needed with `recycle`.
+            count: see the call.
+            pinned: see the call.
+            importance: see the call.
+
+        Returns:
+            `Selection` over the n tokens; with `recycle`, its `merge_into` says which tokens became a cluster.
+
+        Raises:
+            ConfigError: `count` is missing where there is a budget, or `seen` lacks what is read.
+        """
+        attention, alive = seen.attention, seen.alive
+        if self.rank:
+            count = rank_counts(attention, alive, 1.0 if self.scale is None else self.scale, self.bias or 0.0)
+        if self.score is None and self.recycle is None:
+            return self._dual(dual_statistics(attention, alive), alive, count, pinned, importance)
+        wanted = _wanted(count, alive)
+        score: Tensor
+        if self.score is None:
+            statistics = dual_statistics(attention, alive)
+            score = dual_score(statistics, self.global_threshold or 1.0, self.individual_threshold or 1.0)
+            choose: Callable[..., Tensor] = partial(keep_best, score, alive=alive, pinned=pinned, importance=importance)
+        else:
+            choose = partial(self.score.choose, seen, pinned=pinned, importance=importance)
+            score = attention.new_zeros(0)
+        if self.recycle is None:
+            return Selection.from_mask(choose(count=wanted))
+        if seen.hidden is None:
+            raise ConfigError("PrefillPruner(recycle=...) clusters hidden states: call filter() with Seen(hidden=...).")
+        if self.score is not None:
+            score = self.score.score(seen)
+        kept = wanted
+        if self.keep is not None:
+            room = [self.recycle.kept(*pair) for pair in zip(alive.sum(1).tolist(), wanted.tolist(), strict=True)]
+            kept = torch.tensor(room, device=wanted.device)
+        # no room for a token and a cluster: those rows keep what they may, and recycle nothing
+        crowded = (kept == 0)[:, None]
+        keep = torch.where(crowded, choose(count=wanted), choose(count=kept))
+        return self.recycle(keep, alive & (keep | ~crowded), score, seen.hidden, self.compat == "released")
+
+
+def _wanted(count: Tensor | int | None, alive: Tensor) -> Tensor:
+    """(B,) long."""
+    if count is None:
+        raise ConfigError(
+            "PrefillPruner(keep=...) called without count: pass counts(total, n_layers)[k] at the k-th filter layer."
+        )
+    return torch.as_tensor(count, device=alive.device).expand(len(alive))
 
 
 def needs_rows(pruner: object) -> bool:

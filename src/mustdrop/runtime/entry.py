@@ -66,6 +66,9 @@ def read(runtime: Runtime, embeds: Tensor, kinds: Tensor, mask: Tensor | None) -
     alive = ~(vision & embeds[..., 0].isnan()) if runtime.method.vision is not None else torch.ones_like(vision)
     totals = vision.sum(1).tolist()
     raters = _raters(vision, valid, call)
+    prefill = runtime.method.prefill
+    if prefill is not None and prefill.score is not None:
+        raters = prefill.score.raters(embeds.nan_to_num(0.0), vision & alive, raters)
     names = [modality.name for modality in runtime.modalities]
     found = _media(call, names, kinds.masked_fill(~valid, -1))
     marks = _marks(call, found, embeds.device) if found else []
@@ -73,8 +76,7 @@ def read(runtime: Runtime, embeds: Tensor, kinds: Tensor, mask: Tensor | None) -
     if media.marks:
         _spread_marks(media, reorder=runtime.method.renumber)
     _pin_the_end(media, call)
-    prefill = runtime.method.prefill
-    if prefill is not None and prefill.keep is not None:
+    if prefill is not None and (prefill.keep is not None or prefill.survivors is not None):
         media.counts = _counts(runtime, media)
     return media
 
@@ -215,13 +217,16 @@ def _spread_marks(media: Media, reorder: bool) -> None:
 def _counts(runtime: Runtime, media: Media) -> list[Tensor]:
     """Survivors per filter under the budget, from what really enters."""
     present = (media.vision & media.alive).sum(1).tolist()
-    rows = []
+    rows: list[tuple[int, ...]] = []
+    prefill = runtime.method.prefill
     for total, entering in zip(media.totals, present, strict=True):
         tokens = runtime.plan(total).tokens
-        if tokens is None:
+        if prefill is not None and prefill.survivors is not None:
+            rows.append(prefill.left(entering) if entering else (0,) * len(runtime.filters))
+        elif tokens is None:
             rows.append((0,) * len(runtime.filters))
         else:
-            what = f"keep={runtime.method.prefill.keep if runtime.method.prefill else None}"
+            what = f"keep={prefill.keep if prefill else None}"
             rows.append(budget.spread(entering, runtime.depth, runtime.filters, tokens, what))
     counts = []
     for k in range(len(runtime.filters)):

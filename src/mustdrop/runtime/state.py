@@ -139,6 +139,7 @@ class Forward:
         record: what the trace learns about this pass, None if it describes another one.
         attention: captured at the last filter layer: (B, T, n), or (B, 2, n) where the pruner needs no more than the
             sum and the maximum over the text rows.
+        keys: (B, n, G * D) likewise, if the scorer reads them.
         memo: masks and positions shared by layers of one layout.
     """
 
@@ -151,6 +152,7 @@ class Forward:
     padded: bool = False
     record: Prefill | None = None
     attention: Tensor | None = None
+    keys: Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
 
     def index(self, device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ from mustdrop import kernels, kv
 from mustdrop.compat import eager
 from mustdrop.errors import MustDropError, UnsupportedOptionError
 from mustdrop.pruners.prefill import needs_rows
-from mustdrop.runtime import checks, entry
+from mustdrop.runtime import checks, entry, scores
 from mustdrop.runtime.compiled import compiled_step, outside_steps
 from mustdrop.runtime.entry import Media
 from mustdrop.runtime.eviction import evict_dropped
@@ -151,7 +151,7 @@ class TextStage:
         if forward.record is not None:
             forward.record.rows.append(forward.rows)
             forward.record.past.append(layer.slots if layer is not None else 0)
-        if i in self.runtime.filters and not _skips(media, self.runtime.filters.index(i)):
+        if i in self.runtime.filters and not scores.skips(media, self.runtime.filters.index(i)):
             self.runtime.local.capture = ("text", i)
         if layer is not None:
             layer.arrival = arrival(forward, media)
@@ -171,7 +171,7 @@ class TextStage:
     def _filter(self, forward: Forward, media: Media, k: int, hidden: Tensor) -> Tensor:
         attention, forward.attention = forward.attention, None
         prefill = self.runtime.method.prefill
-        if _skips(media, k) or prefill is None:
+        if scores.skips(media, k) or prefill is None:
             return hidden
         if attention is None:
             raise MustDropError(
@@ -179,20 +179,23 @@ class TextStage:
                 "does not ask its config which function to use."
             )
         vision = forward.current(media.vision)
-        choose = prefill if needs_rows(prefill) else prefill.from_statistics
-        selection = choose(
-            attention.to(vision.device),
-            vision,
-            count=None if media.counts is None else media.counts[k],
-            pinned=None if media.pinned is None else forward.current(media.pinned),
-            importance=None if media.importance is None else take(media.importance, forward.index(hidden.device), 1),
-        )
+        selection = scores.choose(self.runtime, prefill, forward, media, hidden, attention, k)
         keep = selection.mask(vision.shape[1]) | ~vision
-        return hidden if bool(keep.all()) else self._gather(forward, media, hidden, keep)
+        reorders = selection.merge_into is not None and self.runtime.method.renumber
+        if bool(keep.all()) and not reorders:
+            return hidden
+        if selection.merge_into is not None:
+            hidden = scores.merged(selection.to(hidden.device), hidden)
+        order = scores.released_order(selection, vision.shape[1]) if reorders else None
+        return self._gather(forward, media, hidden, keep, order)
 
-    def _gather(self, forward: Forward, media: Media, hidden: Tensor, keep: Tensor) -> Tensor:
+    def _gather(
+        self, forward: Forward, media: Media, hidden: Tensor, keep: Tensor, order: Tensor | None = None
+    ) -> Tensor:
         """Keep the rows where `keep`, (B, rows now), is True; the prompt's padding goes at the first gather."""
-        place = pack(keep & forward.current(media.valid), media.order if forward.rows is None else None)
+        if order is None and forward.rows is None:
+            order = media.order
+        place = pack(keep & forward.current(media.valid), order)
         forward.rows = take(forward.index(place.device), place, 1).masked_fill(place == PAD, PAD)
         forward.padded, forward.memo = has_padding(place), {}
         return kernels.gather_rows([hidden], place.to(hidden.device), zero=forward.padded)[0]
@@ -230,7 +233,7 @@ class TextStage:
         if media is None:
             rows = torch.arange(q.shape[2], device=q.device).expand(q.shape[0], -1)
         else:
-            rows = pack(forward.current(media.raters & media.valid)).to(q.device)
+            rows = scores.rows(self.runtime.method.prefill, forward, media, k, q.shape[2]).to(q.device)
         if forward.cache is not None:  # a static cache hands out room for later tokens too
             stored = forward.cache.layers[i].slots
             k, mask = k[:, :, :stored], mask if mask is None else mask[..., :stored]
@@ -291,8 +294,3 @@ class TextStage:
         full = hidden.new_zeros(hidden.shape[0], forward.length + 1, hidden.shape[2])
         output.last_hidden_state = full.scatter(1, target[..., None].expand_as(hidden), hidden)[:, :-1]
         return output
-
-
-def _skips(media: Media, k: int) -> bool:
-    """Whether the k-th filter keeps everything in every row, as its counts say."""
-    return media.counts is not None and not media.counts[k].numel()

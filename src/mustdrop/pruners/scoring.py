@@ -1,0 +1,111 @@
+"""What a prefill pruner calls to rank vision tokens: a small frozen object, defined in the file of its method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from mustdrop.pruners.base import Settings
+from mustdrop.rules.ranking import keep_best
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a filter layer knows, for the n rows that are left. Batch rows are padded on the left.
+
+    Attributes:
+        attention: (B, T, n) float32, head-mean softmax probability that scoring text row t gives to row n; padding rows
+            are zero. The last row is the last token of the prompt.
+        alive: (B, n) bool, the vision tokens.
+        text: (B, n) bool, the text rows that score; None outside a model.
+        keys: (B, n, G * D) keys of the layer, heads side by side, if the scorer reads them.
+        hidden: (B, n, C) output of the layer behind the model's final norm, if the scorer reads it.
+    """
+
+    attention: Tensor
+    alive: Tensor
+    text: Tensor | None = None
+    keys: Tensor | None = None
+    hidden: Tensor | None = None
+
+
+class TextScorer(Settings):
+    """Base of the scorers of the prefill stage: subclass, and write `score` (or `choose`).
+
+    Attributes:
+        rows: whose attention is read: all text "text", the last token of the prompt "last", or nobody's "none".
+        reads: what beside attention is read: "keys", "hidden".
+    """
+
+    rows: ClassVar[Literal["text", "last", "none"]] = "text"
+    reads: ClassVar[frozenset[str]] = frozenset()
+
+    def raters(self, embeds: Tensor, vision: Tensor, text: Tensor) -> Tensor:
+        """Which text tokens score, (B, S) bool, decided once before decoder layer 0; a subset of `text`.
+
+        Args:
+            embeds: (B, S, C) input of the text model.
+            vision: (B, S) bool, vision tokens that enter.
+            text: (B, S) bool, text after the last vision token.
+        """
+        return text
+
+    def score(self, seen: Seen) -> Tensor:
+        """(B, n) float32, higher stays."""
+        raise NotImplementedError
+
+    def choose(
+        self, seen: Seen, count: Tensor, pinned: Tensor | None = None, importance: Tensor | None = None
+    ) -> Tensor:
+        """(B, n) bool, the `count` (B,) long vision tokens of each row that stay.
+
+        Args:
+            seen: what the layer knows.
+            count: tokens to keep.
+            pinned: (B, n) bool, tokens that come before all others.
+            importance: (B, n), orders the pinned ones.
+        """
+        return keep_best(self.score(seen), count, seen.alive, pinned, importance)
+
+
+class LastRow(TextScorer):
+    """Attention of the last token of the prompt. Source: FastV (arXiv 2403.06764), PyramidDrop (arXiv 2410.17247)."""
+
+    rows: ClassVar[Literal["text", "last", "none"]] = "last"
+
+    def score(self, seen: Seen) -> Tensor:
+        """(B, n) probability."""
+        return seen.attention[:, -1]
+
+
+class MeanOverText(TextScorer):
+    """Mean attention of the text rows that score."""
+
+    def score(self, seen: Seen) -> Tensor:
+        """(B, n) probability."""
+        real = (seen.attention.abs().sum(2) > 0).sum(1, keepdim=True).clamp(min=1)
+        return seen.attention.sum(1) / real
+
+
+class Raters(MeanOverText):
+    """Mean attention of the text tokens that the picture resembles most.
+
+    Source: SparseVLM (arXiv 2410.04417): softmax over the text of the inner products of the input embeddings, averaged
+    over the vision tokens; a text token above the mean is a rater.
+    """
+
+    def raters(self, embeds: Tensor, vision: Tensor, text: Tensor) -> Tensor:
+        """Each batch row by itself, so that padding changes nothing. Text that is all alike stays as it is."""
+        chosen = torch.zeros_like(text)
+        for b in range(len(text)):
+            rows = text[b].nonzero()[:, 0]
+            if not len(rows) or not bool(vision[b].any()):
+                chosen[b] = text[b]
+                continue
+            affinity = (embeds[b, vision[b]].float() @ embeds[b, rows].float().T).softmax(1).mean(0)
+            above = affinity > affinity.mean()
+            chosen[b, rows[above] if bool(above.any()) else rows] = True
+        return chosen

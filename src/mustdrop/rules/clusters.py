@@ -1,0 +1,44 @@
+"""Density-peak clustering: centres are dense and far from anything denser."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mustdrop.rules.ranking import rank_descending
+
+
+def density_peaks(x: Tensor, clusters: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Cluster the tokens of one row.
+
+    density = exp(-mean squared distance to the `clusters` nearest tokens, itself included), with distances divided by
+    sqrt(C); delta = distance to the nearest denser token, the largest distance for the densest. Centres are the tokens
+    with the largest density * delta, and every token joins its nearest centre. Source: SparseVLM (arXiv 2410.04417).
+
+    Args:
+        x: (n, C).
+        clusters: how many, at most n.
+        noise: (n,) in [0, 1), added to the densities times 1e-6; None breaks ties by index.
+
+    Returns:
+        (centres, member): (clusters,) long, indices of the centres, the best first; (n,) long, the place of each
+        token's centre in it.
+    """
+    x = x.float()
+    distance = torch.cdist(x, x) / x.shape[1] ** 0.5
+    density = (-distance.topk(clusters, dim=1, largest=False).values.square().mean(1)).exp()
+    if noise is not None:
+        density = density + noise * 1e-6
+    rank = rank_descending(density[None])[0]
+    denser = rank[None] < rank[:, None]
+    delta = distance.masked_fill(~denser, torch.inf).amin(1)
+    delta = torch.where(rank == 0, distance.max(), delta)
+    centres = (density * delta).argsort(descending=True, stable=True)[:clusters]
+    member = distance[:, centres].argmin(1)
+    member[centres] = torch.arange(clusters, device=x.device)
+    return centres, member
+
+
+def tie_noise(n: int, seed: int, device: torch.device | None = None) -> Tensor:
+    """(n,) in [0, 1), what the released code breaks ties of densities with. It depends on (n, seed) alone."""
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed)).to(device)

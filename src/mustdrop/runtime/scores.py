@@ -1,0 +1,127 @@
+"""What a prefill scorer may read at a filter layer, and rows whose clusters become one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mustdrop.pruners import PrefillPruner, Seen
+from mustdrop.pruners.prefill import needs_rows
+from mustdrop.runtime.entry import Media
+from mustdrop.runtime.rows import pack, take
+from mustdrop.runtime.state import Forward
+from mustdrop.selection import Selection
+
+if TYPE_CHECKING:
+    from mustdrop.runtime.core import Runtime
+
+
+def rows(prefill: PrefillPruner | None, forward: Forward, media: Media, keys: Tensor, queries: int) -> Tensor:
+    """(B, R) query rows whose attention is read, left-padded with PAD; the keys are kept where the scorer wants them.
+
+    Args:
+        prefill: the prefill stage.
+        forward: the pass.
+        media: its vision tokens.
+        keys: (B, G, K, D) keys of the layer.
+        queries: rows of this pass, the last of the keys.
+    """
+    text = pack(forward.current(media.raters & media.valid))
+    scorer = None if prefill is None else prefill.score
+    if scorer is None:
+        return text
+    if "keys" in scorer.reads:
+        own = keys[:, :, :queries] if keys.shape[2] < queries else keys[:, :, -queries:]
+        forward.keys = own.transpose(1, 2).flatten(2).float()
+    return {"text": text, "last": text[:, -1:], "none": text[:, :0]}[scorer.rows]
+
+
+def seen(
+    runtime: Runtime, prefill: PrefillPruner, forward: Forward, media: Media, hidden: Tensor, attention: Tensor
+) -> Seen:
+    """What the filter layer that has just run knows.
+
+    Args:
+        runtime: of the patched model.
+        prefill: the prefill stage.
+        forward: the pass.
+        media: its vision tokens.
+        hidden: (B, n, C) output of the layer.
+        attention: (B, R, n) of the rows that score.
+    """
+    keys, forward.keys = forward.keys, None
+    vision = forward.current(media.vision)
+    features: Tensor | None = None
+    if prefill.score is not None and "hidden" in prefill.score.reads:
+        norm = getattr(runtime.text, "norm", None)
+        features = (hidden if norm is None else norm(hidden)).detach().float()
+    elif prefill.recycle is not None:
+        features = hidden.detach()
+    text = forward.current(media.raters & media.valid)
+    here = vision.device
+    return Seen(
+        attention.to(here),
+        vision,
+        text,
+        None if keys is None else keys.to(here),
+        None if features is None else features.to(here),
+    )
+
+
+def choose(
+    runtime: Runtime,
+    prefill: PrefillPruner,
+    forward: Forward,
+    media: Media,
+    hidden: Tensor,
+    attention: Tensor,
+    k: int,
+) -> Selection:
+    """What the prefill stage keeps at its k-th filter.
+
+    Args:
+        runtime: of the patched model.
+        prefill: the prefill stage.
+        forward: the pass.
+        media: its vision tokens.
+        hidden: (B, n, C) output of the layer.
+        attention: (B, R, n) of the rows that score, or (B, 2, n), their sum and maximum, where that is enough.
+        k: number of the filter.
+    """
+    vision = forward.current(media.vision)
+    options: dict[str, Any] = {
+        "count": None if media.counts is None else media.counts[k],
+        "pinned": None if media.pinned is None else forward.current(media.pinned),
+        "importance": None if media.importance is None else take(media.importance, forward.index(hidden.device), 1),
+    }
+    if not needs_rows(prefill):
+        return prefill.from_statistics(attention.to(vision.device), vision, **options)
+    if type(prefill).__call__ is not PrefillPruner.__call__:  # a rule of somebody's own
+        return prefill(attention.to(vision.device), vision, **options)
+    return prefill.filter(seen(runtime, prefill, forward, media, hidden, attention), **options)
+
+
+def merged(selection: Selection, hidden: Tensor) -> Tensor:
+    """Hidden states (B, n, C) with each cluster's mean in the row of the token that stands for it."""
+    index = selection.keep[..., None].expand(-1, -1, hidden.shape[2])
+    several = (selection.sizes() > 1) & selection.valid
+    values = torch.where(several[..., None], selection.apply(hidden), hidden.gather(1, index))
+    place = torch.where(selection.valid, selection.keep, hidden.shape[1])  # padding goes to one row too many
+    out = torch.cat([hidden, hidden[:, :1]], 1)
+    return out.scatter(1, place[..., None].expand_as(index), values)[:, :-1]
+
+
+def released_order(selection: Selection, n: int) -> Tensor:
+    """(B, n) long sort key of the rows: survivors stand, in the order of the selection, where survivors stood."""
+    order = torch.arange(n, device=selection.keep.device).repeat(len(selection.keep), 1)
+    for b, valid in enumerate(selection.valid):
+        slots = selection.keep[b, valid]
+        order[b, slots] = slots.sort().values
+    return order
+
+
+def skips(media: Media, k: int) -> bool:
+    """Whether the k-th filter keeps everything in every row, as its counts say."""
+    return media.counts is not None and not media.counts[k].numel()

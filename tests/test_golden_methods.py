@@ -1,0 +1,75 @@
+"""The other methods' `compat="released"` against recordings of their authors' code."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+import mustdrop
+from mustdrop.pruners import recycling
+from support.builders import answer
+from support.checks import distance
+from support.oracle import CacheWatch
+from test_golden import inputs_of, plain_model, recorded
+
+SAMPLES = ("s0", "s1")
+
+
+def run(method, sample, **knobs):
+    """(answer, trace, cache lengths [steps, layers]) of one patched generate."""
+    model = mustdrop.patch(copy.deepcopy(plain_model()), method, compat="released", **knobs)
+    with CacheWatch(model) as watch:
+        out = answer(model, inputs_of(sample), steps=5)
+    return out, mustdrop.trace(model), torch.tensor([[step[i].shape[2] for i in range(32)] for step in watch.keys])
+
+
+def same_answer(out, logits, tokens):
+    assert distance(out.logits[0], logits) <= 1e-4
+    assert torch.equal(out.sequences[0, -6:], tokens)
+
+
+@pytest.mark.parametrize(("sample", "layer", "share"), list(itertools.product(SAMPLES, (2, 3), (50, 75))))
+def test_fastv(sample, layer, share):
+    record = recorded(f"fastv/hf_{sample}_K{layer}_R{share}")
+    out, trace, lengths = run("fastv", sample, layer=layer, ratio=share / 100)
+    assert trace.kept(layer).tolist() == record["cache_kept_all_steps"][0].tolist()
+    assert len(trace.kept(layer - 1)) == 576
+    assert torch.equal(lengths, record["kv_len"])
+    same_answer(out, record["cache_logits"], record["cache_tokens"])
+
+
+LISTS = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}  # METHODS: SparseVLM v1.5
+SPARSE = [(f"v15_{s}_ret{n}", {"survivors": LISTS[n]}) for s in SAMPLES for n in LISTS]
+SPARSE += [
+    (f"v1_{s}_sc{scale}_b{bias}", {"scale": float(scale), "bias": float(bias)})
+    for s in SAMPLES
+    for scale, bias in (("0.8", 0), ("13.5", 0), ("9", 6))
+]
+
+
+@pytest.mark.parametrize(("name", "knobs"), SPARSE, ids=[name for name, _ in SPARSE])
+def test_sparsevlm(name, knobs, monkeypatch):
+    record, sample = recorded(f"sparsevlm/{name}"), name.split("_")[1]
+    noise = iter([record[f"L{layer}_noise"][0] for layer in (2, 6, 15, 19) if f"L{layer}_noise" in record])
+    monkeypatch.setattr(recycling, "tie_noise", lambda *_: next(noise))  # it decides between exact ties
+    out, trace, lengths = run("sparsevlm", sample, **knobs)
+    names = list(range(576))  # patches that stand for the tokens of a stage, in the released order
+    for layer in (2, 6, 15, 19):
+        if f"L{layer}_kept_local" not in record:
+            continue
+        kept = [names[i] for i in record[f"L{layer}_kept_local"].tolist()]
+        survivors, centres = trace.kept(layer + 1).tolist(), []
+        if f"L{layer}_centers" in record:  # nothing goes where the rank is the number of tokens
+            recycled = [names[i] for i in record[f"L{layer}_recycled_local"].tolist()]
+            centres = [recycled[i] for i in record[f"L{layer}_centers"][0].tolist()]
+            if len(centres) == 1:  # the mean of all recycled tokens, whichever of them it is named by
+                centres = sorted(set(survivors) - set(kept))
+                assert len(centres) == 1
+                assert set(centres) <= set(recycled)
+        names = kept + centres
+        assert survivors == sorted(names), f"after layer {layer}"
+    assert torch.equal(lengths, record["kv_len"])
+    same_answer(out, record["gen_logits"], record["gen_tokens"])
