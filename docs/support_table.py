@@ -20,6 +20,7 @@ SUPPORT = {
     "sampling": ("test_sampling",),
     "no cache": ("test_without_cache",),
     "chat": ("test_second_turn",),
+    "new picture in a chat": ("test_new_picture_in_a_second_turn",),
     "static": ("test_static_cache",),
     "trace": ("test_trace_names_the_right_patches",),
 }

@@ -165,6 +165,30 @@ def test_second_turn(name, kind):
     assert torch.equal(ours.sequences, theirs.sequences)
 
 
+@each
+def test_new_picture_in_a_second_turn(name, kind):
+    adapter, model, oracle_model = registry()[name], mustdrop.patch(clone(name), **ALL), plain(name)
+    first = batch(adapter, model, ((kind,),))
+    with torch.no_grad():
+        with families.Recorder(model) as seen_first:
+            one = answer(model, first, 2)
+        hidden = families.hidden_by(model, mustdrop.trace(model), first["input_ids"], ALL["decode"].full_layers)
+        again = families.with_a_new_picture(adapter, model, kind, one.sequences)
+        families.skip_where_transformers_cannot_go_on(name, first, again)
+        with families.Recorder(model) as seen_second:
+            ours = answer(model, again, 4, past_key_values=one.cache)
+        hidden = families.hidden_in_two_turns(
+            hidden, mustdrop.trace(model), model, again["input_ids"], one.sequences.shape[1], step=3
+        )
+        with families.FamilyOracle(oracle_model, hidden, seen_first.outputs) as oracle:
+            start = answer(oracle_model, first, 2, past_key_values=families.DynamicCache())
+            oracle.outputs = seen_second.outputs
+            theirs = answer(oracle_model, again, 4, past_key_values=start.cache)
+    assert torch.equal(one.sequences, start.sequences)
+    assert (ours.logits - theirs.logits).abs().max() <= 1e-5
+    assert mustdrop.trace(model).dropped_anything
+
+
 # -- identity ---------------------------------------------------------------------------------------------------------
 
 

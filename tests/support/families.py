@@ -288,6 +288,14 @@ def skip_where_transformers_fails(name: str, kind: str, **options: Any) -> None:
         pytest.skip(f"the unpatched model raises: {error}")
 
 
+def skip_where_transformers_cannot_go_on(name: str, first: dict[str, Tensor], again: dict[str, Tensor]) -> None:
+    """Skip a test of a new medium in a later turn where the unpatched model raises."""
+    try:
+        answer(plain(name), again, 1, past_key_values=answer(plain(name), first, 2).cache)
+    except (ValueError, RuntimeError, IndexError, StopIteration, TypeError) as error:
+        pytest.skip(f"the unpatched model cannot go on with a new picture: {type(error).__name__}")
+
+
 def turns(adapter: Adapter, model: Any, kind: str) -> tuple[dict[str, Tensor], Tensor]:
     """A first turn with one medium, and the ids of what is said next."""
     return batch(adapter, model, ((kind,),)), torch.tensor([[31, 57, 86, 110]])
@@ -299,6 +307,33 @@ def continued(adapter: Adapter, model: Any, ids: Tensor) -> dict[str, Tensor]:
     if adapter.token_types is not None:
         inputs[adapter.token_types] = torch.zeros_like(ids)
     return inputs
+
+
+def with_a_new_picture(adapter: Adapter, model: Any, kind: str, before: Tensor) -> dict[str, Tensor]:
+    """Inputs for the next turn: everything so far, and a question about a new medium, whose pixels alone are given."""
+    inputs = batch(adapter, model, ((kind,),), seed=5)
+    ids = torch.cat([before, inputs["input_ids"][:, 1:]], 1)
+    inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if adapter.token_types is not None:
+        kinds = {m.token: 1 if m.name == "image" else 2 for m in adapter.modalities(model)}
+        inputs |= adapter.tiny_types(torch.tensor([[kinds.get(token, 0) for token in ids[0].tolist()]]))
+    return inputs
+
+
+def hidden_in_two_turns(first: Hidden, second: Any, model: Any, ids: Tensor, start: int, step: int) -> Hidden:
+    """What both turns hid: ``second`` is the trace of a turn whose prompt begins at ``start`` and is pass ``step``."""
+    layers, rows = first.prefill.shape[:2]
+    steps = {}
+    for now in range(step, step + 8):
+        hidden = torch.zeros(layers, rows, ids.shape[1], dtype=torch.bool)
+        hidden[:, :, : first.decode.shape[2]] = first.decode
+        where = vision_positions(model, ids, 0)
+        where = where[where >= start]
+        for layer in range(layers):
+            cached = layers if now > step and layer >= 2 else layer
+            hidden[layer, 0, _gone(where, second.kept(cached))] = True
+        steps[now] = hidden
+    return Hidden(first.prefill, first.decode, steps)
 
 
 def follow_a_patch(adapter: Adapter, model: Any, kind: str, place: float) -> None:
