@@ -253,7 +253,8 @@ def launch(
     bd = p2(dim, 16)
     exact = q.dtype == torch.float32
     # smaller tiles where larger ones would spill registers
-    wide, widest = exact or bd > 128 or bd != dim, bd * q.element_size() > 512
+    wide = exact or bd > 128 or bd != dim
+    widest = bd * q.element_size() > 512 or (exact and bd > 64)
     bn = 16 if widest else 32 if wide else 64
     bm = min(bn, p2(per_group * count, 16))
     pair_blocks, key_blocks = triton.cdiv(per_group * count, bm), triton.cdiv(width, bn)
@@ -276,7 +277,7 @@ def launch(
     out = q.new_empty(shape, dtype=torch.float32)
     split = head_splits > 1
     parts = q.new_empty(head_splits, batch, count, width, dtype=torch.float32) if split else out
-    bt = min(16 if widest or (exact and bd > 64) else bn, p2(count, 16))
+    bt = min(16 if widest else bn, p2(count, 16))
     _scores[(key_blocks, head_splits, batch)](
         q, k, rows, seen, added, lse, parts, scale, cap, count, keys, first, key_splits, groups_per, *strides, groups,
         BT=bt, ROWS=as_rows or split, STAGES=2 if per_group > 1 else 1,
