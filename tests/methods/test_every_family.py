@@ -1,0 +1,34 @@
+"""Every method on every family, one attention backend each in turn; nobody edits this file to add either."""
+
+from __future__ import annotations
+
+import pytest
+
+import mustdrop.method
+from mustdrop.adapters import registry
+from mustdrop.errors import UnsupportedModelError
+from support import fake_flash
+from support.families import assert_dropping_equals_masking, clone
+
+from .test_every_method import BUDGETED, WITHOUT_MERGING, share
+
+FAMILIES = [(name, kind) for name, adapter in registry().items() if adapter.available() for kind in adapter.media]
+BACKENDS = ("sdpa", "eager", fake_flash.NAME)
+#: (family, kind, method, backend): the backend changes from case to case, so each family and each method meets all.
+CASES = [
+    (name, kind, method, BACKENDS[(i + k) % len(BACKENDS)])
+    for i, (name, kind) in enumerate(FAMILIES)
+    for k, method in enumerate(BUDGETED)
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "method", "attention"), CASES, ids=map("-".join, CASES))
+def test_dropping_equals_masking(name, kind, method, attention, flash):
+    if registry()[name].refuses_flash and attention == fake_flash.NAME:
+        attention = "sdpa"
+    knobs = {"keep": share(method, name), **WITHOUT_MERGING.get(method, {})}
+    if "vision" in registry()[name].lacks and mustdrop.method.find(method, **knobs).vision is not None:
+        with pytest.raises(UnsupportedModelError, match="no vision stage"):
+            mustdrop.patch(clone(name), method, **knobs)
+        return
+    assert_dropping_equals_masking(name, ((kind,), (), (kind, kind)), attention, steps=3, method=method, **knobs)
