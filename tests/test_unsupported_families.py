@@ -10,7 +10,7 @@ from packaging.version import Version
 import mustdrop
 from mustdrop import errors
 from mustdrop.adapters import registry
-from mustdrop.adapters.tiny import build
+from mustdrop.adapters.tiny import build, prompt
 from mustdrop.adapters.unsupported import UNSUPPORTED
 
 
@@ -76,3 +76,17 @@ def test_a_model_whose_layers_share_keys_is_refused_with_the_models_that_work():
     model.config.text_config.num_kv_shared_layers = 2
     with pytest.raises(errors.UnsupportedModelError, match="num_kv_shared_layers=0"):
         mustdrop.patch(model)
+
+
+@pytest.mark.parametrize("how", ["generate", "forward"])
+def test_a_llama_4_prompt_whose_queries_are_scaled_by_place_is_refused(how):
+    adapter = registry()["llama4"]
+    model = build(adapter)
+    model.config.text_config.attn_temperature_tuning, model.config.text_config.floor_scale = True, 30
+    mustdrop.patch(model, keep=0.5)
+    picture = torch.randn(adapter.tiny_sizes("image")[0])
+    inputs = prompt(adapter, model, "image", [picture])
+    with pytest.raises(errors.UnsupportedOptionError, match="floor_scale=30"):
+        model.generate(**inputs, max_new_tokens=1) if how == "generate" else model(**inputs)
+    model.config.text_config.floor_scale = 8192
+    assert model.generate(**inputs, max_new_tokens=1).shape[1] == inputs["input_ids"].shape[1] + 1

@@ -1,7 +1,7 @@
 """Llama 4: square tiles, CLS behind the patches, decoder layers that see their own chunk of the prompt only.
 
 The layers without rotary embeddings scale queries by their place in the rows that are there, once a prompt is longer
-than `floor_scale` (8192). Where rows were dropped before such a layer, these scales are those of the shorter prompt.
+than `floor_scale` (8192). Rows that were dropped would shift these places, so such prompts are refused.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor, nn, stack
 from mustdrop.adapters.base import Adapter, Tower
 from mustdrop.adapters.tiny import IMAGE, text, tower
 from mustdrop.cost import linear_flops
+from mustdrop.errors import UnsupportedOptionError
 from mustdrop.layout import Layout
 
 
@@ -38,6 +39,7 @@ class Llama4(Adapter):
 
     def layouts(self, model: Any, modality: str, arguments: dict[str, Any]) -> list[Layout]:
         """A grid per tile; the prompt counts every tile as an image."""
+        _check_length(model.config.text_config, arguments)
         side = model.config.vision_config.image_size // model.config.vision_config.patch_size
         pool = round(1 / model.config.vision_config.pixel_shuffle_ratio)
         grid = (1, side // pool, side // pool)
@@ -71,3 +73,17 @@ class Llama4(Adapter):
     def tiny_sizes(self, modality: str) -> tuple[tuple[int, ...], ...]:
         """One tile."""
         return ((3, 48, 48),)
+
+
+def _check_length(config: Any, arguments: dict[str, Any]) -> None:
+    """Raise `UnsupportedOptionError` for a prompt whose queries are scaled by place."""
+    tokens = max(
+        (arguments[name].shape[1] for name in ("input_ids", "inputs_embeds") if arguments.get(name) is not None),
+        default=0,
+    )
+    if config.attn_temperature_tuning and tokens >= config.floor_scale:
+        raise UnsupportedOptionError(
+            f"a Llama 4 prompt of {tokens} tokens cannot be pruned: from floor_scale={config.floor_scale} tokens on, "
+            "some of its layers scale queries by their place among the rows, which dropping would shift. Shorten the "
+            "prompt, or unpatch the model for it."
+        )

@@ -188,7 +188,7 @@ class Runtime:
             kinds = kinds.masked_fill(~valid, -1)
             call.totals = (kinds >= 0).sum(1).tolist()
             call.totals_of = {m.name: (kinds == i).sum(1).tolist() for i, m in enumerate(self.modalities)}
-            checks.media(self, call.totals_of, kwargs)
+            checks.media(self, call.totals_of, kwargs if ids is None else {"input_ids": ids, **kwargs})
             call.plans = [self.plan(total) for total in call.totals]
             ends = kinds.masked_fill(~last_token(valid), -1).amax(1).tolist()
             call.open_ended = [None if i < 0 else self.modalities[i].name for i in ends]
