@@ -73,3 +73,19 @@ def test_sparsevlm(name, knobs, monkeypatch):
         assert survivors == sorted(names), f"after layer {layer}"
     assert torch.equal(lengths, record["kv_len"])
     same_answer(out, record["gen_logits"], record["gen_tokens"])
+
+
+PRUMERGE = [(f"{s}_{form}_{how}") for s in SAMPLES for form in ("prumerge", "plus") for how in ("adaptive", "r8")]
+
+
+@pytest.mark.parametrize("name", PRUMERGE)
+def test_prumerge(name):
+    sample, form, how = name.split("_")
+    record = recorded(f"prumerge/{name}")
+    out, trace, _ = run("prumerge", sample, plus=form == "plus", ratio=0.125 if how == "r8" else None)
+    number = len(record["features"])
+    assert trace.tokens.unique().tolist() == [number]
+    named = set(trace.kept(0).tolist())
+    assert set(record["idx_final"].tolist()) <= named  # the extra token and duplicates lie on some of the others
+    assert len(named) == number
+    same_answer(out, record["gen_logits"], record["gen_tokens"])

@@ -178,8 +178,8 @@ class Adapter(ABC):
         """
         return 1
 
-    def read_layer(self, model: Any, modality: str, arguments: dict[str, Any]) -> int:
-        """Index of the last encoder layer whose output the features are read from (0-based).
+    def read_layers(self, model: Any, modality: str, arguments: dict[str, Any]) -> tuple[int, ...]:
+        """Indices of the encoder layers whose outputs the features are read from (0-based).
 
         `vision_feature_layer` counts hidden states, of which the first is the embedding.
         """
@@ -187,8 +187,12 @@ class Adapter(ABC):
         layers = getattr(model.config, "vision_feature_layer", None) if layers is None else layers
         depth = len(self.tower(model, modality).blocks)
         if layers is None:
-            return depth - 1
-        return max(k - 1 if k >= 0 else depth + k for k in ([layers] if isinstance(layers, int) else layers))
+            return (depth - 1,)
+        return tuple(k - 1 if k >= 0 else depth + k for k in ([layers] if isinstance(layers, int) else layers))
+
+    def read_layer(self, model: Any, modality: str, arguments: dict[str, Any]) -> int:
+        """The one of `read_layers` before which tokens must have merged: the last, where one of them is enough."""
+        return max(self.read_layers(model, modality, arguments))
 
     def fit(self, model: Any) -> Literal["crop", "stretch"]:
         """How the image processor of this family fits an image to the grid, for drawing."""

@@ -48,6 +48,11 @@ class Media:
     order: Tensor | None = None
     counts: list[Tensor] | None = None
 
+    @property
+    def reordered(self) -> bool:
+        """Whether rows change places even if none of them goes."""
+        return self.order is not None and bool((self.order.diff(dim=1) < 0).any())
+
 
 def read(runtime: Runtime, embeds: Tensor, kinds: Tensor, mask: Tensor | None) -> Media:
     """Everything that the filters need to know about a pass with vision tokens.
@@ -107,6 +112,21 @@ def last_token(valid: Tensor) -> Tensor:
     """(B, length) bool, True at the last valid token of each row."""
     index = torch.arange(valid.shape[1], device=valid.device)
     return index == torch.where(valid, index, -1).amax(1, keepdim=True)
+
+
+def words(embeds: Tensor, vision: Tensor, valid: Tensor) -> list[Tensor]:
+    """Per row (T, C), embeddings of the text after the last vision token; of all text where none follows.
+
+    Args:
+        embeds: (B, length, C) embeddings of the prompt's tokens, of which those of vision tokens are not looked at.
+        vision: (B, length) bool.
+        valid: (B, length) bool, tokens that are not padding.
+    """
+    index = torch.arange(vision.shape[1], device=vision.device)
+    text = valid & ~vision
+    behind = text & (index > torch.where(vision, index, -1).amax(1, keepdim=True))
+    text = torch.where(behind.any(1, keepdim=True), behind, text)
+    return [row[keep] for row, keep in zip(embeds, text.to(embeds.device), strict=True)]
 
 
 def _prompt(valid: Tensor, call: Call | None) -> Tensor:

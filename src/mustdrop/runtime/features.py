@@ -14,10 +14,12 @@ from torch import Tensor
 from mustdrop.adapters.base import Modality
 from mustdrop.budget import share_out
 from mustdrop.compat import eager
-from mustdrop.errors import MustDropError
+from mustdrop.errors import MustDropError, UnsupportedOptionError
 from mustdrop.layout import Layout
 from mustdrop.runtime import checks
+from mustdrop.runtime.choosing import Chooser
 from mustdrop.runtime.encoder import EncoderRun, EncoderStage
+from mustdrop.runtime.leaving import EarlyChoice
 from mustdrop.runtime.marking import decide, must_remain
 from mustdrop.runtime.plan import rows_of_media
 from mustdrop.runtime.state import Call
@@ -64,6 +66,13 @@ class FeaturesWrapper:
             plans, totals = [runtime.plan(size) for size in sizes], sizes
         least = _limits(sizes, owners, mine, totals, [plan.at_least for plan in plans])
         run = self._run(stage, layouts, least, arguments)
+        most = _limits(sizes, owners, mine, totals, [plan.at_most for plan in plans])
+        last = self._last(call, owners, sizes) if call is not None and of_call else []
+        chooser = self._chooser(stage, run, layouts, most, last, call if of_call else None, owners)
+        early = None
+        if chooser is not None and chooser.rule.space == "encoder":
+            early = EarlyChoice(chooser, stage.tower, runtime.adapter.read_layers(runtime.model, kind, arguments))
+            run.leave = early
         local.encoder = run
         try:
             output = self.function(*args, **kwargs)
@@ -75,9 +84,8 @@ class FeaturesWrapper:
             return output
         field = self.runtime.adapter.features
         flat = self._flat(getattr(output, field), layouts)
-        most = _limits(sizes, owners, mine, totals, [plan.at_most for plan in plans])
-        last = self._last(call, owners, sizes) if call is not None and of_call else []
-        decided = decide(stage.pruner, run, layouts, flat, least, most, last)
+        choice = None if early is None else early.choice
+        decided = decide(stage.pruner, run, layouts, flat, least, most, last, chooser, choice)
         setattr(output, field, _restored(decided.write(flat), getattr(output, field), layouts))
         for name in self.runtime.adapter.added_features:
             levels = [_restored(decided.merged(_rows(level)), level, layouts) for level in getattr(output, name)]
@@ -113,6 +121,30 @@ class FeaturesWrapper:
         if stage.pruner.selects and any(layout.size for layout in layouts):
             run.at_least = must_remain(stage.pruner, layouts, least, run)
         return run
+
+    def _chooser(
+        self,
+        stage: EncoderStage,
+        run: EncoderRun,
+        layouts: Sequence[Layout],
+        most: Sequence[int],
+        last: Sequence[int],
+        call: Call | None,
+        owners: Sequence[int],
+    ) -> Chooser | None:
+        """What asks the pruner's rule, if it has one."""
+        pruner = stage.pruner
+        if pruner is None or pruner.rule is None:
+            return None
+        questions: list[Tensor] = []
+        if pruner.rule.asks:
+            if call is None or call.words is None:
+                raise UnsupportedOptionError(
+                    f"{type(pruner.rule).__name__} reads the question, and this call of {self.modality.method} has "
+                    "none: call the model (or generate) with the prompt and the media together."
+                )
+            questions = [call.words[row] for row in owners]
+        return Chooser(pruner.rule, run, layouts, None if pruner.keep == "rule" else most, last, questions)
 
     def _flat(self, features: Any, layouts: Sequence[Layout]) -> Tensor:
         """(F, C) features of all media."""

@@ -98,6 +98,8 @@ class Call:
         plans: numbers per prompt.
         open_ended: per prompt, the kind of media whose token it ends with, or None: that token predicts the answer and
             must stay.
+        words: per prompt (T, C), embeddings of its words after the last vision token (all of them, if none follow);
+            None where no rule asks for them.
         marks: kind of media -> per prompt and medium, what the vision stage decided (empty without one).
         layouts: kind of media -> per prompt and medium, how its features lie.
         encoded: what each pass through an encoder saw.
@@ -114,6 +116,7 @@ class Call:
     totals_of: dict[str, list[int]] = field(default_factory=dict)
     plans: list[RowPlan] = field(default_factory=list)
     open_ended: list[str | None] = field(default_factory=list)
+    words: list[Tensor] | None = None
     marks: dict[str, list[list[Marks]]] = field(default_factory=dict)
     layouts: dict[str, list[list[Layout]]] = field(default_factory=dict)
     encoded: list[EncoderRun] = field(default_factory=list)

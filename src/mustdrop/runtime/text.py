@@ -144,7 +144,7 @@ class TextStage:
         media = forward.media
         if media is None:
             return (args, kwargs) if self._extend(i, layer, forward, hidden, kwargs) else None
-        if i == 0 and not bool(media.alive.all()):
+        if i == 0 and (media.reordered or not bool(media.alive.all())):
             hidden = self._gather(forward, media, hidden, media.alive)
         elif i - 1 in self.runtime.filters:
             hidden = self._filter(forward, media, self.runtime.filters.index(i - 1), hidden)
