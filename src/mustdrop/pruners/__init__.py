@@ -4,13 +4,14 @@ from mustdrop.pruners.decode import DecodeCachePruner
 from mustdrop.pruners.prefill import PrefillPruner
 from mustdrop.pruners.recycling import Recycling
 from mustdrop.pruners.scoring import LastRow, MeanOverText, Raters, Seen, TextScorer
-from mustdrop.pruners.selecting import Chosen, Features, Read, VisionRule
+from mustdrop.pruners.selecting import Chosen, Features, InnerRule, Read, VisionRule
 from mustdrop.pruners.vision import VisionStagePruner
 
 __all__ = [
     "Chosen",
     "DecodeCachePruner",
     "Features",
+    "InnerRule",
     "LastRow",
     "MeanOverText",
     "PrefillPruner",
