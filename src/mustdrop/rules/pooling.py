@@ -66,7 +66,8 @@ def centres(place: Tensor, cell: Tensor) -> Tensor:
 def _runs(key: Tensor, number: int) -> Tensor:
     """(N,) long: distinct columns of `key` (k, N), in their order, cut into `number` runs of about equal length."""
     found, rank = torch.unique(key, dim=1, return_inverse=True)
-    return rank * number // found.shape[1]
+    run: Tensor = rank * number // found.shape[1]
+    return run
 
 
 def _members(part: Tensor) -> list[Tensor]:
