@@ -65,6 +65,8 @@ class Features:
         column: (B, N) long, its column.
         read: what the rule asked for: (B, N) for attention, (B, N, D) for keys.
         question: per view (T, C), embeddings of the prompt's words after its last picture, if the rule asked for them.
+        first: (B, N) long, first frame of the video that each feature lies in; each grid of an image is a video of one
+            frame. None: all frames are of one video.
     """
 
     values: Tensor
@@ -73,6 +75,7 @@ class Features:
     column: Tensor
     read: Mapping[Read, Tensor] = field(default_factory=dict)
     question: tuple[Tensor, ...] = ()
+    first: Tensor | None = None
 
     @classmethod
     def of_grid(
