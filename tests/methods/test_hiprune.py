@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+import mustdrop
+from mustdrop.adapters import registry
 from mustdrop.errors import ConfigError
 from mustdrop.method import find
 from mustdrop.methods.hiprune import AnchorsBuffersRegisters
 from mustdrop.pruners import Features, Read
+from support.families import clone
 
 
 def seen(rule, middle, deep, shape):
@@ -75,9 +78,21 @@ def test_it_reads_what_patches_receive_also_where_there_is_a_cls_token():
     rule = find("hiprune").vision.rule
     assert rule.reads == (Read(what="received", layer=8, of=23), Read(what="received", layer=22, of=23))
     assert [read.at(24, 22) for read in rule.reads] == [8, 22]
+    # Qwen2.5-VL: 11 would see windows, and 7 and 15 are as near
+    assert [read.at(32, 31, (7, 15, 23, 31)) for read in rule.reads] == [15, 31]
+    assert [read.at(32, 31, (7, 15, 23, 31)) for read in find("vscan").vision.rule.reads] == [7, 31]
 
 
 @pytest.mark.parametrize("knobs", [{"alpha": -0.1}, {"alpha": 1.1}, {"layer": 23}])
 def test_knobs_are_checked(knobs):
     with pytest.raises(ConfigError):
         find("hiprune", **knobs)
+
+
+@pytest.mark.parametrize(("family", "whole"), [("qwen2_5_vl", (1, 3)), ("exaone4_5", None), ("qwen2_vl", ())])
+def test_windowed_encoders_are_read_where_they_see_the_whole_frame(family, whole):
+    model = mustdrop.patch(clone(family), "hiprune", keep=0.5)
+    tower = registry()[family].tower(model)
+    assert tower.whole == (tuple(model.model.visual.fullatt_block_indexes) if whole is None else whole)
+    stage = vars(model)["_mustdrop"].encoders["image"]
+    assert not tower.whole or set(stage.reads) <= set(tower.whole)

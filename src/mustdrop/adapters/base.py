@@ -43,6 +43,7 @@ class Tower:
         has_cls: whether the first prefix token, or without a prefix the last suffix token, attends like a CLS token.
         packed: whether the patches of all items lie in one sequence without a batch dimension (or with one of size 1).
             Then tokens merge behind the encoder, not in it.
+        whole: layers whose patches see their whole frame, where all others see a window of it; empty if all do.
     """
 
     module: nn.Module
@@ -51,6 +52,7 @@ class Tower:
     has_cls: bool = False
     suffix: int = 0
     packed: bool = False
+    whole: tuple[int, ...] = ()
 
 
 class Adapter(ABC):
