@@ -46,6 +46,11 @@ class Method:
                     f"{socket}= takes a {kind.__name__}, got {type(value).__name__}: write "
                     f"{socket}={kind.__name__}(...)."
                 )
+        if self.vision is not None and self.vision.taper is not None and getattr(self.prefill, "keep", None) is None:
+            raise ConfigError(
+                f"VisionStagePruner.taper={self.vision.taper} splits a budget between vision and prefill stage, and "
+                "there is none: add prefill=PrefillPruner(keep=...), or leave taper out."
+            )
         kinds = {p.compat for p in (self.vision, self.prefill) if p is not None}
         if len(kinds) > 1:
             raise ConfigError(

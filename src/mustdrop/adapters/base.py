@@ -45,6 +45,7 @@ class Tower:
             Then tokens merge behind the encoder, not in it.
         halves: names of the second norm and the MLP of a layer that computes x + mlp(norm(x)) after its attention; None
             where layers are made otherwise.
+        whole: layers whose patches see their whole frame, where all others see a window of it; empty if all do.
     """
 
     module: nn.Module
@@ -54,6 +55,7 @@ class Tower:
     suffix: int = 0
     packed: bool = False
     halves: tuple[str, str] | None = None
+    whole: tuple[int, ...] = ()
 
 
 class Adapter(ABC):

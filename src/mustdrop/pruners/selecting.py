@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -26,7 +26,8 @@ class Read(Settings):
             side by side.
         layer: encoder layer (0-based); negative counts from the end, -1 is the last one.
         of: the depth that `layer` is meant for, counted up to the layer that the features are read from: the layer is
-            scaled to the encoder at hand. None takes `layer` as it is.
+            scaled to the encoder at hand, and to the nearest one whose patches see the whole frame (of two, the deeper
+            one). None takes `layer` as it is.
     """
 
     what: Literal["attention", "received", "joint_attention", "keys", "joint_keys"] = "attention"
@@ -39,14 +40,20 @@ class Read(Settings):
             raise ConfigError(f"Read(layer={self.layer}, of={self.of}): expected a layer from 0 to {self.of - 1}.")
         return self
 
-    def at(self, depth: int, last: int) -> int:
+    def at(self, depth: int, last: int, whole: Sequence[int] = ()) -> int:
         """The layer in an encoder of `depth` layers whose features are read from layer `last`.
+
+        Args:
+            depth: of the encoder.
+            last: the layer that its features are read from.
+            whole: layers whose patches see the whole frame; empty if all do.
 
         Raises:
             ConfigError: the encoder has no such layer.
         """
         if self.of is not None:
-            return last if self.of == 1 else round(self.layer * last / (self.of - 1))
+            scaled = last if self.of == 1 else round(self.layer * last / (self.of - 1))
+            return min(whole, key=lambda layer: (abs(layer - scaled), -layer), default=scaled)
         if not -depth <= self.layer < depth:
             raise ConfigError(
                 f"Read.layer={self.layer}: this encoder has layers 0 to {depth - 1} (or negative, from the end)."
@@ -66,6 +73,8 @@ class Features:
         read: what the rule asked for: (B, N) for attention, (B, N, D) for keys.
         question: per view (T, C), embeddings of the prompt's words after its last picture, if the rule asked for them.
         size: (B, N) float, how many features of the encoder each stands for; None: one.
+        first: (B, N) long, first frame of the video that each feature lies in; each grid of an image is a video of one
+            frame. None: all frames are of one video.
     """
 
     values: Tensor
@@ -75,6 +84,7 @@ class Features:
     read: Mapping[Read, Tensor] = field(default_factory=dict)
     question: tuple[Tensor, ...] = ()
     size: Tensor | None = None
+    first: Tensor | None = None
 
     @classmethod
     def of_grid(

@@ -40,6 +40,8 @@ class VisionStagePruner(Settings):
             CLS token gives or, in an encoder without CLS, the mean attention that a token receives.
         keep: tokens that enter the language model at most: int, share of the prompt's vision tokens, "auto" (as many as
             the prefill budget can use; no limit where the prefill stage has no budget), or "rule" (`score` decides).
+        taper: with keep="auto", share of the tokens that enter which the last filter of the prefill leaves, in (0, 1];
+            None lets in as many as leave a quarter of the budget after it.
         score: what selects when `keep` asks for fewer: "attention", the baselines "random" and "uniform" (a grid), or a
             `VisionRule`, which may also merge.
         seed: seed of score="random".
@@ -57,6 +59,7 @@ class VisionStagePruner(Settings):
     key_share: float = Field(0.08, ge=0, le=1)
     key_layer: int = -1
     keep: Literal["auto", "rule"] | Budget = "auto"
+    taper: float | None = Field(None, gt=0, le=1)
     score: Literal["attention", "random", "uniform"] | VisionRule = "attention"
     seed: int = 0
     compat: Compat = "paper"
@@ -66,6 +69,11 @@ class VisionStagePruner(Settings):
         if self.keep == "rule" and self.rule is None:
             raise ConfigError(
                 f'VisionStagePruner(keep="rule") needs a VisionRule that decides, got score={self.score!r}.'
+            )
+        if self.taper is not None and self.keep != "auto":
+            raise ConfigError(
+                f'VisionStagePruner.taper={self.taper} splits the budget of the prefill stage: it needs keep="auto", '
+                f"got keep={self.keep}: leave one out."
             )
         if self.compat == "released" and self.keep != "auto" and self.rule is None:
             raise ConfigError(

@@ -144,7 +144,7 @@ class Chooser:
     ) -> None:
         index = torch.stack([part for _, part in views])
         media = [i for i, _ in views]
-        frame, row, column = torch.cat([places(layout) for layout in self.layouts], 1).to(features.device)
+        frame, row, column, first = torch.cat([places(layout) for layout in self.layouts], 1).to(features.device)
         seen = Features(
             features[index].float(),
             frame[index],
@@ -153,6 +153,7 @@ class Chooser:
             {read: self.reading(read, features.device)[index] for read in self.rule.reads},
             tuple(self.questions[i].to(features.device) for i in media) if self.rule.asks else (),
             size[index],
+            first[index],
         )
         chosen = self.rule(seen, count)
         kept = index.gather(1, chosen.keep)
@@ -197,14 +198,15 @@ def of_features(run: EncoderRun, read: Read, patches: Tensor) -> Tensor:
 
 
 def places(layout: Layout) -> Tensor:
-    """(3, N) long: frame (counted over all grids), row and column of each feature; structural rows are at 0."""
-    out = torch.zeros(3, layout.size, dtype=torch.long)
+    """(4, N) long: frame (over all grids), row, column, and first frame of the grid, of each feature; structural 0."""
+    out = torch.zeros(4, layout.size, dtype=torch.long)
     first = 0
     for (frames, rows, columns), start in zip(layout.grids, layout.offsets, strict=False):
         cell = layout.cells - start
         inside = (cell >= 0) & (cell < frames * rows * columns) & ~layout.structural
         cell = cell[inside]
-        out[:, inside] = torch.stack([cell // (rows * columns) + first, cell // columns % rows, cell % columns])
+        frame, row, column = cell // (rows * columns) + first, cell // columns % rows, cell % columns
+        out[:, inside] = torch.stack([frame, row, column, torch.full_like(cell, first)])
         first += frames
     return out
 

@@ -138,7 +138,7 @@ class EncoderStage:
             return
         depth = len(tower.blocks)
         for read in pruner.reads:
-            self.reads.setdefault(read.at(depth, read_layer), []).append(read)
+            self.reads.setdefault(read.at(depth, read_layer, tower.whole), []).append(read)
         if pruner.window is None or tower.packed:
             return
         if pruner.layer > depth - 2:

@@ -62,12 +62,12 @@ class FeaturesWrapper:
             return self.function(*args, **kwargs)
         stage.check(runtime.adapter.read_layer(runtime.model, kind, arguments))
         if call is not None and of_call:
-            plans, totals = call.plans, call.totals
+            plans, parts = call.plans, _kinds(call, kind)
         else:
-            plans, totals = [runtime.plan(size) for size in sizes], sizes
-        least = _limits(sizes, owners, mine, totals, [plan.at_least for plan in plans])
+            plans, parts = [runtime.plan(size) for size in sizes], [(0, size, 0) for size in sizes]
+        least = _limits(sizes, owners, parts, [plan.at_least for plan in plans])
         run = self._run(stage, layouts, least, arguments)
-        most = _limits(sizes, owners, mine, totals, [plan.at_most for plan in plans])
+        most = _limits(sizes, owners, parts, [plan.at_most for plan in plans])
         last = self._last(call, owners, sizes) if call is not None and of_call else []
         run.inside = self._inside(stage, layouts, most, arguments)
         chooser = self._chooser(stage, run, layouts, most, last, call if of_call else None, owners)
@@ -190,15 +190,31 @@ def _grouped(values: Sequence[T], owners: Sequence[int], rows: int) -> list[list
     return out
 
 
+def _kinds(call: Call, kind: str) -> list[tuple[int, int, int]]:
+    """Per prompt, its tokens of the kinds of media before `kind`, of `kind`, and of those after it."""
+    names = list(call.totals_of)
+    place = names.index(kind)
+
+    def tokens(some: Sequence[str], row: int) -> int:
+        return sum(call.totals_of[name][row] for name in some)
+
+    rows = range(len(call.totals))
+    return [(tokens(names[:place], r), tokens([kind], r), tokens(names[place + 1 :], r)) for r in rows]
+
+
 def _limits(
-    sizes: Sequence[int], owners: Sequence[int], mine: Sequence[int], totals: Sequence[int], amounts: Sequence[int]
+    sizes: Sequence[int], owners: Sequence[int], kinds: Sequence[tuple[int, int, int]], amounts: Sequence[int]
 ) -> list[int]:
-    """Per medium, its part of its prompt's `amounts`: shared among the kinds of media first, then among the media."""
+    """Per medium, its part of its prompt's `amounts`: shared among the kinds of media first, then among the media.
+
+    `kinds` are tokens per prompt, of the kinds before this one, of this one, and after it: the parts of all kinds, each
+    of which is worked out in a call of its own, add up.
+    """
     out = [0] * len(sizes)
     for row, amount in enumerate(amounts):
         media = [i for i, owner in enumerate(owners) if owner == row and sizes[i]]
         if media:
-            part = share_out(amount, [mine[row], totals[row] - mine[row]])[0]
+            part = share_out(amount, kinds[row])[1]
             for i, n in zip(media, share_out(part, [sizes[i] for i in media]), strict=True):
                 out[i] = n
     return out
