@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import mustdrop.methods  # noqa: F401  (loaded before the package binds this name to the function `methods`)
 from mustdrop.budget import Keep
@@ -58,6 +58,16 @@ class Method:
         return any(socket is not None for socket in (self.vision, self.prefill, self.decode))
 
     @property
+    def account(self) -> Literal["equal_tokens", "equal_entries"]:
+        """What the budget counts, as the `Trace` names it.
+
+        Methods that only prune the cache count the vision entries that are left in it; all others count the vision
+        tokens that the decoder layers process.
+        """
+        cache_only = self.vision is None and self.prefill is None and self.decode is not None
+        return "equal_entries" if cache_only else "equal_tokens"
+
+    @property
     def renumber(self) -> bool:
         """Whether positions are renumbered after every drop, as the authors' released code does."""
         return any(p is not None and p.compat == "released" for p in (self.vision, self.prefill))
@@ -69,6 +79,15 @@ class Recipe(Settings):
     def build(self) -> Method:
         """The method with these knobs."""
         raise NotImplementedError
+
+    @classmethod
+    def unmerged(cls) -> dict[str, Any]:
+        """Knobs under which no hidden states are merged between decoder layers; nothing to set for most methods.
+
+        Such a merge changes what a token holds, and no mask can imitate it: tests that compare dropping with masking
+        set these.
+        """
+        return {}
 
 
 @cache

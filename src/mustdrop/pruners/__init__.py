@@ -1,5 +1,6 @@
 """The three sockets, one per stage of a vision token's life. Each is a frozen object, callable on plain tensors."""
 
+from mustdrop.pruners.caching import AllRows, CacheScorer, GeneratedRows, LastQuery, ObservationWindow, Read
 from mustdrop.pruners.decode import DecodeCachePruner
 from mustdrop.pruners.prefill import PrefillPruner
 from mustdrop.pruners.recycling import Recycling
@@ -7,11 +8,17 @@ from mustdrop.pruners.scoring import LastRow, MeanOverText, Raters, Seen, TextSc
 from mustdrop.pruners.vision import VisionStagePruner
 
 __all__ = [
+    "AllRows",
+    "CacheScorer",
     "DecodeCachePruner",
+    "GeneratedRows",
+    "LastQuery",
     "LastRow",
     "MeanOverText",
+    "ObservationWindow",
     "PrefillPruner",
     "Raters",
+    "Read",
     "Recycling",
     "Seen",
     "TextScorer",

@@ -214,7 +214,13 @@ class Runtime:
             )
 
     def _why_nothing(self) -> str:
-        prefill = self.method.prefill
+        prefill, decode = self.method.prefill, self.method.decode
+        if decode is not None and decode.keep is not None and self.method.account == "equal_entries":
+            return (
+                f"keep={decode.keep} asks for all of them."
+                if decode.after_prefill
+                else f"entries leave every {decode.interval} decode steps (interval), and no eviction changed anything."
+            )
         if prefill is None:
             return "it has no prefill stage and its vision stage found nothing to drop."
         if prefill.keep is not None:
