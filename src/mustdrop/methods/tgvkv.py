@@ -14,10 +14,10 @@ from mustdrop.rules.layer_budgets import proportional
 
 
 class TextGuided(CacheScorer):
-    """Attention of the text, each row weighted by the attention that it gets from the text after it.
+    """Attention of the text; a row weighs as much as the text after it attends to its token.
 
-    The weight of text token j is the mean over the text rows i >= j of what i gives to j; weights add up to 1. A layer's
-    share of the budget is its attention from text to vision.
+    The weight of text token j is the mean over the text rows i >= j of what i gives to j; weights add up to 1. What a
+    layer's text gives to vision, in sum, is its share of the budget.
     """
 
     by_row: ClassVar[bool] = True
