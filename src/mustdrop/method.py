@@ -68,6 +68,23 @@ class Method:
         return "equal_entries" if cache_only else "equal_tokens"
 
     @property
+    def why_nothing(self) -> str:
+        """Why a call may have dropped nothing, and what to do."""
+        prefill, decode = self.prefill, self.decode
+        if self.account == "equal_entries" and decode is not None and decode.reads_steps:
+            return (
+                f"entries leave every {decode.interval} decode steps (interval) down to keep={decode.keep}, and there "
+                "was no such step, or nothing to leave."
+            )
+        if self.account == "equal_entries" and decode is not None and decode.after_prefill:
+            return f"keep={decode.keep} asks for all of them, or the call had no cache (use_cache=False)."
+        if prefill is None:
+            return "it has no prefill stage and its vision stage found nothing to drop."
+        if prefill.keep is not None:
+            return f"keep={prefill.keep} asks for all of them."
+        return "its thresholds drop nothing here; raise global_threshold and individual_threshold, or set keep."
+
+    @property
     def renumber(self) -> bool:
         """Whether positions are renumbered after every drop, as the authors' released code does."""
         return any(p is not None and p.compat == "released" for p in (self.vision, self.prefill))
