@@ -84,7 +84,9 @@ def ask(model: Any, part: Part) -> Asked:
     given = fidelity.reference(model, part.inputs, part.new_tokens)
     count = len(given.tokens)
     if part.truths is None:
-        return Asked(part.type, part.inputs, count, False, given.tokens, given.lengths, given.logits, torch.arange(count))
+        return Asked(
+            part.type, part.inputs, count, False, given.tokens, given.lengths, given.logits, torch.arange(count)
+        )
     answers = [row[:n].tolist() for row, n in zip(given.tokens, given.lengths, strict=True)]
     other = [i for i, (answer, truth) in enumerate(zip(answers, part.truths, strict=True)) if answer != truth]
     rows = [*range(count), *other]

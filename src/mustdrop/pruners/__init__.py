@@ -1,5 +1,6 @@
 """The three sockets, one per stage of a vision token's life. Each is a frozen object, callable on plain tensors."""
 
+from mustdrop.pruners.caching import AllRows, CacheScorer, GeneratedRows, LastQuery, ObservationWindow, Read
 from mustdrop.pruners.decode import DecodeCachePruner
 from mustdrop.pruners.prefill import PrefillPruner
 from mustdrop.pruners.recycling import Recycling
@@ -8,12 +9,17 @@ from mustdrop.pruners.selecting import Chosen, Features, InnerRule, Read, Vision
 from mustdrop.pruners.vision import VisionStagePruner
 
 __all__ = [
+    "AllRows",
+    "CacheScorer",
     "Chosen",
     "DecodeCachePruner",
     "Features",
+    "GeneratedRows",
     "InnerRule",
+    "LastQuery",
     "LastRow",
     "MeanOverText",
+    "ObservationWindow",
     "PrefillPruner",
     "Raters",
     "Read",

@@ -217,18 +217,10 @@ class Runtime:
         if self.method.drops and any(call.totals) and not self.warned and not self.last.dropped_anything:
             self.warned = True
             warnings.warn(
-                f"method {self.method.name!r} kept every vision token of this prompt: {self._why_nothing()}",
+                f"method {self.method.name!r} kept every vision token of this prompt: {self.method.why_nothing}",
                 NothingDroppedWarning,
                 stacklevel=3,
             )
-
-    def _why_nothing(self) -> str:
-        prefill = self.method.prefill
-        if prefill is None:
-            return "it has no prefill stage and its vision stage found nothing to drop."
-        if prefill.keep is not None:
-            return f"keep={prefill.keep} asks for all of them."
-        return "its thresholds drop nothing here; raise global_threshold and individual_threshold, or set keep."
 
     def placeholders(self, ids: Tensor | None, embeds: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
         """(B, S) long, index of the modality that each position stands for, -1 for text."""
