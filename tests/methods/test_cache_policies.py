@@ -10,7 +10,7 @@ from mustdrop import DecodeCachePruner
 from mustdrop.errors import ConfigError
 from mustdrop.method import find
 from mustdrop.methods.tgvkv import TextGuided
-from mustdrop.pruners import AllRows, LastQuery, ObservationWindow, Read
+from mustdrop.pruners import AllRows, LastQuery, ObservationWindow, Received
 from mustdrop.rules.layer_budgets import proportional
 from mustdrop.rules.smoothing import neighbour_mean
 from mustdrop.runtime import decoding
@@ -22,7 +22,7 @@ ONES = torch.ones(1, 4, dtype=torch.bool)
 
 def read(given, queries=1.0):
     given = torch.tensor([given])
-    return Read(given, torch.full_like(given, queries))
+    return Received(given, torch.full_like(given, queries))
 
 
 # -------------------------------------------------------------------------------------------------------------- rules
@@ -51,7 +51,7 @@ def test_a_window_is_the_last_text_rows():
 
 
 def test_all_rows_divide_by_how_many_queries_see_an_entry():
-    every = Read(torch.tensor([[1.6, 1.2, 0.5, 0.9]]), torch.tensor([[4.0, 3.0, 2.0, 1.0]]))
+    every = Received(torch.tensor([[1.6, 1.2, 0.5, 0.9]]), torch.tensor([[4.0, 3.0, 2.0, 1.0]]))
     torch.testing.assert_close(AllRows().score(every, ONES), torch.tensor([[0.4, 0.4, 0.25, 0.9]]))
     more = AllRows().add(every, read([0.4, 0.0, 0.4, 0.0]))
     torch.testing.assert_close(AllRows().score(more, ONES), torch.tensor([[0.4, 0.3, 0.3, 0.45]]))
@@ -97,7 +97,8 @@ def test_shares_add_up_whatever_the_mass():
     count = torch.randint(1, 577, (50,), generator=draw)
     made = proportional(mass, count, entries)
     assert torch.equal(made.sum(0), 28 * count)
-    assert made.min() >= 1 and made.max() <= 576
+    assert made.min() >= 1
+    assert made.max() <= 576
 
 
 # ----------------------------------------------------------------------------------------------------- contradictions

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import CacheScorer, DecodeCachePruner, Read
+from mustdrop.pruners import CacheScorer, DecodeCachePruner, Received
 from mustdrop.pruners.base import Budget
 from mustdrop.rules.layer_budgets import proportional
 
@@ -32,7 +32,7 @@ class TextGuided(CacheScorer):
         weight = weight / weight.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         return (weight[:, :, None] * attention).sum(1)
 
-    def score(self, read: Read, vision: Tensor) -> Tensor:
+    def score(self, read: Received, vision: Tensor) -> Tensor:
         """(B, n) the weighted sum."""
         return read.given
 

@@ -1,6 +1,6 @@
 """The three sockets, one per stage of a vision token's life. Each is a frozen object, callable on plain tensors."""
 
-from mustdrop.pruners.caching import AllRows, CacheScorer, GeneratedRows, LastQuery, ObservationWindow, Read
+from mustdrop.pruners.caching import AllRows, CacheScorer, GeneratedRows, LastQuery, ObservationWindow, Received
 from mustdrop.pruners.decode import DecodeCachePruner
 from mustdrop.pruners.prefill import PrefillPruner
 from mustdrop.pruners.recycling import Recycling
@@ -23,6 +23,7 @@ __all__ = [
     "PrefillPruner",
     "Raters",
     "Read",
+    "Received",
     "Recycling",
     "Seen",
     "TextScorer",

@@ -14,7 +14,7 @@ from mustdrop.rules.smoothing import neighbour_mean
 
 
 @dataclass(frozen=True)
-class Read:
+class Received:
     """Attention that some query rows gave to the n entries of one cache layer.
 
     Attributes:
@@ -30,9 +30,9 @@ class Read:
         """(B, n) mean over the rows that see the entry, 0 where none does."""
         return self.given / self.queries.clamp(min=1)
 
-    def __add__(self, other: Read) -> Read:
+    def __add__(self, other: Received) -> Received:
         """What both kinds of rows gave."""
-        return Read(self.given + other.given, self.queries + other.queries)
+        return Received(self.given + other.given, self.queries + other.queries)
 
 
 class CacheScorer(Settings):
@@ -59,7 +59,7 @@ class CacheScorer(Settings):
         return text
 
     def gather(self, attention: Tensor, own: Tensor) -> Tensor:
-        """`Read.given` from the rows one by one, where `by_row`.
+        """`Received.given` from the rows one by one, where `by_row`.
 
         Args:
             attention: (B, R, n) float32, head-mean probability; rows of padding are zero.
@@ -67,7 +67,7 @@ class CacheScorer(Settings):
         """
         return attention.sum(1)
 
-    def add(self, known: Read, step: Read) -> Read:
+    def add(self, known: Received, step: Received) -> Received:
         """What is known of a layer after one more decode step: here the sum.
 
         Args:
@@ -76,7 +76,7 @@ class CacheScorer(Settings):
         """
         return known + step
 
-    def score(self, read: Read, vision: Tensor) -> Tensor:
+    def score(self, read: Received, vision: Tensor) -> Tensor:
         """(B, n) float32, higher stays; `vision` (B, n) bool marks the entries that can leave."""
         return read.mean
 
@@ -96,7 +96,7 @@ class GeneratedRows(CacheScorer):
 
     reads_prompt: ClassVar[bool] = False
 
-    def score(self, read: Read, vision: Tensor) -> Tensor:
+    def score(self, read: Received, vision: Tensor) -> Tensor:
         """(B, n) sum."""
         return read.given
 
@@ -121,12 +121,12 @@ class ObservationWindow(CacheScorer):
         """The last `window` of the text rows."""
         return text if self.window is None else last_of(text, self.window)
 
-    def add(self, known: Read, step: Read) -> Read:
+    def add(self, known: Received, step: Received) -> Received:
         """Moving average."""
         mean = self.decay * known.mean + (1 - self.decay) * step.mean
-        return Read(mean, torch.ones_like(mean))
+        return Received(mean, torch.ones_like(mean))
 
-    def score(self, read: Read, vision: Tensor) -> Tensor:
+    def score(self, read: Received, vision: Tensor) -> Tensor:
         """(B, n) pooled mean. Heads are averaged before pooling, which for an average is the same."""
         return neighbour_mean(read.mean, vision, self.kernel)
 
@@ -150,7 +150,7 @@ class LastQuery(CacheScorer):
         """The last token of the prompt."""
         return last_of(text, 1)
 
-    def add(self, known: Read, step: Read) -> Read:
+    def add(self, known: Received, step: Received) -> Received:
         """The step alone."""
         return step
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mustdrop import kernels, kv
 from mustdrop.errors import MustDropError
-from mustdrop.pruners import CacheScorer, DecodeCachePruner, Read
+from mustdrop.pruners import CacheScorer, DecodeCachePruner, Received
 from mustdrop.runtime.masks import visible_keys
 from mustdrop.runtime.rows import PAD, pack
 from mustdrop.runtime.state import Forward
@@ -75,7 +75,7 @@ def read_prompt(scorer: CacheScorer, layer: kv.Slots, forward: Forward, media: M
         arguments = asked.arguments(rows)
         attention = kernels.row_probabilities(*arguments)
         own = (rows + asked.k.shape[2] - asked.q.shape[2]).masked_fill(rows == PAD, PAD)
-        read = Read(scorer.gather(attention, own), _seeing(rows, arguments[3]))
+        read = Received(scorer.gather(attention, own), _seeing(rows, arguments[3]))
         mass = attention.sum(1)
     else:
         step = max(1, AT_ONCE // max(1, rows.shape[0] * asked.k.shape[2]))
@@ -97,8 +97,8 @@ def read_step(scorer: CacheScorer, layer: Any, asked: Asked) -> None:
     rows = torch.arange(asked.q.shape[2], device=asked.q.device).expand(asked.q.shape[0], -1)
     step = _sums(asked, rows)
     n = layer.positions.shape[1]
-    step = Read(step.given[:, :n], step.queries[:, :n])
-    known = None if layer.attended is None or layer.queries is None else Read(layer.attended, layer.queries)
+    step = Received(step.given[:, :n], step.queries[:, :n])
+    known = None if layer.attended is None or layer.queries is None else Received(layer.attended, layer.queries)
     read = step if known is None else scorer.add(known, step)
     layer.attended, layer.queries = read.given, read.queries
 
@@ -136,17 +136,17 @@ def after_prompt(decode: DecodeCachePruner | None, forward: Forward, depth: int)
 
 def _evict(decode: DecodeCachePruner, layer: Any, count: Tensor) -> None:
     vision, pad = layer.slot_vision(), (0, layer.slots - layer.attended.shape[1])
-    read = Read(nn.functional.pad(layer.attended, pad), nn.functional.pad(layer.queries, pad))
+    read = Received(nn.functional.pad(layer.attended, pad), nn.functional.pad(layer.queries, pad))
     score = decode.scorer.score(read, vision)
     layer.evict(decode(score, vision, count.to(score.device)).mask(layer.slots))
 
 
-def _sums(asked: Asked, rows: Tensor) -> Read:
+def _sums(asked: Asked, rows: Tensor) -> Received:
     """Sum over query rows (B, R), without making the rows where there are several."""
     arguments = asked.arguments(rows)
     one = rows.shape[1] == 1
     given = (kernels.row_probabilities if one else kernels.text_statistics)(*arguments)[:, 0]
-    return Read(given, _seeing(rows, arguments[3]))
+    return Received(given, _seeing(rows, arguments[3]))
 
 
 def _seeing(rows: Tensor, visible: Tensor) -> Tensor:
