@@ -13,7 +13,7 @@ from mustdrop.rules.pooling import centres, square_cells
 
 
 class AveragePooling(VisionRule):
-    """Images and videos are cut into nearly square cells, which become their mean; its middle patch names a cell."""
+    """Images and videos are cut into nearly square cells, which become their mean; the patch in the middle is named."""
 
     by_view: ClassVar[bool] = False
 
