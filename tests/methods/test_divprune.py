@@ -35,7 +35,7 @@ def test_each_pick_is_the_farthest_from_the_picks():
     assert farthest_first(x, 5).tolist() == [[2, 4, 0, 1, 3]]
 
 
-@pytest.mark.parametrize("held", [0, 3072])
+@pytest.mark.parametrize("held", [0, 4096])
 @pytest.mark.parametrize("block", [1, 5000, 1 << 24])
 def test_it_is_the_formula_for_every_row_of_a_batch(held, block, monkeypatch):
     monkeypatch.setattr(diversity, "_HELD", held)
@@ -44,7 +44,7 @@ def test_it_is_the_formula_for_every_row_of_a_batch(held, block, monkeypatch):
     assert farthest_first(x, 59).tolist() == [written_out(row, 59) for row in x]
 
 
-@pytest.mark.parametrize("held", [0, 3072])
+@pytest.mark.parametrize("held", [0, 4096])
 def test_duplicates_come_last_and_the_lower_index_first(held, monkeypatch):
     monkeypatch.setattr(diversity, "_HELD", held)
     x = torch.eye(4)[[0, 0, 1, 1, 2, 2, 3]][None]

@@ -35,7 +35,7 @@ def seen(values, attention, rule):
     return Features.of_grid(values, (1, values.shape[1]), dict.fromkeys(rule.reads, attention))
 
 
-@pytest.mark.parametrize("held", [0, 3072])
+@pytest.mark.parametrize("held", [0, 4096])
 @pytest.mark.parametrize("number", [2, 3, 30, 31])
 def test_rounds_are_those_of_the_list_for_every_row_of_a_batch(held, number, monkeypatch):
     monkeypatch.setattr(diversity, "_HELD", held)

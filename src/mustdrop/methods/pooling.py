@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
@@ -11,10 +13,12 @@ from mustdrop.rules.pooling import centres, square_cells
 
 
 class AveragePooling(VisionRule):
-    """Each view is cut into nearly square cells, which become their mean; the patch in the middle names a cell."""
+    """Images and videos are cut into nearly square cells, which become their mean; the patch in the middle is named."""
+
+    by_view: ClassVar[bool] = False
 
     def choose(self, seen: Features, count: int | None) -> Chosen:
-        """See `VisionRule.choose`. Views of the same shape are cut once."""
+        """See `VisionRule.choose`. What has the same shape is cut once."""
         assert count is not None
         place = torch.stack([seen.frame, seen.row, seen.column], 1).cpu()
         place = place - place.amin(2, keepdim=True)
@@ -26,7 +30,7 @@ class AveragePooling(VisionRule):
 
 
 class Pooling(Recipe):
-    """Average the tokens of each view (image, tile or frame) over `keep` cells of its grid.
+    """Average the tokens of each image or video over cells of its grids, `keep` in all.
 
     Attributes:
         keep: tokens (int) or share of the prompt's vision tokens.

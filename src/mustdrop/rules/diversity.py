@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mustdrop import kernels
 
-# Up to so many features per row all similarities are computed once and held (36 MiB); above, again where needed.
-_HELD = 3072
+# Up to so many features per row all similarities are computed once and held (64 MiB); above, again where needed.
+_HELD = 4096
 # Similarities of one block where they are not held, in elements.
 _BLOCK = 1 << 24
 # Squared sine of the angle to the picked features below which float32 cannot tell a feature from their combinations.
@@ -30,7 +30,7 @@ def farthest_first(x: Tensor, count: int) -> Tensor:
     With d(i, j) = 1 - cos(x_i, x_j), the first pick is argmax_i min_{j != i} d(i, j), each later one
     argmax_i min_{j picked} d(i, j). Source: DivPrune (arXiv 2503.02175).
 
-    N^2 C operations for the first pick and, beyond 3072 features, N C for each later one, of which only the distance to
+    N^2 C operations for the first pick and, beyond 4096 features, N C for each later one, of which only the distance to
     the nearest pick is kept.
 
     Args:
@@ -104,7 +104,7 @@ def without_duplicates(x: Tensor, order: Tensor, count: int, most: int = 8) -> T
     similar first, then the odd ones; k = min(most, what is too many). Source: VisPruner (arXiv 2412.01818), whose code
     takes lists of even length only. Where k exceeds the even places, all of them leave.
 
-    About (R - count) / most rounds. Up to 3072 listed features, R^2 C operations once and R^2 / 4 look-ups per round;
+    About (R - count) / most rounds. Up to 4096 listed features, R^2 C operations once and R^2 / 4 look-ups per round;
     above, R^2 C / 4 operations per round, in blocks.
 
     Args:
