@@ -43,6 +43,8 @@ class Tower:
         has_cls: whether the first prefix token, or without a prefix the last suffix token, attends like a CLS token.
         packed: whether the patches of all items lie in one sequence without a batch dimension (or with one of size 1).
             Then tokens merge behind the encoder, not in it.
+        halves: names of the second norm and the MLP of a layer that computes x + mlp(norm(x)) after its attention; None
+            where layers are made otherwise.
         whole: layers whose patches see their whole frame, where all others see a window of it; empty if all do.
     """
 
@@ -52,6 +54,7 @@ class Tower:
     has_cls: bool = False
     suffix: int = 0
     packed: bool = False
+    halves: tuple[str, str] | None = None
     whole: tuple[int, ...] = ()
 
 
@@ -163,7 +166,9 @@ class Adapter(ABC):
                 f"{self.name}: expected one list of {depth} layers in {type(module).__name__}, found {len(found)}."
             )
         cls = module.config.model_type.startswith("clip")
-        return Tower(module, found[0], int(cls), cls)
+        names = ("layer_norm2", "mlp")  # CLIP and SigLIP
+        halves = names if all(hasattr(block, name) for block in found[0] for name in names) else None
+        return Tower(module, found[0], int(cls), cls, halves=halves)
 
     def encoder_grid(self, model: Any, modality: str, arguments: dict[str, Any]) -> tuple[int, int]:
         """(rows, columns) of the patches of one item of a dense tower."""

@@ -72,6 +72,7 @@ class Features:
         column: (B, N) long, its column.
         read: what the rule asked for: (B, N) for attention, (B, N, D) for keys.
         question: per view (T, C), embeddings of the prompt's words after its last picture, if the rule asked for them.
+        size: (B, N) float, how many features of the encoder each stands for; None: one.
         first: (B, N) long, first frame of the video that each feature lies in; each grid of an image is a video of one
             frame. None: all frames are of one video.
     """
@@ -82,6 +83,7 @@ class Features:
     column: Tensor
     read: Mapping[Read, Tensor] = field(default_factory=dict)
     question: tuple[Tensor, ...] = ()
+    size: Tensor | None = None
     first: Tensor | None = None
 
     @classmethod
@@ -181,3 +183,36 @@ class VisionRule(Settings):
                 f"{chosen.keep.shape[1]}."
             )
         return chosen
+
+
+class InnerRule(VisionRule):
+    """Base of the rules that also merge inside the layers of the encoder, between attention and MLP.
+
+    That takes an encoder whose items have a batch dimension and no padding, whose layers can be halved (`Tower.halves`)
+    and whose patches become one feature each. With another encoder `choose` alone has to do.
+
+    Attributes:
+        weighs: whether later layers weigh a merged token's attention with its size (by a bias on the logits).
+    """
+
+    weighs: bool = True
+
+    def amounts(self, patches: int, target: int, layers: int) -> list[int]:
+        """Tokens that merge in each of the layers.
+
+        Args:
+            patches: of one item.
+            target: patches that may be left; merging further is up to `choose`, behind.
+            layers: encoder layers up to the one that features are read from.
+        """
+        raise NotImplementedError
+
+    def join(self, keys: Tensor, number: int, protected: int) -> tuple[Tensor, int]:
+        """(B, N) slot of each token when `number` tokens of one layer merge, and how many slots there are.
+
+        Args:
+            keys: (B, N, D) keys of the layer, mean over the heads.
+            number: tokens that go.
+            protected: tokens at the front that stay what they are.
+        """
+        raise NotImplementedError

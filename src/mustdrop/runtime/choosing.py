@@ -56,6 +56,7 @@ class Chooser:
         most: features per medium that may stay; None leaves it to the rule.
         last: media whose last feature ends a prompt and must stay.
         questions: per medium (T, C), embeddings of its prompt's words, if the rule asks for them.
+        released: whether what merged in the encoder is shown in the encoder's order, as released codes have it.
     """
 
     rule: VisionRule
@@ -64,6 +65,7 @@ class Chooser:
     most: Sequence[int] | None
     last: Sequence[int]
     questions: Sequence[Tensor]
+    released: bool = False
 
     def __call__(self, features: Tensor, owner: Tensor | None = None) -> Choice:
         """Choose from features (F, C) of all media.
@@ -77,6 +79,7 @@ class Chooser:
         owner = index if owner is None else owner
         choice = Choice(torch.zeros(len(features), dtype=torch.bool, device=device), torch.full_like(index, -1), index)
         choice.order = index.clone()
+        size = torch.bincount(owner, minlength=len(owner)).float()
         groups: dict[tuple[int, int | None], list[tuple[int, Tensor]]] = {}
         start = 0
         for i, layout in enumerate(self.layouts):
@@ -93,7 +96,7 @@ class Chooser:
                     choice.keep[part], choice.into[part] = True, part
                 continue
             for some in [views] if count is not None else [[view] for view in views]:
-                self._choose(choice, features, some, count)
+                self._choose(choice, features, size, some, count)
         # what had merged into a feature before goes where that one goes
         choice.into = choice.into[owner]
         return choice
@@ -112,6 +115,10 @@ class Chooser:
         first = first if most is None else first[:most]
         choice.keep[first], choice.into[first] = True, first
         free = mine[alive & ~structural & ~choice.keep[mine]]
+        merged = self.run.merged
+        if self.released and merged is not None and merged.merge_into is not None:
+            slot = merged.merge_into.flatten().to(mine.device)[layout.patches[:, 0].to(mine.device)]
+            free = free[slot[free - mine[0]].argsort()]
         return free, None if most is None else min(most - len(first), len(free))
 
     def _views(self, free: Tensor, layout: Layout, room: int | None) -> list[tuple[Tensor, int | None]]:
@@ -132,7 +139,9 @@ class Chooser:
             return layout.patches[:, 0] // self.run.item
         return places(layout)[0]
 
-    def _choose(self, choice: Choice, features: Tensor, views: list[tuple[int, Tensor]], count: int | None) -> None:
+    def _choose(
+        self, choice: Choice, features: Tensor, size: Tensor, views: list[tuple[int, Tensor]], count: int | None
+    ) -> None:
         index = torch.stack([part for _, part in views])
         media = [i for i, _ in views]
         frame, row, column, first = torch.cat([places(layout) for layout in self.layouts], 1).to(features.device)
@@ -143,6 +152,7 @@ class Chooser:
             column[index],
             {read: self.reading(read, features.device)[index] for read in self.rule.reads},
             tuple(self.questions[i].to(features.device) for i in media) if self.rule.asks else (),
+            size[index],
             first[index],
         )
         chosen = self.rule(seen, count)
@@ -158,6 +168,20 @@ class Chooser:
     def reading(self, read: Read, device: torch.device) -> Tensor:
         """(F,) or (F, D), the mean over each feature's patches of what was read; 0 for structural rows."""
         return of_features(self.run, read, stacked(self.layouts).to(device))
+
+
+def patches_left(layouts: Sequence[Layout], most: Sequence[int], item: int) -> int:
+    """Patches that each item of the encoder's batch must have after merging, for every medium to have `most` features.
+
+    Patches that become no feature (what a model cuts away from tiles) may stay unmerged, so they do not count.
+    """
+    left = 0
+    for layout, number in zip(layouts, most, strict=True):
+        _, counts = torch.unique(layout.patches[~layout.structural, 0] // item, return_counts=True)
+        room = max(0, min(number, layout.size) - int(layout.structural.sum()))
+        parts = share_out(min(room, int(counts.sum())), counts.tolist())
+        left = max([left, *(part + item - n for part, n in zip(parts, counts.tolist(), strict=True))])
+    return left
 
 
 def of_features(run: EncoderRun, read: Read, patches: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from mustdrop.runtime.encoder import BlockHook, EncoderCapture, EncoderStage, Ma
 from mustdrop.runtime.entry import last_token, valid_tokens, words
 from mustdrop.runtime.features import FeaturesWrapper
 from mustdrop.runtime.generate import GenerateWrapper
+from mustdrop.runtime.halves import HalfHooks
 from mustdrop.runtime.plan import RowPlan, plan_row
 from mustdrop.runtime.record import record
 from mustdrop.runtime.state import Call, Local
@@ -135,7 +136,10 @@ class Runtime:
                     if attention is not None:
                         self.handles.append(attention.register_forward_pre_hook(MaskHook(stage), with_kwargs=True))
                 self.handles.append(tower.module.register_forward_hook(stage.after_tower, prepend=True))
-            for i in stage.reads:
+            if stage.inner is not None and tower.halves is not None:
+                for i in range(stage.last + 1):
+                    self.handles += HalfHooks(self.local, i).install(tower.blocks[i], tower.halves)
+            for i in stage.tapped:
                 self._tap(tower.blocks[i], (stage.key, i), EncoderCapture(stage, i), f"encoder layer {i}")
         for modality in self.modalities:
             function = getattr(self.base, modality.method)
@@ -213,18 +217,10 @@ class Runtime:
         if self.method.drops and any(call.totals) and not self.warned and not self.last.dropped_anything:
             self.warned = True
             warnings.warn(
-                f"method {self.method.name!r} kept every vision token of this prompt: {self._why_nothing()}",
+                f"method {self.method.name!r} kept every vision token of this prompt: {self.method.why_nothing}",
                 NothingDroppedWarning,
                 stacklevel=3,
             )
-
-    def _why_nothing(self) -> str:
-        prefill = self.method.prefill
-        if prefill is None:
-            return "it has no prefill stage and its vision stage found nothing to drop."
-        if prefill.keep is not None:
-            return f"keep={prefill.keep} asks for all of them."
-        return "its thresholds drop nothing here; raise global_threshold and individual_threshold, or set keep."
 
     def placeholders(self, ids: Tensor | None, embeds: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
         """(B, S) long, index of the modality that each position stands for, -1 for text."""

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from mustdrop.adapters.base import Tower
 from mustdrop.compat import eager
 from mustdrop.errors import ConfigError
-from mustdrop.pruners import Read, VisionStagePruner
+from mustdrop.pruners import InnerRule, Read, VisionStagePruner
 from mustdrop.runtime import reading
+from mustdrop.runtime.halves import Inside
 from mustdrop.runtime.masks import attended_keys, cut_encoder_mask, encoder_mask
 from mustdrop.runtime.state import Local
 from mustdrop.runtime.tap import attention_of
@@ -40,6 +41,7 @@ class EncoderRun:
         readings: what was read from the layers, a value or vector per patch, in the pieces in which they ran.
         item: patches of one item of a dense tower; 0 where all items lie in one sequence, or before it has run.
         leave: called with the encoder's output, all of whose patches are there again, before the model goes on with it.
+        inside: merging between the halves of its layers, or None.
         lengths: per encoder layer, the lengths of the sequences that attended to themselves.
     """
 
@@ -52,23 +54,25 @@ class EncoderRun:
     readings: dict[Read, list[Tensor]] = field(default_factory=dict)
     item: int = 0
     leave: Callable[[Any], Any] | None = None
+    inside: Inside | None = None
     lengths: list[Tensor] = field(default_factory=list)
 
     def reading(self, read: Read) -> Tensor | None:
-        """(patches,) or (patches, D), what was read of every patch of all items; None if the layer did not run.
-
-        A merged patch has what its window has.
-        """
+        """(patches,) or (patches, D), what was read of every patch of all items; None if the layer did not run."""
         pieces = self.readings.get(read)
         if not pieces:
             return None
-        if self.tower.packed:
-            return torch.cat(pieces)
-        found = torch.cat(pieces)
-        if self.merged is not None and self.merged.merge_into is not None and found.shape[1] != self.item:
-            slot = self.merged.merge_into.to(found.device)
-            found = found.gather(1, slot.view(*slot.shape, *[1] * (found.ndim - 2)).expand(-1, -1, *found.shape[2:]))
-        return found.flatten(0, 1)
+        return torch.cat(pieces) if self.tower.packed else torch.cat(pieces).flatten(0, 1)
+
+    def whole(self, found: Tensor) -> Tensor:
+        """(items, patches, ...) of what was read of the tokens that are left.
+
+        A merged patch has what its window has.
+        """
+        if self.merged is None or self.merged.merge_into is None or found.shape[1] == self.item:
+            return found
+        slot = self.merged.merge_into.to(found.device)
+        return found.gather(1, slot.view(*slot.shape, *[1] * (found.ndim - 2)).expand(-1, -1, *found.shape[2:]))
 
     def owners(self, patches: int) -> Tensor:
         """(patches,) long, for every patch of all items the patch that names its merged window (or itself)."""
@@ -128,6 +132,7 @@ class EncoderStage:
         self, pruner: VisionStagePruner | None, tower: Tower, local: Local, key: object, read_layer: int
     ) -> None:
         self.pruner, self.tower, self.local, self.key = pruner, tower, local, key
+        self.last = read_layer
         self.reads: dict[int, list[Read]] = {}
         if pruner is None:
             return
@@ -154,6 +159,18 @@ class EncoderStage:
             return False
         return frames == 1 or pruner.temporal_window == 1
 
+    @property
+    def inner(self) -> InnerRule | None:
+        """The rule that merges in the layers, where they can be halved."""
+        rule = None if self.pruner is None else self.pruner.rule
+        fits = self.tower.halves is not None and not self.tower.packed and not self.tower.suffix
+        return rule if isinstance(rule, InnerRule) and fits else None
+
+    @property
+    def tapped(self) -> list[int]:
+        """Layers whose queries and keys are read."""
+        return sorted({*self.reads, *(range(self.last + 1) if self.inner is not None else ())})
+
     def check(self, read_layer: int) -> None:
         """Raise `ConfigError` if merging would come after the layer that the features are read from."""
         pruner = self.pruner
@@ -177,8 +194,10 @@ class EncoderStage:
         if run is None:
             return None
         pruner = self.pruner
-        if index in self.reads:
+        if index in self.reads or (run.inside is not None and index <= self.last):
             self.local.capture = (self.key, index)
+        if index == 0 and _given_mask(args, kwargs) is not None:
+            run.inside = None  # padding must not merge with patches: the rule is asked behind
         if not run.item and not self.tower.packed and args[0].ndim == 3:
             run.item = args[0].shape[1] - self.tower.prefix - self.tower.suffix
         merges = run.grid is not None and pruner is not None and index == pruner.layer + 1
@@ -197,7 +216,7 @@ class EncoderStage:
         run: EncoderRun | None = self.local.encoder
         if run is None or run.merged is None:
             return None
-        given = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        given = _given_mask(args, kwargs)
         mask = self._mask(run, given, hidden, module)
         if len(args) > 1:
             return (args[0], mask, *args[2:]), kwargs
@@ -226,14 +245,14 @@ class EncoderStage:
 
     def _mask(self, run: EncoderRun, given: Tensor | None, hidden: Tensor, module: nn.Module) -> Tensor | None:
         """The mask that hides padding, and what the mask that came hides; made once per mask that comes."""
+        if run.inside is not None:
+            return run.inside.bias(given, _implementation(module), hidden.dtype)
         if id(given) not in run.masks:
             merged, prefix = run.merged, self.tower.prefix
             assert merged is not None
             visible = nn.functional.pad(merged.valid, (prefix, 0), value=True)
             if given is None:
-                config: Any = getattr(attention_of(module) or module, "config", module)
-                implementation = str(getattr(config, "_attn_implementation", "eager"))
-                run.masks[id(given)] = encoder_mask(visible, implementation, hidden.dtype)
+                run.masks[id(given)] = encoder_mask(visible, _implementation(module), hidden.dtype)
             else:
                 slots = nn.functional.pad(merged.keep + prefix, (prefix, 0))
                 slots[:, :prefix] = torch.arange(prefix, device=slots.device)
@@ -250,7 +269,9 @@ class EncoderStage:
             return
         scaling = kwargs.get("scaling") or getattr(module, "scale", None) or q.shape[-1] ** -0.5
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # grouped keys
-        for read in self.reads[index]:
+        if run.inside is not None:
+            run.inside.keys = k.float().mean(1)
+        for read in self.reads.get(index, ()):
             pieces = run.readings.setdefault(read, [])
             if self.tower.packed:
                 pieces += reading.of_segments(read, q, k, mask, kwargs, scaling)
@@ -260,7 +281,7 @@ class EncoderStage:
                 visible = nn.functional.pad(run.merged.valid, (self.tower.prefix, 0), value=True).to(q.device)
             elif mask is not None:  # patches that nobody sees are padding
                 visible = attended_keys(mask).expand(q.shape[0], -1)
-            pieces.append(reading.of_items(read, self.tower, q, k, visible, scaling))
+            pieces.append(run.whole(reading.of_items(read, self.tower, q, k, visible, scaling)))
 
     @eager
     def after_tower(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -294,3 +315,12 @@ def _whole(merged: Selection, state: Tensor | None, prefix: int) -> Tensor | Non
 def takes_mask(block: nn.Module) -> bool:
     """Whether an encoder layer hands a mask on to its attention."""
     return "attention_mask" in inspect.signature(type(block).forward).parameters
+
+
+def _given_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    return args[1] if len(args) > 1 else kwargs.get("attention_mask")
+
+
+def _implementation(module: nn.Module) -> str:
+    config: Any = getattr(attention_of(module) or module, "config", module)
+    return str(getattr(config, "_attn_implementation", "eager"))

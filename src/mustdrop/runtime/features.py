@@ -17,8 +17,9 @@ from mustdrop.compat import eager
 from mustdrop.errors import MustDropError, UnsupportedOptionError
 from mustdrop.layout import Layout
 from mustdrop.runtime import checks
-from mustdrop.runtime.choosing import Chooser
+from mustdrop.runtime.choosing import Chooser, patches_left
 from mustdrop.runtime.encoder import EncoderRun, EncoderStage
+from mustdrop.runtime.halves import Inside
 from mustdrop.runtime.leaving import EarlyChoice
 from mustdrop.runtime.marking import decide, must_remain
 from mustdrop.runtime.plan import rows_of_media
@@ -68,6 +69,7 @@ class FeaturesWrapper:
         run = self._run(stage, layouts, least, arguments)
         most = _limits(sizes, owners, parts, [plan.at_most for plan in plans])
         last = self._last(call, owners, sizes) if call is not None and of_call else []
+        run.inside = self._inside(stage, layouts, most, arguments)
         chooser = self._chooser(stage, run, layouts, most, last, call if of_call else None, owners)
         early = None
         if chooser is not None and chooser.rule.space == "encoder":
@@ -122,6 +124,17 @@ class FeaturesWrapper:
             run.at_least = must_remain(stage.pruner, layouts, least, run)
         return run
 
+    def _inside(
+        self, stage: EncoderStage, layouts: Sequence[Layout], most: Sequence[int], arguments: dict[str, Any]
+    ) -> Inside | None:
+        """Merging in the encoder's layers, where the rule does it and each patch is a feature."""
+        runtime, kind, rule = self.runtime, self.modality.name, stage.inner
+        if rule is None or runtime.adapter.pool(runtime.model, kind, arguments) != 1:
+            return None
+        rows, columns = runtime.adapter.encoder_grid(runtime.model, kind, arguments)
+        target = patches_left(layouts, most, rows * columns)
+        return Inside(rule, rule.amounts(rows * columns, target, stage.last + 1), stage.tower.prefix)
+
     def _chooser(
         self,
         stage: EncoderStage,
@@ -144,7 +157,8 @@ class FeaturesWrapper:
                     "none: call the model (or generate) with the prompt and the media together."
                 )
             questions = [call.words[row] for row in owners]
-        return Chooser(pruner.rule, run, layouts, None if pruner.keep == "rule" else most, last, questions)
+        budget = None if pruner.keep == "rule" else most
+        return Chooser(pruner.rule, run, layouts, budget, last, questions, pruner.compat == "released")
 
     def _flat(self, features: Any, layouts: Sequence[Layout]) -> Tensor:
         """(F, C) features of all media."""

@@ -68,8 +68,7 @@ class Prefill:
             of them).
         valid: (B, q) bool, tokens that are not padding.
         past: per decoder layer, entries that its cache held before.
-        raters: text rows that scored (the most of any sample).
-        scored: filter layers that scored.
+        scored: (decoder layer, rows whose attention was read there: the most of any sample), once per reader.
         marks: per row, what the vision stage decided over its vision tokens (empty without one).
         media: per row, its media in the order of the prompt: layout, kind, and where its features are among the row's
             vision tokens (empty if the encoder did not run).
@@ -80,8 +79,7 @@ class Prefill:
     valid: Tensor
     rows: list[Tensor | None] = field(default_factory=list)
     past: list[int] = field(default_factory=list)
-    raters: int = 0
-    scored: list[int] = field(default_factory=list)
+    scored: list[tuple[int, int]] = field(default_factory=list)
     marks: list[Marks] = field(default_factory=list)
     media: list[list[Medium]] = field(default_factory=list)
 
@@ -143,6 +141,7 @@ class Forward:
         attention: captured at the last filter layer: (B, T, n), or (B, 2, n) where the pruner needs no more than the
             sum and the maximum over the text rows.
         keys: (B, n, G * D) likewise, if the scorer reads them.
+        masses: per decoder layer, (B,) attention that the rows read for the cache gave to its vision entries.
         memo: masks and positions shared by layers of one layout.
     """
 
@@ -156,6 +155,7 @@ class Forward:
     record: Prefill | None = None
     attention: Tensor | None = None
     keys: Tensor | None = None
+    masses: list[Tensor] = field(default_factory=list)
     memo: dict[Any, Any] = field(default_factory=dict)
 
     def index(self, device: torch.device) -> Tensor:

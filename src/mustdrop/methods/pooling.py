@@ -1,0 +1,39 @@
+"""Baseline: average pooling of the vision tokens over their grid."""
+
+from __future__ import annotations
+
+import torch
+
+from mustdrop.method import DEFAULT_KEEP, Method, Recipe
+from mustdrop.pruners import Chosen, Features, VisionRule, VisionStagePruner
+from mustdrop.pruners.base import Budget
+from mustdrop.rules.pooling import centres, square_cells
+
+
+class AveragePooling(VisionRule):
+    """Each view is cut into nearly square cells, which become their mean; the patch in the middle names a cell."""
+
+    def choose(self, seen: Features, count: int | None) -> Chosen:
+        """See `VisionRule.choose`. Views of the same shape are cut once."""
+        assert count is not None
+        place = torch.stack([seen.frame, seen.row, seen.column], 1).cpu()
+        place = place - place.amin(2, keepdim=True)
+        shapes, shape = torch.unique(place, dim=0, return_inverse=True)
+        cells = [square_cells(one, count) for one in shapes]
+        names = torch.stack([centres(*pair) for pair in zip(shapes, cells, strict=True)])
+        device = seen.values.device
+        return Chosen.merged(names[shape].to(device), torch.stack(cells)[shape].to(device))
+
+
+class Pooling(Recipe):
+    """Average the tokens of each view (image, tile or frame) over `keep` cells of its grid.
+
+    Attributes:
+        keep: tokens (int) or share of the prompt's vision tokens.
+    """
+
+    keep: Budget = DEFAULT_KEEP
+
+    def build(self) -> Method:
+        """Only the vision socket is filled."""
+        return Method(vision=VisionStagePruner(window=None, key_share=0, keep=self.keep, score=AveragePooling()))
