@@ -60,7 +60,7 @@ class KimiK25(PaddleOCRVL):
             "topk_group": 1,
             "first_k_dense_replace": 1,
         }
-        decoder = text("deepseek_v3", **{**latent, **experts, "initializer_range": 0.2})
+        decoder = text("deepseek_v3", **{**latent, **experts, "initializer_range": 0.25})
         del decoder["head_dim"]
         return {
             "model_type": "kimi_k25",
