@@ -40,13 +40,14 @@ class Read(Settings):
             raise ConfigError(f"Read(layer={self.layer}, of={self.of}): expected a layer from 0 to {self.of - 1}.")
         return self
 
-    def at(self, depth: int, last: int, whole: Sequence[int] = ()) -> int:
+    def at(self, depth: int, last: int, whole: Sequence[int] = (), name: str = "Read.layer") -> int:
         """The layer in an encoder of `depth` layers whose features are read from layer `last`.
 
         Args:
             depth: of the encoder.
             last: the layer that its features are read from.
             whole: layers whose patches see the whole frame; empty if all do.
+            name: what the error message calls `layer`.
 
         Raises:
             ConfigError: the encoder has no such layer.
@@ -56,7 +57,7 @@ class Read(Settings):
             return min(whole, key=lambda layer: (abs(layer - scaled), -layer), default=scaled)
         if not -depth <= self.layer < depth:
             raise ConfigError(
-                f"Read.layer={self.layer}: this encoder has layers 0 to {depth - 1} (or negative, from the end)."
+                f"{name}={self.layer}: this encoder has layers 0 to {depth - 1} (or negative, from the end)."
             )
         return self.layer % depth
 

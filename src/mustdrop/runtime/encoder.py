@@ -138,7 +138,9 @@ class EncoderStage:
             return
         depth = len(tower.blocks)
         for read in pruner.reads:
-            self.reads.setdefault(read.at(depth, read_layer, tower.whole), []).append(read)
+            own = pruner.needs_attention and read == pruner.importance
+            name = "VisionStagePruner.key_layer" if own else "Read.layer"
+            self.reads.setdefault(read.at(depth, read_layer, tower.whole, name), []).append(read)
         if pruner.window is None or tower.packed:
             return
         if pruner.layer > depth - 2:
