@@ -97,7 +97,8 @@ def test_shares_add_up_whatever_the_mass():
     count = torch.randint(1, 577, (50,), generator=draw)
     made = proportional(mass, count, entries)
     assert torch.equal(made.sum(0), 28 * count)
-    assert made.min() >= 1 and made.max() <= 576
+    assert made.min() >= 1
+    assert made.max() <= 576
 
 
 # ----------------------------------------------------------------------------------------------------- contradictions
