@@ -104,11 +104,12 @@ def test_static_caches_are_refused_where_entries_leave_while_decoding(setup):
 
 
 def test_drafts_are_taken_where_entries_leave_once_and_refused_elsewhere():
-    inputs = batch(LLAMA, (1,), seed=9)
+    inputs, end = batch(LLAMA, (1,), seed=9, after=(8,)), {"eos_token_id": 206}  # before 5.17 the lookup needs one
+    inputs["input_ids"][:, -3:] = inputs["input_ids"][:, -8:-5]  # so that the first pass has drafts behind the prompt
     for name in ("snapkv", "h2o", "tgvkv"):
         model = patched(LLAMA, **SETUPS[name])
-        expected = answer(model, inputs, 8)
-        drafted = answer(model, inputs, 8, prompt_lookup_num_tokens=3)
+        expected = answer(model, inputs, 8, **end)
+        drafted = answer(model, inputs, 8, prompt_lookup_num_tokens=3, **end)
         assert torch.equal(drafted.sequences, expected.sequences)
     with pytest.raises(UnsupportedOptionError, match="prompt_lookup_num_tokens"):
         answer(patched(LLAMA, **SETUPS["h2o waits"]), inputs, 8, prompt_lookup_num_tokens=3)
