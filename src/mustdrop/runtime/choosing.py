@@ -12,7 +12,7 @@ from mustdrop.budget import share_out
 from mustdrop.errors import MustDropError
 from mustdrop.layout import Layout
 from mustdrop.pruners import Chosen, Features, Read, VisionRule
-from mustdrop.runtime.encoder import EncoderRun
+from mustdrop.runtime.encoder_run import EncoderRun
 
 
 @dataclass

@@ -18,7 +18,8 @@ from mustdrop.errors import MustDropError, UnsupportedOptionError
 from mustdrop.layout import Layout
 from mustdrop.runtime import checks
 from mustdrop.runtime.choosing import Chooser, patches_left
-from mustdrop.runtime.encoder import EncoderRun, EncoderStage
+from mustdrop.runtime.encoder import EncoderStage
+from mustdrop.runtime.encoder_run import EncoderRun
 from mustdrop.runtime.halves import Inside
 from mustdrop.runtime.leaving import EarlyChoice
 from mustdrop.runtime.marking import decide, must_remain

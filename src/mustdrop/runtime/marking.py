@@ -12,7 +12,7 @@ from mustdrop.budget import share_out
 from mustdrop.layout import Layout
 from mustdrop.pruners import VisionStagePruner
 from mustdrop.runtime.choosing import Choice, Chooser, of_features, owners, stacked
-from mustdrop.runtime.encoder import EncoderRun
+from mustdrop.runtime.encoder_run import EncoderRun
 from mustdrop.runtime.state import Marks
 
 

@@ -15,7 +15,7 @@ from mustdrop.runtime.plan import RowPlan
 from mustdrop.runtime.rows import PAD, take
 
 if TYPE_CHECKING:
-    from mustdrop.runtime.encoder import EncoderRun
+    from mustdrop.runtime.encoder_run import EncoderRun
     from mustdrop.runtime.entry import Media
 
 
