@@ -84,7 +84,9 @@ def ask(model: Any, part: Part) -> Asked:
     given = fidelity.reference(model, part.inputs, part.new_tokens)
     count = len(given.tokens)
     if part.truths is None:
-        return Asked(part.type, part.inputs, count, False, given.tokens, given.lengths, given.logits, torch.arange(count))
+        return Asked(
+            part.type, part.inputs, count, False, given.tokens, given.lengths, given.logits, torch.arange(count)
+        )
     answers = [row[:n].tolist() for row, n in zip(given.tokens, given.lengths, strict=True)]
     other = [i for i, (answer, truth) in enumerate(zip(answers, part.truths, strict=True)) if answer != truth]
     rows = [*range(count), *other]
@@ -94,8 +96,7 @@ def ask(model: Any, part: Part) -> Asked:
     lengths = torch.tensor([len(row) for row in forced])
     tokens = torch.tensor([row + [0] * (int(lengths.max()) - len(row)) for row in forced])
     inputs = {name: value[rows] for name, value in part.inputs.items()}
-    with mustdrop.patched(model, "none"):
-        logits = fidelity.forced_logits(model, inputs, tokens)
+    logits = fidelity.forced_logits(model, inputs, tokens)
     return Asked(part.type, inputs, count, True, tokens, lengths, logits, own)
 
 

@@ -118,7 +118,7 @@ class Scenes:
         texts = [prompt(processor, question.text) for question in questions]
         inputs = processor(text=texts, images=pictures, return_tensors="pt", padding=True).to(self.device)
         words = processor.tokenizer
-        truths = [words.convert_tokens_to_ids(q.answer.split()) + [words.eos_token_id] for q in questions]
+        truths = [[*words.convert_tokens_to_ids(q.answer.split()), words.eos_token_id] for q in questions]
         return Part(questions[0].type, dict(inputs), truths, new_tokens=12)
 
 

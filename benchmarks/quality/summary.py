@@ -67,7 +67,7 @@ def _row(own: Sequence[Mapping[str, Any]]) -> tuple[Row, Scored | None]:
 
 
 def differences(reference: str, scored: Mapping[tuple[Any, ...], Scored]) -> list[Row]:
-    """The reference minus each other method, on the same scenes; positive accuracy means that the reference is better."""
+    """The reference minus each other method, on the same scenes; positive accuracy: the reference is better."""
     out = []
     for (model, method, keep), numbers in scored.items():
         ours = scored.get((model, reference, keep))
