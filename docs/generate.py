@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import kernel_table
+import quality_table
 import support_table
 
 ROOT = Path(__file__).parents[1]
@@ -192,6 +193,31 @@ def kernels_aot(results: Results) -> str:
     """Registers and shared memory of every kernel."""
     sentence, header, rows = kernel_table.launches(results["kernels_aot"])
     return sentence + "\n\n" + table(header, rows)
+
+
+@renderer("quality")
+def quality(results: Results) -> str:
+    """Accuracy of every method at every budget."""
+    record = results["quality"]
+    return f"{quality_table.setting(record)}\n\n{quality_table.overview(record, table)}"
+
+
+@renderer("quality-details")
+def quality_details(results: Results) -> str:
+    """Accuracy, likelihood, fidelity and cost of every method at every budget."""
+    return quality_table.details(results["quality"], table)
+
+
+@renderer("quality-types")
+def quality_types(results: Results) -> str:
+    """Accuracy per type of question."""
+    return quality_table.types(results["quality"], table)
+
+
+@renderer("quality-differences")
+def quality_differences(results: Results) -> str:
+    """One method minus the others, on the same scenes."""
+    return quality_table.differences(results["quality"], table)
 
 
 def _ratio(spread: Mapping[str, float]) -> str:

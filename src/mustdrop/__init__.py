@@ -11,7 +11,7 @@ from mustdrop.patching import patch, patched, trace, unpatch
 from mustdrop.pruners import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from mustdrop.selection import Selection
 from mustdrop.trace import Trace
-from mustdrop.tune import tune
+from mustdrop.tuning import tune
 
 __version__ = "0.1.0"
 

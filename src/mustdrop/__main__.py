@@ -15,7 +15,7 @@ from rich.table import Table
 
 import mustdrop
 from mustdrop.errors import MustDropError
-from mustdrop.tune import cli as tune_cli
+from mustdrop.tuning import cli as tune_cli
 
 app = typer.Typer(
     help="Vision-language models that drop the vision tokens that do not matter.",

@@ -13,7 +13,7 @@ from mustdrop.config import save_config
 from mustdrop.errors import ConfigError
 from mustdrop.method import Method, find
 from mustdrop.provenance import provenance
-from mustdrop.tune.goal import Goal
+from mustdrop.tuning.goal import Goal
 
 
 @dataclass
@@ -129,7 +129,7 @@ class Tuning:
             rows: how many to show.
         """
         out = Table(title=f"{self.goal}: {self.prompts} prompts", title_justify="left")
-        out.add_column("method")
+        out.add_column("method", no_wrap=True)
         for header in ("knobs", "prompts", "agreement", "KL", "equal tokens", "FLOPs", "KV cache", "prompt time"):
             out.add_column(header, justify="right")
         usable = [c for c in self.candidates if not c.refused]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from mustdrop.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mustdrop.tune.result import Candidate
+    from mustdrop.tuning.result import Candidate
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from mustdrop.errors import ConfigError
 if TYPE_CHECKING:
     from mustdrop.demo.run import Item, Subject
 
-SCENE_SEED, SCENES = 0, 4  # of the bundled model: scenes for development, not the held-out ones
+SCENE_SEED, SCENES = 0, 2  # of the bundled model: scenes for development, not the held-out ones
 
 
 def command(
@@ -44,9 +44,12 @@ def command(
 
         mustdrop tune --model llava-hf/llava-1.5-7b-hf --samples mine.jsonl --kl 0.05 --time 0.6
     """
-    from mustdrop.method import methods
-    from mustdrop.tune import KEEPS, Goal, tune
+    from transformers.utils import logging
 
+    from mustdrop.method import methods
+    from mustdrop.tuning import KEEPS, Goal, tune
+
+    logging.disable_progress_bar()  # there is one of our own
     Goal(agreement, kl, time)  # fails before a model is loaded
     unknown = [name for name in method or () if name not in methods()]
     if unknown:

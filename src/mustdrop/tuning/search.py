@@ -22,9 +22,9 @@ from mustdrop.errors import (
 )
 from mustdrop.fidelity import Reference, measure, reference
 from mustdrop.method import find, registry
-from mustdrop.tune.goal import Goal
-from mustdrop.tune.result import Candidate, Tuning
-from mustdrop.tune.timing import prompt_share
+from mustdrop.tuning.goal import Goal
+from mustdrop.tuning.result import Candidate, Tuning
+from mustdrop.tuning.timing import prompt_share
 
 KEEPS: tuple[Keep, ...] = (0.75, 1 / 2, 1 / 3, 2 / 9, 1 / 6, 1 / 9, 1 / 18)
 FINALISTS = 4
