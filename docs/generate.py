@@ -195,29 +195,15 @@ def kernels_aot(results: Results) -> str:
     return sentence + "\n\n" + table(header, rows)
 
 
-@renderer("quality")
-def quality(results: Results) -> str:
-    """Accuracy of every method at every budget."""
-    record = results["quality"]
-    return f"{quality_table.setting(record)}\n\n{quality_table.overview(record, table)}"
+def of_quality(part: Callable[..., str]) -> Renderer:
+    """A renderer of one of the tables of quality."""
+    return lambda results: part(results["quality"], table)
 
 
-@renderer("quality-details")
-def quality_details(results: Results) -> str:
-    """Accuracy, likelihood, fidelity and cost of every method at every budget."""
-    return quality_table.details(results["quality"], table)
-
-
-@renderer("quality-types")
-def quality_types(results: Results) -> str:
-    """Accuracy per type of question."""
-    return quality_table.types(results["quality"], table)
-
-
-@renderer("quality-differences")
-def quality_differences(results: Results) -> str:
-    """One method minus the others, on the same scenes."""
-    return quality_table.differences(results["quality"], table)
+renderer("quality")(of_quality(quality_table.overview))
+renderer("quality-details")(of_quality(quality_table.details))
+renderer("quality-types")(of_quality(quality_table.types))
+renderer("quality-differences")(of_quality(quality_table.differences))
 
 
 def _ratio(spread: Mapping[str, float]) -> str:

@@ -1,9 +1,12 @@
-"""The tables of quality, from benchmarks/results/quality.json and quality_families.json."""
+"""The tables of quality, from benchmarks/results/quality.json."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+MARK = "\\*"
+OVER = f"{MARK} The decoder processes more tokens than the column says: this budget is one of the cache alone."
 
 Table = Callable[..., str]
 Record = Mapping[str, Any]
@@ -24,7 +27,7 @@ def setting(record: Record) -> str:
 
 
 def overview(record: Record, table: Table) -> str:
-    """One row per method: accuracy at every budget."""
+    """What was run, and one row per method: accuracy at every budget."""
     budgets = _budgets(record)
     cells = {(row["method"], row["keep"]): row for row in record["rows"]}
     lines = []
@@ -34,7 +37,8 @@ def overview(record: Record, table: Table) -> str:
         lines.append(
             [f"`{method}`", "" if whole is None else _score(whole), *("" if r is None else _score(r) for r in own)]
         )
-    return table(["method", "all", *(f"{keep:.0%}" for keep in budgets)], lines)
+    body = setting(record) + "\n\n" + table(["method", "all", *(f"{keep:.0%}" for keep in budgets)], lines)
+    return body + ("\n\n" + OVER if any(MARK in cell for line in lines for cell in line) else "")
 
 
 def details(record: Record, table: Table) -> str:
@@ -81,22 +85,10 @@ def differences(record: Record, table: Table) -> str:
         lines.append(
             [f"`{row['reference']}`", f"`{row['method']}`", keep, _interval(apart, sign="+"), verdict]
             + [_interval(row[name], sign="+") for name in ("loglik", "kl")]
+            + [f"{row['cost']['flops']:+.1%}"]
         )
-    header = ["method", "minus", "`keep`", "accuracy", "it is", "log-likelihood", "KL"]
+    header = ["method", "minus", "`keep`", "accuracy", "it is", "log-likelihood", "KL", "FLOPs"]
     return table(header, lines) if lines else "This run compares no methods."
-
-
-def families(record: Record, table: Table) -> str:
-    """Agreement and KL of tiny random models, one row per family and method, budgets side by side."""
-    budgets = _budgets(record)
-    cells = {(row["model"], row["method"], row["keep"]): row for row in record["rows"]}
-    lines = []
-    for model in record["models"]:
-        for method in _methods(record):
-            own = [cells.get((model, method, keep)) for keep in budgets]
-            if any(row is not None for row in own):
-                lines.append([f"`{model}`", f"`{method}`", *(_fidelity(row) for row in own)])
-    return table(["model", "method", *(f"{keep:.0%}" for keep in budgets)], lines)
 
 
 def _methods(record: Record) -> list[str]:
@@ -108,13 +100,10 @@ def _budgets(record: Record) -> Sequence[float]:
 
 
 def _score(row: Record) -> str:
-    return "cannot" if "cannot" in row else _interval(row["correct"])
-
-
-def _fidelity(row: Record | None) -> str:
-    if row is None:
-        return ""
-    return "cannot" if "cannot" in row else f"{row['agreement']['mean']:.2f}, KL {row['kl']['mean']:.3f}"
+    if "cannot" in row:
+        return "cannot"
+    over = row["keep"] is not None and row["equal_share"] > row["keep"] * 1.01
+    return _interval(row["correct"]) + (f" {MARK}" if over else "")
 
 
 def _interval(value: Mapping[str, float], digits: int = 3, sign: str = "") -> str:

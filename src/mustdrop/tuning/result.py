@@ -16,7 +16,7 @@ from mustdrop.provenance import provenance
 from mustdrop.tuning.goal import Goal
 
 
-@dataclass
+@dataclass(eq=False)
 class Candidate:
     """A method with its knobs, and what was measured on the prompts that it has seen so far.
 

@@ -95,21 +95,23 @@ class _Search:
         self.model, self.samples, self.goal = model, samples, goal
         self.candidates, self.timed_pairs, self.on_step = candidates, timed_pairs, on_step
         self.references: list[Reference] = []
-        self.seen = {id(c): 0 for c in candidates}
+        self.seen = dict.fromkeys(candidates, 0)  # samples that each has been measured on
         self.done, self.total = 0, 0
 
     def run(self) -> Tuning:
         """Halve until all samples have been seen, then choose."""
-        alive, sizes = list(self.candidates), rungs(len(self.samples))
-        for place, size in enumerate(sizes):
-            self.total = self.done + self._ahead(len(alive), sizes[place:])
+        alive, before, sizes = list(self.candidates), 0, rungs(len(self.samples))
+        while sizes:
+            self.total = self.done + self._ahead(len(alive), before, sizes)
+            size = sizes.pop(0)
             for candidate in alive:
                 self._see(candidate, size)
             alive = self._ranked(alive)
-            if size < len(self.samples):
-                alive = alive[: max(FINALISTS, math.ceil(len(alive) / 2))]
+            before = size
+            if sizes:
+                alive = alive[: self._half(len(alive))]
         chosen = self._within(alive) or self._second_chance()
-        whole = [c for c in self._ranked(self.candidates) if self.seen[id(c)] == len(self.samples)]
+        whole = [c for c in self._ranked(self.candidates) if self.seen[c] == len(self.samples)]
         partly = [c for c in self._ranked(self.candidates) if c not in whole]
         refused = [c for c in self.candidates if c.refused]
         prompts = sum(len(r.tokens) for r in self.references)
@@ -118,7 +120,7 @@ class _Search:
     def _second_chance(self) -> Candidate | None:
         """Those left behind, one by one: few prompts may have misled."""
         for candidate in self._ranked(self.candidates):
-            left = len(self.samples) - self.seen[id(candidate)]
+            left = len(self.samples) - self.seen[candidate]
             if left:
                 self.total = self.done + left
                 self._see(candidate, len(self.samples))
@@ -132,23 +134,27 @@ class _Search:
     def _ranked(self, among: Sequence[Candidate]) -> list[Candidate]:
         return sorted((c for c in among if not c.refused), key=self.goal.rank)
 
-    def _ahead(self, alive: int, sizes: Sequence[int]) -> int:
-        """Runs that are left if nothing is refused."""
-        total, before = 0, 0 if sizes[0] == rungs(len(self.samples))[0] else sizes[0] // 2
+    def _ahead(self, alive: int, before: int, sizes: Sequence[int]) -> int:
+        """Runs that are left if nothing is refused: `alive` candidates have seen `before` samples."""
+        total = 0
         for size in sizes:
             total += alive * (size - before)
-            alive, before = max(FINALISTS, math.ceil(alive / 2)), size
+            alive, before = self._half(alive), size
         return total
+
+    @staticmethod
+    def _half(alive: int) -> int:
+        return min(alive, max(FINALISTS, math.ceil(alive / 2)))
 
     def _see(self, candidate: Candidate, size: int) -> None:
         """Measure a candidate on the samples up to `size` that it has not seen."""
-        for place in range(self.seen[id(candidate)], size):
+        for place in range(self.seen[candidate], size):
             if not candidate.refused:
                 self._measure(candidate, place)
             self.done += 1
             if self.on_step is not None:
                 self.on_step(self.done, max(self.done, self.total))
-        self.seen[id(candidate)] = max(size, self.seen[id(candidate)])
+        self.seen[candidate] = max(size, self.seen[candidate])
 
     def _measure(self, candidate: Candidate, place: int) -> None:
         method = find(candidate.method, **candidate.knobs)
