@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import kernel_table
+import quality_table
 import support_table
 
 ROOT = Path(__file__).parents[1]
@@ -192,6 +193,17 @@ def kernels_aot(results: Results) -> str:
     """Registers and shared memory of every kernel."""
     sentence, header, rows = kernel_table.launches(results["kernels_aot"])
     return sentence + "\n\n" + table(header, rows)
+
+
+def of_quality(part: Callable[..., str]) -> Renderer:
+    """A renderer of one of the tables of quality."""
+    return lambda results: part(results["quality"], table)
+
+
+renderer("quality")(of_quality(quality_table.overview))
+renderer("quality-details")(of_quality(quality_table.details))
+renderer("quality-types")(of_quality(quality_table.types))
+renderer("quality-differences")(of_quality(quality_table.differences))
 
 
 def _ratio(spread: Mapping[str, float]) -> str:

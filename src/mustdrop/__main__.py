@@ -15,6 +15,7 @@ from rich.table import Table
 
 import mustdrop
 from mustdrop.errors import MustDropError
+from mustdrop.tuning import cli as tune_cli
 
 app = typer.Typer(
     help="Vision-language models that drop the vision tokens that do not matter.",
@@ -24,6 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
+
+app.command("tune")(tune_cli.command)
 
 BUDGETS = ["192", "128", "64", "32"]
 
