@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import kernel_table
+import method_cards
 import quality_table
 import support_table
 
@@ -96,6 +97,14 @@ def demo(results: Results) -> str:
         f"The time is the median over {record['timed_pairs']} alternating pairs on the first question. "
         "Tokens per layer and KV cache are those of the first question too.\n\n" + table(header, rows)
     )
+
+
+def _card(name: str) -> Renderer:
+    return lambda results: method_cards.card(name, results, table)
+
+
+for _name in method_cards.names():
+    renderer(f"method-{_name}")(_card(_name))
 
 
 def example(*names: str, body_of: str | None = None) -> Renderer:
