@@ -17,12 +17,15 @@ from PIL import Image
 
 import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
+from mustdrop.adapters import find
+from mustdrop.cost import embedding_flops, linear_flops
 from mustdrop.demo.model import CHECKPOINT, load, prompt
 from mustdrop.demo.scenes import SceneMaker
+from support import families
 from support.builders import IMAGE, LLAMA, SIGLIP, Variant, answer, batch, clone, plain
 from support.checks import TOLERANCE, assert_masking_up_to_rounding, distance, patched
 from support.oracle import MaskedOracle, hidden_by
-from support.packed import PackedLinear, for_awq, packed_copy
+from support.packed import PackedLinear, for_awq, pack, packed_copy
 
 SETUP = {
     "vision": VisionStagePruner(window=None, keep=12),
@@ -142,6 +145,18 @@ def test_an_encoder_and_its_projector_of_packed_layers():
     answer(full, inputs)
     assert mustdrop.trace(model).flops.parts.keys() >= {"vision", "projector"}
     assert mustdrop.trace(model).flops.unpruned == mustdrop.trace(full).flops.unpruned
+
+
+def test_a_packed_patch_embedding_counts_like_the_linear_layer_that_it_replaces():
+    model = families.clone("llama4")  # its encoder unfolds pixels and projects them with a linear layer
+    tower = find(model).tower(model)
+    before = embedding_flops(tower.module, tower.blocks)
+    inside = sum(map(linear_flops, tower.blocks))
+    assert before > 0
+    assert pack(model, (tower.module,)) > 1
+    assert isinstance(tower.module.patch_embedding.linear, PackedLinear)
+    assert embedding_flops(tower.module, tower.blocks) == before
+    assert sum(map(linear_flops, tower.blocks)) == inside
 
 
 def checkpoint(folder, model, state, config):
