@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-#: Columns of the table of families: heading -> tests of tests/conformance/test_families.py and (from "half types" on) of
-#: test_family_weights.py, all of which must pass.
+#: Columns of the table of families: heading -> tests of tests/conformance/test_families.py and (from "half types" on)
+#: of test_family_weights.py, all of which must pass.
 SUPPORT = {
     "select": ("test_vision_stage_selects", "test_importance_is_the_encoders_attention"),
     "merge": ("test_vision_stage_merges", "test_merged_features", "test_windows_over_frames"),

@@ -21,7 +21,8 @@ from support.packed import PackedLinear, pack
 from support.places import CPU, FIRST, SECOND, THIRD, Places, eager_experts, spread
 
 FAMILIES = [(name, kind) for name, adapter in registry().items() if adapter.available() for kind in adapter.media]
-each = pytest.mark.parametrize(("name", "kind"), FAMILIES, ids=map("-".join, FAMILIES))
+#: All tests of one family in a row: its model is built once.
+each = pytest.mark.parametrize(("name", "kind"), FAMILIES, ids=map("-".join, FAMILIES), scope="module")
 
 ALL = {
     "vision": VisionStagePruner(window=2, threshold=0.2),
@@ -109,7 +110,7 @@ def test_packed_weights(name, kind):
     assert any(isinstance(module, PackedLinear) for module in layers.modules())
     assert [linear_flops(layer) for layer in layers] == before
     expected = plainly(lambda: answer(model, inputs, 1), "with packed weights")
-    both = assert_dropping_equals_masking(name, ragged(kind), steps=2, change=packed, **stages(name, ALL))
+    both = assert_dropping_equals_masking(name, ragged(kind), steps=1, change=packed, **stages(name, ALL))
     assert both.trace.flops.actual < both.trace.flops.unpruned
     mustdrop.unpatch(mustdrop.patch(model, **stages(name, ALL)))
     assert torch.equal(answer(model, inputs, 1).logits, expected.logits)
