@@ -46,6 +46,10 @@ class CacheStateError(MustDropError, RuntimeError):
     """A pruned cache was used in a way that would give wrong numbers."""
 
 
+class MissingPackageError(MustDropError, ImportError):
+    """A package of an extra that is not installed."""
+
+
 class NothingDroppedWarning(UserWarning):
     """A patched model ran on an image and kept every vision token."""
 

@@ -1,0 +1,64 @@
+"""The commands `demo`, `eval`, `report`, `bench`, `methods`, `adapters` and `doctor`, one file each.
+
+Exit codes, of every command: 0, it did what it was asked; 1, it ran and found a failure (a failed self-test, too many
+questions that could not be asked), or an error that nobody foresaw, with its traceback; 2, it could not run as it was
+called (unknown option, method or budget, missing file, missing package), with one line that says what to do; 130,
+interrupted.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mustdrop.cli import demo, doctor, listing
+from mustdrop.cli.common import FAILED, WRONG, errors
+from mustdrop.errors import MustDropError
+
+__all__ = ["FAILED", "WRONG", "app", "main"]
+
+app = typer.Typer(
+    help="Vision-language models that drop the vision tokens that do not matter.",
+    epilog=(
+        "Exit codes: 0 done; 1 it ran and found a failure; 2 it could not run as it was called; 130 interrupted. "
+        "`mustdrop COMMAND --help` shows examples."
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from mustdrop import __version__
+
+        typer.echo(f"mustdrop {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Vision-language models that drop the vision tokens that do not matter."""
+
+
+app.command()(demo.demo)
+app.command()(listing.methods)
+app.command()(listing.adapters)
+app.command()(doctor.doctor)
+
+
+def main() -> None:
+    """Run the command line.
+
+    An error of mustdrop, or of a file, ends with its message and exit code 2; see the module for the others.
+    """
+    try:
+        app(prog_name="mustdrop")
+    except (MustDropError, OSError) as error:  # OSError: files, disks, and models that no hub or folder has
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise SystemExit(WRONG) from None
