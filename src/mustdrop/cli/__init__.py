@@ -8,11 +8,13 @@ interrupted.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
-from mustdrop.cli import demo, doctor, listing
+from mustdrop.cli import bench, demo, doctor, listing, report
 from mustdrop.cli.common import FAILED, WRONG, errors
 from mustdrop.errors import MustDropError
 
@@ -46,10 +48,24 @@ def _options(
     """Vision-language models that drop the vision tokens that do not matter."""
 
 
-app.command()(demo.demo)
-app.command()(listing.methods)
-app.command()(listing.adapters)
-app.command()(doctor.doctor)
+def add(command: Callable[..., None]) -> None:
+    """Make a function a command of its name.
+
+    Args:
+        command: its docstring is the help, and the lines of its section `Examples:` are printed as they stand.
+    """
+    text, _, examples = (inspect.getdoc(command) or "").partition("\nExamples:\n")
+    lines = [line for line in examples.splitlines() if line.strip()]
+    epilog = "\n".join(["\b", "Examples:", *lines]) if lines else None
+    app.command(help=text, epilog=epilog)(command)
+
+
+add(demo.demo)
+add(report.report)
+add(bench.bench)
+add(listing.methods)
+add(listing.adapters)
+add(doctor.doctor)
 
 
 def main() -> None:
@@ -60,5 +76,5 @@ def main() -> None:
     try:
         app(prog_name="mustdrop")
     except (MustDropError, OSError) as error:  # OSError: files, disks, and models that no hub or folder has
-        errors.print(f"error: {error}", style="red", markup=False, highlight=False)
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(WRONG) from None

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from mustdrop.cli.common import FAILED, console, print_json
-from mustdrop.errors import ConfigError
+from mustdrop.loading import place
 
 _TITLES = {
     "versions": "Versions",
@@ -46,33 +45,23 @@ def doctor(
     from mustdrop import doctor as examination
 
     logging.disable_progress_bar()
-    place = _device(device)
+    target = str(place(device))
     found = examination.facts()
     if not json:
         _print(found)
     outcomes = []
-    for outcome in examination.self_test(place) if self_test else ():
+    for outcome in examination.self_test(target) if self_test else ():
         outcomes.append(outcome)
         if not json:
             line = f"[{_COLOURS[outcome.state]}]{outcome.state:7}[/] {escape(f'{outcome.name}: {outcome.detail}')}"
             console.print(f"{line} ({outcome.seconds:.1f} s)", highlight=False, soft_wrap=True)
     failed = bool(found["extras"]["required"]) or any(outcome.state == "failed" for outcome in outcomes)
     if json:
-        print_json(found | {"device": place, "self_test": [asdict(o) for o in outcomes], "failed": failed})
+        print_json(found | {"device": target, "self_test": [asdict(o) for o in outcomes], "failed": failed})
     elif self_test:
         console.print("[red]Something is wrong, see above.[/]" if failed else "[green]All is well.[/]")
     if failed:
         raise typer.Exit(FAILED)
-
-
-def _device(asked: str | None) -> str:
-    if asked is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=torch.device(asked))
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {asked} cannot be used here: {str(error).splitlines()[0]}") from None
-    return asked
 
 
 def _print(found: dict[str, Any]) -> None:

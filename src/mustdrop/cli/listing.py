@@ -28,6 +28,7 @@ def methods(
         print_json(found)
         return
     table = Table("method", "what it does", "knobs and defaults")
+    table.columns[0].no_wrap = True
     for name, row in found.items():
         table.add_row(name, row["what"], " ".join(f"{knob}={value}" for knob, value in row["knobs"].items()))
     console.print(table, markup=False, highlight=False)
@@ -52,7 +53,7 @@ def adapters(
     """
     from mustdrop.adapters import registry
 
-    found = {
+    found: dict[str, dict[str, Any]] = {
         name: {
             "classes": list(adapter.classes),
             "media": list(adapter.media),
@@ -66,6 +67,8 @@ def adapters(
         print_json(found)
         return
     table = Table("family", "classes", "media", "transformers", "lacks")
+    for column in table.columns:
+        column.overflow = "fold"
     for name, row in found.items():
         needs = row["transformers"] if row["available"] else f"{row['transformers']} (not in the installed one)"
         table.add_row(name, "\n".join(row["classes"]), ", ".join(row["media"]), needs, ", ".join(row["lacks"]))

@@ -59,12 +59,12 @@ def devices() -> dict[str, str]:
 
 def attention() -> dict[str, str]:
     """Attention implementations of transformers -> whether a patched text model can use them here."""
-    from transformers import utils
+    from transformers.utils import import_utils
 
     gpu = torch.cuda.is_available()
     flash = {
-        "flash_attention_2": utils.is_flash_attn_2_available(),
-        "flash_attention_3": utils.is_flash_attn_3_available(),
+        "flash_attention_2": import_utils.is_flash_attn_2_available(),
+        "flash_attention_3": import_utils.is_flash_attn_3_available(),
     }
     found = {"eager": "available", "sdpa": "available"}
     for name, installed in flash.items():
