@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from accelerate import Accelerator
-from lmms_eval.api.instance import GenerationResult, TokenCounts
+from lmms_eval.api.instance import GenerationResult, TokenCounts, unwrap_generation_output
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
@@ -138,7 +138,7 @@ class _MustDrop(lmms):
         counts = {i: TokenCounts(input_tokens=a.prompt_tokens, output_tokens=a.tokens) for i, a in found.items()}
         return [GenerationResult(text=found[i].text, token_counts=counts[i]) for i in range(len(requests))]
 
-    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Any]) -> list[Any]:
         """Score a given answer to every request.
 
         As in lmms-eval's own models, the number is the mean negative log-likelihood of the answer's tokens: its
@@ -169,7 +169,7 @@ class _MustDrop(lmms):
             bar.update(1)
         bar.close()
         self._tell()
-        return [found[i] for i in range(len(requests))]
+        return [_pair(found[i]) for i in range(len(requests))]
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[Any]:
         """Refused: what a task says next depends on the answer.
@@ -259,6 +259,11 @@ class MustDropChat(_MustDrop):
         _, doc_to_messages, _, *place = request.args
         messages = doc_to_messages(self._doc(*place))
         return self._with_system([_message(message) for message in messages])
+
+
+def _pair(score: tuple[float, bool]) -> Any:
+    """A score as the installed lmms-eval takes it: 0.7.3 writes a bare pair out as text, and then cannot read it."""
+    return score if unwrap_generation_output(score)[0] == score else GenerationResult(text=score)
 
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:
