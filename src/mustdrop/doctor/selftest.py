@@ -200,5 +200,5 @@ def self_test(device: str = "cpu") -> Iterator[Outcome]:
         except SelfTestError as error:
             state, detail = "failed", str(error)
         except Exception as error:  # a broken installation can fail anywhere, and this command is there to say so
-            state, detail = "failed", f"{type(error).__name__}: {error}"
+            state, detail = "failed", " ".join(f"{type(error).__name__}: {error}".split())
         yield Outcome(name, state, detail, time.perf_counter() - start)
