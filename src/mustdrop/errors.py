@@ -46,6 +46,10 @@ class CacheStateError(MustDropError, RuntimeError):
     """A pruned cache was used in a way that would give wrong numbers."""
 
 
+class DataFileError(MustDropError, ValueError):
+    """A file that an evaluation reads is missing, or is not what its guide says."""
+
+
 class NothingDroppedWarning(UserWarning):
     """A patched model ran on an image and kept every vision token."""
 
