@@ -15,6 +15,7 @@ from rich.table import Table
 
 import mustdrop
 from mustdrop.errors import MustDropError
+from mustdrop.eval.cli import eval_command
 
 app = typer.Typer(
     help="Vision-language models that drop the vision tokens that do not matter.",
@@ -126,6 +127,9 @@ def _runs(tokens: list[int]) -> str:
     """[576, 576, 192] -> "2x576 192"."""
     groups = [(n, len(list(run))) for n, run in itertools.groupby(tokens)]
     return " ".join(f"{count}x{n}" if count > 1 else str(n) for n, count in groups)
+
+
+app.command("eval")(eval_command)
 
 
 @app.command()

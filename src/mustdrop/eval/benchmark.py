@@ -90,6 +90,7 @@ class Benchmark(ABC):
         headline: the score that tables of papers show.
         headline_max: its best value.
         metric: the headline in words.
+        requires: modules that writing the answers needs.
         columns: for `--dataset`: what a row is asked for -> names that the columns may have.
     """
 
@@ -103,6 +104,7 @@ class Benchmark(ABC):
     headline: ClassVar[str] = "accuracy"
     headline_max: ClassVar[float] = 100.0
     metric: ClassVar[str]
+    requires: ClassVar[tuple[str, ...]] = ()
     columns: ClassVar[Columns] = {}
     guide: ClassVar[str] = GUIDE
 

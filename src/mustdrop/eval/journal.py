@@ -55,8 +55,13 @@ class Journal:
             os.link(draft, path)  # the first process wins, and the file is never seen half written
         except FileExistsError:
             self._compare(path, settings)
+        except OSError:  # no hard links here
+            if path.exists():
+                self._compare(path, settings)
+            else:
+                draft.replace(path)
         finally:
-            draft.unlink()
+            draft.unlink(missing_ok=True)
 
     def _compare(self, path: Path, settings: Mapping[str, Any]) -> None:
         there, here = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(dict(settings), default=str))
@@ -123,8 +128,8 @@ class Journal:
         return {item: line for item, line in found.items() if not (retry and "failed" in line)}
 
     def starts(self) -> list[Line]:
-        """What the processes wrote down when they started."""
-        return [line["start"] for line in self.lines() if "start" in line]
+        """The lines that the processes wrote when they started."""
+        return [line for line in self.lines() if "start" in line]
 
     def wait(self, number: int) -> dict[int, Line]:
         """All `number` answers, once all processes have written theirs.

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mustdrop.errors import DataFileError
 from mustdrop.eval.benchmark import LETTER, LETTER_CN, Answer, Benchmark, Columns, Item, Source, percent, write_answers
 from mustdrop.eval.files import Folder, Row
 from mustdrop.eval.media import Column, Encoded
@@ -39,6 +38,7 @@ class MMBench(Benchmark):
     max_new_tokens = 1024
     headline = "circular"
     metric = "accuracy with all turned copies of a question right; letters are read by rule, the server also asks GPT"
+    requires = ("openpyxl",)
     file: ClassVar[str] = "mmbench_dev_20230712"
     columns: ClassVar[Columns] = {
         "id": ("index",),
@@ -104,21 +104,15 @@ class MMBench(Benchmark):
         }
 
     def write(self, answers: Sequence[Answer], out: Path, model: str) -> list[Path]:
-        """LLaVA's answer file, and the table that the server reads.
-
-        Raises:
-            DataFileError: openpyxl is not installed.
-        """
+        """LLaVA's answer file, and the table that the server reads."""
         more = {"round_id": "round", "options": "options", "option_char": "letters"}
         written = write_answers(answers, out, model, **more)
         return [written, self._upload(answers, out / f"{self.file}.xlsx")]
 
     def _upload(self, answers: Sequence[Answer], path: Path) -> Path:
-        try:
-            from openpyxl import Workbook
-            from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
-        except ImportError:
-            raise DataFileError(f"{path.name} needs openpyxl: pip install 'mustdrop[eval]'.") from None
+        from openpyxl import Workbook
+        from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
+
         names = [name for name in answers[0].item.extra["row"] if name.lower() not in _DROPPED] if answers else []
         book = Workbook()
         sheet = book.active

@@ -20,7 +20,7 @@ class Scenes(Benchmark):
     title = "Scenes"
     folder = "scenes"
     section = ""
-    splits = ("heldout", "validation", "train")
+    splits = ("heldout", "selection", "train")
     max_new_tokens = 32
     metric = "exact match, mean over eight types of questions"
 
