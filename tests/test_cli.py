@@ -13,7 +13,7 @@ import mustdrop
 from mustdrop import cli, doctor, extras
 from mustdrop.doctor import installed, kernels, selftest
 
-COMMANDS = ("demo", "report", "bench", "methods", "adapters", "doctor")
+COMMANDS = ("demo", "eval", "report", "bench", "methods", "adapters", "doctor")
 
 
 def call(monkeypatch, capsys, *arguments):

@@ -17,6 +17,7 @@ import typer
 from mustdrop.cli import bench, demo, doctor, listing, report
 from mustdrop.cli.common import FAILED, WRONG, errors
 from mustdrop.errors import MustDropError
+from mustdrop.eval.cli import eval_command
 
 __all__ = ["FAILED", "WRONG", "app", "main"]
 
@@ -48,19 +49,21 @@ def _options(
     """Vision-language models that drop the vision tokens that do not matter."""
 
 
-def add(command: Callable[..., None]) -> None:
-    """Make a function a command of its name.
+def add(command: Callable[..., None], name: str | None = None) -> None:
+    """Make a function a command.
 
     Args:
         command: its docstring is the help, and the lines of its section `Examples:` are printed as they stand.
+        name: of the command; by default that of the function.
     """
     text, _, examples = (inspect.getdoc(command) or "").partition("\nExamples:\n")
     lines = [line for line in examples.splitlines() if line.strip()]
     epilog = "\n".join(["\b", "Examples:", *lines]) if lines else None
-    app.command(help=text, epilog=epilog)(command)
+    app.command(name, help=text, epilog=epilog)(command)
 
 
 add(demo.demo)
+add(eval_command, "eval")
 add(report.report)
 add(bench.bench)
 add(listing.methods)

@@ -179,7 +179,9 @@ class TimeInfo(_Part):
 
 
 class Failure(_Part):
-    """An item that could not be asked, or a line that could not be read. It counts as a wrong answer.
+    """An item that could not be asked, or a line that could not be read.
+
+    An item counts as a wrong answer; a line that could not be read is in no score.
 
     Attributes:
         name: id of the question, or file and line.
