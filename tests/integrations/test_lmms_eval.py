@@ -171,6 +171,7 @@ def test_tasks_of_several_rounds_are_refused_by_name(tasks):
         ("method=mustdorp", {}, errors.UnknownMethodError, "'mustdrop'"),
         ("method=fastv,windows=3", {}, errors.UnknownKnobError, "windows"),
         ("keep=0", {}, errors.BudgetError, "positive"),
+        ("layers=[2,4", {}, errors.ConfigError, "in brackets"),
         ("dtype=float8", {}, errors.ConfigError, "bfloat16"),
         ("keep=64", {"batch_size": "auto"}, errors.ConfigError, "batch_size='auto'"),
     ],
@@ -178,6 +179,13 @@ def test_tasks_of_several_rounds_are_refused_by_name(tasks):
 def test_wrong_arguments_are_named(arguments, options, error, text):
     with pytest.raises(error, match=text):
         get_model("mustdrop_hf").create_from_arg_string(f"{MODEL},{arguments}", options)
+
+
+def test_knobs_that_are_lists_or_none():
+    model = get_model("mustdrop_hf").create_from_arg_string(f"{MODEL},keep=200,layers=[2,4],window=none", {})
+    method = model.model._mustdrop.method
+    assert method.prefill.layers == (2, 4)
+    assert method.vision.window is None
 
 
 def test_settings_that_generate_does_not_know_are_left_out_aloud(tasks, capfd):
@@ -191,10 +199,11 @@ def test_settings_that_generate_does_not_know_are_left_out_aloud(tasks, capfd):
     assert (sampled["do_sample"], sampled["top_p"], sampled["max_new_tokens"]) == (True, 0.9, 4)
 
 
-def test_its_own_command_line(tasks, tmp_path):
-    command = [sys.executable, "-m", "lmms_eval", "--model", "mustdrop_hf", "--tasks", "scenes", "--batch_size", "4"]
+@pytest.mark.parametrize("launcher", [(), ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")])
+def test_its_own_command_line_in_one_process_and_in_two(launcher, tasks, tmp_path):
+    command = [sys.executable, *launcher, "-m", "lmms_eval", "--model", "mustdrop_hf", "--tasks", "scenes"]
     command += ["--model_args", f"{MODEL},method=mustdrop,keep=64", "--include_path", str(tasks)]
-    command += ["--output_path", str(tmp_path), "--limit", "4"]
+    command += ["--output_path", str(tmp_path), "--limit", "5", "--batch_size", "2"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from accelerate import Accelerator
@@ -78,7 +79,7 @@ class _MustDrop(lmms):
             pretrained,
             method,
             keep,
-            knobs,
+            {name: _knob(name, value) for name, value in knobs.items()},
             frames=max_num_frames,
             device=device,
             dtype=dtype,
@@ -259,6 +260,20 @@ class MustDropChat(_MustDrop):
         _, doc_to_messages, _, *place = request.args
         messages = doc_to_messages(self._doc(*place))
         return self._with_system([_message(message) for message in messages])
+
+
+def _knob(name: str, value: Any) -> Any:
+    """lmms-eval makes numbers and booleans of arguments; lists and none are still text."""
+    if not isinstance(value, str):
+        return value
+    if value.lower() == "none":
+        return None
+    if not value.startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        raise ConfigError(f"{name}={value}: expected numbers in brackets, e.g. {name}=[2,6,10].") from None
 
 
 def _pair(score: tuple[float, bool]) -> Any:
