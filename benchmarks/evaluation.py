@@ -58,7 +58,9 @@ def run(options: argparse.Namespace) -> int:
 
 def row(result: EvalResult) -> dict[str, Any]:
     """What the documents show of a result."""
-    assert result.tokens is not None and result.cost is not None and result.latency is not None
+    assert result.tokens is not None
+    assert result.cost is not None
+    assert result.latency is not None
     return {
         "method": result.method,
         "keep": result.keep,
