@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import evaluation_tables
 import kernel_table
 import support_table
 
@@ -192,6 +193,24 @@ def kernels_aot(results: Results) -> str:
     """Registers and shared memory of every kernel."""
     sentence, header, rows = kernel_table.launches(results["kernels_aot"])
     return sentence + "\n\n" + table(header, rows)
+
+
+@renderer("published-scores")
+def published_scores(results: Results) -> str:
+    """Published scores of MustDrop."""
+    return evaluation_tables.scores(table)
+
+
+@renderer("published-commands")
+def published_commands(results: Results) -> str:
+    """The commands that ask for them."""
+    return evaluation_tables.commands()
+
+
+@renderer("evaluation")
+def evaluation(results: Results) -> str:
+    """The bundled model on its own benchmark."""
+    return evaluation_tables.scenes(results["evaluation"], table)
 
 
 def _ratio(spread: Mapping[str, float]) -> str:

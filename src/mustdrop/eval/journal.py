@@ -37,6 +37,7 @@ class Journal:
         self.folder = folder
         self.path = folder / f"journal-{rank:04}.jsonl"
         self._file: int | None = None
+        self._locked: int | None = None
 
     def claim(self, settings: Mapping[str, Any]) -> None:
         """Start or resume the run in this folder.
@@ -79,8 +80,8 @@ class Journal:
         Raises:
             ConfigError: another process writes to it.
         """
+        self._locked = _lock(self.path)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        _lock(self._file, self.path)
         content = self.path.read_bytes()
         os.ftruncate(self._file, content.rfind(b"\n") + 1)
         os.lseek(self._file, 0, os.SEEK_END)
@@ -97,9 +98,10 @@ class Journal:
 
     def close(self) -> None:
         """Close this process' file."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        for file in (self._file, self._locked):
+            if file is not None:
+                os.close(file)
+        self._file = self._locked = None
 
     def lines(self) -> list[Line]:
         """All whole lines of all processes.
@@ -152,13 +154,20 @@ class Journal:
             time.sleep(_WAIT)
 
 
-def _lock(file: int, path: Path) -> None:
-    """Keep other processes from writing to the same file, until this process ends in whatever way."""
+def _lock(path: Path) -> int | None:
+    """Keep other processes from writing to `path`, until this process ends in whatever way.
+
+    The lock is on a file beside it and is this process' alone: loading processes that outlive a kill for some seconds
+    do not hold it.
+    """
     try:
         import fcntl
     except ImportError:  # not a Unix
-        return
+        return None
+    file = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
+        os.close(file)
         raise ConfigError(f"another process is writing to {path}: wait for it, or choose another --out.") from None
+    return file

@@ -17,6 +17,7 @@ from mustdrop.eval.journal import digest
 from mustdrop.eval.prompts import Prompter, prompter
 from mustdrop.eval.result import DataInfo, PromptInfo
 from mustdrop.eval.settings import Settings
+from mustdrop.method import find as find_method
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ def prepare(settings: Settings) -> Prepared:
     """
     benchmark = find(settings.benchmark)
     _require(benchmark)
+    find_method(settings.method, **settings.knobs)  # a mistake in there should show before a large model is loaded
     items, every, folder = _questions(settings, benchmark)
     engine = Engine(
         settings.model, settings.method, dict(settings.knobs), settings.device, settings.dtype, settings.attention
