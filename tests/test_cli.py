@@ -11,6 +11,7 @@ import torch
 
 import mustdrop
 from mustdrop import cli, doctor, extras
+from mustdrop.demo.model import CHECKPOINT
 from mustdrop.doctor import installed, kernels, selftest
 
 COMMANDS = ("demo", "eval", "report", "bench", "methods", "adapters", "doctor")
@@ -96,6 +97,26 @@ def test_an_image_that_is_none_ends_with_2(run, tmp_path):
     code, _, err = run("bench", "--image", tmp_path / "notes.png", "--rounds", "1")
     assert code == cli.WRONG
     assert "notes.png" in err
+
+
+def test_the_demo_of_a_model_in_a_folder(run, tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (192, 192), "navy").save(tmp_path / "sea.png")
+    asked = ("--question", "where is the red one ?", "--keep", "64", "--method", "mustdrop", "--dtype", "float32")
+    out = tmp_path / "out"
+    code, text, err = run("demo", "--model", CHECKPOINT, "--image", tmp_path / "sea.png", *asked, "--out", out)
+    assert code == 0, err
+    assert "mustdrop keep=64" in text
+    assert json.loads((out / "demo.json").read_text())["rows"][1]["keep"] == 64
+    assert (out / "kept.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_the_demo_stops_before_it_asks(run, monkeypatch):
+    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
+    code, _, err = run("demo")
+    assert code == cli.WRONG
+    assert "pip install 'mustdrop[viz]'" in err
 
 
 def test_methods_and_adapters_as_tables_and_as_json(run):

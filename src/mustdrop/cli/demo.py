@@ -13,6 +13,7 @@ from rich.progress import track
 from rich.table import Table
 
 from mustdrop.cli.common import budget, console, write_json
+from mustdrop.extras import need
 
 BUDGETS = ["192", "128", "64", "32"]
 
@@ -46,6 +47,7 @@ def demo(
 
     from mustdrop.demo import run
 
+    need("matplotlib", "viz", "the picture of the demo")  # now, not after all questions
     logging.disable_progress_bar()  # there is one of our own
     budgets = [budget(text) for text in keep or BUDGETS]
     methods = method or ["mustdrop", "random"]
