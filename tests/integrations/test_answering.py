@@ -10,6 +10,7 @@ import mustdrop
 from mustdrop import errors
 from mustdrop.demo.scenes import SceneMaker
 from mustdrop.integrations import conversations as chats
+from mustdrop.integrations import generation
 from mustdrop.integrations.answering import Answerer, batches
 
 
@@ -82,6 +83,25 @@ def test_an_answer_ends_before_the_first_stop_word(scenes):
     (whole,) = ours.answer(asked(scenes)[:1], max_new_tokens=6, do_sample=False)
     (cut,) = ours.answer(asked(scenes)[:1], until=[whole.text[2:4]], max_new_tokens=6, do_sample=False)
     assert cut.text == whole.text[:2]
+
+
+GREEDY = {"do_sample": False, "max_new_tokens": 1024, "num_beams": 1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "until", "unknown"),
+    [
+        ({}, GREEDY, (), {}),
+        ({"until": "stop", "temperature": 0, "do_sample": True, "top_p": 0.9}, GREEDY, ("stop",), {}),
+        ({"until": ["a", "b"], "top_p": None, "num_beams": None}, GREEDY, ("a", "b"), {}),
+        ({"max_gen_toks": 8, "images": 1}, GREEDY | {"max_new_tokens": 8}, (), {"images": 1}),
+        ({"temperature": 0.7, "top_p": 0.9}, GREEDY | {"do_sample": True, "temperature": 0.7, "top_p": 0.9}, (), {}),
+        ({"do_sample": True, "top_k": 5}, GREEDY | {"do_sample": True, "top_k": 5}, (), {}),
+        ({"num_beams": 3, "temperature": 0.0}, GREEDY | {"num_beams": 3}, (), {}),
+    ],
+)
+def test_generation_settings_of_a_task(settings, options, until, unknown):
+    assert generation.arguments(settings) == (options, until, unknown)
 
 
 def test_media_stand_where_the_text_names_them():

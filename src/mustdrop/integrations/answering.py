@@ -166,6 +166,10 @@ class Answerer:
             scores.append((float(loss), bool((likely.argmax(-1) == own).all())))
         return scores
 
+    def release(self) -> None:
+        """Let the model go; what was kept stays known."""
+        del self.model
+
     def _inputs(self, batch: Sequence[Conversation]) -> Any:
         return chats.inputs(self.processor, batch, self.frames).to(self.model.device, self.model.dtype)
 

@@ -13,20 +13,11 @@ from loguru import logger
 from tqdm import tqdm
 
 from mustdrop.errors import ConfigError, UnsupportedOptionError
+from mustdrop.integrations import generation
 from mustdrop.integrations.answering import Answer, Answerer, batches
 from mustdrop.integrations.conversations import Conversation, kinds, user
 
 IMAGE_WORD = "<image>"  # what lmms-eval's simple tasks write where an image belongs
-NEW_TOKENS = 1024  # where a task says nothing
-_GENERATION = (
-    "max_new_tokens",
-    "min_new_tokens",
-    "num_beams",
-    "length_penalty",
-    "repetition_penalty",
-    "no_repeat_ngram_size",
-)
-_SAMPLING = ("temperature", "top_p", "top_k")
 
 
 class _MustDrop(lmms):
@@ -86,6 +77,7 @@ class _MustDrop(lmms):
             attention=attn_implementation,
             **{name: value for name, value in options.items() if value is not None},
         )
+        self._device = self.answerer.model.device
         self.batch_size = int(batch_size)
         self.system_prompt = None if system_prompt is None else self._resolve_system_prompt(system_prompt)
         self._told: set[str] = set()
@@ -108,7 +100,12 @@ class _MustDrop(lmms):
     @property
     def device(self) -> Any:
         """Device of the model."""
-        return self.answerer.model.device
+        return self._device
+
+    def clean(self) -> None:
+        """Let the model go: lmms-eval calls this before it scores, and the memory may be needed for a judge."""
+        self.answerer.release()
+        super().clean()
 
     def generate_until(self, requests: list[Any]) -> list[Any]:
         """Answer every request; the answers come in the order of the requests.
@@ -123,11 +120,11 @@ class _MustDrop(lmms):
         found: dict[int, Answer] = {}
 
         def run(chunk: list[int]) -> list[Answer]:
-            given = dict(options[chunk[0]])
-            return self.answerer.answer([chats[i] for i in chunk], given.pop("until"), **given)
+            given, until = options[chunk[0]]
+            return self.answerer.answer([chats[i] for i in chunk], until, **given)
 
         def key(i: int) -> tuple[str, tuple[str, ...]]:
-            return repr(sorted(options[i].items())), kinds(chats[i])
+            return repr(options[i]), kinds(chats[i])
 
         bar = self._bar(len(requests))
         for i, answer in batches(range(len(requests)), self.batch_size, key, run):
@@ -199,27 +196,13 @@ class _MustDrop(lmms):
             return conversation
         return [{"role": "system", "content": [{"type": "text", "text": self.system_prompt}]}, *conversation]
 
-    def _options(self, request: Any) -> dict[str, Any]:
-        """Arguments of `generate`, and `until`; what is left out is told once."""
-        kwargs = dict(self._kwargs(request))
-        until = kwargs.pop("until", None) or []
-        temperature = kwargs.get("temperature")
-        sample = bool(kwargs.pop("do_sample", None) or (temperature or 0) > 0)
-        if sample and temperature is not None and temperature <= 0:
-            sample = False  # "sampling" at temperature 0 is how some tasks write greedy decoding
-        options: dict[str, Any] = {
-            "until": tuple([until] if isinstance(until, str) else until),
-            "do_sample": sample,
-            "max_new_tokens": NEW_TOKENS,
-            "num_beams": 1,
-        }
-        for name, value in kwargs.items():
-            if name in _GENERATION or (name in _SAMPLING and sample):
-                options |= {} if value is None else {name: value}
-            elif name not in _SAMPLING and name not in self._told:
-                self._told.add(name)
-                logger.warning(f"mustdrop_hf leaves out the task's generation setting {name}={value!r}.")
-        return options
+    def _options(self, request: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """Arguments of `generate`, and stop words; what is left out is told once."""
+        options, until, unknown = generation.arguments(self._kwargs(request))
+        for name in unknown.keys() - self._told:
+            self._told.add(name)
+            logger.warning(f"mustdrop_hf leaves out the task's generation setting {name}={unknown[name]!r}.")
+        return options, until
 
     def _bar(self, total: int) -> Any:
         return tqdm(total=total, disable=self._rank != 0, desc="mustdrop_hf")

@@ -8,8 +8,7 @@ from vlmeval.vlm.base import BaseModel
 
 from mustdrop.integrations.answering import Answerer
 from mustdrop.integrations.conversations import Conversation, Message
-
-NEW_TOKENS = 1024
+from mustdrop.integrations.generation import NEW_TOKENS
 
 
 class MustDropVLM(BaseModel):
