@@ -46,6 +46,7 @@ from benchmarks.common import (
     spread,
 )
 from benchmarks.hardware import bare, roofline
+from benchmarks.packed import pack
 from mustdrop.cost import linear_flops
 from mustdrop.errors import NothingDroppedWarning
 
@@ -183,6 +184,8 @@ def benchmark(options: argparse.Namespace, step: Callable[[str], None]) -> dict[
     came_from = origin(device, options.seed)
     step("building")
     model = build(options.size, device, options.seed)
+    if options.weights == "packed":
+        pack(model)
     inputs = prompt(model, options.seed)
     several = prompt(model, options.seed, BATCH)
     rows = [Row("none", None), Row("mustdrop", VISION), *(Row(m, k) for m in ("mustdrop", "random") for k in BUDGETS)]
@@ -211,6 +214,7 @@ def benchmark(options: argparse.Namespace, step: Callable[[str], None]) -> dict[
             "vision": SIZES[options.size][1],
             "dtype": str(model.dtype).removeprefix("torch."),
             "attention": model.config._attn_implementation,
+            "weights": options.weights,
         },
         "prompt": {"vision_tokens": VISION, "text_tokens": BEFORE + AFTER, "decode_steps": options.steps},
         "pairs": {"prefill": options.pairs, "keep_all": options.whole_pairs, "decode": options.decode_pairs},
@@ -255,6 +259,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m benchmarks end_to_end`."""
     parser.add_argument("--device", default="cpu", help="cpu, or cuda")
     parser.add_argument("--size", choices=SIZES, help="default: small on a CPU, llava-1.5-7b on a GPU")
+    parser.add_argument(
+        "--weights",
+        choices=("plain", "packed"),
+        help="packed: laid out for the processor once, on both sides (benchmarks/packed.py); default on a CPU",
+    )
     parser.add_argument("--quick", action="store_true", help="a tiny model and few pairs: does it run?")
     parser.add_argument("--pairs", type=int, help="pairs of runs per row (default 6)")
     parser.add_argument("--whole-pairs", type=int, help="pairs of runs per row that drops nothing (default 4 * pairs)")
@@ -269,6 +278,9 @@ def run(options: argparse.Namespace) -> int:
     """Measure, print, save; 1 where a promise is not met (--quick measures no promise)."""
     usual = "llava-1.5-7b" if options.device.startswith("cuda") else "small"
     options.size = options.size or ("tiny" if options.quick else usual)
+    options.weights = options.weights or ("packed" if options.device == "cpu" else "plain")
+    if options.weights == "packed" and options.device != "cpu":
+        raise SystemExit("--weights packed is for --device cpu: a GPU's library does not repack weights at every call.")
     options.pairs = options.pairs or (2 if options.quick else 6)
     options.whole_pairs = max(options.pairs, options.whole_pairs or options.pairs * (1 if options.quick else 4))
     options.decode_pairs = options.decode_pairs or (1 if options.quick else 3)

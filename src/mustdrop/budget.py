@@ -165,7 +165,7 @@ def spread(total: int, n_layers: int, layers: Sequence[int], tokens: float, what
     return tuple(survivors)
 
 
-def entry(total: int, n_layers: int, layers: Sequence[int], tokens: float) -> int:
+def entry(total: int, n_layers: int, layers: Sequence[int], tokens: float, taper: float | None = None) -> int:
     """How many vision tokens the encoder may hand over when the filters must meet `tokens` equal tokens.
 
     The largest number for which the last filter still leaves a quarter of the budget. Without this limit a small
@@ -176,6 +176,7 @@ def entry(total: int, n_layers: int, layers: Sequence[int], tokens: float) -> in
         n_layers: decoder layers.
         layers: filter layers.
         tokens: the budget in equal tokens.
+        taper: share of the tokens that enter which the last filter must leave, in place of a quarter of the budget.
     """
     if not layers:
         return min(total, math.floor(tokens + _EPS))
@@ -183,7 +184,8 @@ def entry(total: int, n_layers: int, layers: Sequence[int], tokens: float) -> in
     while low < high:  # survivors of the last filter fall as more tokens enter
         middle = (low + high + 1) // 2
         try:
-            fits = spread(middle, n_layers, tuple(layers), tokens)[-1] >= tokens / 4
+            last = spread(middle, n_layers, tuple(layers), tokens)[-1]
+            fits = last >= (tokens / 4 if taper is None else middle * taper - _EPS)
         except BudgetError:
             fits = False
         low, high = (middle, high) if fits else (low, middle - 1)

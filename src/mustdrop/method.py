@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import mustdrop.methods  # noqa: F401  (loaded before the package binds this name to the function `methods`)
 from mustdrop.budget import Keep
@@ -46,6 +46,11 @@ class Method:
                     f"{socket}= takes a {kind.__name__}, got {type(value).__name__}: write "
                     f"{socket}={kind.__name__}(...)."
                 )
+        if self.vision is not None and self.vision.taper is not None and getattr(self.prefill, "keep", None) is None:
+            raise ConfigError(
+                f"VisionStagePruner.taper={self.vision.taper} splits a budget between vision and prefill stage, and "
+                "there is none: add prefill=PrefillPruner(keep=...), or leave taper out."
+            )
         kinds = {p.compat for p in (self.vision, self.prefill) if p is not None}
         if len(kinds) > 1:
             raise ConfigError(
@@ -56,6 +61,33 @@ class Method:
     def drops(self) -> bool:
         """Whether any socket is filled."""
         return any(socket is not None for socket in (self.vision, self.prefill, self.decode))
+
+    @property
+    def account(self) -> Literal["equal_tokens", "equal_entries"]:
+        """What the budget counts, as the `Trace` names it.
+
+        Methods that only prune the cache count the vision entries that are left in it; all others count the vision
+        tokens that the decoder layers process.
+        """
+        cache_only = self.vision is None and self.prefill is None and self.decode is not None
+        return "equal_entries" if cache_only else "equal_tokens"
+
+    @property
+    def why_nothing(self) -> str:
+        """Why a call may have dropped nothing, and what to do."""
+        prefill, decode = self.prefill, self.decode
+        if self.account == "equal_entries" and decode is not None and decode.reads_steps:
+            return (
+                f"entries leave every {decode.interval} decode steps (interval) down to keep={decode.keep}, and there "
+                "was no such step, or nothing to leave."
+            )
+        if self.account == "equal_entries" and decode is not None and decode.after_prefill:
+            return f"keep={decode.keep} asks for all of them, or the call had no cache (use_cache=False)."
+        if prefill is None:
+            return "it has no prefill stage and its vision stage found nothing to drop."
+        if prefill.keep is not None:
+            return f"keep={prefill.keep} asks for all of them."
+        return "its thresholds drop nothing here; raise global_threshold and individual_threshold, or set keep."
 
     @property
     def renumber(self) -> bool:
@@ -69,6 +101,15 @@ class Recipe(Settings):
     def build(self) -> Method:
         """The method with these knobs."""
         raise NotImplementedError
+
+    @classmethod
+    def unmerged(cls) -> dict[str, Any]:
+        """Knobs under which no hidden states are merged between decoder layers; nothing to set for most methods.
+
+        Such a merge changes what a token holds, and no mask can imitate it: tests that compare dropping with masking
+        set these.
+        """
+        return {}
 
 
 @cache

@@ -58,6 +58,7 @@ def table(trace: Trace) -> str:
         )
     rich.add_section()
     rich.add_row("equal tokens", *[cell for b in shown for cell in (f"{float(trace.equal_tokens[b]):.2f}", "")])
+    rich.add_row("equal entries", *[cell for b in shown for cell in ("", f"{float(trace.equal_entries[b]):.2f}")])
     console = Console(width=40 + 34 * len(shown), color_system=None)
     with console.capture() as capture:
         console.print(rich)

@@ -28,6 +28,7 @@ class Trace:
         tokens: (L, B) long, vision tokens that each decoder layer processed in the prefill.
         kv_lengths: (L, B) long, cache entries per layer at the end of the call (text and vision, without padding);
             zeros if no cache was used.
+        kv_vision: (L, B) long, those of them that hold vision tokens of this prompt.
         flops: FLOPs of the prompt (vision, projector, scoring, prefill), beside the unpruned call; `parts` has these
             and the decode step. See `mustdrop.cost` for the formulas.
         kv_bytes: bytes of keys and values stored at the end, beside the unpruned call.
@@ -45,6 +46,7 @@ class Trace:
     total: Tensor
     tokens: Tensor
     kv_lengths: Tensor
+    kv_vision: Tensor
     flops: Compared
     kv_bytes: Compared
     backend: str
@@ -59,6 +61,11 @@ class Trace:
     def equal_tokens(self) -> Tensor:
         """(B,) float, mean over the decoder layers of the vision tokens that a layer processed."""
         return self.tokens.float().mean(0)
+
+    @property
+    def equal_entries(self) -> Tensor:
+        """(B,) float, mean over the decoder layers of the vision entries in the cache at the end of the call."""
+        return self.kv_vision.float().mean(0)
 
     @property
     def dropped_anything(self) -> bool:
@@ -125,8 +132,10 @@ class Trace:
             "filters": list(self.filters),
             "total": self.total.tolist(),
             "equal_tokens": self.equal_tokens.tolist(),
+            "equal_entries": self.equal_entries.tolist(),
             "tokens": self.tokens.tolist(),
             "kv_lengths": self.kv_lengths.tolist(),
+            "kv_vision": self.kv_vision.tolist(),
             "kept": [[self.kept(layer, b).tolist() for b in batch] for layer in range(len(self._alive))],
             "assignment": [self.assignment(b).tolist() for b in batch],
             "pinned": [self.pinned(b).tolist() for b in batch],

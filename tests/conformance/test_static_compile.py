@@ -71,8 +71,9 @@ def same(model, inputs, step):
         (ALL_THREE, LLAMA, "eager"),
         ({**CASCADE, "prefill": PrefillPruner(keep=0.6)}, QWEN2, "sdpa"),
         ({"method": "random", "keep": 9}, LLAMA, "sdpa"),
+        ({"method": "snapkv", "keep": 9}, LLAMA, "sdpa"),
     ],
-    ids=["cascade", "eager", "qwen2", "random"],
+    ids=["cascade", "eager", "qwen2", "random", "snapkv"],
 )
 @pytest.mark.parametrize("images", [(1,), (1, 2)], ids=str)
 def test_one_graph_for_all_steps_and_all_prompts_of_a_budget(setup, variant, attn, images):

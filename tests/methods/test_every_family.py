@@ -10,7 +10,7 @@ from mustdrop.errors import UnsupportedModelError
 from support import fake_flash
 from support.families import assert_dropping_equals_masking, clone
 
-from .test_every_method import BUDGETED, WITHOUT_MERGING, share
+from .test_every_method import BUDGETED, share
 
 FAMILIES = [(name, kind) for name, adapter in registry().items() if adapter.available() for kind in adapter.media]
 BACKENDS = ("sdpa", "eager", fake_flash.NAME)
@@ -25,7 +25,7 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "kind", "method", "attention"), CASES, ids=map("-".join, CASES))
 def test_dropping_equals_masking(name, kind, method, attention, flash):
-    knobs = {"keep": share(method, name), **WITHOUT_MERGING.get(method, {})}
+    knobs = {"keep": share(method, name), **mustdrop.method.registry()[method].unmerged()}
     if "vision" in registry()[name].lacks and mustdrop.method.find(method, **knobs).vision is not None:
         with pytest.raises(UnsupportedModelError, match="no vision stage"):
             mustdrop.patch(clone(name), method, **knobs)

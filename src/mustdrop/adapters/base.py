@@ -43,6 +43,9 @@ class Tower:
         has_cls: whether the first prefix token, or without a prefix the last suffix token, attends like a CLS token.
         packed: whether the patches of all items lie in one sequence without a batch dimension (or with one of size 1).
             Then tokens merge behind the encoder, not in it.
+        halves: names of the second norm and the MLP of a layer that computes x + mlp(norm(x)) after its attention; None
+            where layers are made otherwise.
+        whole: layers whose patches see their whole frame, where all others see a window of it; empty if all do.
     """
 
     module: nn.Module
@@ -51,6 +54,8 @@ class Tower:
     has_cls: bool = False
     suffix: int = 0
     packed: bool = False
+    halves: tuple[str, str] | None = None
+    whole: tuple[int, ...] = ()
 
 
 class Adapter(ABC):
@@ -161,7 +166,9 @@ class Adapter(ABC):
                 f"{self.name}: expected one list of {depth} layers in {type(module).__name__}, found {len(found)}."
             )
         cls = module.config.model_type.startswith("clip")
-        return Tower(module, found[0], int(cls), cls)
+        names = ("layer_norm2", "mlp")  # CLIP and SigLIP
+        halves = names if all(hasattr(block, name) for block in found[0] for name in names) else None
+        return Tower(module, found[0], int(cls), cls, halves=halves)
 
     def encoder_grid(self, model: Any, modality: str, arguments: dict[str, Any]) -> tuple[int, int]:
         """(rows, columns) of the patches of one item of a dense tower."""
@@ -178,8 +185,8 @@ class Adapter(ABC):
         """
         return 1
 
-    def read_layer(self, model: Any, modality: str, arguments: dict[str, Any]) -> int:
-        """Index of the last encoder layer whose output the features are read from (0-based).
+    def read_layers(self, model: Any, modality: str, arguments: dict[str, Any]) -> tuple[int, ...]:
+        """Indices of the encoder layers whose outputs the features are read from (0-based).
 
         `vision_feature_layer` counts hidden states, of which the first is the embedding.
         """
@@ -187,8 +194,12 @@ class Adapter(ABC):
         layers = getattr(model.config, "vision_feature_layer", None) if layers is None else layers
         depth = len(self.tower(model, modality).blocks)
         if layers is None:
-            return depth - 1
-        return max(k - 1 if k >= 0 else depth + k for k in ([layers] if isinstance(layers, int) else layers))
+            return (depth - 1,)
+        return tuple(k - 1 if k >= 0 else depth + k for k in ([layers] if isinstance(layers, int) else layers))
+
+    def read_layer(self, model: Any, modality: str, arguments: dict[str, Any]) -> int:
+        """The one of `read_layers` before which tokens must have merged: the last, where one of them is enough."""
+        return max(self.read_layers(model, modality, arguments))
 
     def fit(self, model: Any) -> Literal["crop", "stretch"]:
         """How the image processor of this family fits an image to the grid, for drawing."""

@@ -51,10 +51,10 @@ class Molmo2(Adapter):
         """None: crops overlap, so tokens merge behind the encoder."""
         return None
 
-    def read_layer(self, model: Any, modality: str, arguments: dict[str, Any]) -> int:
-        """The last of the layers that the adapter reads."""
+    def read_layers(self, model: Any, modality: str, arguments: dict[str, Any]) -> tuple[int, ...]:
+        """The layers that the adapter reads."""
         depth = len(self.tower(model, modality).blocks)
-        return max(int(k) % depth for k in model.config.adapter_config.vision_feature_layer)
+        return tuple(int(k) % depth for k in model.config.adapter_config.vision_feature_layer)
 
     def tiny(self) -> dict[str, Any]:
         """6 x 6 patches per crop, 2 x 2 to a feature, two of four encoder layers."""

@@ -29,7 +29,7 @@ class Qwen2VL(Adapter):
     def tower(self, model: Any, modality: str = "image") -> Tower:
         """One tower for images and videos."""
         visual = model.model.visual
-        return Tower(visual, visual.blocks, packed=True)
+        return Tower(visual, visual.blocks, packed=True, whole=tuple(getattr(visual, "fullatt_block_indexes", ())))
 
     def layouts(self, model: Any, modality: str, arguments: dict[str, Any]) -> list[Layout]:
         """(frames, rows, columns) of features per medium; the patches of a feature follow one another."""

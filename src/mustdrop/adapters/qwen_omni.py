@@ -36,7 +36,7 @@ class Qwen25Omni(Qwen25VL):
     def tower(self, model: Any, modality: str = "image") -> Tower:
         """One tower for images and videos."""
         visual: Any = seeing(model).visual
-        return Tower(visual, visual.blocks, packed=True)
+        return Tower(visual, visual.blocks, packed=True, whole=tuple(getattr(visual, "fullatt_block_indexes", ())))
 
     def projector_flops(self, model: Any) -> int:
         """The merger."""
@@ -76,7 +76,7 @@ class Qwen3Omni(Qwen3VLMoe):
     def tower(self, model: Any, modality: str = "image") -> Tower:
         """One tower for images and videos."""
         visual: Any = seeing(model).visual
-        return Tower(visual, visual.blocks, packed=True)
+        return Tower(visual, visual.blocks, packed=True, whole=tuple(getattr(visual, "fullatt_block_indexes", ())))
 
     def projector_flops(self, model: Any) -> int:
         """The mergers."""

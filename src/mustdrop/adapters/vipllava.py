@@ -24,12 +24,16 @@ class VipLlava(Llava):
         images = range(len(arguments["pixel_values"]))
         return [Layout.of_frames((1, side, side), (side, side), i) for i in images]
 
-    def read_layer(self, model: Any, modality: str, arguments: dict[str, Any]) -> int:
-        """The first of the layers: all of them must see the same patches, so merging comes before."""
+    def read_layers(self, model: Any, modality: str, arguments: dict[str, Any]) -> tuple[int, ...]:
+        """All of the layers, whose outputs are put side by side."""
         name = next(n for n in _NAMES if hasattr(model.config, n))
         layers = arguments.get(name) or getattr(model.config, name)
         depth = len(self.tower(model, modality).blocks)
-        return min(k - 1 if k >= 0 else depth + k for k in ([layers] if isinstance(layers, int) else layers))
+        return tuple(k - 1 if k >= 0 else depth + k for k in ([layers] if isinstance(layers, int) else layers))
+
+    def read_layer(self, model: Any, modality: str, arguments: dict[str, Any]) -> int:
+        """The first of the layers: all of them must see the same patches, so merging comes before."""
+        return min(self.read_layers(model, modality, arguments))
 
     def tiny(self) -> dict[str, Any]:
         """The last two layers of CLIP, and Llama."""

@@ -13,16 +13,16 @@ from mustdrop.compat import crop_length
 from mustdrop.errors import CacheStateError
 from mustdrop.kv.slots import Slots
 from mustdrop.runtime.eviction import Cut
-from mustdrop.runtime.rows import take
 
 _SLIDE = 64  # tokens after which a sliding layer with gaps looks for entries that have left its window
+_KNOWN = ("positions", "vision", "attended", "queries")  # one entry per slot that is described
 
 
 class PrunedLayer(Slots, DynamicLayer):
     """A growing cache layer with a logical length and fewer physical slots.
 
-    `positions`, `vision` and `attended` describe the first slots, those of the last prefill; slots after them are
-    decoded tokens whose positions follow one another, so that a decode step adds no bookkeeping tensor.
+    `positions`, `vision`, `attended` and `queries` describe the first slots, those of the last prefill; slots after
+    them are decoded tokens whose positions follow one another, so that a decode step adds no bookkeeping tensor.
     """
 
     def __init__(self, window: int | None = None) -> None:
@@ -62,7 +62,8 @@ class PrunedLayer(Slots, DynamicLayer):
             self.positions = arrival.positions if known is None else torch.cat([known, arrival.positions], 1)
             self.vision = arrival.vision if marks is None else torch.cat([marks, arrival.vision], 1)
             self.totals = arrival.totals if self.totals is None else self.totals + arrival.totals
-            self.attended, self.steps = None, 0
+            self.attended = self.queries = None
+            self.steps = 0
             self.logical += arrival.advance
             self.whole &= arrival.whole
         return super().update(key_states, value_states, *args, **kwargs)
@@ -119,9 +120,9 @@ class PrunedLayer(Slots, DynamicLayer):
                 )
             kept = self.slots - remove
             if self.positions is not None and kept < self.positions.shape[1]:
-                self.positions = self.positions[:, :kept]
-                self.vision = self.vision[:, :kept] if self.vision is not None else None
-                self.attended = self.attended[:, :kept] if self.attended is not None else None
+                for name in _KNOWN:
+                    value = getattr(self, name)
+                    setattr(self, name, None if value is None else value[:, :kept])
         self.keys, self.values = self.keys[..., :-remove, :], self.values[..., :-remove, :]
         self.logical -= remove
 
@@ -149,30 +150,6 @@ class PrunedLayer(Slots, DynamicLayer):
         """Bytes that a layer of transformers would take."""
         return self.storage_bytes() // self.slots * self.unpruned_slots if self.slots else 0
 
-    def accumulate(self, probability: Tensor) -> None:
-        """Add the attention of the newest tokens to the entries of the prompt.
-
-        Args:
-            probability: (B, slots) float32, head-mean attention summed over the new query rows.
-        """
-        if self.positions is None:
-            return
-        part = probability[:, : self.positions.shape[1]]
-        self.attended = part if self.attended is None else self.attended + part
-
-    def evict(self, keep: Tensor) -> None:
-        """Keep only the slots where `keep` (B, slots) is True: storage shrinks, padding goes too.
-
-        Args:
-            keep: (B, slots) bool. Rows that keep fewer are padded on the left.
-        """
-        positions, vision = self.slot_positions(), self.slot_vision()
-        if positions is None or vision is None:
-            return
-        cut = Cut.of(positions, vision, keep)
-        if cut is not None:
-            self.apply(cut)
-
     @property
     def unpruned_slots(self) -> int:
         """Entries that a layer of transformers would hold: all, or the newest of a sliding window."""
@@ -197,7 +174,7 @@ class PrunedLayer(Slots, DynamicLayer):
             batch, device = self.keys.shape[0], self.keys.device
             self.positions = torch.zeros(batch, 0, dtype=torch.long, device=device)
             self.vision = torch.zeros(batch, 0, dtype=torch.bool, device=device)
-        for name in ("positions", "vision", "attended"):
+        for name in _KNOWN:
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, value[:, min(surplus, known) :])
@@ -210,9 +187,7 @@ class PrunedLayer(Slots, DynamicLayer):
 
     def store(self, cut: Cut, keys: Tensor, values: Tensor) -> None:
         """Hold what a cut left of `entries`."""
-        if self.attended is not None:
-            padding = self.slots - self.attended.shape[1]
-            self.attended = take(torch.nn.functional.pad(self.attended, (0, padding)), cut.index, 1)
+        self.carry(cut)
         self.keys, self.values = keys, values
         self.positions, self.vision, self.padded, self.whole = cut.positions, cut.vision, cut.padded, False
 

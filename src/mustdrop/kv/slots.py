@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mustdrop import kernels
 from mustdrop.errors import CacheStateError
+from mustdrop.runtime.eviction import Cut
 from mustdrop.runtime.rows import PAD, take
-
-if TYPE_CHECKING:
-    from mustdrop.runtime.eviction import Cut
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,8 @@ class Slots:
         positions: (B, known or more) long, logical position of the first slots, PAD on padding; None while every slot
             holds the token of its own number.
         vision: (B, known) bool, which of the first slots hold vision tokens.
-        attended: (B, known) float32, attention that the generated tokens gave them, where that is summed.
+        attended: (B, known) float32, attention that the query rows read so far gave them, where that is read.
+        queries: (B, known) float32, how many of these rows see each of them.
         totals: (B,) long, vision tokens that came, dropped ones included.
         padded: whether `positions` holds PAD.
         whole: whether nothing was dropped or moved: slots are logical positions.
@@ -73,6 +72,7 @@ class Slots:
         self.positions: Tensor | None = None
         self.vision: Tensor | None = None
         self.attended: Tensor | None = None
+        self.queries: Tensor | None = None
         self.totals: Tensor | None = None
         self.arrival: Arrival | None = None
         self.padded = self.prepared = False
@@ -82,6 +82,27 @@ class Slots:
         """Store only the slots that a cut leaves."""
         keys, values = kernels.compact(self.entries(), cut.index.to(self.keys.device))
         self.store(cut, keys, values)
+
+    def evict(self, keep: Tensor) -> None:
+        """Keep only the slots where `keep` (B, slots) is True: storage shrinks, padding goes too.
+
+        Args:
+            keep: (B, slots) bool. Rows that keep fewer are padded on the left.
+        """
+        positions, vision = self.slot_positions(), self.slot_vision()
+        if positions is None or vision is None:
+            return
+        cut = Cut.of(positions, vision, keep)
+        if cut is not None:
+            self.apply(cut)
+
+    def carry(self, cut: Cut) -> None:
+        """Bring what was read of the slots in line with a cut of them."""
+        for name in ("attended", "queries"):
+            value = getattr(self, name)
+            if value is not None:
+                padded = torch.nn.functional.pad(value, (0, self.slots - value.shape[1]))
+                setattr(self, name, take(padded, cut.index, 1))
 
     def storage_bytes(self) -> int:
         """Bytes of the tensors that hold keys and values."""
@@ -138,10 +159,19 @@ class Slots:
             real &= ~inside | take(valid.to(positions.device), (positions - start).clamp(0, valid.shape[1] - 1), 1)
         return real.sum(1)
 
+    def held(self, start: int, marks: Tensor) -> Tensor:
+        """(B,) long, stored entries per row that are marked; `marks` (B, q) covers the chunk at `start`."""
+        positions = self.slot_positions()
+        if positions is None:
+            return torch.zeros(marks.shape[0], dtype=torch.long)
+        inside = (positions >= start) & (positions < start + marks.shape[1])
+        marks = marks.to(positions.device).repeat_interleave(positions.shape[0] // marks.shape[0], 0)
+        return (inside & take(marks, (positions - start).clamp(0, marks.shape[1] - 1), 1)).sum(1)
+
     def forget_if_whole(self) -> None:
         """Drop the bookkeeping of a layer that holds every token: it is a plain cache layer again."""
         if self.whole:
-            self.positions = self.vision = self.attended = self.totals = None
+            self.positions = self.vision = self.attended = self.queries = self.totals = None
             self.padded = False
 
     def expect_hook(self) -> Arrival | None:
@@ -163,7 +193,7 @@ class Slots:
 
     def select_rows(self, select: Callable[[Tensor], Tensor]) -> None:
         """Apply `select` to the batch rows of the bookkeeping."""
-        for name in ("positions", "vision", "attended", "totals"):
+        for name in ("positions", "vision", "attended", "queries", "totals"):
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, select(value))

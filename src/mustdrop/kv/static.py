@@ -127,6 +127,7 @@ class PrunedStaticLayer(Slots, StaticLayer):
 
     def store(self, cut: Cut, keys: Tensor, values: Tensor) -> None:
         """Hold what a cut left of `entries`, in smaller tensors."""
+        self.carry(cut)
         self.dropped += self.slots - cut.index.shape[1]
         self._store(keys, values)
         self._place(cut.positions, cut.memo)
@@ -150,6 +151,7 @@ class PrunedStaticLayer(Slots, StaticLayer):
         self._place(arrival.memo[key][1], arrival.memo)
         self.vision = arrival.vision if marks is None else torch.cat([marks, arrival.vision], 1)
         self.totals = arrival.totals if self.totals is None else self.totals + arrival.totals
+        self.attended = self.queries = None
         if self.whole:
             return keys, values
         # no query may see the room for later tokens: leaving it out is cheaper than masking it

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field
 
 from mustdrop.errors import ConfigError
@@ -38,6 +40,11 @@ class SparseVLM(Recipe):
     per_cluster: int = Field(10, ge=1)
     seed: int = 0
     compat: Compat = "paper"
+
+    @classmethod
+    def unmerged(cls) -> dict[str, Any]:
+        """Without clusters."""
+        return {"recycle": 0}
 
     def build(self) -> Method:
         """Only the prefill socket is filled."""

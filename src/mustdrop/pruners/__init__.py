@@ -1,19 +1,32 @@
 """The three sockets, one per stage of a vision token's life. Each is a frozen object, callable on plain tensors."""
 
+from mustdrop.pruners.caching import AllRows, CacheScorer, GeneratedRows, LastQuery, ObservationWindow, Received
 from mustdrop.pruners.decode import DecodeCachePruner
 from mustdrop.pruners.prefill import PrefillPruner
 from mustdrop.pruners.recycling import Recycling
 from mustdrop.pruners.scoring import LastRow, MeanOverText, Raters, Seen, TextScorer
+from mustdrop.pruners.selecting import Chosen, Features, InnerRule, Read, VisionRule
 from mustdrop.pruners.vision import VisionStagePruner
 
 __all__ = [
+    "AllRows",
+    "CacheScorer",
+    "Chosen",
     "DecodeCachePruner",
+    "Features",
+    "GeneratedRows",
+    "InnerRule",
+    "LastQuery",
     "LastRow",
     "MeanOverText",
+    "ObservationWindow",
     "PrefillPruner",
     "Raters",
+    "Read",
+    "Received",
     "Recycling",
     "Seen",
     "TextScorer",
+    "VisionRule",
     "VisionStagePruner",
 ]

@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from mustdrop.errors import ConfigError
 from mustdrop.pruners.base import Budget, Settings
+from mustdrop.pruners.caching import CacheScorer, GeneratedRows
 from mustdrop.rules.ranking import keep_best
 from mustdrop.selection import Selection
+
+_GENERATED_ROWS = GeneratedRows()
 
 
 class DecodeCachePruner(Settings):
     """Output-aware cache policy.
 
     At the end of the prefill the earlier layers' caches lose the vision tokens that later layers dropped. Then, if
-    `keep`
-    is set, attention of the generated tokens to the remaining vision entries is accumulated per layer, and every
-    `interval` steps the least attended entries leave the cache, down to `keep`. Text entries always stay.
+    `keep` is set, the remaining vision entries of each layer are ranked, and the last ones leave the cache, down to
+    `keep`: every `interval` decode steps, or once at the end of the prefill. Text entries always stay.
 
     Source: MustDrop (arXiv 2411.10803), decoding stage. The cut after the prefill is the released code's; it evicts
     nothing during generation (keep=None).
 
     Attributes:
-        keep: vision entries per layer that remain while decoding: int, or share of the prompt's vision tokens. None
-            evicts nothing after the cut.
+        keep: vision entries per layer that remain while decoding (mean over the layers): int, or share of the prompt's
+            vision tokens. None evicts nothing after the cut.
         interval: decode steps between two evictions.
         cascade: whether the earlier layers' caches are cut at the end of the prefill.
         full_layers: the first layers, which the cut leaves alone.
+        score: how entries are ranked; None is the attention of the generated tokens.
+        after_prefill: entries leave once, at the end of the prefill, and not while decoding. Needs a `score` that reads
+            the prompt.
 
     Raises:
         ConfigError, BudgetError, UnknownKnobError: on construction, see the message.
@@ -37,6 +43,43 @@ class DecodeCachePruner(Settings):
     interval: int = Field(8, ge=1)
     cascade: bool = True
     full_layers: int = Field(2, ge=0)
+    score: CacheScorer | None = None
+    after_prefill: bool = False
+
+    @model_validator(mode="after")
+    def _complete(self) -> DecodeCachePruner:
+        if self.keep is None and (self.score is not None or self.after_prefill):
+            raise ConfigError(
+                "DecodeCachePruner.score and after_prefill say how entries leave, and keep=None says that none do: "
+                "give keep=, or leave them out."
+            )
+        if self.after_prefill and not self.scorer.reads_prompt:
+            raise ConfigError(
+                "DecodeCachePruner(after_prefill=True) cuts before a token is generated, and "
+                f"{type(self.scorer).__name__} ranks by the generated tokens: give score=, e.g. "
+                "score=ObservationWindow()."
+            )
+        if self.scorer.by_layer and not self.after_prefill:
+            raise ConfigError(
+                f"{type(self.scorer).__name__} splits the budget over the layers by what all of them read of the "
+                "prompt: give after_prefill=True."
+            )
+        return self
+
+    @property
+    def scorer(self) -> CacheScorer:
+        """What ranks."""
+        return _GENERATED_ROWS if self.score is None else self.score
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether attention of the prompt is read, in every layer."""
+        return self.keep is not None and self.scorer.reads_prompt
+
+    @property
+    def reads_steps(self) -> bool:
+        """Whether attention of generated tokens is read, and entries leave while decoding."""
+        return self.keep is not None and not self.after_prefill
 
     def counts(self, totals: Tensor) -> Tensor:
         """`keep` as a number of entries per row, for prompts with `totals` (B,) vision tokens."""
@@ -48,13 +91,14 @@ class DecodeCachePruner(Settings):
 
     def due(self, step: int) -> bool:
         """Whether entries leave before decode step `step` (1 = the first one)."""
-        return self.keep is not None and step > 1 and (step - 1) % self.interval == 0
+        return self.reads_steps and step > 1 and (step - 1) % self.interval == 0
 
     def __call__(self, attended: Tensor, vision: Tensor, count: Tensor | int) -> Selection:
         """Choose the cache entries of one layer that stay.
 
         Args:
-            attended: (B, N) attention that the generated tokens gave to each entry so far, summed over steps.
+            attended: (B, N) score of each entry, higher stays: without a scorer, the attention that the generated
+                tokens gave it so far, summed over steps.
             vision: (B, N) bool, which entries are vision tokens; the others always stay.
             count: vision entries to keep, (B,) long or one int.
 

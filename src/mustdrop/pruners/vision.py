@@ -15,6 +15,7 @@ from torch import Tensor
 from mustdrop.budget import tokens_of
 from mustdrop.errors import ConfigError
 from mustdrop.pruners.base import Budget, Compat, Settings
+from mustdrop.pruners.selecting import Read, VisionRule
 from mustdrop.rules.encoder_attention import random_scores, uniform_scores
 from mustdrop.rules.ranking import keep_best
 from mustdrop.rules.windows import merge_windows, window_similarity
@@ -37,12 +38,15 @@ class VisionStagePruner(Settings):
         key_layer: encoder layer whose attention scores the tokens (negative counts from the end): the attention
             that the
             CLS token gives or, in an encoder without CLS, the mean attention that a token receives.
-        keep: tokens that enter the language model at most: int, share of the prompt's vision tokens, or "auto"
-            (as many as
-            the prefill budget can use; no limit where the prefill stage has no budget).
-        score: what selects when `keep` asks for fewer: "attention", or the baselines "random" and "uniform" (a grid).
+        keep: tokens that enter the language model at most: int, share of the prompt's vision tokens, "auto" (as many as
+            the prefill budget can use; no limit where the prefill stage has no budget), or "rule" (`score` decides).
+        taper: with keep="auto", share of the tokens that enter which the last filter of the prefill leaves, in (0, 1];
+            None lets in as many as leave a quarter of the budget after it.
+        score: what selects when `keep` asks for fewer: "attention", the baselines "random" and "uniform" (a grid), or a
+            `VisionRule`, which may also merge.
         seed: seed of score="random".
-        compat: "released" reproduces the authors' code: windows per batch, merged windows first. See docs/fidelity.md.
+        compat: "released" reproduces the authors' code: windows per batch, merged windows first; with a `VisionRule`,
+            the features in the rule's order. See docs/fidelity.md.
 
     Raises:
         ConfigError, BudgetError, UnknownKnobError: on construction, see the message.
@@ -54,14 +58,24 @@ class VisionStagePruner(Settings):
     layer: int = Field(0, ge=0)
     key_share: float = Field(0.08, ge=0, le=1)
     key_layer: int = -1
-    keep: Literal["auto"] | Budget = "auto"
-    score: Literal["attention", "random", "uniform"] = "attention"
+    keep: Literal["auto", "rule"] | Budget = "auto"
+    taper: float | None = Field(None, gt=0, le=1)
+    score: Literal["attention", "random", "uniform"] | VisionRule = "attention"
     seed: int = 0
     compat: Compat = "paper"
 
     @model_validator(mode="after")
     def _complete(self) -> VisionStagePruner:
-        if self.compat == "released" and self.keep != "auto":
+        if self.keep == "rule" and self.rule is None:
+            raise ConfigError(
+                f'VisionStagePruner(keep="rule") needs a VisionRule that decides, got score={self.score!r}.'
+            )
+        if self.taper is not None and self.keep != "auto":
+            raise ConfigError(
+                f'VisionStagePruner.taper={self.taper} splits the budget of the prefill stage: it needs keep="auto", '
+                f"got keep={self.keep}: leave one out."
+            )
+        if self.compat == "released" and self.keep != "auto" and self.rule is None:
             raise ConfigError(
                 'VisionStagePruner(compat="released") has no budget, because the authors\' code does not select; '
                 f"got keep={self.keep}. Leave keep out."
@@ -69,14 +83,30 @@ class VisionStagePruner(Settings):
         return self
 
     @property
+    def rule(self) -> VisionRule | None:
+        """The rule that selects, if `score` is one."""
+        return self.score if isinstance(self.score, VisionRule) else None
+
+    @property
     def needs_attention(self) -> bool:
         """Whether encoder attention has to be read: for pinning or for selecting by it."""
         return self.key_share > 0 or (self.score == "attention" and self.selects)
 
     @property
+    def importance(self) -> Read:
+        """The encoder attention that pins, and that score="attention" selects by."""
+        return Read(layer=self.key_layer)
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        """All that is read from the encoder."""
+        own = (self.importance,) if self.needs_attention else ()
+        return own if self.rule is None else tuple(dict.fromkeys((*own, *self.rule.reads)))
+
+    @property
     def selects(self) -> bool:
         """Whether `keep` can ask for fewer tokens than merging leaves."""
-        return self.compat == "paper"
+        return self.compat == "paper" or self.rule is not None
 
     def merge(
         self, features: Tensor, grid: tuple[int, ...], at_least: Tensor | None = None, scale: int = 1
@@ -119,13 +149,18 @@ class VisionStagePruner(Settings):
         keep, first = alive, torch.zeros_like(alive) if structural is None else structural
         if count is not None:
             keep = keep_best(self.scores(importance).masked_fill(first, torch.inf), count, alive)
-        picture = keep & ~first
+        return keep, self.pins(importance, keep & ~first)
+
+    def pins(self, importance: Tensor, picture: Tensor) -> Tensor:
+        """(B, N) bool, the key set among the features `picture` (B, N) that stay and are part of the picture."""
         # a hair below the product: 0.08 * 450 is 36.000000000000004 in floating point and must pin 36
         share = torch.ceil(picture.sum(1) * self.key_share - 1e-9).long()
-        return keep, keep_best(importance, share, picture)
+        return keep_best(importance, share, picture)
 
     def scores(self, importance: Tensor) -> Tensor:
         """(B, N) scores that `select` ranks by, higher stays: `importance` itself, or the random / uniform baseline."""
+        if not isinstance(self.score, str):
+            raise ConfigError(f"{type(self.score).__name__} is a rule and not a ranking: call it with Features.")
         if self.score == "attention":
             return importance
         n, device = importance.shape[1], importance.device
@@ -147,7 +182,12 @@ class VisionStagePruner(Settings):
             (selection, pinned): the survivors of the N patches, and (B, M) bool, True on the pinned ones.
         """
         total = features.shape[1]
-        if count is None and self.keep != "auto":
+        if self.rule is not None:
+            raise ConfigError(
+                f"{type(self.rule).__name__} reads more than an importance: call it with "
+                "Features.of_grid(features, grid, read={...}), or merge() and then the rule."
+            )
+        if count is None and not isinstance(self.keep, str):
             tokens = math.floor(tokens_of(self.keep, total, "VisionStagePruner.keep") + 1e-6)
             count = torch.full((features.shape[0],), tokens, device=features.device)
         merged = self.merge(features, grid, at_least=count)

@@ -56,10 +56,11 @@ def backend(runtime: Runtime) -> None:
 
 def no_static(runtime: Runtime) -> str | None:
     """Why a static cache cannot be used, None if it can."""
-    if runtime.method.decode is not None and runtime.method.decode.keep is not None:
+    if runtime.method.decode is not None and runtime.method.decode.reads_steps:
         return (
             "decode_keep (DecodeCachePruner.keep) moves entries between decode steps, and a static cache is there "
-            "so that nothing moves. Use a DynamicCache, or a method without decode_keep."
+            "so that nothing moves. Use a DynamicCache, a method without decode_keep, or one whose entries leave once, "
+            "at the end of the prefill (DecodeCachePruner.after_prefill)."
         )
     if runtime.flash:
         return (

@@ -18,10 +18,11 @@ from mustdrop.method import Method
 from mustdrop.runtime import checks, tap
 from mustdrop.runtime.additions import AdditionWrapper
 from mustdrop.runtime.compiled import outside_steps
-from mustdrop.runtime.encoder import BlockHook, EncoderStage, MaskHook, takes_mask
-from mustdrop.runtime.entry import last_token, valid_tokens
+from mustdrop.runtime.encoder import BlockHook, EncoderCapture, EncoderStage, MaskHook, takes_mask
+from mustdrop.runtime.entry import last_token, valid_tokens, words
 from mustdrop.runtime.features import FeaturesWrapper
 from mustdrop.runtime.generate import GenerateWrapper
+from mustdrop.runtime.halves import HalfHooks
 from mustdrop.runtime.plan import RowPlan, plan_row
 from mustdrop.runtime.record import record
 from mustdrop.runtime.state import Call, Local
@@ -77,8 +78,9 @@ class Runtime:
                     raise
                 continue
             known = [stage for stage in found.values() if stage.tower.module is tower.module]
-            stage = known[0] if known else EncoderStage(pruner, tower, self.local, ("encoder", modality.name))
-            stage.check(self.adapter.read_layer(self.model, modality.name, {}))
+            last = self.adapter.read_layer(self.model, modality.name, {})
+            stage = known[0] if known else EncoderStage(pruner, tower, self.local, ("encoder", modality.name), last)
+            stage.check(last)
             found[modality.name] = stage
         return found
 
@@ -134,9 +136,11 @@ class Runtime:
                     if attention is not None:
                         self.handles.append(attention.register_forward_pre_hook(MaskHook(stage), with_kwargs=True))
                 self.handles.append(tower.module.register_forward_hook(stage.after_tower, prepend=True))
-            if stage.pruner.needs_attention:
-                block = tower.blocks[stage.key_layer]
-                self._tap(block, stage.key, stage.capture, f"encoder layer {stage.key_layer}")
+            if stage.inner is not None and tower.halves is not None:
+                for i in range(stage.last + 1):
+                    self.handles += HalfHooks(self.local, i).install(tower.blocks[i], tower.halves)
+            for i in stage.tapped:
+                self._tap(tower.blocks[i], (stage.key, i), EncoderCapture(stage, i), f"encoder layer {i}")
         for modality in self.modalities:
             function = getattr(self.base, modality.method)
             self._override(self.base, modality.method, FeaturesWrapper(self, modality, function))
@@ -191,6 +195,11 @@ class Runtime:
             checks.media(self, call.totals_of, kwargs if ids is None else {"input_ids": ids, **kwargs})
             call.plans = [self.plan(total) for total in call.totals]
             ends = kinds.masked_fill(~last_token(valid), -1).amax(1).tolist()
+            rule = None if self.method.vision is None else self.method.vision.rule
+            if rule is not None and rule.asks:
+                embeds = kwargs.get("inputs_embeds")
+                embeds = self.text.get_input_embeddings()(ids) if embeds is None else embeds
+                call.words = words(embeds.detach(), kinds >= 0, valid)
             call.open_ended = [None if i < 0 else self.modalities[i].name for i in ends]
         self.local.call = call
         return call
@@ -208,18 +217,10 @@ class Runtime:
         if self.method.drops and any(call.totals) and not self.warned and not self.last.dropped_anything:
             self.warned = True
             warnings.warn(
-                f"method {self.method.name!r} kept every vision token of this prompt: {self._why_nothing()}",
+                f"method {self.method.name!r} kept every vision token of this prompt: {self.method.why_nothing}",
                 NothingDroppedWarning,
                 stacklevel=3,
             )
-
-    def _why_nothing(self) -> str:
-        prefill = self.method.prefill
-        if prefill is None:
-            return "it has no prefill stage and its vision stage found nothing to drop."
-        if prefill.keep is not None:
-            return f"keep={prefill.keep} asks for all of them."
-        return "its thresholds drop nothing here; raise global_threshold and individual_threshold, or set keep."
 
     def placeholders(self, ids: Tensor | None, embeds: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
         """(B, S) long, index of the modality that each position stands for, -1 for text."""

@@ -8,8 +8,7 @@ and the marks survive concatenation, casts and re-grouping.
 from __future__ import annotations
 
 import inspect
-import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,57 +17,13 @@ from torch import Tensor, nn
 from mustdrop.adapters.base import Tower
 from mustdrop.compat import eager
 from mustdrop.errors import ConfigError
-from mustdrop.kernels import received_attention, row_probabilities
-from mustdrop.pruners import VisionStagePruner
+from mustdrop.pruners import InnerRule, Read, VisionStagePruner
+from mustdrop.runtime import reading
+from mustdrop.runtime.encoder_run import EncoderRun
 from mustdrop.runtime.masks import attended_keys, cut_encoder_mask, encoder_mask
 from mustdrop.runtime.state import Local
 from mustdrop.runtime.tap import attention_of
 from mustdrop.selection import Selection
-
-
-@dataclass
-class EncoderRun:
-    """State of one pass of media through an encoder.
-
-    Attributes:
-        tower: the encoder.
-        grid: (rows, columns) of the patches of one item where windows merge inside the encoder, else None.
-        pool: patches per side of a feature.
-        at_least: (items,) long, patches that merging must leave, or None.
-        merged: what merging decided.
-        masks: attention masks of the layers after merging, by the mask that came.
-        scores: encoder attention, in the pieces in which the key layer computed it.
-        lengths: per encoder layer, the lengths of the sequences that attended to themselves.
-    """
-
-    tower: Tower
-    grid: tuple[int, int] | None = None
-    pool: int = 1
-    at_least: Tensor | None = None
-    merged: Selection | None = None
-    masks: dict[int, Tensor | None] = field(default_factory=dict)
-    scores: list[Tensor] = field(default_factory=list)
-    lengths: list[Tensor] = field(default_factory=list)
-
-    def importance(self) -> Tensor | None:
-        """(patches,) encoder attention of every patch of all items; None if the key layer did not run.
-
-        A merged patch has the score of its window.
-        """
-        if not self.scores:
-            return None
-        if self.merged is None or self.merged.merge_into is None:
-            return torch.cat([score.flatten() for score in self.scores])
-        scores = torch.cat(self.scores)
-        return scores.gather(1, self.merged.merge_into.to(scores.device)).flatten()
-
-    def owners(self, patches: int) -> Tensor:
-        """(patches,) long, for every patch of all items the patch that names its merged window (or itself)."""
-        if self.merged is None or self.merged.merge_into is None:
-            return torch.arange(patches)
-        owner = self.merged.keep.gather(1, self.merged.merge_into)
-        base = torch.arange(len(owner), device=owner.device)[:, None] * owner.shape[1]
-        return (owner + base).flatten()
 
 
 @dataclass
@@ -82,6 +37,18 @@ class MaskHook:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """See `EncoderStage.masked`."""
         return self.stage.masked(args[0] if args else kwargs["hidden_states"], module, args, kwargs)
+
+
+@dataclass
+class EncoderCapture:
+    """What is called with queries and keys of one encoder layer."""
+
+    stage: EncoderStage
+    index: int
+
+    def __call__(self, module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+        """See `EncoderStage.capture`."""
+        self.stage.capture(self.index, module, q, k, mask, kwargs)
 
 
 @dataclass
@@ -104,18 +71,19 @@ class BlockHook:
 class EncoderStage:
     """Watches one tower, and runs a `VisionStagePruner` in it if there is one."""
 
-    def __init__(self, pruner: VisionStagePruner | None, tower: Tower, local: Local, key: object) -> None:
+    def __init__(
+        self, pruner: VisionStagePruner | None, tower: Tower, local: Local, key: object, read_layer: int
+    ) -> None:
         self.pruner, self.tower, self.local, self.key = pruner, tower, local, key
-        self.key_layer = -1
+        self.last = read_layer
+        self.reads: dict[int, list[Read]] = {}
         if pruner is None:
             return
         depth = len(tower.blocks)
-        if not -depth <= pruner.key_layer < depth:
-            raise ConfigError(
-                f"VisionStagePruner.key_layer={pruner.key_layer}: this encoder has layers 0 to "
-                f"{depth - 1} (or negative, from the end)."
-            )
-        self.key_layer = pruner.key_layer % depth
+        for read in pruner.reads:
+            own = pruner.needs_attention and read == pruner.importance
+            name = "VisionStagePruner.key_layer" if own else "Read.layer"
+            self.reads.setdefault(read.at(depth, read_layer, tower.whole, name), []).append(read)
         if pruner.window is None or tower.packed:
             return
         if pruner.layer > depth - 2:
@@ -123,7 +91,7 @@ class EncoderStage:
                 f"VisionStagePruner.layer={pruner.layer}: merging after it needs a next layer; this "
                 f"encoder has layers 0 to {depth - 1}."
             )
-        if self.key_layer <= pruner.layer and pruner.needs_attention:
+        if pruner.needs_attention and pruner.importance.at(depth, read_layer) <= pruner.layer:
             raise ConfigError(
                 f"VisionStagePruner.key_layer={pruner.key_layer} must come after the merging layer "
                 f"{pruner.layer}: it scores merged tokens."
@@ -135,6 +103,18 @@ class EncoderStage:
         if pruner is None or pruner.window is None or self.tower.packed or pool is None:
             return False
         return frames == 1 or pruner.temporal_window == 1
+
+    @property
+    def inner(self) -> InnerRule | None:
+        """The rule that merges in the layers, where they can be halved."""
+        rule = None if self.pruner is None else self.pruner.rule
+        fits = self.tower.halves is not None and not self.tower.packed and not self.tower.suffix
+        return rule if isinstance(rule, InnerRule) and fits else None
+
+    @property
+    def tapped(self) -> list[int]:
+        """Layers whose queries and keys are read."""
+        return sorted({*self.reads, *(range(self.last + 1) if self.inner is not None else ())})
 
     def check(self, read_layer: int) -> None:
         """Raise `ConfigError` if merging would come after the layer that the features are read from."""
@@ -153,14 +133,18 @@ class EncoderStage:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Merge on the way into the layer after `layer`; mask padding in all later ones.
 
-        Arm the tap at the key layer.
+        Arm the tap where something is read.
         """
         run: EncoderRun | None = self.local.encoder
         if run is None:
             return None
         pruner = self.pruner
-        if pruner is not None and pruner.needs_attention and index == self.key_layer:
-            self.local.capture = self.key
+        if index in self.reads or (run.inside is not None and index <= self.last):
+            self.local.capture = (self.key, index)
+        if index == 0 and _given_mask(args, kwargs) is not None:
+            run.inside = None  # padding must not merge with patches: the rule is asked behind
+        if not run.item and not self.tower.packed and args[0].ndim == 3:
+            run.item = args[0].shape[1] - self.tower.prefix - self.tower.suffix
         merges = run.grid is not None and pruner is not None and index == pruner.layer + 1
         if merges:
             args = (self._merge(run, args[0], module), *args[1:])
@@ -177,7 +161,7 @@ class EncoderStage:
         run: EncoderRun | None = self.local.encoder
         if run is None or run.merged is None:
             return None
-        given = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        given = _given_mask(args, kwargs)
         mask = self._mask(run, given, hidden, module)
         if len(args) > 1:
             return (args[0], mask, *args[2:]), kwargs
@@ -206,14 +190,14 @@ class EncoderStage:
 
     def _mask(self, run: EncoderRun, given: Tensor | None, hidden: Tensor, module: nn.Module) -> Tensor | None:
         """The mask that hides padding, and what the mask that came hides; made once per mask that comes."""
+        if run.inside is not None:
+            return run.inside.bias(given, _implementation(module), hidden.dtype)
         if id(given) not in run.masks:
             merged, prefix = run.merged, self.tower.prefix
             assert merged is not None
             visible = nn.functional.pad(merged.valid, (prefix, 0), value=True)
             if given is None:
-                config: Any = getattr(attention_of(module) or module, "config", module)
-                implementation = str(getattr(config, "_attn_implementation", "eager"))
-                run.masks[id(given)] = encoder_mask(visible, implementation, hidden.dtype)
+                run.masks[id(given)] = encoder_mask(visible, _implementation(module), hidden.dtype)
             else:
                 slots = nn.functional.pad(merged.keep + prefix, (prefix, 0))
                 slots[:, :prefix] = torch.arange(prefix, device=slots.device)
@@ -221,28 +205,28 @@ class EncoderStage:
         return run.masks[id(given)]
 
     @eager
-    def capture(self, module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
-        """Read the importance of each token from the key layer's queries and keys."""
+    def capture(
+        self, index: int, module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> None:
+        """Read what is wanted of one layer from its queries and keys."""
         run: EncoderRun | None = self.local.encoder
         if run is None:
             return
         scaling = kwargs.get("scaling") or getattr(module, "scale", None) or q.shape[-1] ** -0.5
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # grouped keys
-        if self.tower.packed:
-            run.scores += _of_segments(q, k, mask, kwargs, scaling)
-            return
-        prefix, batch, length = self.tower.prefix, q.shape[0], k.shape[2]
-        visible = torch.ones(batch, length, dtype=torch.bool, device=q.device)
-        if mask is not None and run.merged is None:  # patches that nobody sees are padding
-            visible = attended_keys(mask).expand(batch, -1)
-        elif run.merged is not None:
-            visible = nn.functional.pad(run.merged.valid, (prefix, 0), value=True).to(q.device)
-        if self.tower.has_cls:
-            cls = torch.full((batch, 1), 0 if prefix else length - 1, dtype=torch.long, device=q.device)
-            score = row_probabilities(q, k, cls, visible[:, None], scaling)[:, 0]
-        else:
-            score = received_attention(q, k, visible, scaling)
-        run.scores.append(score[:, prefix : length - self.tower.suffix])
+        if run.inside is not None:
+            run.inside.keys = k.float().mean(1)
+        for read in self.reads.get(index, ()):
+            pieces = run.readings.setdefault(read, [])
+            if self.tower.packed:
+                pieces += reading.of_segments(read, q, k, mask, kwargs, scaling)
+                continue
+            visible = torch.ones(q.shape[0], k.shape[2], dtype=torch.bool, device=q.device)
+            if run.merged is not None and k.shape[2] != run.item + self.tower.prefix:
+                visible = nn.functional.pad(run.merged.valid, (self.tower.prefix, 0), value=True).to(q.device)
+            elif mask is not None:  # patches that nobody sees are padding
+                visible = attended_keys(mask).expand(q.shape[0], -1)
+            pieces.append(run.whole(reading.of_items(read, self.tower, q, k, visible, scaling)))
 
     @eager
     def after_tower(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -251,28 +235,26 @@ class EncoderStage:
         Each patch gets the value of what it became part of.
         """
         run: EncoderRun | None = self.local.encoder
-        if run is None or run.merged is None or output is None:
+        if run is None or output is None:
             return output
-        for name in ("last_hidden_state", "hidden_states"):
-            value = getattr(output, name, None)
-            if isinstance(value, tuple):
-                output[name] = tuple(self._full(run.merged, state) for state in value)
-            elif value is not None:
-                output[name] = self._full(run.merged, value)
-        return output
+        if run.merged is not None:
+            for name in ("last_hidden_state", "hidden_states"):
+                value = getattr(output, name, None)
+                if isinstance(value, tuple):
+                    output[name] = tuple(_whole(run.merged, state, self.tower.prefix) for state in value)
+                elif value is not None:
+                    output[name] = _whole(run.merged, value, self.tower.prefix)
+        return output if run.leave is None else run.leave(output)
 
-    def _full(self, merged: Selection, state: Tensor | None) -> Tensor | None:
-        prefix = self.tower.prefix
-        if (
-            state is None
-            or state.ndim != 3
-            or state.shape[1] != merged.keep.shape[1] + prefix
-            or merged.merge_into is None
-        ):
-            return state
-        return torch.cat(
-            [state[:, :prefix], merged.to(state.device).expand(state[:, prefix:], merged.merge_into.shape[1])], 1
-        )
+
+def _whole(merged: Selection, state: Tensor | None, prefix: int) -> Tensor | None:
+    """A hidden state in which every patch has the value of what it became part of; one that has all patches as is."""
+    if state is None or merged.merge_into is None:
+        return state
+    if state.ndim != 3 or state.shape[1] != merged.keep.shape[1] + prefix:
+        return state
+    patches = merged.to(state.device).expand(state[:, prefix:], merged.merge_into.shape[1])
+    return torch.cat([state[:, :prefix], patches], 1)
 
 
 def takes_mask(block: nn.Module) -> bool:
@@ -280,21 +262,10 @@ def takes_mask(block: nn.Module) -> bool:
     return "attention_mask" in inspect.signature(type(block).forward).parameters
 
 
-def _of_segments(q: Tensor, k: Tensor, mask: Tensor | None, kwargs: dict[str, Any], scaling: float) -> list[Tensor]:
-    """Mean attention received in a packed sequence, times the length of the segment.
+def _given_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    return args[1] if len(args) > 1 else kwargs.get("attention_mask")
 
-    A token of a long segment shares the attention with more others; times the length, 1 means "as much as on average"
-    everywhere. Some attention functions are called once per segment, others once with the borders of all.
-    """
-    borders = kwargs.get("cu_seq_lens_q")
-    edges = [0, q.shape[2]] if borders is None else borders.tolist()
-    if borders is None and mask is not None and mask.ndim == 4:  # one call with a block-diagonal mask
-        seen = mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] > torch.finfo(mask.dtype).min / 2
-        first = seen.int().argmax(1)  # each token's segment starts at the first token that it sees
-        edges = [*torch.unique(first).tolist(), q.shape[2]]
-    scores = []
-    for start, end in itertools.pairwise(edges):
-        everything = torch.ones(q.shape[0], end - start, dtype=torch.bool, device=q.device)
-        score = received_attention(q[:, :, start:end], k[:, :, start:end], everything, scaling)
-        scores.append(score[0] * (end - start))
-    return scores
+
+def _implementation(module: nn.Module) -> str:
+    config: Any = getattr(attention_of(module) or module, "config", module)
+    return str(getattr(config, "_attn_implementation", "eager"))

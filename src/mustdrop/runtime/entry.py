@@ -23,7 +23,9 @@ class Media:
         vision: bool, vision tokens.
         valid: bool, tokens that are not padding.
         alive: bool, all but the vision tokens that the vision stage dropped.
-        raters: bool, text rows that score.
+        prompt: bool, valid tokens of the prompt itself.
+        text: bool, text after the row's last vision token (see `_raters`).
+        raters: bool, those of them that score.
         totals: vision tokens per row.
         padded: whether any token is padding.
         marks: what the vision stage decided, per row over its vision tokens; empty without a vision stage.
@@ -38,6 +40,8 @@ class Media:
     vision: Tensor
     valid: Tensor
     alive: Tensor
+    prompt: Tensor
+    text: Tensor
     raters: Tensor
     totals: list[int]
     padded: bool
@@ -47,6 +51,11 @@ class Media:
     importance: Tensor | None = None
     order: Tensor | None = None
     counts: list[Tensor] | None = None
+
+    @property
+    def reordered(self) -> bool:
+        """Whether rows change places even if none of them goes."""
+        return self.order is not None and bool((self.order.diff(dim=1) < 0).any())
 
 
 def read(runtime: Runtime, embeds: Tensor, kinds: Tensor, mask: Tensor | None) -> Media:
@@ -65,14 +74,15 @@ def read(runtime: Runtime, embeds: Tensor, kinds: Tensor, mask: Tensor | None) -
     vision = (kinds >= 0) & valid
     alive = ~(vision & embeds[..., 0].isnan()) if runtime.method.vision is not None else torch.ones_like(vision)
     totals = vision.sum(1).tolist()
-    raters = _raters(vision, valid, call)
+    prompt = _prompt(valid, call)
+    raters = text = _raters(vision, prompt, call)
     prefill = runtime.method.prefill
     if prefill is not None and prefill.score is not None:
         raters = prefill.score.raters(embeds.nan_to_num(0.0), vision & alive, raters)
     names = [modality.name for modality in runtime.modalities]
     found = _media(call, names, kinds.masked_fill(~valid, -1))
     marks = _marks(call, found, embeds.device) if found else []
-    media = Media(vision, valid, alive, raters, totals, not bool(valid.all()), marks, found)
+    media = Media(vision, valid, alive, prompt, text, raters, totals, not bool(valid.all()), marks, found)
     if media.marks:
         _spread_marks(media, reorder=runtime.method.renumber)
     _pin_the_end(media, call)
@@ -109,6 +119,21 @@ def last_token(valid: Tensor) -> Tensor:
     return index == torch.where(valid, index, -1).amax(1, keepdim=True)
 
 
+def words(embeds: Tensor, vision: Tensor, valid: Tensor) -> list[Tensor]:
+    """Per row (T, C), embeddings of the text after the last vision token; of all text where none follows.
+
+    Args:
+        embeds: (B, length, C) embeddings of the prompt's tokens, of which those of vision tokens are not looked at.
+        vision: (B, length) bool.
+        valid: (B, length) bool, tokens that are not padding.
+    """
+    index = torch.arange(vision.shape[1], device=vision.device)
+    text = valid & ~vision
+    behind = text & (index > torch.where(vision, index, -1).amax(1, keepdim=True))
+    text = torch.where(behind.any(1, keepdim=True), behind, text)
+    return [row[keep] for row, keep in zip(embeds, text.to(embeds.device), strict=True)]
+
+
 def _prompt(valid: Tensor, call: Call | None) -> Tensor:
     """(B, length) bool, valid tokens of the prompt.
 
@@ -130,10 +155,12 @@ def _pin_the_end(media: Media, call: Call | None) -> None:
 
 
 def _raters(vision: Tensor, valid: Tensor, call: Call | None) -> Tensor:
-    """Valid text after the row's last vision token; with labels the prompt part of it; without text the last token."""
+    """Text after the row's last vision token; with labels the prompt part of it; without text the last token.
+
+    `valid` marks the tokens of the prompt.
+    """
     index = torch.arange(vision.shape[1], device=vision.device)
     last = torch.where(vision, index, -1).amax(1, keepdim=True)
-    valid = _prompt(valid, call)
     text = valid & ~vision & (index > last)
     labels = call.labels if call is not None else None
     if labels is not None and labels.shape == text.shape:

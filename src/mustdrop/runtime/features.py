@@ -14,10 +14,14 @@ from torch import Tensor
 from mustdrop.adapters.base import Modality
 from mustdrop.budget import share_out
 from mustdrop.compat import eager
-from mustdrop.errors import MustDropError
+from mustdrop.errors import MustDropError, UnsupportedOptionError
 from mustdrop.layout import Layout
 from mustdrop.runtime import checks
-from mustdrop.runtime.encoder import EncoderRun, EncoderStage
+from mustdrop.runtime.choosing import Chooser, patches_left
+from mustdrop.runtime.encoder import EncoderStage
+from mustdrop.runtime.encoder_run import EncoderRun
+from mustdrop.runtime.halves import Inside
+from mustdrop.runtime.leaving import EarlyChoice
 from mustdrop.runtime.marking import decide, must_remain
 from mustdrop.runtime.plan import rows_of_media
 from mustdrop.runtime.state import Call
@@ -59,11 +63,19 @@ class FeaturesWrapper:
             return self.function(*args, **kwargs)
         stage.check(runtime.adapter.read_layer(runtime.model, kind, arguments))
         if call is not None and of_call:
-            plans, totals = call.plans, call.totals
+            plans, parts = call.plans, _kinds(call, kind)
         else:
-            plans, totals = [runtime.plan(size) for size in sizes], sizes
-        least = _limits(sizes, owners, mine, totals, [plan.at_least for plan in plans])
+            plans, parts = [runtime.plan(size) for size in sizes], [(0, size, 0) for size in sizes]
+        least = _limits(sizes, owners, parts, [plan.at_least for plan in plans])
         run = self._run(stage, layouts, least, arguments)
+        most = _limits(sizes, owners, parts, [plan.at_most for plan in plans])
+        last = self._last(call, owners, sizes) if call is not None and of_call else []
+        run.inside = self._inside(stage, layouts, most, arguments)
+        chooser = self._chooser(stage, run, layouts, most, last, call if of_call else None, owners)
+        early = None
+        if chooser is not None and chooser.rule.space == "encoder":
+            early = EarlyChoice(chooser, stage.tower, runtime.adapter.read_layers(runtime.model, kind, arguments))
+            run.leave = early
         local.encoder = run
         try:
             output = self.function(*args, **kwargs)
@@ -75,9 +87,8 @@ class FeaturesWrapper:
             return output
         field = self.runtime.adapter.features
         flat = self._flat(getattr(output, field), layouts)
-        most = _limits(sizes, owners, mine, totals, [plan.at_most for plan in plans])
-        last = self._last(call, owners, sizes) if call is not None and of_call else []
-        decided = decide(stage.pruner, run, layouts, flat, least, most, last)
+        choice = None if early is None else early.choice
+        decided = decide(stage.pruner, run, layouts, flat, least, most, last, chooser, choice)
         setattr(output, field, _restored(decided.write(flat), getattr(output, field), layouts))
         for name in self.runtime.adapter.added_features:
             levels = [_restored(decided.merged(_rows(level)), level, layouts) for level in getattr(output, name)]
@@ -114,6 +125,42 @@ class FeaturesWrapper:
             run.at_least = must_remain(stage.pruner, layouts, least, run)
         return run
 
+    def _inside(
+        self, stage: EncoderStage, layouts: Sequence[Layout], most: Sequence[int], arguments: dict[str, Any]
+    ) -> Inside | None:
+        """Merging in the encoder's layers, where the rule does it and each patch is a feature."""
+        runtime, kind, rule = self.runtime, self.modality.name, stage.inner
+        if rule is None or runtime.adapter.pool(runtime.model, kind, arguments) != 1:
+            return None
+        rows, columns = runtime.adapter.encoder_grid(runtime.model, kind, arguments)
+        target = patches_left(layouts, most, rows * columns)
+        return Inside(rule, rule.amounts(rows * columns, target, stage.last + 1), stage.tower.prefix)
+
+    def _chooser(
+        self,
+        stage: EncoderStage,
+        run: EncoderRun,
+        layouts: Sequence[Layout],
+        most: Sequence[int],
+        last: Sequence[int],
+        call: Call | None,
+        owners: Sequence[int],
+    ) -> Chooser | None:
+        """What asks the pruner's rule, if it has one."""
+        pruner = stage.pruner
+        if pruner is None or pruner.rule is None:
+            return None
+        questions: list[Tensor] = []
+        if pruner.rule.asks:
+            if call is None or call.words is None:
+                raise UnsupportedOptionError(
+                    f"{type(pruner.rule).__name__} reads the question, and this call of {self.modality.method} has "
+                    "none: call the model (or generate) with the prompt and the media together."
+                )
+            questions = [call.words[row] for row in owners]
+        budget = None if pruner.keep == "rule" else most
+        return Chooser(pruner.rule, run, layouts, budget, last, questions, pruner.compat == "released")
+
     def _flat(self, features: Any, layouts: Sequence[Layout]) -> Tensor:
         """(F, C) features of all media."""
         made = _rows(features)
@@ -144,15 +191,31 @@ def _grouped(values: Sequence[T], owners: Sequence[int], rows: int) -> list[list
     return out
 
 
+def _kinds(call: Call, kind: str) -> list[tuple[int, int, int]]:
+    """Per prompt, its tokens of the kinds of media before `kind`, of `kind`, and of those after it."""
+    names = list(call.totals_of)
+    place = names.index(kind)
+
+    def tokens(some: Sequence[str], row: int) -> int:
+        return sum(call.totals_of[name][row] for name in some)
+
+    rows = range(len(call.totals))
+    return [(tokens(names[:place], r), tokens([kind], r), tokens(names[place + 1 :], r)) for r in rows]
+
+
 def _limits(
-    sizes: Sequence[int], owners: Sequence[int], mine: Sequence[int], totals: Sequence[int], amounts: Sequence[int]
+    sizes: Sequence[int], owners: Sequence[int], kinds: Sequence[tuple[int, int, int]], amounts: Sequence[int]
 ) -> list[int]:
-    """Per medium, its part of its prompt's `amounts`: shared among the kinds of media first, then among the media."""
+    """Per medium, its part of its prompt's `amounts`: shared among the kinds of media first, then among the media.
+
+    `kinds` are tokens per prompt, of the kinds before this one, of this one, and after it: the parts of all kinds, each
+    of which is worked out in a call of its own, add up.
+    """
     out = [0] * len(sizes)
     for row, amount in enumerate(amounts):
         media = [i for i, owner in enumerate(owners) if owner == row and sizes[i]]
         if media:
-            part = share_out(amount, [mine[row], totals[row] - mine[row]])[0]
+            part = share_out(amount, kinds[row])[1]
             for i, n in zip(media, share_out(part, [sizes[i] for i in media]), strict=True):
                 out[i] = n
     return out

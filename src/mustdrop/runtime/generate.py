@@ -78,10 +78,11 @@ class GenerateWrapper:
                 )
         decode = self.runtime.method.decode
         drafts = [name for name in _DRAFTING if option(name)]
-        if drafts and decode is not None and decode.keep is not None:
+        if drafts and decode is not None and decode.reads_steps:
             raise UnsupportedOptionError(
                 f"{drafts[0]} drafts tokens that may be taken back, and their attention would decide what leaves "
-                "the cache. Leave it out, or use a method without decode_keep (DecodeCachePruner.keep=None)."
+                "the cache. Leave it out, or use a method without decode_keep (DecodeCachePruner.keep=None), or one "
+                "whose entries leave at the end of the prefill (DecodeCachePruner.after_prefill)."
             )
         if kwargs.get("past_key_values") is not None:
             checks.cache(self.runtime, kwargs["past_key_values"])

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from mustdrop.budget import share_out
-from mustdrop.errors import MustDropError
 from mustdrop.layout import Layout
 from mustdrop.pruners import VisionStagePruner
-from mustdrop.runtime.encoder import EncoderRun
+from mustdrop.runtime.choosing import Choice, Chooser, of_features, owners, stacked
+from mustdrop.runtime.encoder_run import EncoderRun
 from mustdrop.runtime.state import Marks
 
 
@@ -24,28 +24,36 @@ class Decided:
         marks: one per medium.
         merge: (F,) long, for each feature of the call the one that takes its mean in; None if none is to be changed
             (windows that merged inside the encoder have equal features already).
+        choice: what a rule decided, if its values are still to be written.
     """
 
     marks: list[Marks]
     merge: Tensor | None
+    choice: Choice | None = None
 
     def write(self, features: Tensor) -> Tensor:
         """Features (F, C) of all media, merged, with NaN in the rows of those that are dropped."""
         if self.merge is not None:
-            target = self.merge.to(features.device)
-            total = torch.zeros(features.shape, dtype=torch.float32, device=features.device)
-            total = total.index_add(0, target, features.float())
-            size = torch.zeros(len(features), device=features.device).index_add(
-                0, target, torch.ones(len(features), device=features.device)
-            )
-            alone = (size <= 1)[:, None]
-            features = torch.where(alone, features, (total / size.clamp(min=1)[:, None]).to(features.dtype))
+            features = means(features, self.merge)
+        if self.choice is not None:
+            features = self.choice.blend(features)
         alive = torch.cat([mark.alive for mark in self.marks]).to(features.device)
         return features if bool(alive.all()) else features.masked_fill(~alive[:, None], torch.nan)
 
     def merged(self, features: Tensor) -> Tensor:
         """As `write`, with zeros instead of NaN: for features that are added to tokens and not looked at."""
         return self.write(features).nan_to_num(0.0)
+
+
+def means(features: Tensor, into: Tensor) -> Tensor:
+    """Features (F, C), those that several are merged into, as `into` (F,) says, with their mean."""
+    target = into.to(features.device)
+    total = torch.zeros(features.shape, dtype=torch.float32, device=features.device)
+    total = total.index_add(0, target, features.float())
+    ones = torch.ones(len(features), device=features.device)
+    size = torch.zeros(len(features), device=features.device).index_add(0, target, ones)
+    alone = (size <= 1)[:, None]
+    return torch.where(alone, features, (total / size.clamp(min=1)[:, None]).to(features.dtype))
 
 
 def must_remain(pruner: VisionStagePruner, layouts: Sequence[Layout], least: Sequence[int], run: EncoderRun) -> Tensor:
@@ -75,6 +83,8 @@ def decide(
     least: Sequence[int],
     most: Sequence[int],
     last: Sequence[int],
+    chooser: Chooser | None = None,
+    choice: Choice | None = None,
 ) -> Decided:
     """Merge, select and pin.
 
@@ -86,15 +96,19 @@ def decide(
         least: features per medium that merging must leave.
         most: features per medium that may enter the language model.
         last: media whose last feature ends a prompt and must stay.
+        chooser: asks the pruner's rule, if it has one.
+        choice: what the rule has decided already, as the features left the encoder.
     """
     device = features.device
-    patches = _stacked(layouts).to(device)
+    patches = stacked(layouts).to(device)
     importance = _importance(pruner, run, patches)
     behind = run.grid is None and pruner.window is not None
-    owner = _merge_behind(pruner, layouts, features, least) if behind else _owners(run, patches)
+    owner = _merge_behind(pruner, layouts, features, least) if behind else owners(run, patches)
     starts = [0]
     for layout in layouts:
         starts.append(starts[-1] + layout.size)
+    if chooser is not None:
+        return _by_rule(pruner, chooser, choice, layouts, features, importance, owner if behind else None, owner)
     order = None
     if pruner.compat == "released" and run.merged is not None and run.merged.merge_into is not None:
         slots = run.merged.merge_into.flatten().to(device)
@@ -120,6 +134,39 @@ def decide(
         return Decided(done, None)
     named = [mark.order + start for mark, start in zip(done, starts, strict=False)]
     return Decided(done, torch.cat(named) if named else None)
+
+
+def _by_rule(
+    pruner: VisionStagePruner,
+    chooser: Chooser,
+    choice: Choice | None,
+    layouts: Sequence[Layout],
+    features: Tensor,
+    importance: Tensor,
+    merge: Tensor | None,
+    owner: Tensor,
+) -> Decided:
+    """Marks of what a rule chooses; the key set are the most important of what it keeps."""
+    done = choice is not None
+    if choice is None:
+        choice = chooser(features if merge is None else means(features, merge), owner)
+    marks, start = [], 0
+    for layout in layouts:
+        mine = slice(start, start + layout.size)
+        keep, into = choice.keep[mine], choice.into[mine]
+        picture = keep & ~layout.structural.to(keep.device)
+        order = choice.order[mine] - start if pruner.compat == "released" else torch.arange(layout.size).to(into)
+        marks.append(
+            Marks(
+                alive=keep,
+                pinned=pruner.pins(importance[None, mine], picture[None])[0],
+                importance=importance[mine],
+                order=order,
+                assignment=torch.where(into < 0, -1, into - start),
+            )
+        )
+        start += layout.size
+    return Decided(marks, merge, None if done else choice)
 
 
 @dataclass
@@ -151,51 +198,17 @@ class _Group:
         return [Marks(*row) for row in rows]
 
 
-def _stacked(layouts: Sequence[Layout]) -> Tensor:
-    width = max((layout.patches.shape[1] for layout in layouts), default=1)
-    pad = torch.nn.functional.pad
-    return torch.cat([pad(layout.patches, (0, width - layout.patches.shape[1]), value=-1) for layout in layouts])
-
-
 def _importance(pruner: VisionStagePruner, run: EncoderRun, patches: Tensor) -> Tensor:
     """(F,) mean encoder attention of each feature's patches; 0 for structural rows."""
     if not pruner.needs_attention:
         return torch.zeros(len(patches), device=patches.device)
-    score = run.importance()
-    if score is None:
-        raise MustDropError(
-            f"encoder layer {pruner.key_layer} did not run, so there is no attention to score "
-            "with: choose another key_layer."
-        )
-    real = patches >= 0
-    picked = score.to(patches.device)[patches.clamp(min=0)] * real
-    return picked.sum(1) / real.sum(1).clamp(min=1)
-
-
-def _owners(run: EncoderRun, patches: Tensor) -> Tensor:
-    """(F,) long, the feature that names the window which each feature became part of inside the encoder.
-
-    It is the feature that holds the patch that names the window; where the model cuts that one away (padding of tiles),
-    the first of the window's features that it leaves.
-    """
-    number = len(patches)
-    index = torch.arange(number, device=patches.device)
-    if run.merged is None:
-        return index
-    total = run.merged.merge_into.numel() if run.merged.merge_into is not None else int(patches.max()) + 1
-    key = run.owners(total).to(patches.device)[patches[:, 0].clamp(min=0)]
-    holds = (patches == key[:, None]).any(1)
-    rank = torch.where(holds, index, index + number)
-    structural = patches[:, 0] < 0
-    table = torch.full((total,), 2 * number, device=patches.device)
-    table = table.scatter_reduce(0, key[~structural], rank[~structural], "amin")
-    return torch.where(structural, index, table[key] % number)
+    return of_features(run, pruner.importance, patches)
 
 
 def _merge_behind(
     pruner: VisionStagePruner, layouts: Sequence[Layout], features: Tensor, least: Sequence[int]
 ) -> Tensor:
-    """(F,) long as `_owners`, for windows over the cells of each grid of features."""
+    """(F,) long as `owners`, for windows over the cells of each grid of features."""
     owner = torch.arange(len(features), device=features.device)
     start = 0
     for layout, fewest in zip(layouts, least, strict=True):

@@ -46,11 +46,11 @@ def plan_row(method: Method, total: int, n_layers: int, layers: tuple[int, ...])
     at_most, at_least = total, 0 if tokens is None else _merge_floor(tokens, total)
     vision = method.vision
     if vision is not None and vision.selects:
-        if vision.keep != "auto":
+        if not isinstance(vision.keep, str):
             at_most = math.floor(budget.tokens_of(vision.keep, total, "VisionStagePruner.keep") + 1e-6)
             at_least = at_most
-        elif tokens is not None:
-            at_most = budget.entry(total, n_layers, layers, tokens)
+        elif tokens is not None and vision.keep == "auto":
+            at_most = budget.entry(total, n_layers, layers, tokens, vision.taper)
     if tokens is not None:
         # the counts depend on how many tokens merging leaves; the most that can come must be possible
         budget.spread(

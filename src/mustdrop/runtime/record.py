@@ -32,12 +32,15 @@ def record(runtime: Runtime, call: Call) -> Trace:
     if cache is not None and isinstance(cache.layers[0], kv.PrunedStaticLayer):  # compiled steps count nothing
         call.steps = cache.layers[0].logical - prefill.start - valid.shape[1]
     lengths = [layer.lengths(prefill.start, valid).cpu() for layer in cache.layers[:depth]] if cache is not None else []
-    kv_lengths = torch.stack(lengths) if lengths else torch.zeros(depth, len(alive[0]), dtype=torch.long)
+    held = [layer.held(prefill.start, prefill.vision).cpu() for layer in cache.layers[:depth]] if lengths else []
+    nothing = torch.zeros(depth, len(alive[0]), dtype=torch.long)
+    kv_lengths = torch.stack(lengths) if lengths else nothing
     return Trace(
         method=runtime.method.name,
         total=prefill.vision.sum(1).cpu(),
         tokens=tokens,
         kv_lengths=kv_lengths,
+        kv_vision=torch.stack(held) if held else nothing,
         flops=_flops(runtime, call, prefill, rows, kv_lengths),
         kv_bytes=_kv_bytes(cache, depth),
         backend=runtime.implementation,
@@ -92,7 +95,7 @@ def _flops(runtime: Runtime, call: Call, prefill: Prefill, rows: list[Tensor | N
     new = [[counts[id(row)][b] if row is not None else whole[b] for row in rows[:depth]] for b in range(batch)]
     past = prefill.past[:depth] or [0] * depth
     start = [prefill.start] * depth
-    scoring = sum(text.scoring(i, prefill.raters, new[b][i] + past[i]) for b in range(batch) for i in prefill.scored)
+    scoring = sum(text.scoring(i, rows, new[b][i] + past[i]) for b in range(batch) for i, rows in prefill.scored)
     logical = [int(n) for n in (torch.tensor(whole) + prefill.start + call.steps)]
     parts = {
         "vision": _encoder_cost(call),

@@ -15,7 +15,7 @@ from mustdrop.runtime.plan import RowPlan
 from mustdrop.runtime.rows import PAD, take
 
 if TYPE_CHECKING:
-    from mustdrop.runtime.encoder import EncoderRun
+    from mustdrop.runtime.encoder_run import EncoderRun
     from mustdrop.runtime.entry import Media
 
 
@@ -68,8 +68,7 @@ class Prefill:
             of them).
         valid: (B, q) bool, tokens that are not padding.
         past: per decoder layer, entries that its cache held before.
-        raters: text rows that scored (the most of any sample).
-        scored: filter layers that scored.
+        scored: (decoder layer, rows whose attention was read there: the most of any sample), once per reader.
         marks: per row, what the vision stage decided over its vision tokens (empty without one).
         media: per row, its media in the order of the prompt: layout, kind, and where its features are among the row's
             vision tokens (empty if the encoder did not run).
@@ -80,8 +79,7 @@ class Prefill:
     valid: Tensor
     rows: list[Tensor | None] = field(default_factory=list)
     past: list[int] = field(default_factory=list)
-    raters: int = 0
-    scored: list[int] = field(default_factory=list)
+    scored: list[tuple[int, int]] = field(default_factory=list)
     marks: list[Marks] = field(default_factory=list)
     media: list[list[Medium]] = field(default_factory=list)
 
@@ -98,6 +96,8 @@ class Call:
         plans: numbers per prompt.
         open_ended: per prompt, the kind of media whose token it ends with, or None: that token predicts the answer and
             must stay.
+        words: per prompt (T, C), embeddings of its words after the last vision token (all of them, if none follow);
+            None where no rule asks for them.
         marks: kind of media -> per prompt and medium, what the vision stage decided (empty without one).
         layouts: kind of media -> per prompt and medium, how its features lie.
         encoded: what each pass through an encoder saw.
@@ -114,6 +114,7 @@ class Call:
     totals_of: dict[str, list[int]] = field(default_factory=dict)
     plans: list[RowPlan] = field(default_factory=list)
     open_ended: list[str | None] = field(default_factory=list)
+    words: list[Tensor] | None = None
     marks: dict[str, list[list[Marks]]] = field(default_factory=dict)
     layouts: dict[str, list[list[Layout]]] = field(default_factory=dict)
     encoded: list[EncoderRun] = field(default_factory=list)
@@ -140,6 +141,7 @@ class Forward:
         attention: captured at the last filter layer: (B, T, n), or (B, 2, n) where the pruner needs no more than the
             sum and the maximum over the text rows.
         keys: (B, n, G * D) likewise, if the scorer reads them.
+        masses: per decoder layer, (B,) attention that the rows read for the cache gave to its vision entries.
         memo: masks and positions shared by layers of one layout.
     """
 
@@ -153,6 +155,7 @@ class Forward:
     record: Prefill | None = None
     attention: Tensor | None = None
     keys: Tensor | None = None
+    masses: list[Tensor] = field(default_factory=list)
     memo: dict[Any, Any] = field(default_factory=dict)
 
     def index(self, device: torch.device) -> Tensor:

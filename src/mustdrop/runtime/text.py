@@ -12,18 +12,21 @@ from torch import Tensor, nn
 from mustdrop import kernels, kv
 from mustdrop.compat import eager
 from mustdrop.errors import MustDropError, UnsupportedOptionError
+from mustdrop.pruners import DecodeCachePruner
 from mustdrop.pruners.prefill import needs_rows
-from mustdrop.runtime import checks, entry, scores
+from mustdrop.runtime import checks, decoding, entry, scores
 from mustdrop.runtime.compiled import compiled_step, outside_steps
+from mustdrop.runtime.decoding import Asked
 from mustdrop.runtime.entry import Media
 from mustdrop.runtime.eviction import evict_dropped
-from mustdrop.runtime.masks import visible_keys
 from mustdrop.runtime.rewrite import Rewriter, arrival
 from mustdrop.runtime.rows import PAD, has_padding, pack, take
 from mustdrop.runtime.state import Call, Forward, Local, Prefill
 
 if TYPE_CHECKING:
     from mustdrop.runtime.core import Runtime
+
+_NO_DECODE = DecodeCachePruner(cascade=False)  # a socket that is empty
 
 
 @dataclass
@@ -98,7 +101,7 @@ class TextStage:
                     "inputs_embeds hold rows of NaN: image features of a patched model, placed by hand. Pass input_ids "
                     "and pixel_values instead, or compute the features while the model is not patched."
                 )
-            self._evict(forward)
+            decoding.before_step(runtime.method.decode, forward.cache)
             nothing = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
             self._begin_record(forward, Prefill(nothing, start, entry.valid_tokens(nothing, mask, start)))
             return args, kwargs
@@ -118,17 +121,6 @@ class TextStage:
         else:
             call.steps += forward.length
 
-    def _evict(self, forward: Forward) -> None:
-        """Before a decode step: the least attended vision entries leave if it is time."""
-        decode = self.runtime.method.decode
-        if decode is None or decode.keep is None or forward.cache is None:
-            return
-        for layer in forward.cache.layers:
-            if layer.attended is None or not decode.due(layer.steps + 1):
-                continue
-            score = nn.functional.pad(layer.attended, (0, layer.slots - layer.attended.shape[1]))
-            layer.evict(decode(score, layer.slot_vision(), decode.counts(layer.totals)).mask(layer.slots))
-
     # -- layers -------------------------------------------------------------------------------------------------------
 
     @eager
@@ -144,14 +136,14 @@ class TextStage:
         media = forward.media
         if media is None:
             return (args, kwargs) if self._extend(i, layer, forward, hidden, kwargs) else None
-        if i == 0 and not bool(media.alive.all()):
+        if i == 0 and (media.reordered or not bool(media.alive.all())):
             hidden = self._gather(forward, media, hidden, media.alive)
         elif i - 1 in self.runtime.filters:
             hidden = self._filter(forward, media, self.runtime.filters.index(i - 1), hidden)
         if forward.record is not None:
             forward.record.rows.append(forward.rows)
             forward.record.past.append(layer.slots if layer is not None else 0)
-        if i in self.runtime.filters and not scores.skips(media, self.runtime.filters.index(i)):
+        if self._filters_after(i, media) or (layer is not None and self._decode.reads_prompt):
             self.runtime.local.capture = ("text", i)
         if layer is not None:
             layer.arrival = arrival(forward, media)
@@ -210,46 +202,48 @@ class TextStage:
                 return False
             if forward.media is None:
                 return self.rewriter.step(layer, hidden, kwargs, forward.memo)
-        if forward.media is None and self._scores_decode:
+        if forward.media is None and self._decode.reads_steps:
             self.runtime.local.capture = ("text", i)
         return self.rewriter.extend(layer, forward, hidden, kwargs)
 
     # -- scores -------------------------------------------------------------------------------------------------------
 
     @property
-    def _scores_decode(self) -> bool:
-        decode = self.runtime.method.decode
-        return decode is not None and decode.keep is not None
+    def _decode(self) -> DecodeCachePruner:
+        return self.runtime.method.decode or _NO_DECODE
+
+    def _filters_after(self, i: int, media: Media) -> bool:
+        filters = self.runtime.filters
+        return i in filters and not scores.skips(media, filters.index(i))
 
     @eager
     def capture(
         self, i: int, module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
     ) -> None:
-        """Attention of the rows that matter: text rows at a filter layer, the new tokens while decoding."""
+        """Attention of the rows that matter: text rows at a filter layer, what the cache policy asks for in each."""
         forward = self.runtime.local.forward
         if forward is None:
             return
-        media = forward.media
+        media, decode = forward.media, self._decode
+        layer = None if forward.cache is None else forward.cache.layers[i]
+        asked = Asked.of(module, q, k, mask, kwargs, None if layer is None else layer.slots)
         if media is None:
-            rows = torch.arange(q.shape[2], device=q.device).expand(q.shape[0], -1)
-        else:
-            rows = scores.rows(self.runtime.method.prefill, forward, media, k, q.shape[2]).to(q.device)
-        if forward.cache is not None:  # a static cache hands out room for later tokens too
-            stored = forward.cache.layers[i].slots
-            k, mask = k[:, :, :stored], mask if mask is None else mask[..., :stored]
-        visible, bias = visible_keys(rows, mask, q.shape[2], k.shape[2])
-        scaling = kwargs.get("scaling") or getattr(module, "scaling", None) or q.shape[-1] ** -0.5
-        arguments = (q, k, rows, visible, scaling, bias, kwargs.get("softcap"))
-        if media is None:
-            probability = (kernels.row_probabilities if len(rows[0]) == 1 else kernels.text_statistics)(*arguments)
-            forward.cache.layers[i].accumulate(probability[:, 0])
+            decoding.read_step(decode.scorer, layer, asked)
             return
-        prefill = self.runtime.method.prefill
-        score = kernels.row_probabilities if needs_rows(prefill) else kernels.text_statistics
-        forward.attention = score(*arguments, first=k.shape[2] - q.shape[2])
+        if self._filters_after(i, media):
+            prefill = self.runtime.method.prefill
+            rows = scores.rows(prefill, forward, media, asked.k, q.shape[2]).to(q.device)
+            score = kernels.row_probabilities if needs_rows(prefill) else kernels.text_statistics
+            forward.attention = score(*asked.arguments(rows, first=asked.k.shape[2] - q.shape[2]))
+            self._note(forward, i, rows)
+        if layer is not None and decode.reads_prompt:
+            self._note(forward, i, decoding.read_prompt(decode.scorer, layer, forward, media, asked))
+
+    @staticmethod
+    def _note(forward: Forward, i: int, rows: Tensor) -> None:
+        """For the trace: so many rows were read in layer `i`."""
         if forward.record is not None:
-            forward.record.raters = max(forward.record.raters, rows.shape[1])
-            forward.record.scored.append(i)
+            forward.record.scored.append((i, rows.shape[1]))
 
     # -- exit ---------------------------------------------------------------------------------------------------------
 
@@ -270,23 +264,26 @@ class TextStage:
         return made
 
     def _leave(self, forward: Forward, call: Call | None, output: Any) -> Any:
-        """Scatter and cut after a pass in which something was dropped; None if nothing was."""
+        """Scatter and cut after a pass with vision tokens; None if the output is as it was."""
         if forward.media is None:
             return None
         if forward.record is not None:
             forward.record.rows.append(forward.rows)
-        if forward.rows is None:
-            if forward.cache is not None and not self._scores_decode:
-                for layer in forward.cache.layers:
-                    layer.forget_if_whole()
-            return None
-        rows = forward.rows.to(output.last_hidden_state.device)
+        made = None if forward.rows is None else self._scatter(forward, forward.rows, call, output)
+        decoding.after_prompt(self._decode, forward, self.runtime.depth)
+        if made is None and forward.cache is not None and not self._decode.reads_steps:
+            for layer in forward.cache.layers:
+                layer.forget_if_whole()
+        return made
+
+    def _scatter(self, forward: Forward, rows: Tensor, call: Call | None, output: Any) -> Any:
+        """Hidden states at the logical length again; caches cut to what the last layer processed."""
+        rows = rows.to(output.last_hidden_state.device)
         target = rows.masked_fill(rows == PAD, forward.length)  # padding goes to one row too many, cut off below
         here = torch.zeros(forward.batch, forward.length + 1, dtype=torch.bool, device=rows.device)
         here = here.scatter(1, target, True)[:, :-1]
-        decode = self.runtime.method.decode
-        if forward.cache is not None and decode is not None and decode.cascade:
-            evict_dropped(forward.cache.layers[decode.full_layers :], forward.start, here)
+        if forward.cache is not None and self._decode.cascade:
+            evict_dropped(forward.cache.layers[self._decode.full_layers :], forward.start, here)
         if call is not None and call.labels is not None:
             # a dropped token predicts nothing: its successor leaves the loss (the labels are our own copy)
             call.labels[:, 1:].masked_fill_(~here[:, :-1].to(call.labels.device), -100)

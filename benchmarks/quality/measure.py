@@ -1,0 +1,157 @@
+"""Asks everything of every cell: one pass per prompt tells accuracy, log-likelihood and fidelity.
+
+The right answer is forced on the model, token by token. Greedy search gives exactly this answer if and only if each of
+its tokens is the most likely one after those before it, so the same pass says whether the model is right and how likely
+the right answer is. Fidelity needs the unpruned model's answer forced; where that is the right one (most of the time)
+the pass serves for both, and elsewhere the prompt is asked a second time.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+import mustdrop
+from benchmarks.quality.cells import Cell
+from benchmarks.quality.journal import Journal
+from benchmarks.quality.subjects import Batch, Part, Subject
+from mustdrop import fidelity
+from mustdrop.errors import (
+    BudgetError,
+    ConfigError,
+    NothingDroppedWarning,
+    UnsupportedModelError,
+    UnsupportedOptionError,
+)
+
+#: A method that says no: the row says "cannot", and why. Any other error is a fault, and ends the run.
+REFUSALS = (BudgetError, ConfigError, UnsupportedModelError, UnsupportedOptionError)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A part with the answers to force: row i of the first `count` is prompt i with the right answer.
+
+    Attributes:
+        type: of the question.
+        inputs: of all rows.
+        count: prompts of the part; further rows are prompts with another answer of the unpruned model.
+        right: whether right answers are known.
+        tokens: (R, T) long, what is forced.
+        lengths: (R,) long.
+        logits: (R, T, V), of the unpruned model.
+        own: (count,) long, the row in which each prompt's unpruned answer is forced.
+    """
+
+    type: str
+    inputs: dict[str, Tensor]
+    count: int
+    right: bool
+    tokens: Tensor
+    lengths: Tensor
+    logits: Tensor
+    own: Tensor
+
+
+def measure(subject: Subject, found: Sequence[Cell], journal: Journal) -> None:
+    """Fill the journal with every cell on every batch that it lacks."""
+    missing = {name: [cell for cell in found if (*cell.key, name) not in journal] for name in subject.names()}
+    wanted = [name for name, cells in missing.items() if cells]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        total = len(found) * len(missing)
+        task = progress.add_task("asking", total=total, completed=total - sum(map(len, missing.values())))
+        for batch in subject.batches(wanted):
+            asked = [ask(batch.model, part) for part in batch.parts]
+            for cell in missing[batch.name]:
+                budget = "" if cell.keep is None else f" {cell.keep:.1%}"
+                progress.update(task, description=f"{batch.name} {cell.method}{budget}")
+                journal.add(line(cell, batch, asked))
+                progress.advance(task)
+
+
+def ask(model: Any, part: Part) -> Asked:
+    """The unpruned model's answers to a part, and what it thinks of the right ones."""
+    given = fidelity.reference(model, part.inputs, part.new_tokens)
+    count = len(given.tokens)
+    if part.truths is None:
+        return Asked(
+            part.type, part.inputs, count, False, given.tokens, given.lengths, given.logits, torch.arange(count)
+        )
+    answers = [row[:n].tolist() for row, n in zip(given.tokens, given.lengths, strict=True)]
+    other = [i for i, (answer, truth) in enumerate(zip(answers, part.truths, strict=True)) if answer != truth]
+    rows = [*range(count), *other]
+    forced = [*part.truths, *(answers[i] for i in other)]
+    own = torch.arange(count)
+    own[other] = torch.arange(count, len(rows))
+    lengths = torch.tensor([len(row) for row in forced])
+    tokens = torch.tensor([row + [0] * (int(lengths.max()) - len(row)) for row in forced])
+    inputs = {name: value[rows] for name, value in part.inputs.items()}
+    with mustdrop.patched(model, "none"):
+        logits = fidelity.forced_logits(model, inputs, tokens)
+    return Asked(part.type, inputs, count, True, tokens, lengths, logits, own)
+
+
+def line(cell: Cell, batch: Batch, asked: Sequence[Asked]) -> dict[str, Any]:
+    """The journal's line of a cell on a batch."""
+    method, keep = cell.key
+    head = {"method": method, "keep": keep, "batch": batch.name, "model": batch.who, "scenes": batch.scenes}
+    start = time.perf_counter()
+    try:
+        with _quiet(), mustdrop.patched(batch.model, method, **cell.knobs(batch.seed)):
+            seen = [(part, *_one(batch.model, part)) for part in asked]
+    except REFUSALS as refusal:
+        return head | {"cannot": f"{type(refusal).__name__}: {refusal}"}
+    traces = [trace for _, trace, _ in seen]
+    answers: dict[str, dict[str, list[Any]]] = {}
+    for part, _, numbers in seen:
+        own = answers.setdefault(part.type, {name: [] for name in numbers})
+        for name, values in numbers.items():
+            own[name] += values
+    equal = [n for part, trace, _ in seen for n in trace.equal_tokens[: part.count].tolist()]
+    totals = [n for part, trace, _ in seen for n in trace.total[: part.count].tolist()]
+    return head | {
+        "equal_tokens": sum(equal) / len(equal),
+        "most_equal_tokens": max(equal),
+        "equal_share": sum(a / b for a, b in zip(equal, totals, strict=True)) / len(equal),
+        "flops": sum(trace.flops.ratio for trace in traces) / len(traces),
+        "kv": sum(trace.kv_bytes.ratio for trace in traces) / len(traces),
+        "seconds": round(time.perf_counter() - start, 3),
+        "answers": answers,
+    }
+
+
+def _one(model: Any, part: Asked) -> tuple[mustdrop.Trace, dict[str, list[Any]]]:
+    """A patched model on one part: its trace and, per measure, a number for each prompt."""
+    logits = fidelity.forced_logits(model, part.inputs, part.tokens)
+    trace = mustdrop.trace(model)
+    close = fidelity.compare(part.logits[part.own], logits[part.own], part.lengths[part.own])
+    numbers = {"kl": _rounded(close.kl), "agreement": _rounded(close.agreement), "same": close.same.int().tolist()}
+    if part.right:
+        first = slice(part.count)
+        tokens, lengths = part.tokens[first], part.lengths[first]
+        wrong = (logits[first].argmax(-1) != tokens) & (torch.arange(tokens.shape[1]) < lengths[:, None])
+        numbers["correct"] = (~wrong.any(-1)).int().tolist()
+        numbers["loglik"] = _rounded(fidelity.log_likelihood(logits[first], tokens, lengths))
+    return trace, numbers
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [float(f"{value:.5g}") for value in values.tolist()]
+
+
+@contextmanager
+def _quiet() -> Any:
+    """The journal says how many tokens were kept; a warning per batch says nothing more."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NothingDroppedWarning)
+        yield

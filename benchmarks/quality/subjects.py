@@ -1,0 +1,171 @@
+"""What is asked: the bundled model about scenes, or tiny random models of any family about noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mustdrop.adapters import registry, tiny
+from mustdrop.demo.model import load, prompt
+from mustdrop.demo.scenes import QUESTION_TYPES, SceneMaker
+from mustdrop.errors import UnsupportedModelError, did_you_mean
+
+DEMO = "bundled"
+WORDS = 8  # length of the answers of random models, which never end
+PROMPTS = 4  # per seed, for random models
+
+
+@dataclass(frozen=True)
+class Part:
+    """Prompts of one type that are answered together.
+
+    Attributes:
+        type: of the question.
+        inputs: what the processor returned.
+        truths: the right answers' tokens with the one that ends them; None where nothing is right.
+        new_tokens: after how many an answer is cut off.
+    """
+
+    type: str
+    inputs: dict[str, Tensor]
+    truths: list[list[int]] | None
+    new_tokens: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some scenes with all their questions.
+
+    Attributes:
+        name: unique.
+        who: name of the model.
+        model: who is asked.
+        seed: of its scenes, and of the methods that draw.
+        scenes: how many.
+        parts: its prompts. Those of one type about scenes have one length, so nothing is padded.
+    """
+
+    name: str
+    who: str
+    model: Any
+    seed: int
+    scenes: int
+    parts: list[Part]
+
+
+class Subject(Protocol):
+    """Batches, by name.
+
+    Attributes:
+        name: for file names.
+        setting: for the result file: whatever decides what is measured.
+    """
+
+    name: str
+    setting: dict[str, Any]
+
+    def names(self) -> list[str]:
+        """Names of all batches."""
+        ...
+
+    def batches(self, wanted: Sequence[str]) -> Iterator[Batch]:
+        """The batches of these names, in the order of `names`."""
+        ...
+
+
+class Scenes:
+    """The bundled model on scenes of a split, one question of each type about each."""
+
+    def __init__(self, split: str, seeds: Sequence[int], scenes: int, batch: int, device: str) -> None:
+        self.split, self.seeds, self.scenes, self.batch, self.device = split, seeds, scenes, batch, device
+        self.name = f"{split}-{scenes}x{len(seeds)}"
+        self.setting = {
+            "models": [DEMO],
+            "split": split,
+            "seeds": list(seeds),
+            "scenes_per_seed": scenes,
+            "batch": batch,
+            "types": list(QUESTION_TYPES),
+        }
+
+    def _starts(self) -> list[tuple[int, int]]:
+        return [(seed, start) for seed in self.seeds for start in range(0, self.scenes, self.batch)]
+
+    def names(self) -> list[str]:
+        return [f"{seed}:{start}" for seed, start in self._starts()]
+
+    def batches(self, wanted: Sequence[str]) -> Iterator[Batch]:
+        model, processor = load()
+        model = model.to(self.device)  # type: ignore[arg-type]
+        for seed in self.seeds:
+            maker = SceneMaker(self.split, seed)
+            for start in range(0, self.scenes, self.batch):
+                count = min(self.batch, self.scenes - start)
+                asked = [(scene.image, maker.questions(scene)) for scene in (maker.scene() for _ in range(count))]
+                if f"{seed}:{start}" not in wanted:  # drawn all the same: later questions depend on it
+                    continue
+                pictures = [Image.fromarray(image) for image, _ in asked]
+                by_type = zip(*(questions for _, questions in asked), strict=True)
+                parts = [self._part(processor, pictures, questions) for questions in by_type]
+                yield Batch(f"{seed}:{start}", DEMO, model, seed, count, parts)
+
+    def _part(self, processor: Any, pictures: list[Image.Image], questions: Sequence[Any]) -> Part:
+        texts = [prompt(processor, question.text) for question in questions]
+        inputs = processor(text=texts, images=pictures, return_tensors="pt", padding=True).to(self.device)
+        words = processor.tokenizer
+        truths = [[*words.convert_tokens_to_ids(q.answer.split()), words.eos_token_id] for q in questions]
+        return Part(questions[0].type, dict(inputs), truths, new_tokens=12)
+
+
+class Families:
+    """Tiny models with random weights: fidelity alone, one prompt at a time."""
+
+    def __init__(self, families: Sequence[str], seeds: Sequence[int], device: str) -> None:
+        known = {name: adapter for name, adapter in registry().items() if adapter.available()}
+        chosen = sorted(known) if "all" in families else list(families)
+        for name in chosen:
+            if name not in known:
+                raise UnsupportedModelError(
+                    f"there is no family {name!r} with the installed transformers. {did_you_mean(name, known)}"
+                )
+        self.adapters = {name: known[name] for name in chosen}
+        self.seeds, self.device = seeds, device
+        self.kinds = [(name, kind) for name, adapter in self.adapters.items() for kind in adapter.media]
+        self.name = "all-families" if "all" in families else "-".join(chosen)
+        self.setting = {
+            "models": [f"{name}-{kind}" for name, kind in self.kinds],
+            "seeds": list(seeds),
+            "prompts_per_seed": PROMPTS,
+            "types": ["noise"],
+        }
+
+    def names(self) -> list[str]:
+        return [f"{name}-{kind}:{seed}" for name, kind in self.kinds for seed in self.seeds]
+
+    def batches(self, wanted: Sequence[str]) -> Iterator[Batch]:
+        for name, kind in self.kinds:
+            left = [seed for seed in self.seeds if f"{name}-{kind}:{seed}" in wanted]
+            if not left:
+                continue
+            adapter = self.adapters[name]
+            model = tiny.build(adapter).to(self.device)
+            for seed in left:
+                parts = [self._part(adapter, model, kind, seed * PROMPTS + n) for n in range(PROMPTS)]
+                yield Batch(f"{name}-{kind}:{seed}", f"{name}-{kind}", model, seed, PROMPTS, parts)
+
+    def _part(self, adapter: Any, model: Any, kind: str, seed: int) -> Part:
+        inputs = tiny.prompt(adapter, model, kind, [self._picture(adapter.tiny_sizes(kind)[0], seed)])
+        inputs = {key: value.to(self.device) for key, value in inputs.items()}
+        return Part("noise", inputs, None, WORDS)
+
+    @staticmethod
+    def _picture(shape: tuple[int, ...], seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        coarse = torch.rand(*shape[:-3], 3, 3, 3, generator=generator).reshape(-1, 3, 3, 3)
+        smooth = torch.nn.functional.interpolate(coarse, size=shape[-2:], mode="bilinear")
+        return smooth.reshape(shape) + 0.1 * torch.rand(shape, generator=generator)

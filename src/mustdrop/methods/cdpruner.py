@@ -1,0 +1,78 @@
+"""CDPruner: features that matter for the question and differ from each other (arXiv 2506.10967)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mustdrop.errors import ConfigError
+from mustdrop.method import DEFAULT_KEEP, Method, Recipe
+from mustdrop.pruners import Chosen, Features, VisionRule, VisionStagePruner
+from mustdrop.pruners.base import Budget
+from mustdrop.rules.diversity import greedy_determinant, unit
+
+
+class ConditionalDeterminant(VisionRule):
+    """A conditional determinantal point process: the largest determinant of relevance x cosine x relevance, greedily.
+
+    The relevance of a feature is its mean cosine with the words of the question, scaled to 0 ... 1 over the view.
+
+    Attributes:
+        theta: weight of relevance against diversity, in [0, 1): relevance r becomes exp(r theta / (2 (1 - theta))).
+            None takes r as it is.
+    """
+
+    asks: ClassVar[bool] = True
+    theta: float | None = Field(None, ge=0, lt=1)
+
+    def choose(self, seen: Features, count: int | None) -> Chosen:
+        """See `VisionRule.choose`."""
+        assert count is not None
+        quality = self.quality(relevance(seen.values, seen.question))
+        return Chosen(greedy_determinant(seen.values, quality, count).sort(1).values)
+
+    def quality(self, relevant: Tensor) -> Tensor:
+        """(B, N) positive, from relevances (B, N); equal ones where all relevances of a view are equal."""
+        low, high = relevant.aminmax(dim=1, keepdim=True)
+        spread = high - low
+        scaled = torch.where(spread > 0, (relevant - low + 1e-6) / torch.where(spread > 0, spread, 1.0), 1.0)
+        if self.theta is None:
+            return scaled
+        # a common factor changes no choice: the highest is exp(0), so that nothing overflows
+        return (self.theta / (2 * (1 - self.theta)) * (scaled - scaled.amax(1, keepdim=True))).clamp(min=-40).exp()
+
+
+def relevance(values: Tensor, question: tuple[Tensor, ...]) -> Tensor:
+    """(B, N), the mean cosine of features (B, N, C) with the words, per view (T, C); 0 where there are no words.
+
+    Raises:
+        ConfigError: there is not one question per view, or its width is another.
+    """
+    widths = {words.shape[-1] for words in question}
+    if len(question) != len(values) or widths - {values.shape[2]}:
+        raise ConfigError(
+            f"expected embeddings of a question (words, {values.shape[2]}) for each of {len(values)} views, got "
+            f"{[tuple(words.shape) for words in question]}: pass them as Features(question=...)."
+        )
+    mean = torch.stack([unit(words).sum(0) / max(1, len(words)) for words in question])
+    return (unit(values) @ mean[..., None])[..., 0]
+
+
+class CDPruner(Recipe):
+    """Relevance to the question times diversity, per view.
+
+    Attributes:
+        keep: tokens (int) or share of the prompt's vision tokens.
+        theta: weight of relevance against diversity, in [0, 1); None leaves relevance unscaled, as the paper does.
+    """
+
+    keep: Budget = DEFAULT_KEEP
+    theta: float | None = Field(None, ge=0, lt=1)
+
+    def build(self) -> Method:
+        """Only the vision socket is filled."""
+        rule = ConditionalDeterminant(theta=self.theta)
+        return Method(vision=VisionStagePruner(window=None, key_share=0, keep=self.keep, score=rule))

@@ -1,0 +1,43 @@
+"""Baseline: average pooling of the vision tokens over their grid."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from mustdrop.method import DEFAULT_KEEP, Method, Recipe
+from mustdrop.pruners import Chosen, Features, VisionRule, VisionStagePruner
+from mustdrop.pruners.base import Budget
+from mustdrop.rules.pooling import centres, square_cells
+
+
+class AveragePooling(VisionRule):
+    """Images and videos are cut into nearly square cells, which become their mean; the patch in the middle is named."""
+
+    by_view: ClassVar[bool] = False
+
+    def choose(self, seen: Features, count: int | None) -> Chosen:
+        """See `VisionRule.choose`. What has the same shape is cut once."""
+        assert count is not None
+        place = torch.stack([seen.frame, seen.row, seen.column], 1).cpu()
+        place = place - place.amin(2, keepdim=True)
+        shapes, shape = torch.unique(place, dim=0, return_inverse=True)
+        cells = [square_cells(one, count) for one in shapes]
+        names = torch.stack([centres(*pair) for pair in zip(shapes, cells, strict=True)])
+        device = seen.values.device
+        return Chosen.merged(names[shape].to(device), torch.stack(cells)[shape].to(device))
+
+
+class Pooling(Recipe):
+    """Average the tokens of each image or video over cells of its grids, `keep` in all.
+
+    Attributes:
+        keep: tokens (int) or share of the prompt's vision tokens.
+    """
+
+    keep: Budget = DEFAULT_KEEP
+
+    def build(self) -> Method:
+        """Only the vision socket is filled."""
+        return Method(vision=VisionStagePruner(window=None, key_share=0, keep=self.keep, score=AveragePooling()))

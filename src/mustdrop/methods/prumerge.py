@@ -1,0 +1,153 @@
+"""LLaVA-PruMerge: keep what CLS looks at, and merge the rest into it (arXiv 2403.15388). PruMerge+ samples too."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mustdrop.errors import ConfigError
+from mustdrop.method import DEFAULT_KEEP, Method, Recipe
+from mustdrop.pruners import Chosen, Features, Read, VisionRule, VisionStagePruner
+from mustdrop.pruners.base import Budget, Compat
+
+
+class PruneAndMerge(VisionRule):
+    """Kept features take in their nearest ones, weighted with attention; the last of them takes in all that goes.
+
+    Attributes:
+        plus: whether evenly spaced features are kept beside the most attended ones.
+        neighbours: features, kept ones included, that each kept feature takes in.
+        ratio: share of the features that is kept by attention where nobody sets a number; None counts the outliers of
+            the attention (above the third quartile by 1.5 interquartile ranges).
+        compat: "released" samples as the authors' code does, some features twice.
+    """
+
+    space: ClassVar[Literal["encoder", "language"]] = "encoder"
+    plus: bool = False
+    neighbours: int = Field(32, ge=0)
+    ratio: float | None = Field(None, gt=0, le=1)
+    compat: Compat = "paper"
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        """Attention and keys of the last layer, whose heads are not told apart."""
+        return Read(what="joint_attention", layer=-1), Read(what="joint_keys", layer=-1)
+
+    def choose(self, seen: Features, count: int | None) -> Chosen:
+        """See `VisionRule.choose`. One of `count` is the sum of what goes, weighted with attention."""
+        attention, keys = (seen.of(read) for read in self.reads)
+        n = attention.shape[1]
+        if count == 1:
+            return Chosen.best(attention, 1)
+        ranked = attention.argsort(dim=1, descending=True, stable=True)
+        top, sampled = self._amounts(attention, count)
+        names = torch.cat([ranked[:, :top], self._samples(ranked, top, sampled, n)], 1)
+        if names.shape[1] >= n:
+            return Chosen(ranked.sort(1).values)
+        kept = torch.zeros_like(attention, dtype=torch.bool).scatter(1, names, True)
+        others = kept.long().argsort(dim=1, stable=True)[:, : n - int(kept[0].sum())]
+        # The released sampling names some features twice. Their copies lie where the first of the others go, which
+        # nothing takes in then (so it is in the released code).
+        again = torch.isin(names[0], names[0, :top]) & (torch.arange(names.shape[1], device=names.device) >= top)
+        copies, gone = others.tensor_split([int(again.sum())], dim=1)
+        slots = names.clone()
+        slots[:, again] = copies
+        weight = attention.gather(1, gone)
+        spare = gone.gather(1, weight.argmax(1, keepdim=True))  # the most attended names what takes in all that goes
+        last = torch.zeros_like(attention).scatter(1, gone, weight)
+        weights = torch.cat([self._near(names, gone, keys, attention), last[:, None]], 1)
+        return Chosen(torch.cat([slots, spare], 1), None, lambda values: weights.to(values) @ values)
+
+    def _amounts(self, attention: Tensor, count: int | None) -> tuple[int, int | None]:
+        """(kept by attention, kept by sampling); None samples with the released step."""
+        n = attention.shape[1]
+        if count is not None:
+            top = (count if self.plus else 2 * (count - 1)) // 2
+            return top, count - 1 - top
+        ratio = self.ratio
+        if ratio is None:
+            low, high = torch.quantile(attention.float(), torch.tensor([0.25, 0.75], device=attention.device))
+            ratio = float((attention > high + 1.5 * (high - low)).sum()) / attention.numel()
+        top = max(1, min(int(n * ratio), n - 1))
+        if not self.plus:
+            return top, 0
+        return top, None if self.compat == "released" else min(3 * top, n - 1 - top)
+
+    def _samples(self, ranked: Tensor, top: int, number: int | None, n: int) -> Tensor:
+        """(B, k) long, evenly spaced features."""
+        if number is None:
+            return self._released_samples(ranked, top, n)
+        rest = ranked[:, top:].sort(1).values
+        place = (torch.arange(number, device=ranked.device) * 2 + 1) * rest.shape[1] // max(1, 2 * number)
+        return rest[:, place]
+
+    def _released_samples(self, ranked: Tensor, top: int, n: int) -> Tensor:
+        """(1, k) long: every s-th feature, never the last one; with a fixed ratio also those that are kept already."""
+        if self.ratio is not None:
+            step = int(1 / self.ratio)
+            return torch.arange(int(step / 2), n - 1, step, device=ranked.device)[None]
+        step = int(int(n / top) / 3)
+        if not step:
+            raise ConfigError(
+                f"the authors' sampling fails where more than a third is kept; it would keep {top} of {n} features: "
+                'use compat="paper".'
+            )
+        every = torch.arange(0, n - 1, step, device=ranked.device)
+        return every[~torch.isin(every, ranked[0, :top])][None]
+
+    def _near(self, names: Tensor, gone: Tensor, keys: Tensor, attention: Tensor) -> Tensor:
+        """(B, k, N) weights: 1 for the feature itself, their attention for its nearest neighbours by keys."""
+        keys = torch.nn.functional.normalize(keys, dim=2)
+        others = torch.cat([names, gone], 1)  # a feature that is named twice can be taken in twice
+        similar = _rows(keys, names) @ _rows(keys, others).transpose(1, 2)
+        similar.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+        near = similar.topk(min(self.neighbours, others.shape[1] - 1), dim=2).indices
+        index = others[:, None].expand_as(similar).gather(2, near)
+        weights = keys.new_zeros(*names.shape, keys.shape[1])
+        weights.scatter_add_(2, index, attention[:, None].expand_as(weights).gather(2, index))
+        return weights.scatter_add(2, names[..., None], torch.ones_like(weights[..., :1]))
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+
+
+class PruMerge(Recipe):
+    """Keep the outliers of encoder attention, and merge what resembles them into them.
+
+    Attributes:
+        keep: tokens (int) or share of the prompt's vision tokens; one third if nothing else says how many.
+        adaptive: whether the outliers of the attention are counted, in place of `keep` (the paper's form).
+        ratio: share of the features of a view that is kept by attention, in place of `keep`.
+        plus: PruMerge+: evenly spaced features stay too.
+        neighbours: features that each kept one takes in.
+        compat: "released" has the features in the order of their attention, with new positions; it has no `keep`.
+    """
+
+    keep: Budget | None = None
+    adaptive: bool = False
+    ratio: float | None = Field(None, gt=0, le=1)
+    plus: bool = False
+    neighbours: int = Field(32, ge=0)
+    compat: Compat = "paper"
+
+    def build(self) -> Method:
+        """Only the vision socket is filled."""
+        if (self.keep is not None) + self.adaptive + (self.ratio is not None) > 1:
+            raise ConfigError(
+                f"prumerge takes one of keep=, adaptive=True and ratio=, got keep={self.keep}, "
+                f"adaptive={self.adaptive}, ratio={self.ratio}."
+            )
+        if self.compat == "released" and self.keep is not None:
+            raise ConfigError(
+                f'prumerge(compat="released") has no keep, because the authors\' code has none (got {self.keep}): '
+                "give ratio=, or nothing for the adaptive number."
+            )
+        rule = PruneAndMerge(plus=self.plus, neighbours=self.neighbours, ratio=self.ratio, compat=self.compat)
+        keep: Budget | Literal["rule"] = DEFAULT_KEEP if self.keep is None else self.keep
+        if self.adaptive or self.ratio is not None or self.compat == "released":
+            keep = "rule"
+        return Method(vision=VisionStagePruner(window=None, key_share=0, keep=keep, score=rule, compat=self.compat))

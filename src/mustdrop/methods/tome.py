@@ -1,0 +1,89 @@
+"""Token Merging (ToMe): in every encoder layer, some tokens join the one that they resemble (arXiv 2210.09461)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, NonNegativeInt
+from torch import Tensor
+
+from mustdrop import kernels
+from mustdrop.errors import ConfigError
+from mustdrop.method import DEFAULT_KEEP, Method, Recipe
+from mustdrop.pruners import Chosen, Features, InnerRule, VisionStagePruner
+from mustdrop.pruners.base import Budget, Compat
+from mustdrop.rules import bipartite
+
+
+class SoftMatching(InnerRule):
+    """Bipartite soft matching, in the encoder's layers by their keys, and behind it by the features themselves.
+
+    Attributes:
+        weighs: whether a merged token's attention is weighed with its size.
+        number: tokens that merge in each layer (one for all, or one per layer, none in the layers behind); None spreads
+            what the budget asks for evenly.
+        slope: with one number, -1 to 1: from (1 - slope) times it in the first layer to (1 + slope) in the last.
+    """
+
+    space: ClassVar[Literal["encoder", "language"]] = "encoder"
+    number: int | tuple[int, ...] | None = None
+    slope: float = 0.0
+
+    def amounts(self, patches: int, target: int, layers: int) -> list[int]:
+        """See `InnerRule.amounts`."""
+        if isinstance(self.number, tuple):
+            return bipartite.of_list(self.number, layers)
+        if self.number is not None:
+            return bipartite.linear_amounts(self.number, self.slope, layers)
+        return bipartite.amounts(patches, target, layers)
+
+    def join(self, keys: Tensor, number: int, protected: int) -> tuple[Tensor, int]:
+        """See `InnerRule.join`."""
+        return bipartite.join(keys, number, protected)
+
+    def choose(self, seen: Features, count: int | None) -> Chosen:
+        """See `VisionRule.choose`: what the layers left is matched again, as often as it takes."""
+        values = seen.values
+        slot = torch.arange(values.shape[1], device=values.device).expand(values.shape[:2])
+        size = torch.ones_like(slot, dtype=torch.float32) if seen.size is None else seen.size
+        names, weight, own = slot, size, size
+        while count is not None and values.shape[1] > count:
+            into, slots = bipartite.join(values, values.shape[1] - count)
+            values = kernels.merge_tokens(values, into, slots, weight)
+            weight = weight.new_zeros(len(weight), slots).scatter_add_(1, into, weight)
+            first = torch.full((len(into), slots), seen.values.shape[1], device=into.device)
+            names, slot = first.scatter_reduce(1, into, names, "amin"), into.gather(1, slot)
+        return Chosen.merged(names, slot, own)
+
+
+class ToMe(Recipe):
+    """Merge patches that resemble each other, step by step, in the vision encoder.
+
+    Attributes:
+        keep: tokens (int) or share of the prompt's vision tokens; one third if `r` is not given.
+        r: tokens that merge in each encoder layer (one for all, or one per layer), in place of `keep`. CLIP's layer
+            that LLaVA reads has 576 - 23 r tokens.
+        slope: with one `r`: -1 merges most in the first layers, 1 in the last.
+        proportional: whether a merged token's attention is weighed with its size; it takes an encoder without
+            flash attention.
+        compat: "released" hands the tokens on in the order of the released code, with new positions; it has no `keep`.
+    """
+
+    keep: Budget | None = None
+    r: NonNegativeInt | tuple[NonNegativeInt, ...] | None = None
+    slope: float = Field(0.0, ge=-1, le=1)
+    proportional: bool = True
+    compat: Compat = "paper"
+
+    def build(self) -> Method:
+        """Only the vision socket is filled."""
+        if self.keep is not None and self.r is not None:
+            raise ConfigError(f"tome takes keep= or r=, got keep={self.keep} and r={self.r}: leave one out.")
+        if self.compat == "released" and self.r is None:
+            raise ConfigError('tome(compat="released") needs r=: the authors\' code has no budget.')
+        keep: Budget | Literal["rule"] = DEFAULT_KEEP if self.keep is None else self.keep
+        rule = SoftMatching(number=self.r, slope=self.slope, weighs=self.proportional)
+        if self.r is not None:
+            keep = "rule"
+        return Method(vision=VisionStagePruner(window=None, key_share=0, keep=keep, score=rule, compat=self.compat))

@@ -1,0 +1,80 @@
+"""VisionZip: keep what the encoder looks at, and merge the rest into a few contextual tokens (arXiv 2412.04467)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from mustdrop import kernels
+from mustdrop.method import DEFAULT_KEEP, Method, Recipe
+from mustdrop.pruners import Chosen, Features, Read, VisionRule, VisionStagePruner
+from mustdrop.pruners.base import Budget
+
+# The published split at every budget: 54 dominant tokens and 10 contextual ones of 64.
+CONTEXTUAL = 10 / 64
+# The encoder's last layer that LLaVA reads, of the 23 that it runs for that.
+LAYER = {"layer": 22, "of": 23}
+
+
+class DominantAndContextual(VisionRule):
+    """The most attended features stay; the others join evenly spaced ones among them that resemble them in their keys.
+
+    Attributes:
+        contextual: share of what stays that is contextual, in [0, 1).
+    """
+
+    space: ClassVar[Literal["encoder", "language"]] = "encoder"
+    contextual: float = Field(CONTEXTUAL, ge=0, lt=1)
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        """Attention and keys of the layer that features are read from."""
+        return Read(what="attention", **LAYER), Read(what="keys", **LAYER)
+
+    def choose(self, seen: Features, count: int | None) -> Chosen:
+        """See `VisionRule.choose`. A contextual token is its own value plus the mean of those that join it."""
+        attention, keys = (seen.of(read) for read in self.reads)
+        batch, n = attention.shape
+        assert count is not None
+        targets = min(round(count * self.contextual), count - 1)
+        ranked = attention.argsort(dim=1, descending=True, stable=True)
+        dominant = ranked[:, : count - targets].sort(1).values
+        if not targets:
+            return Chosen(dominant)
+        rest = ranked[:, count - targets :].sort(1).values
+        step = rest.shape[1] // targets
+        target = torch.arange(0, step * targets, step, device=rest.device)
+        keys = keys.gather(1, rest[..., None].expand(-1, -1, keys.shape[2]))
+        _, slot = kernels.best_match(keys, keys[:, target])
+        slot[:, target] = torch.arange(targets, device=slot.device)
+        into = torch.full((batch, n), -1, device=rest.device)
+        into.scatter_(1, rest, slot + dominant.shape[1])
+        columns = torch.arange(dominant.shape[1], device=rest.device).expand_as(dominant)
+        into.scatter_(1, dominant, columns)
+        centre = rest[:, target]
+        joined = into.scatter(1, centre, -1).scatter(1, dominant, -1)
+
+        def blend(values: torch.Tensor) -> torch.Tensor:
+            own = values.gather(1, torch.cat([dominant, centre], 1)[..., None].expand(-1, -1, values.shape[2]))
+            return own + kernels.merge_tokens(values, joined, count)
+
+        return Chosen(torch.cat([dominant, centre], 1), into, blend)
+
+
+class VisionZip(Recipe):
+    """Dominant tokens by encoder attention, contextual tokens by merging; before the first decoder layer.
+
+    Attributes:
+        keep: tokens (int) or share of the prompt's vision tokens, dominant and contextual together.
+        contextual: share of `keep` that is contextual.
+    """
+
+    keep: Budget = DEFAULT_KEEP
+    contextual: float = Field(CONTEXTUAL, ge=0, lt=1)
+
+    def build(self) -> Method:
+        """Only the vision socket is filled."""
+        rule = DominantAndContextual(contextual=self.contextual)
+        return Method(vision=VisionStagePruner(window=None, key_share=0, keep=self.keep, score=rule))

@@ -1,0 +1,219 @@
+"""What a vision pruner calls to choose features: a small frozen object, defined in the file of its method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import model_validator
+from torch import Tensor
+
+from mustdrop import kernels
+from mustdrop.errors import ConfigError
+from mustdrop.pruners.base import Settings
+
+
+class Read(Settings):
+    """Something that is read from one encoder layer, a value or a vector per patch.
+
+    Attributes:
+        what: "attention": what the CLS token gives to a patch or, in an encoder without CLS, what a patch receives on
+            average, mean over the heads. "received": what a patch receives on average, also where there is a CLS token.
+            "joint_attention": as "attention", with the heads' queries and keys side by side as one long vector (of an
+            encoder without CLS, as "attention"). "keys": key vector, mean over the heads. "joint_keys": the heads' keys
+            side by side.
+        layer: encoder layer (0-based); negative counts from the end, -1 is the last one.
+        of: the depth that `layer` is meant for, counted up to the layer that the features are read from: the layer is
+            scaled to the encoder at hand, and to the nearest one whose patches see the whole frame (of two, the deeper
+            one). None takes `layer` as it is.
+    """
+
+    what: Literal["attention", "received", "joint_attention", "keys", "joint_keys"] = "attention"
+    layer: int = -1
+    of: int | None = None
+
+    @model_validator(mode="after")
+    def _inside(self) -> Read:
+        if self.of is not None and not 0 <= self.layer < self.of:
+            raise ConfigError(f"Read(layer={self.layer}, of={self.of}): expected a layer from 0 to {self.of - 1}.")
+        return self
+
+    def at(self, depth: int, last: int, whole: Sequence[int] = (), name: str = "Read.layer") -> int:
+        """The layer in an encoder of `depth` layers whose features are read from layer `last`.
+
+        Args:
+            depth: of the encoder.
+            last: the layer that its features are read from.
+            whole: layers whose patches see the whole frame; empty if all do.
+            name: what the error message calls `layer`.
+
+        Raises:
+            ConfigError: the encoder has no such layer.
+        """
+        if self.of is not None:
+            scaled = last if self.of == 1 else round(self.layer * last / (self.of - 1))
+            return min(whole, key=lambda layer: (abs(layer - scaled), -layer), default=scaled)
+        if not -depth <= self.layer < depth:
+            raise ConfigError(
+                f"{name}={self.layer}: this encoder has layers 0 to {depth - 1} (or negative, from the end)."
+            )
+        return self.layer % depth
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a vision rule knows of B views with N features each, rows of no view mixed.
+
+    Attributes:
+        values: (B, N, C) float32, the features: what leaves the encoder, or what enters the language model.
+        frame: (B, N) long, frame of a video, or grid of an image, that each feature lies in.
+        row: (B, N) long, its row in the frame.
+        column: (B, N) long, its column.
+        read: what the rule asked for: (B, N) for attention, (B, N, D) for keys.
+        question: per view (T, C), embeddings of the prompt's words after its last picture, if the rule asked for them.
+        size: (B, N) float, how many features of the encoder each stands for; None: one.
+        first: (B, N) long, first frame of the video that each feature lies in; each grid of an image is a video of one
+            frame. None: all frames are of one video.
+    """
+
+    values: Tensor
+    frame: Tensor
+    row: Tensor
+    column: Tensor
+    read: Mapping[Read, Tensor] = field(default_factory=dict)
+    question: tuple[Tensor, ...] = ()
+    size: Tensor | None = None
+    first: Tensor | None = None
+
+    @classmethod
+    def of_grid(
+        cls, values: Tensor, grid: tuple[int, ...], read: Mapping[Read, Tensor], question: tuple[Tensor, ...] = ()
+    ) -> Features:
+        """Features (B, N, C) of whole grids (rows, columns) or (frames, rows, columns), in raster order."""
+        frames, rows, columns = (1, *grid)[-3:]
+        if frames * rows * columns != values.shape[1]:
+            raise ConfigError(f"a grid of {grid} has {frames * rows * columns} cells, got {values.shape[1]} features.")
+        cell = torch.arange(values.shape[1], device=values.device).expand(len(values), -1)
+        frame, row, column = cell // (rows * columns), cell // columns % rows, cell % columns
+        return cls(values.float(), frame, row, column, read, question)
+
+    def of(self, read: Read) -> Tensor:
+        """What was read; a `ConfigError` that names it if nobody gave it."""
+        if read not in self.read:
+            raise ConfigError(
+                f"this rule needs {read.what!r} of encoder layer {read.layer}: pass it as Features(read={{...}})."
+            )
+        return self.read[read].to(self.values.device)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a vision rule keeps of B views of N features.
+
+    Attributes:
+        keep: (B, M) long, the features that stay, each once, in any order (compat="released" hands them on in it).
+        into: (B, N) long or None, column of `keep` that each feature became part of, -1 where it is gone. None: those
+            that are not kept are gone.
+        blend: (B, N, C) -> (B, M, C), new values of the kept features, in the order of `keep`. It must be linear in the
+            features, because it is applied to whichever states the model goes on with. None leaves them as they are.
+    """
+
+    keep: Tensor
+    into: Tensor | None = None
+    blend: Callable[[Tensor], Tensor] | None = None
+
+    @classmethod
+    def best(cls, score: Tensor, count: int) -> Chosen:
+        """The `count` highest of `score` (B, N), ascending by index; ties go to the lower index."""
+        order = score.argsort(dim=1, descending=True, stable=True)[:, :count]
+        return cls(order.sort(1).values)
+
+    @classmethod
+    def merged(cls, keep: Tensor, into: Tensor, weight: Tensor | None = None) -> Chosen:
+        """Kept features (B, M) that become the mean of what joins them, weighted with `weight` (B, N)."""
+        return cls(keep, into, lambda x: kernels.merge_tokens(x, into, keep.shape[1], weight))
+
+
+class VisionRule(Settings):
+    """Base of the rules of the vision stage: subclass, and write `choose`.
+
+    Attributes:
+        by_view: whether each view (a tile, a frame, an image that is seen whole) has its part of the budget and is
+            chosen from alone; else all features of an image or video compete.
+        space: which features the rule sees and blends: what leaves the "encoder", where a feature of the language model
+            is one patch of it (else as the other), or what enters the "language" model.
+        asks: whether the words of the question are read.
+    """
+
+    by_view: ClassVar[bool] = True
+    space: ClassVar[Literal["encoder", "language"]] = "language"
+    asks: ClassVar[bool] = False
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        """What is read from the encoder."""
+        return ()
+
+    def choose(self, seen: Features, count: int | None) -> Chosen:
+        """Choose `count` of the features of each view, 0 < count < N.
+
+        Args:
+            seen: what is known.
+            count: how many stay; None (only with `VisionStagePruner(keep="rule")`, and one view at a time) lets the
+                rule decide.
+        """
+        raise NotImplementedError
+
+    def __call__(self, seen: Features, count: int | None = None) -> Chosen:
+        """`choose`, after a look at the numbers.
+
+        Raises:
+            ConfigError: there are not that many features.
+        """
+        n = seen.values.shape[1]
+        if count is not None and not 0 < count <= n:
+            raise ConfigError(f"{type(self).__name__}: expected 1 to {n} features to keep, got count={count}.")
+        if count == n:
+            return Chosen(torch.arange(n, device=seen.values.device).expand(len(seen.values), -1))
+        chosen = self.choose(seen, count)
+        if count is not None and chosen.keep.shape[1] != count:
+            raise ConfigError(
+                f"{type(self).__name__}.choose was asked for {count} of {n} features and returned "
+                f"{chosen.keep.shape[1]}."
+            )
+        return chosen
+
+
+class InnerRule(VisionRule):
+    """Base of the rules that also merge inside the layers of the encoder, between attention and MLP.
+
+    That takes an encoder whose items have a batch dimension and no padding, whose layers can be halved (`Tower.halves`)
+    and whose patches become one feature each. With another encoder `choose` alone has to do.
+
+    Attributes:
+        weighs: whether later layers weigh a merged token's attention with its size (by a bias on the logits).
+    """
+
+    weighs: bool = True
+
+    def amounts(self, patches: int, target: int, layers: int) -> list[int]:
+        """Tokens that merge in each of the layers.
+
+        Args:
+            patches: of one item.
+            target: patches that may be left; merging further is up to `choose`, behind.
+            layers: encoder layers up to the one that features are read from.
+        """
+        raise NotImplementedError
+
+    def join(self, keys: Tensor, number: int, protected: int) -> tuple[Tensor, int]:
+        """(B, N) slot of each token when `number` tokens of one layer merge, and how many slots there are.
+
+        Args:
+            keys: (B, N, D) keys of the layer, mean over the heads.
+            number: tokens that go.
+            protected: tokens at the front that stay what they are.
+        """
+        raise NotImplementedError

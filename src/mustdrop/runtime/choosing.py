@@ -1,0 +1,238 @@
+"""A `VisionRule` at work in a model: which features it is shown, and what becomes of each afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mustdrop.budget import share_out
+from mustdrop.errors import MustDropError
+from mustdrop.layout import Layout
+from mustdrop.pruners import Chosen, Features, Read, VisionRule
+from mustdrop.runtime.encoder_run import EncoderRun
+
+
+@dataclass
+class Choice:
+    """What a rule decided about all F features of one call.
+
+    Attributes:
+        keep: (F,) bool.
+        into: (F,) long, the feature that each became part of, -1 where it is gone.
+        order: (F,) long, sort key of a kept feature, from the order in which the rule named what it kept.
+        parts: features that were chosen from together, (B, N) long, and what was chosen.
+    """
+
+    keep: Tensor
+    into: Tensor
+    order: Tensor
+    parts: list[tuple[Tensor, Chosen]] = field(default_factory=list)
+
+    def blend(self, features: Tensor) -> Tensor:
+        """Features (F, C) with the rule's values in the rows that stay."""
+        out = features
+        for index, chosen in self.parts:
+            if chosen.blend is None:
+                continue
+            if out is features:
+                out = features.clone()
+            index = index.to(features.device)
+            made = chosen.blend(features[index].float())
+            out[index.gather(1, chosen.keep.to(index.device)).flatten()] = made.flatten(0, 1).to(out)
+        return out
+
+
+@dataclass
+class Chooser:
+    """Asks a rule about the features of one call.
+
+    Attributes:
+        rule: the rule.
+        run: what the encoder did.
+        layouts: one per medium.
+        most: features per medium that may stay; None leaves it to the rule.
+        last: media whose last feature ends a prompt and must stay.
+        questions: per medium (T, C), embeddings of its prompt's words, if the rule asks for them.
+        released: whether what merged in the encoder is shown in the encoder's order, as released codes have it.
+    """
+
+    rule: VisionRule
+    run: EncoderRun
+    layouts: Sequence[Layout]
+    most: Sequence[int] | None
+    last: Sequence[int]
+    questions: Sequence[Tensor]
+    released: bool = False
+
+    def __call__(self, features: Tensor, owner: Tensor | None = None) -> Choice:
+        """Choose from features (F, C) of all media.
+
+        Args:
+            features: of the space that the rule asks for.
+            owner: (F,) long, the feature that names the window that each merged into before; None if none did.
+        """
+        device = features.device
+        index = torch.arange(len(features), device=device)
+        owner = index if owner is None else owner
+        choice = Choice(torch.zeros(len(features), dtype=torch.bool, device=device), torch.full_like(index, -1), index)
+        choice.order = index.clone()
+        size = torch.bincount(owner, minlength=len(owner)).float()
+        groups: dict[tuple[int, int | None], list[tuple[int, Tensor]]] = {}
+        start = 0
+        for i, layout in enumerate(self.layouts):
+            mine = index[start : start + layout.size]
+            free, room = self._room(i, layout, mine, owner, choice)
+            for part, count in self._views(free - start, layout, room):
+                groups.setdefault((len(part), count), []).append((i, part + start))
+            start += layout.size
+        for (n, count), views in groups.items():
+            if count == 0:
+                continue
+            if count == n:
+                for _, part in views:
+                    choice.keep[part], choice.into[part] = True, part
+                continue
+            for some in [views] if count is not None else [[view] for view in views]:
+                self._choose(choice, features, size, some, count)
+        # what had merged into a feature before goes where that one goes
+        choice.into = choice.into[owner]
+        return choice
+
+    def _room(self, i: int, layout: Layout, mine: Tensor, owner: Tensor, choice: Choice) -> tuple[Tensor, int | None]:
+        """Features that the rule may choose from, and how many of them; what must stay is kept right away.
+
+        That is the last feature where it ends the prompt, then rows that stand for no part of the picture.
+        """
+        alive = owner[mine] == mine
+        structural = layout.structural.to(mine.device)
+        first = mine[structural & alive]
+        if i in self.last and not bool(structural[-1]):
+            first = torch.cat([owner[mine[-1:]], first])
+        most = None if self.most is None else self.most[i]
+        first = first if most is None else first[:most]
+        choice.keep[first], choice.into[first] = True, first
+        free = mine[alive & ~structural & ~choice.keep[mine]]
+        merged = self.run.merged
+        if self.released and merged is not None and merged.merge_into is not None:
+            slot = merged.merge_into.flatten().to(mine.device)[layout.patches[:, 0].to(mine.device)]
+            free = free[slot[free - mine[0]].argsort()]
+        return free, None if most is None else min(most - len(first), len(free))
+
+    def _views(self, free: Tensor, layout: Layout, room: int | None) -> list[tuple[Tensor, int | None]]:
+        """(features of the medium, how many stay) for what is chosen from alone."""
+        if not len(free):
+            return []
+        if not self.rule.by_view:
+            return [(free, room)]
+        view = self._view_of(layout).to(free.device)[free]
+        parts = [free[view == v] for v in torch.unique(view).tolist()]
+        if room is None:
+            return [(part, None) for part in parts]
+        return list(zip(parts, share_out(room, [len(part) for part in parts]), strict=True))
+
+    def _view_of(self, layout: Layout) -> Tensor:
+        """(N,) long, the item of the encoder's batch that each feature comes from; of a packed one, the frame."""
+        if self.run.item:
+            return layout.patches[:, 0] // self.run.item
+        return places(layout)[0]
+
+    def _choose(
+        self, choice: Choice, features: Tensor, size: Tensor, views: list[tuple[int, Tensor]], count: int | None
+    ) -> None:
+        index = torch.stack([part for _, part in views])
+        media = [i for i, _ in views]
+        frame, row, column, first = torch.cat([places(layout) for layout in self.layouts], 1).to(features.device)
+        seen = Features(
+            features[index].float(),
+            frame[index],
+            row[index],
+            column[index],
+            {read: self.reading(read, features.device)[index] for read in self.rule.reads},
+            tuple(self.questions[i].to(features.device) for i in media) if self.rule.asks else (),
+            size[index],
+            first[index],
+        )
+        chosen = self.rule(seen, count)
+        kept = index.gather(1, chosen.keep)
+        choice.keep[kept.flatten()] = True
+        choice.order[kept.flatten()] = kept.sort(1).values.flatten()
+        if chosen.into is None:
+            choice.into[kept.flatten()] = kept.flatten()
+        else:
+            choice.into[index] = torch.where(chosen.into < 0, -1, kept.gather(1, chosen.into.clamp(min=0)))
+        choice.parts.append((index, chosen))
+
+    def reading(self, read: Read, device: torch.device) -> Tensor:
+        """(F,) or (F, D), the mean over each feature's patches of what was read; 0 for structural rows."""
+        return of_features(self.run, read, stacked(self.layouts).to(device))
+
+
+def patches_left(layouts: Sequence[Layout], most: Sequence[int], item: int) -> int:
+    """Patches that each item of the encoder's batch must have after merging, for every medium to have `most` features.
+
+    Patches that become no feature (what a model cuts away from tiles) may stay unmerged, so they do not count.
+    """
+    left = 0
+    for layout, number in zip(layouts, most, strict=True):
+        _, counts = torch.unique(layout.patches[~layout.structural, 0] // item, return_counts=True)
+        room = max(0, min(number, layout.size) - int(layout.structural.sum()))
+        parts = share_out(min(room, int(counts.sum())), counts.tolist())
+        left = max([left, *(part + item - n for part, n in zip(parts, counts.tolist(), strict=True))])
+    return left
+
+
+def of_features(run: EncoderRun, read: Read, patches: Tensor) -> Tensor:
+    """(F,) or (F, D), the mean over each feature's patches (F, k) of what was read; 0 for structural rows."""
+    found = run.reading(read)
+    if found is None:
+        raise MustDropError(
+            f"encoder layer {read.layer} did not run, so there is nothing to read from it: choose another layer."
+        )
+    real = patches >= 0
+    values = found.to(patches.device)[patches.clamp(min=0)]
+    real = real.view(*real.shape, *[1] * (values.ndim - 2))
+    return (values * real).sum(1) / real.sum(1).clamp(min=1)
+
+
+def places(layout: Layout) -> Tensor:
+    """(4, N) long: frame (over all grids), row, column, and first frame of the grid, of each feature; structural 0."""
+    out = torch.zeros(4, layout.size, dtype=torch.long)
+    first = 0
+    for (frames, rows, columns), start in zip(layout.grids, layout.offsets, strict=False):
+        cell = layout.cells - start
+        inside = (cell >= 0) & (cell < frames * rows * columns) & ~layout.structural
+        cell = cell[inside]
+        frame, row, column = cell // (rows * columns) + first, cell // columns % rows, cell % columns
+        out[:, inside] = torch.stack([frame, row, column, torch.full_like(cell, first)])
+        first += frames
+    return out
+
+
+def stacked(layouts: Sequence[Layout]) -> Tensor:
+    """(F, k) encoder patches of the features of all media, -1 fills up."""
+    width = max((layout.patches.shape[1] for layout in layouts), default=1)
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(layout.patches, (0, width - layout.patches.shape[1]), value=-1) for layout in layouts])
+
+
+def owners(run: EncoderRun, patches: Tensor) -> Tensor:
+    """(F,) long, the feature that names the window which each feature became part of inside the encoder.
+
+    It is the feature that holds the patch that names the window; where the model cuts that one away (padding of tiles),
+    the first of the window's features that it leaves.
+    """
+    number = len(patches)
+    index = torch.arange(number, device=patches.device)
+    if run.merged is None:
+        return index
+    total = run.merged.merge_into.numel() if run.merged.merge_into is not None else int(patches.max()) + 1
+    key = run.owners(total).to(patches.device)[patches[:, 0].clamp(min=0)]
+    holds = (patches == key[:, None]).any(1)
+    rank = torch.where(holds, index, index + number)
+    structural = patches[:, 0] < 0
+    table = torch.full((total,), 2 * number, device=patches.device)
+    table = table.scatter_reduce(0, key[~structural], rank[~structural], "amin")
+    return torch.where(structural, index, table[key] % number)

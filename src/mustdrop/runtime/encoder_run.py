@@ -1,0 +1,71 @@
+"""What is known of one pass of media through an encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mustdrop.adapters.base import Tower
+from mustdrop.pruners import Read
+from mustdrop.runtime.halves import Inside
+from mustdrop.selection import Selection
+
+
+@dataclass
+class EncoderRun:
+    """State of one pass of media through an encoder.
+
+    Attributes:
+        tower: the encoder.
+        grid: (rows, columns) of the patches of one item where windows merge inside the encoder, else None.
+        pool: patches per side of a feature.
+        at_least: (items,) long, patches that merging must leave, or None.
+        merged: what merging decided.
+        masks: attention masks of the layers after merging, by the mask that came.
+        readings: what was read from the layers, a value or vector per patch, in the pieces in which they ran.
+        item: patches of one item of a dense tower; 0 where all items lie in one sequence, or before it has run.
+        leave: called with the encoder's output, all of whose patches are there again, before the model goes on with it.
+        inside: merging between the halves of its layers, or None.
+        lengths: per encoder layer, the lengths of the sequences that attended to themselves.
+    """
+
+    tower: Tower
+    grid: tuple[int, int] | None = None
+    pool: int = 1
+    at_least: Tensor | None = None
+    merged: Selection | None = None
+    masks: dict[int, Tensor | None] = field(default_factory=dict)
+    readings: dict[Read, list[Tensor]] = field(default_factory=dict)
+    item: int = 0
+    leave: Callable[[Any], Any] | None = None
+    inside: Inside | None = None
+    lengths: list[Tensor] = field(default_factory=list)
+
+    def reading(self, read: Read) -> Tensor | None:
+        """(patches,) or (patches, D), what was read of every patch of all items; None if the layer did not run."""
+        pieces = self.readings.get(read)
+        if not pieces:
+            return None
+        return torch.cat(pieces) if self.tower.packed else torch.cat(pieces).flatten(0, 1)
+
+    def whole(self, found: Tensor) -> Tensor:
+        """(items, patches, ...) of what was read of the tokens that are left.
+
+        A merged patch has what its window has.
+        """
+        if self.merged is None or self.merged.merge_into is None or found.shape[1] == self.item:
+            return found
+        slot = self.merged.merge_into.to(found.device)
+        return found.gather(1, slot.view(*slot.shape, *[1] * (found.ndim - 2)).expand(-1, -1, *found.shape[2:]))
+
+    def owners(self, patches: int) -> Tensor:
+        """(patches,) long, for every patch of all items the patch that names its merged window (or itself)."""
+        if self.merged is None or self.merged.merge_into is None:
+            return torch.arange(patches)
+        owner = self.merged.keep.gather(1, self.merged.merge_into)
+        base = torch.arange(len(owner), device=owner.device)[:, None] * owner.shape[1]
+        return (owner + base).flatten()

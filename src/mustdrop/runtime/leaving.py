@@ -1,0 +1,69 @@
+"""A `VisionRule` that works on what leaves the encoder: its values are written before the model maps them on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mustdrop.adapters.base import Tower
+from mustdrop.runtime.choosing import Choice, Chooser, owners, stacked
+
+
+@dataclass
+class EarlyChoice:
+    """Asks the rule as the features leave the encoder.
+
+    Where a feature is not one patch of the encoder's only batch, nothing happens: the rule is asked behind.
+
+    Attributes:
+        chooser: asks the rule.
+        tower: the encoder.
+        layers: the encoder layers that features are read from.
+        choice: what was decided, or None.
+    """
+
+    chooser: Chooser
+    tower: Tower
+    layers: Sequence[int]
+    choice: Choice | None = None
+
+    def __call__(self, output: Any) -> Any:
+        """The encoder's output with the rule's values in the patches that stay."""
+        run, final = self.chooser.run, output.last_hidden_state
+        patches = stacked(self.chooser.layouts)
+        if not run.item or patches.shape[1] > 1 or int(patches.max()) >= len(final) * run.item:
+            return output
+        patches = patches[:, 0].to(final.device)
+        states = getattr(output, "hidden_states", None)
+        read = [final if states is None else states[k + 1] for k in self.layers]
+        seen = torch.cat([self._rows(state)[patches.clamp(min=0)] for state in read], 1)
+        self.choice = self.chooser(seen, owners(run, patches[:, None]))
+        if states is not None:
+            wanted = {k + 1 for k in self.layers}
+            output["hidden_states"] = tuple(
+                self._written(s, patches, self.choice) if i in wanted else s for i, s in enumerate(states)
+            )
+        if states is None or len(self.tower.blocks) - 1 in self.layers:
+            output["last_hidden_state"] = self._written(final, patches, self.choice)
+        return output
+
+    def _rows(self, state: Tensor) -> Tensor:
+        """(items * patches, C) of a hidden state (items, tokens, C)."""
+        prefix = self.tower.prefix
+        return state[:, prefix : prefix + self.chooser.run.item].flatten(0, 1)
+
+    def _written(self, state: Tensor, patches: Tensor, choice: Choice) -> Tensor:
+        """A hidden state with the rule's values in the rows of the features that stay."""
+        flat = self._rows(state)[patches.clamp(min=0)]
+        made = choice.blend(flat)
+        if made is flat:
+            return state
+        changed = choice.keep.to(patches.device) & (patches >= 0)
+        whole = self._rows(state).clone()
+        whole[patches[changed]] = made[changed]
+        first, item = self.tower.prefix, self.chooser.run.item
+        return torch.cat([state[:, :first], whole.view(len(state), item, -1), state[:, first + item :]], 1)
