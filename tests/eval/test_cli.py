@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from eval import folders
-from mustdrop import __main__ as command
+from mustdrop import cli as command
 from mustdrop.errors import MustDropError
 from mustdrop.eval import cli
 from mustdrop.eval.result import EvalResult
