@@ -208,6 +208,22 @@ def test_every_published_row_finds_its_place():
         assert row.published == known
 
 
+def test_thresholds_and_shares_belong_to_the_published_budget_that_they_come_out_at(run, saved):
+    thresholds = {"global_threshold": 0.011, "individual_threshold": 0.01}
+    near = {"tokens__equal": spread(205.0), "tokens__reported": spread(187.0)}
+    by_data = made("mustdrop", None, 1700.0, knobs=thresholds, **near)
+    shares = made("mustdrop", 1 / 9, 1600.0, knobs={"keep": 1 / 9}, tokens__reported=spread(63.5))
+    between = made("mustdrop", None, 1650.0, knobs=thresholds, tokens__reported=spread(90.0))
+    (group,) = compare.group([made(), by_data, shares, between])
+    found = {row.result.score: row.published and row.published.tokens for row in group.rows}
+    assert found == {1800.0: 576, 1700.0: 192, 1600.0: 64, 1650.0: None}
+    assert [note for note in group.notes if "individual_threshold" in note] == [
+        "'mustdrop global_threshold=0.011 individual_threshold=0.01' names no number of tokens: its published number is "
+        "that of 192 tokens."
+    ]
+    assert len(group.notes) == 2
+
+
 def test_plot(run, saved, tmp_path):
     pytest.importorskip("matplotlib")
     folder = saved(made(), made("mustdrop", 64, 1530.0), made("mustdrop", 192, 1700.0), made("fastv", 192, 1500.0))

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mustdrop.eval.published import Published, published
+from mustdrop.eval.published import Published, published, rows
 from mustdrop.eval.result import EvalResult
 
 UNPRUNED = "none"
+NEAR = 0.05  # how far from a published budget a run without one may be
 MUCH_FAILED = 0.01  # of the questions, from which a run is said to be incomplete
 
 
@@ -181,7 +182,7 @@ def _order(run: EvalResult) -> tuple[bool, str, float]:
 
 
 def _row(run: EvalResult, unpruned: EvalResult | None) -> Row:
-    known = published(run.benchmark, run.model.name, run.method, run.keep)
+    known = published(run.benchmark, run.model.name, run.method, budget(run))
     whole = published(run.benchmark, run.model.name, UNPRUNED, None)
     base = unpruned.score if unpruned is not None else None
     return Row(
@@ -190,6 +191,19 @@ def _row(run: EvalResult, unpruned: EvalResult | None) -> Row:
         known,
         known.score / whole.score if known and whole else None,
     )
+
+
+def budget(run: EvalResult) -> int | None:
+    """The budget of a published table that a run belongs to: its own in tokens, else what it came out at.
+
+    Thresholds, the rank rule and shares name no number of tokens. Where the tokens that a run kept, counted as the
+    tables count them, are within a twentieth of a published budget, it belongs to that.
+    """
+    if isinstance(run.keep, int) or run.tokens is None:
+        return run.keep if isinstance(run.keep, int) else None
+    kept = run.tokens.reported.mean
+    near = min({row.tokens for row in rows()}, key=lambda tokens: abs(tokens - kept))
+    return near if abs(near - kept) <= NEAR * near else None
 
 
 def _notes(runs: list[EvalResult], plain: list[EvalResult]) -> Iterable[str]:
@@ -206,6 +220,8 @@ def _notes(runs: list[EvalResult], plain: list[EvalResult]) -> Iterable[str]:
     if runs[0].data.limit is not None:
         yield "Not all questions were asked (--limit), and published numbers are those of all."
     for run in runs:
+        if run.method != UNPRUNED and not isinstance(run.keep, int) and _row(run, None).published is not None:
+            yield f"{setting(run)!r} names no number of tokens: its published number is that of {budget(run)} tokens."
         if run.failed_share >= MUCH_FAILED:
             yield (
                 f"{run.failed_share:.1%} of the questions of {setting(run)!r} failed and count as wrong: "
