@@ -10,6 +10,7 @@ from collections.abc import Sequence
 # name -> what it measures; the module of that name has `add_arguments(parser)` and `run(options) -> exit status`
 BENCHMARKS = {
     "end_to_end": "speed, FLOPs and KV bytes of a patched model against the same model unpatched",
+    "evaluation": "scores, tokens and shares of time of the bundled model on its own benchmark",
     "gpu": "everything that needs a GPU, inside ten minutes, on a machine with nothing but torch on it",
     "kernels": "time, bandwidth, FLOP/s and share of the roofline of every operation, beside eager PyTorch",
     "kernels_aot": "registers, spills and shared memory of every kernel, compiled for GPUs that need not be there",

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import evaluation_tables
 import kernel_table
 import method_cards
 import quality_table
@@ -213,6 +214,22 @@ renderer("quality")(of_quality(quality_table.overview))
 renderer("quality-details")(of_quality(quality_table.details))
 renderer("quality-types")(of_quality(quality_table.types))
 renderer("quality-differences")(of_quality(quality_table.differences))
+@renderer("published-scores")
+def published_scores(results: Results) -> str:
+    """Published scores of MustDrop."""
+    return evaluation_tables.scores(table)
+
+
+@renderer("published-commands")
+def published_commands(results: Results) -> str:
+    """The commands that ask for them."""
+    return evaluation_tables.commands()
+
+
+@renderer("evaluation")
+def evaluation(results: Results) -> str:
+    """The bundled model on its own benchmark."""
+    return evaluation_tables.scenes(results["evaluation"], table)
 
 
 def _ratio(spread: Mapping[str, float]) -> str:

@@ -25,6 +25,7 @@ KINDS = {
     "UnsupportedOptionError": NotImplementedError,
     "NotPatchedError": RuntimeError,
     "CacheStateError": RuntimeError,
+    "MissingPackageError": ImportError,
 }
 
 

@@ -46,6 +46,14 @@ class CacheStateError(MustDropError, RuntimeError):
     """A pruned cache was used in a way that would give wrong numbers."""
 
 
+class MissingPackageError(MustDropError, ImportError):
+    """A package of an extra that is not installed."""
+
+
+class DataFileError(MustDropError, ValueError):
+    """A file that an evaluation reads is missing, or is not what its guide says."""
+
+
 class NothingDroppedWarning(UserWarning):
     """A patched model ran on an image and kept every vision token."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mustdrop.errors import ConfigError
+from mustdrop.extras import need
 
 if TYPE_CHECKING:
     from mustdrop.runtime.state import Medium
@@ -78,15 +79,9 @@ def table(trace: Trace) -> str:
 
 def draw(trace: Trace, image: Any, path: str | Path | None, sample: int) -> Any:
     """See `Trace.draw`."""
-    try:
-        import matplotlib
-
-        import PIL  # isort: skip
-    except ImportError as error:
-        raise ImportError("drawing needs matplotlib and pillow: pip install 'mustdrop[viz]'.") from error
+    need("matplotlib", "viz", "drawing")
     from matplotlib.figure import Figure
 
-    del matplotlib, PIL
     media = trace.media[sample] if trace.media else []
     images = _per_medium(image, media)
     if len(images) != len(media):

@@ -15,6 +15,7 @@ from PIL import Image
 import mustdrop
 from mustdrop.budget import Keep
 from mustdrop.errors import ConfigError, MustDropError
+from mustdrop.loading import load_model
 from mustdrop.trace import Trace
 
 # Held-out scenes of the default demo, one question of each type about each. The first one is shown. Seed 0 was not
@@ -114,14 +115,9 @@ def bundled_subject(image: Path | None, questions: Sequence[str]) -> Subject:
 
 def hub_subject(name: str, image: Path | None, questions: Sequence[str], dtype: str) -> Subject:
     """A model of a hub or folder, on the user's own image."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     if image is None or not questions:
         raise ConfigError("--model needs --image FILE and at least one --question TEXT.")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
-    model = model.to(device).eval()
-    processor = AutoProcessor.from_pretrained(name)
+    model, processor = load_model(name, dtype=dtype)
     picture = Image.open(image).convert("RGB")
     return Subject(name, model, processor, tuple(Item(picture, question) for question in questions))
 

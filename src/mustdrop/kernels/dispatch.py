@@ -74,11 +74,11 @@ def implementation(device: torch.device, floats: tuple[torch.dtype, ...] = ()) -
     choice = chosen()
     if choice == "reference":
         return "reference"
-    obstacle = _obstacle(device, floats, choice == "triton")
-    if obstacle is None:
+    reason = obstacle(device, floats, choice == "triton")
+    if reason is None:
         return "triton"
     if choice == "triton":
-        raise UnsupportedOptionError(f"Triton kernels are asked for, but {obstacle}: use MUSTDROP_KERNELS=auto.")
+        raise UnsupportedOptionError(f"Triton kernels are asked for, but {reason}: use MUSTDROP_KERNELS=auto.")
     return "reference"
 
 
@@ -139,8 +139,14 @@ def _on(device: torch.device) -> Any:
     return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()
 
 
-def _obstacle(device: torch.device, floats: tuple[torch.dtype, ...], forced: bool) -> str | None:
-    """Why Triton cannot run, None if it can."""
+def obstacle(device: torch.device, floats: tuple[torch.dtype, ...] = (), forced: bool = False) -> str | None:
+    """Why Triton cannot run for tensors on `device`, None if it can.
+
+    Args:
+        device: of the tensors.
+        floats: their floating-point types.
+        forced: whether Triton is asked for: then its interpreter will do on a CPU.
+    """
     if not has_triton():
         return "the package triton is not installed"
     if torch.float64 in floats:

@@ -1,0 +1,85 @@
+"""The commands `demo`, `eval`, `report`, `tune`, `bench`, `methods`, `adapters` and `doctor`, one file each.
+
+Exit codes, of every command: 0, it did what it was asked; 1, it ran and found a failure (a failed self-test, too many
+questions that could not be asked), or an error that nobody foresaw, with its traceback; 2, it could not run as it was
+called (unknown option, method or budget, missing file, missing package), with one line that says what to do; 130,
+interrupted.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from mustdrop.cli import bench, demo, doctor, listing, report
+from mustdrop.cli.common import FAILED, WRONG, errors
+from mustdrop.errors import MustDropError
+from mustdrop.eval.cli import eval_command
+from mustdrop.tuning.cli import command as tune_command
+
+__all__ = ["FAILED", "WRONG", "app", "main"]
+
+app = typer.Typer(
+    help="Vision-language models that drop the vision tokens that do not matter.",
+    epilog=(
+        "Exit codes: 0 done; 1 it ran and found a failure; 2 it could not run as it was called; 130 interrupted. "
+        "`mustdrop COMMAND --help` shows examples."
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from mustdrop import __version__
+
+        typer.echo(f"mustdrop {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Vision-language models that drop the vision tokens that do not matter."""
+
+
+def add(command: Callable[..., None], name: str | None = None) -> None:
+    """Make a function a command.
+
+    Args:
+        command: its docstring is the help, and the lines of its section `Examples:` are printed as they stand.
+        name: of the command; by default that of the function.
+    """
+    text, _, examples = (inspect.getdoc(command) or "").partition("\nExamples:\n")
+    lines = [line for line in examples.splitlines() if line.strip()]
+    epilog = "\n".join(["\b", "Examples:", *lines]) if lines else None
+    app.command(name, help=text, epilog=epilog)(command)
+
+
+add(demo.demo)
+add(eval_command, "eval")
+add(report.report)
+add(tune_command, "tune")
+add(bench.bench)
+add(listing.methods)
+add(listing.adapters)
+add(doctor.doctor)
+
+
+def main() -> None:
+    """Run the command line.
+
+    An error of mustdrop, or of a file, ends with its message and exit code 2; see the module for the others.
+    """
+    try:
+        app(prog_name="mustdrop")
+    except (MustDropError, OSError) as error:  # OSError: files, disks, and models that no hub or folder has
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(WRONG) from None

@@ -1,0 +1,95 @@
+"""Comparison tables for the terminal and in Markdown. The same cells, so that neither knows more than the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from mustdrop.compare.groups import Average, Group, Row
+
+HEADER = ("setting", "score", "retained", "equal tokens", "FLOPs", "KV", "prefill ms", "decode ms", "published")
+AVERAGES = ("model", "setting", "mean retained", "benchmarks")
+_NOTHING = "-"
+
+
+def cells(row: Row, sources: list[str]) -> tuple[str, ...]:
+    """The cells of one run.
+
+    Args:
+        row: the run.
+        sources: of the published numbers so far; a new one is added, and its number stands beside the score.
+    """
+    result = row.result
+    tokens, cost, latency = result.tokens, result.cost, result.latency
+    return (
+        row.setting,
+        _number(result.score),
+        _share(row.retained),
+        f"{tokens.equal.mean:.1f} ± {tokens.equal.std:.1f}" if tokens else _NOTHING,
+        _share(cost.flops_ratio if cost else None),
+        _share(cost.kv_ratio if cost else None),
+        _number(latency.prefill_ms if latency else None),
+        _number(latency.decode_ms if latency else None),
+        _published(row, sources),
+    )
+
+
+def _published(row: Row, sources: list[str]) -> str:
+    if row.published is None:
+        return _NOTHING
+    if row.published.source not in sources:
+        sources.append(row.published.source)
+    mark = f"[{sources.index(row.published.source) + 1}]"
+    share = f" ({_share(row.published_retained)})" if row.published_retained is not None else ""
+    return f"{_number(row.published.score)}{share} {mark}"
+
+
+def average_cells(average: Average) -> tuple[str, ...]:
+    """The cells of one mean over benchmarks."""
+    return average.model, average.setting, _share(average.retained), ", ".join(average.benchmarks)
+
+
+def footnotes(group: Group, sources: Sequence[str]) -> list[str]:
+    """What stands below a table: notes, then where published numbers were read."""
+    marks = [f"[{i}] Published score (share of the published unpruned one): {s}." for i, s in enumerate(sources, 1)]
+    return [*group.notes, *marks]
+
+
+def rich_table(group: Group) -> tuple[Table, list[str]]:
+    """A group for the terminal, and what stands below it."""
+    sources: list[str] = []
+    table = Table(title=group.title, title_justify="left")
+    for i, name in enumerate(HEADER):
+        table.add_column(name, justify="right" if i else "left", overflow="fold")
+    for row in group.rows:
+        table.add_row(*cells(row, sources))
+    return table, footnotes(group, sources)
+
+
+def markdown(groups: Sequence[Group], means: Sequence[Average]) -> str:
+    """All groups as Markdown."""
+    blocks = []
+    for group in groups:
+        sources: list[str] = []
+        rows = [cells(row, sources) for row in group.rows]
+        notes = "\n".join(f"- {note}" for note in footnotes(group, sources))
+        blocks.append(f"### {group.title}\n\n{_table(HEADER, rows)}" + (f"\n\n{notes}" if notes else ""))
+    if means:
+        blocks.append("### Mean over benchmarks\n\n" + _table(AVERAGES, [average_cells(mean) for mean in means]))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *([cell.replace("|", r"\|") for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _share(value: float | None) -> str:
+    return _NOTHING if value is None else f"{value:.1%}"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return _NOTHING
+    return f"{value:.0f}" if value == round(value) or abs(value) >= 1000 else f"{value:.1f}"

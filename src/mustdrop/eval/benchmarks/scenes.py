@@ -1,0 +1,61 @@
+"""The bundled model's own benchmark: held-out scenes, one question of each type about each. Nothing is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mustdrop.errors import ConfigError
+from mustdrop.eval.benchmark import Answer, Benchmark, Item, Source, by_category, percent, write_answers
+from mustdrop.eval.files import Folder
+from mustdrop.eval.media import Drawn
+
+_SCENES = 400  # as many as the bundled model was measured on
+
+
+class Scenes(Benchmark):
+    """Exact match, word for word."""
+
+    name = "scenes"
+    title = "Scenes"
+    folder = "scenes"
+    section = ""
+    splits = ("heldout", "selection", "train")
+    max_new_tokens = 32
+    metric = "exact match, mean over eight types of questions"
+
+    def items(self, source: Source, folder: Folder) -> list[Item]:
+        """Drawn here: the split and the seed decide everything.
+
+        Raises:
+            ConfigError: `--data` or `--dataset` was given.
+        """
+        from mustdrop.demo.scenes import QUESTION_TYPES, SceneMaker
+
+        if source.rows is not None or source.data is not None:
+            raise ConfigError("scenes are drawn, not read: leave --data and --dataset out.")
+        maker = SceneMaker(self.split(source), source.seed)
+        number = _SCENES * len(QUESTION_TYPES) if source.limit is None else source.limit
+        found: list[Item] = []
+        while len(found) < number:
+            scene, place = maker.scene(), len(found) // len(QUESTION_TYPES)
+            found += [
+                Item(f"{place}/{asked.type}", asked.text, Drawn(scene.image), asked.text, asked.answer, asked.type)
+                for asked in maker.questions(scene)
+            ]
+        return found[:number]
+
+    def credit(self, answer: Answer) -> float:
+        """Whether the answer is the right one."""
+        return float(not answer.failed and answer.text == answer.item.truth)
+
+    def scores(self, answers: Sequence[Answer]) -> dict[str, float]:
+        """Accuracy of each type of question, and of all questions."""
+        found = {
+            name: percent([self.credit(answer) for answer in group]) for name, group in by_category(answers).items()
+        }
+        return found | {"accuracy": percent([self.credit(answer) for answer in answers])}
+
+    def write(self, answers: Sequence[Answer], out: Path, model: str) -> list[Path]:
+        """LLaVA's answer file."""
+        return [write_answers(answers, out, model)]

@@ -1,0 +1,255 @@
+"""`python -m mustdrop eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mustdrop.errors import ConfigError
+from mustdrop.eval.benchmark import Answer, Item
+from mustdrop.eval.benchmarks import benchmarks
+from mustdrop.eval.journal import Line
+from mustdrop.eval.prepare import Prepared
+from mustdrop.eval.result import EvalResult
+from mustdrop.eval.run import RESULT, evaluate
+from mustdrop.eval.settings import Settings
+
+FAILED = 1  # exit code of a finished run of which too much failed
+_SHOWN = 20  # failures that are printed; the result file has all
+
+console = Console()
+notes = Console(stderr=True)
+
+
+class Bar:
+    """Progress on the error stream: questions, time left, accuracy so far and tokens kept so far."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[state]}"),
+            console=notes,
+        )
+        self.credits: list[float] = []
+        self.tokens: list[float] = []
+        self.failed = 0
+
+    def begin(self, ready: Prepared, total: int, answers: Sequence[tuple[Item, Line]]) -> None:
+        """Show the bar, with what was answered before."""
+        self.ready = ready
+        self.task = self.progress.add_task(ready.benchmark.title, total=total, state="")
+        self.progress.start()
+        self.answered(answers)
+
+    def answered(self, answers: Sequence[tuple[Item, Line]]) -> None:
+        """Move the bar."""
+        for item, line in answers:
+            if "failed" in line:
+                self.failed += 1
+                continue
+            credit = self.ready.benchmark.credit(Answer(item, line["text"]))
+            self.credits += [] if credit is None else [credit]
+            self.tokens += [line["equal"]] if line["total"] else []
+        self.progress.update(self.task, advance=len(answers), state=self.state())
+
+    def state(self) -> str:
+        """What is known so far."""
+        said = []
+        if self.credits:
+            said.append(f"right {sum(self.credits) / len(self.credits):.1%}")
+        if self.tokens:
+            said.append(f"equal tokens {sum(self.tokens) / len(self.tokens):.1f}")
+        if self.failed:
+            said.append(f"failed {self.failed}")
+        return ", ".join(said)
+
+
+def eval_command(
+    benchmark: Annotated[str, typer.Argument(help=f"One of: {', '.join(benchmarks())}.")],
+    model: Annotated[str | None, typer.Option(help="Hub id or folder of a model; default: the bundled one.")] = None,
+    method: Annotated[str | None, typer.Option(help="Method; `none` is the unpruned model. Default: mustdrop.")] = None,
+    keep: Annotated[str | None, typer.Option(help="Budget in tokens (192) or as a share (0.25).")] = None,
+    sparse: Annotated[
+        bool | None, typer.Option("--sparse/--no-sparse", help="With or without pruning: mustdrop, or none.")
+    ] = None,
+    scale: Annotated[float | None, typer.Option(help="Rank rule: tokens per unit of rank.")] = None,
+    bias: Annotated[float | None, typer.Option(help="Rank rule: tokens on top.")] = None,
+    global_thr: Annotated[
+        float | None, typer.Option("--global-thr", "--global_thr", help="Dual attention filter: gamma.")
+    ] = None,
+    individual_thr: Annotated[
+        float | None, typer.Option("--individual-thr", "--individual_thr", help="Dual attention filter: alpha.")
+    ] = None,
+    knob: Annotated[
+        list[str] | None, typer.Option(help="Any other setting of the method, NAME=VALUE; may be given several times.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the benchmark's files, or with those of all; default: playground/data/eval."),
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Data set of `datasets` in place of files: hub id (id:config) or folder.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split of the benchmark or data set.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions to a call of the model.")] = 8,
+    limit: Annotated[int | None, typer.Option(help="Ask this many questions only.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Choose them at random (default: the first ones). scenes: seed of the scenes.")
+    ] = None,
+    frames: Annotated[int, typer.Option(help="Frames of a video that the model sees.")] = 8,
+    template: Annotated[str, typer.Option(help="Conversation: auto, vicuna_v1 or processor.")] = "auto",
+    max_new_tokens: Annotated[int | None, typer.Option(help="Limit of an answer; default: the benchmark's.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes that load and prepare pictures; 0 for none.")] = 2,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Weights: auto, float32, bfloat16, float16.")] = "auto",
+    attn: Annotated[str | None, typer.Option(help="Attention: eager, sdpa, flash_attention_2, ...")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; default: mustdrop-eval/...")] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask again what failed before.")] = False,
+    max_failed: Annotated[float, typer.Option(help="Share of questions that may fail.", min=0.0, max=1.0)] = 0.01,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result file instead of a table.")] = False,
+) -> None:
+    """Score a model on a benchmark, with pruning or without, in the formats of LLaVA's evaluation guide.
+
+    Writes answers for the original scorer and result.json into the folder of the run. Give the same command again after
+    an interruption: it goes on where it stopped. `accelerate launch -m mustdrop eval ...` shares the questions among
+    several processes.
+
+    Exit codes: 0 done; 1 done, but more than --max-failed of the questions failed; 2 wrong settings, or a missing file.
+
+    Examples:
+        python -m mustdrop eval scenes --method mustdrop --keep 192
+
+        python -m mustdrop eval mme --model llava-hf/llava-1.5-7b-hf --keep 192 --data playground/data/eval
+
+        python -m mustdrop eval mme --model llava-hf/llava-1.5-7b-hf --sparse --scale 13.5 --bias 0.0
+
+        python -m mustdrop eval textvqa --model llava-hf/llava-1.5-7b-hf --global-thr 0.011 --individual-thr 0.01
+
+        python -m mustdrop eval pope --dataset lmms-lab/POPE --model llava-hf/llava-1.5-7b-hf --method none
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # there is one of our own
+    if sparse is False and method not in (None, "none"):
+        raise ConfigError(f"--no-sparse runs the unpruned model, and --method {method} prunes it: give one of them.")
+    chosen = method or ("none" if sparse is False else "mustdrop")
+    if sparse and chosen == "none":
+        raise ConfigError("--sparse prunes, and --method none does not: give one of them.")
+    named = {"scale": scale, "bias": bias, "global_threshold": global_thr, "individual_threshold": individual_thr}
+    knobs = ({} if keep is None else {"keep": value(keep)}) | {k: v for k, v in named.items() if v is not None}
+    settings = Settings(
+        benchmark=benchmark,
+        model=model,
+        method=chosen,
+        knobs=knobs | dict(_pair(text) for text in knob or []),
+        out=out,
+        data=data,
+        dataset=dataset,
+        split=split,
+        batch_size=batch_size,
+        limit=limit,
+        seed=seed,
+        workers=workers,
+        frames=frames,
+        template=template,
+        device=device,
+        dtype=dtype,
+        attention=attn,
+        max_new_tokens=max_new_tokens,
+        retry_failed=retry_failed,
+    )
+    bar = Bar()
+    with bar.progress:
+        result = evaluate(settings, bar)
+    if result is None:  # another process shows it
+        return
+    if as_json:
+        typer.echo(result.model_dump_json(indent=1))
+    else:
+        console.print(table(result))
+        console.print(f"Wrote {settings.folder / RESULT} and {', '.join(result.answers)} beside it.", soft_wrap=True)
+    if not _acceptable(result, max_failed):
+        raise typer.Exit(FAILED)
+
+
+def _acceptable(result: EvalResult, most: float) -> bool:
+    """Name what failed; whether it is little enough."""
+    if not result.failed:
+        return True
+    notes.print(f"{len(result.failed)} failed ({result.failed_share:.2%}):", style="red")
+    for failure in result.failed[:_SHOWN]:
+        notes.print(f"  {failure.name}: {failure.reason}", markup=False, highlight=False, soft_wrap=True)
+    if len(result.failed) > _SHOWN:
+        notes.print(f"  and {len(result.failed) - _SHOWN} more: the result file names all.")
+    notes.print("Failed questions count as wrong. Once they are repaired, --retry-failed asks them again.")
+    return result.failed_share <= most
+
+
+def table(result: EvalResult) -> Table:
+    """A result for the terminal."""
+    keep = "" if result.keep is None else f" keep={result.keep}"
+    shown = Table(
+        title=f"{result.title}: {result.model.name}, {result.method}{keep}", title_justify="left", show_header=False
+    )
+    shown.add_column("what")
+    shown.add_column("value", overflow="fold")
+    headline = "scored by a server: upload the answers" if result.score is None else f"{result.score:.2f}"
+    shown.add_row(f"{result.headline} (of {result.headline_max:g})", headline, style="bold")
+    for name, score in result.scores.items():
+        if name != result.headline:
+            shown.add_row(f"  {name}", f"{score:.2f}")
+    shown.add_row("metric", result.metric)
+    shown.add_row("questions", f"{result.data.asked} of {result.data.questions}, failed {len(result.failed)}")
+    if result.tokens is not None:
+        equal, every = result.tokens.equal, result.tokens.total
+        shown.add_row(
+            "equal tokens",
+            f"{equal.mean:.2f} ± {equal.std:.2f} ({equal.min:.2f} to {equal.max:.2f}) of {every.mean:.1f}; counted as "
+            f"in the papers' tables {result.tokens.reported.mean:.2f}",
+        )
+    if result.cost is not None:
+        shown.add_row("FLOPs of the prompt", f"{result.cost.flops_ratio:.1%} of the unpruned model's")
+        shown.add_row("KV cache", f"{result.cost.kv_bytes / 1e6:.2f} MB, {result.cost.kv_ratio:.1%}")
+    if result.latency is not None:
+        step = "" if result.latency.decode_ms is None else f", each further one {result.latency.decode_ms:.2f} ms"
+        rows = f"calls of {result.latency.batch_size}"
+        shown.add_row("latency", f"first token {result.latency.prefill_ms:.1f} ms{step} (median, {rows})")
+    parts = ("data", "vision", "prefill", "decode", "other")
+    shares = ", ".join(f"{name} {getattr(result.time, name):.1%}" for name in parts)
+    shown.add_row("time", f"{result.time.seconds:.1f} s: {shares}")
+    shown.add_row("peak memory", f"{result.peak_memory_bytes / 1e9:.2f} GB")
+    shown.add_row("prompt", f"{result.prompt.template}, greedy, at most {result.prompt.max_new_tokens} tokens")
+    return shown
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    name, sign, content = text.partition("=")
+    if not sign or not name:
+        raise typer.BadParameter(f"--knob {text!r}: write NAME=VALUE, e.g. window=2.")
+    return name, value(content)
+
+
+def value(text: str) -> Any:
+    """A number where the text is one; a tuple of them for "2,6,10"; true, false and none; else the text."""
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    if "," in text:
+        return tuple(value(part) for part in text.split(",") if part)
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

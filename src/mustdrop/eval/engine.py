@@ -1,0 +1,236 @@
+"""The model under evaluation: loaded, patched, asked one batch at a time, and timed."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import mustdrop
+from mustdrop.adapters import find as find_adapter
+from mustdrop.errors import ConfigError, MustDropError, UnsupportedModelError
+from mustdrop.eval.journal import digest
+from mustdrop.eval.loading import Batch
+from mustdrop.trace import Trace
+
+BUNDLED = "bundled"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class Said:
+    """What one call gave.
+
+    Attributes:
+        texts: answers, row by row.
+        trace: what was kept.
+        vision: seconds in the vision tower.
+        first: seconds to the first token, vision tower included.
+        decode: seconds of all further tokens.
+        steps: tokens of the longest answer.
+    """
+
+    texts: list[str]
+    trace: Trace
+    vision: float
+    first: float
+    decode: float
+    steps: int
+
+
+class Engine:
+    """A patched model that answers batches.
+
+    Args:
+        name: hub id or folder; None is the bundled model.
+        method: name of the method.
+        knobs: its settings.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+        dtype: "auto", "float32", "bfloat16" or "float16".
+        attention: attention implementation; None leaves the choice to transformers.
+    """
+
+    def __init__(
+        self,
+        name: str | None,
+        method: str,
+        knobs: dict[str, Any],
+        device: str = "auto",
+        dtype: str = "auto",
+        attention: str | None = None,
+    ) -> None:
+        self.name = BUNDLED if name is None else name
+        self.device = _device(device)
+        self.model, self.processor = _load(name, dtype, attention)
+        self.model = self.model.to(self.device).eval()
+        tokenizer = self.processor.tokenizer
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        mustdrop.patch(self.model, method, **knobs)
+        self.method = method
+        self.clock = Clock(self.model, self.device)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the answers: name, configuration, weights, dtype, attention."""
+        return {
+            "model": self.name,
+            "model_config": self.config_hash(),
+            "model_weights": _weights(self.model),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "attention": self.attention,
+        }
+
+    @property
+    def attention(self) -> str:
+        """Attention implementation of the text model."""
+        return str(self.model.config.get_text_config()._attn_implementation or "eager")
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers."""
+        return len(find_adapter(self.model).decoder_layers(self.model))
+
+    def config_hash(self) -> str:
+        """Hash of the configuration without what depends on the place and the library."""
+        plain = self.model.config.to_dict()
+        return digest(
+            {key: value for key, value in plain.items() if key not in ("_name_or_path", "transformers_version")}
+        )
+
+    def ask(self, batch: Batch, limit: int) -> Said:
+        """The greedy answers to a batch.
+
+        Args:
+            batch: with inputs.
+            limit: tokens of an answer.
+
+        Raises:
+            ConfigError: the device ran out of memory.
+        """
+        if batch.inputs is None:
+            raise ConfigError("this batch has no inputs.")
+        inputs = {key: self._moved(value) for key, value in batch.inputs.items()}
+        options = copy.deepcopy(self.model.generation_config)
+        options.update(do_sample=False, num_beams=1, max_new_tokens=limit, max_length=None, repetition_penalty=1.0)
+        options.update(temperature=None, top_p=None, top_k=None, pad_token_id=self.processor.tokenizer.pad_token_id)
+        self.clock.start()
+        try:
+            with torch.inference_mode():
+                output = self.model.generate(**inputs, generation_config=options)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"out of memory with {len(batch.places)} rows: give a smaller --batch-size ({error})."
+            ) from None
+        finally:
+            vision, first, whole = self.clock.stop()
+        new = output[:, inputs["input_ids"].shape[1] :]
+        texts = [text.strip() for text in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
+        return Said(texts, mustdrop.trace(self.model), vision, first, whole - first, new.shape[1])
+
+    def _moved(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to(self.device, self.model.dtype if value.is_floating_point() else None)
+
+    def peak_memory(self) -> int:
+        """Most bytes in use so far: on the CUDA device, else of this process."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.device))
+        try:
+            import resource
+        except ImportError:  # not a Unix
+            return 0
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return int(peak) if os.uname().sysname == "Darwin" else int(peak) * 1024
+
+
+class Clock:
+    """Seconds in the vision tower, to the first token, and in all, of one call of `generate`."""
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self.device = device
+        self.vision, self.first, self.began, self.entered = 0.0, 0.0, 0.0, 0.0
+        adapter = find_adapter(model)
+        towers: list[Any] = []
+        for modality in adapter.modalities(model):
+            try:
+                module = adapter.tower(model, modality.name).module
+            except UnsupportedModelError:  # its time is then part of the prefill's
+                continue
+            if not any(module is tower for tower in towers):
+                towers.append(module)
+        for tower in towers:
+            tower.register_forward_pre_hook(self._enter)
+            tower.register_forward_hook(self._leave, always_call=True)
+        adapter.text(model).register_forward_hook(self._step)
+
+    def now(self) -> float:
+        """The time, when the device has done all that it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def start(self) -> None:
+        """Begin a call."""
+        self.vision, self.first = 0.0, 0.0
+        self.began = self.now()
+
+    def stop(self) -> tuple[float, float, float]:
+        """End a call: seconds of vision tower, to the first token, in all."""
+        whole = self.now() - self.began
+        return self.vision, self.first or whole, whole
+
+    def _enter(self, *_: Any) -> None:
+        self.entered = self.now()
+
+    def _leave(self, *_: Any) -> None:
+        self.vision += self.now() - self.entered
+
+    def _step(self, *_: Any) -> None:
+        if not self.first:
+            self.first = self.now() - self.began
+
+
+def _device(wanted: str) -> torch.device:
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {wanted!r}: {error}") from None
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return device
+
+
+def _load(name: str | None, dtype: str, attention: str | None) -> tuple[Any, Any]:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from mustdrop.demo.model import CHECKPOINT
+
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype!r}: choose one of {', '.join(DTYPES)}.")
+    place: Any = CHECKPOINT if name is None else name
+    more = {} if attention is None else {"attn_implementation": attention}
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype, local_files_only=name is None, **more)
+        return model, AutoProcessor.from_pretrained(place, local_files_only=name is None)
+    except MustDropError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"--model {place}: cannot be loaded ({error}).") from None
+
+
+def _weights(model: Any) -> str:
+    """A hash of the names, shapes and first elements of all weights: not proof of equality, but of most differences."""
+    marks = [
+        (name, tuple(weight.shape), weight.detach().flatten()[0].item())
+        for name, weight in model.named_parameters()
+        if weight.numel() and not weight.is_meta
+    ]
+    return digest(marks)

@@ -1,0 +1,132 @@
+"""What an evaluation needs before the first question: the questions, the model, the prompts."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mustdrop.errors import ConfigError
+from mustdrop.eval.benchmark import Benchmark, Item, Source
+from mustdrop.eval.benchmarks import find
+from mustdrop.eval.engine import Engine
+from mustdrop.eval.files import Folder
+from mustdrop.eval.journal import digest
+from mustdrop.eval.prompts import Prompter, prompter
+from mustdrop.eval.result import DataInfo, PromptInfo
+from mustdrop.eval.settings import Settings
+from mustdrop.method import find as find_method
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Ready to ask.
+
+    Attributes:
+        settings: what to do.
+        benchmark: the benchmark.
+        items: the questions to ask.
+        folder: where they come from, with the broken lines.
+        data: the same for the result.
+        engine: the patched model.
+        prompter: makes the prompts.
+        prompt: the same for the result.
+    """
+
+    settings: Settings
+    benchmark: Benchmark
+    items: list[Item]
+    folder: Folder
+    data: DataInfo
+    engine: Engine
+    prompter: Prompter
+    prompt: PromptInfo
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides an answer. The batch size and the number of processes do not, by design."""
+        return {
+            "benchmark": self.benchmark.name,
+            "data": self.data.sha256,
+            "limit": self.settings.limit,
+            "seed": self.settings.seed,
+            "frames": self.settings.frames,
+            "template": self.prompt.template,
+            "prompt": self.prompt.example,
+            "max_new_tokens": self.prompt.max_new_tokens,
+            "method": self.settings.method,
+            "knobs": dict(self.settings.knobs),
+            **self.engine.identity(),
+        }
+
+    @property
+    def setup(self) -> str:
+        """Hash of all settings but the method and its knobs."""
+        return digest({key: value for key, value in self.identity.items() if key not in ("method", "knobs")})
+
+
+def prepare(settings: Settings) -> Prepared:
+    """Read the questions, load and patch the model.
+
+    Raises:
+        DataFileError: a file is missing or broken.
+        ConfigError: the settings do not fit the benchmark or the model.
+        MustDropError: what the model or the method does not support.
+    """
+    benchmark = find(settings.benchmark)
+    _require(benchmark)
+    find_method(settings.method, **settings.knobs)  # a mistake in there should show before a large model is loaded
+    items, every, folder = _questions(settings, benchmark)
+    engine = Engine(
+        settings.model, settings.method, dict(settings.knobs), settings.device, settings.dtype, settings.attention
+    )
+    ask = prompter(engine.processor, engine.model.config, settings.template)
+    prompt = PromptInfo(
+        template=ask.name,
+        suffix=benchmark.suffix if items[0].asked.endswith(benchmark.suffix) else "",
+        example=ask.text(items[0]),
+        max_new_tokens=settings.max_new_tokens or benchmark.max_new_tokens,
+    )
+    data = _data(settings, benchmark, items, every, folder)
+    return Prepared(settings, benchmark, items, folder, data, engine, ask, prompt)
+
+
+def _require(benchmark: Benchmark) -> None:
+    for module in benchmark.requires:  # its absence should not show after hours, when the answers are written
+        if importlib.util.find_spec(module) is None:
+            raise ConfigError(f"{benchmark.name} needs {module}: pip install 'mustdrop[eval]'.")
+
+
+def _questions(settings: Settings, benchmark: Benchmark) -> tuple[list[Item], int, Folder]:
+    """The questions to ask, how many there are, and the folder with what was broken."""
+    rows = None
+    if settings.dataset is not None:
+        from mustdrop.eval.rows import load_rows
+
+        rows = load_rows(settings.dataset, settings.split)
+    source = Source(settings.data, rows, settings.split, settings.seed or 0, settings.limit, settings.frames)
+    folder = benchmark.place(source)
+    every = benchmark.items(source, folder)
+    chosen: Sequence[int] = range(len(every))[: settings.limit]
+    if settings.limit is not None and settings.seed is not None and settings.limit < len(every):
+        chosen = sorted(random.Random(settings.seed).sample(range(len(every)), settings.limit))
+    if not chosen:
+        raise ConfigError(f"{benchmark.name}: there is no question to ask ({len(folder.broken)} broken lines).")
+    return [every[i] for i in chosen], len(every), folder
+
+
+def _data(settings: Settings, benchmark: Benchmark, items: Sequence[Item], every: int, folder: Folder) -> DataInfo:
+    source = settings.dataset or str(settings.data or folder.roots[0])
+    asked = [(item.id, item.asked, item.truth) for item in items]
+    return DataInfo(
+        source=source if benchmark.section else "drawn by mustdrop.demo.scenes",
+        split=benchmark.split(Source(settings.data, settings.dataset, settings.split)),
+        sha256=digest({"files": folder.hashes, "asked": asked}),
+        files=folder.hashes,
+        questions=every,
+        asked=len(items),
+        limit=settings.limit,
+        seed=settings.seed,
+    )

@@ -1,0 +1,84 @@
+"""How a question becomes a prompt: the conversation templates of the published numbers, or the processor's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mustdrop.errors import ConfigError, did_you_mean
+from mustdrop.eval.benchmark import Item
+
+PROCESSOR = "chat template of the processor"
+_VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+    "USER: {question} ASSISTANT:"
+)
+# Models that were published with `vicuna_v1`: LLaVA-1.5 and LLaVA-NeXT around a Vicuna. Its vocabulary is Llama's, with
+# a few tokens added.
+_VICUNA_FAMILIES = ("llava", "llava_next")
+_VICUNA_WORDS = range(32000, 32129)
+TEMPLATES = ("auto", "vicuna_v1", "processor")
+
+
+@dataclass(frozen=True)
+class Prompter:
+    """Makes prompts for one model.
+
+    Attributes:
+        processor: the model's processor.
+        vicuna: whether `vicuna_v1` is used instead of the processor's chat template.
+    """
+
+    processor: Any
+    vicuna: bool
+
+    @property
+    def name(self) -> str:
+        """The template's name, for the result file."""
+        return "vicuna_v1" if self.vicuna else PROCESSOR
+
+    def text(self, item: Item) -> str:
+        """The whole prompt."""
+        kind = None if item.medium is None else item.medium.kind
+        if self.vicuna:
+            token = "" if kind is None else f"{getattr(self.processor, f'{kind}_token', '<image>')}\n"
+            return _VICUNA.format(question=token + item.asked)
+        content = [{"type": "text", "text": item.asked}]
+        if kind is not None:
+            content.insert(0, {"type": kind})
+        text: str = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        return text
+
+    def special_tokens(self, text: str) -> bool:
+        """Whether the tokenizer still has to put its first token before a prompt."""
+        first = getattr(self.processor.tokenizer, "bos_token", None)
+        return first is None or not text.startswith(first)
+
+
+def prompter(processor: Any, config: Any, template: str) -> Prompter:
+    """The template for a model.
+
+    Args:
+        processor: the model's processor.
+        config: the model's configuration.
+        template: "vicuna_v1", "processor", or "auto": the first for LLaVA models around a Vicuna, as their numbers were
+            published, the second for all others.
+
+    Raises:
+        ConfigError: no such template, or the processor has none.
+    """
+    if template not in TEMPLATES:
+        raise ConfigError(f"there is no template {template!r}. {did_you_mean(template, TEMPLATES)}")
+    vicuna = template == "vicuna_v1" or (template == "auto" and _published_with_vicuna(config))
+    if not vicuna and getattr(processor, "chat_template", None) is None:
+        raise ConfigError("this processor has no chat template: give --template vicuna_v1, or a model with a template.")
+    return Prompter(processor, vicuna)
+
+
+def _published_with_vicuna(config: Any) -> bool:
+    text = config.get_text_config()
+    is_llama = text.model_type == "llama" and text.vocab_size in _VICUNA_WORDS
+    return config.model_type in _VICUNA_FAMILIES and is_llama

@@ -1,0 +1,91 @@
+"""One evaluation from its settings to its result file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Protocol
+
+from mustdrop.eval.asking import ask_all
+from mustdrop.eval.benchmark import Answer, Item
+from mustdrop.eval.journal import Journal, Line
+from mustdrop.eval.loading import plan
+from mustdrop.eval.prepare import Prepared, prepare
+from mustdrop.eval.result import EvalResult
+from mustdrop.eval.settings import Settings
+from mustdrop.eval.summary import summarise
+from mustdrop.provenance import provenance
+
+RESULT = "result.json"
+
+
+class Watcher(Protocol):
+    """Is told how a run goes on."""
+
+    def begin(self, ready: Prepared, total: int, answers: Sequence[tuple[Item, Line]]) -> None:
+        """Before the first question: how many this process has, and those that were answered before."""
+
+    def answered(self, answers: Sequence[tuple[Item, Line]]) -> None:
+        """After each batch."""
+
+
+def evaluate(settings: Settings, watcher: Watcher | None = None) -> EvalResult | None:
+    """Run an evaluation, or go on with one that was interrupted.
+
+    Started several times at once with RANK and WORLD_SIZE set, as `accelerate launch` and `torchrun` do, the processes
+    share the questions. The first one puts the result together.
+
+    Args:
+        settings: what to do.
+        watcher: is told how it goes on.
+
+    Returns:
+        The result, which was also written to the folder; None in all processes but the first.
+
+    Raises:
+        DataFileError: a file is missing or broken; the message says where it was looked for.
+        ConfigError: settings that contradict each other, or that differ from those of the run in the folder.
+        MustDropError: what the model or the method does not support.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    settings.check(world)
+    ready = prepare(settings)
+    journal = Journal(settings.folder, rank)
+    journal.claim(ready.identity)
+    journal.open()
+    try:
+        journal.write([{"start": provenance(settings.seed or 0), "processes": world}])
+        _work(ready, journal, rank, world, watcher)
+    finally:
+        journal.close()
+    return None if rank else _finish(ready, journal)
+
+
+def _work(ready: Prepared, journal: Journal, rank: int, world: int, watcher: Watcher | None) -> None:
+    """Ask this process' share of the questions, but for those that are answered already."""
+    items = ready.items
+    done = journal.answers(retry=ready.settings.retry_failed)
+    mine = [batch for i, batch in enumerate(plan(items, ready.settings.batch_size)) if i % world == rank]
+    todo = [rest for batch in mine if (rest := [place for place in batch if place not in done])]
+    if watcher is not None:
+        own = [place for batch in mine for place in batch]
+        watcher.begin(ready, len(own), [(items[place], done[place]) for place in own if place in done])
+    for lines in ask_all(ready, todo):
+        journal.write(lines)
+        if watcher is not None:
+            watcher.answered([(items[line["item"]], line) for line in lines])
+
+
+def _finish(ready: Prepared, journal: Journal) -> EvalResult:
+    """Wait for the other processes, then write the answer files and the result."""
+    found = journal.wait(len(ready.items))
+    lines = [found[place] for place in range(len(ready.items))]
+    answers = [
+        Answer(item, line.get("text", ""), "failed" in line) for item, line in zip(ready.items, lines, strict=True)
+    ]
+    folder = ready.settings.folder
+    written = ready.benchmark.write(answers, folder, ready.engine.name)
+    files = [str(path.relative_to(folder)) for path in written]
+    result = summarise(ready, answers, lines, files, journal.starts())
+    result.write(folder / RESULT)
+    return result

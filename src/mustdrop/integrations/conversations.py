@@ -1,0 +1,138 @@
+"""From chats with images and videos to model inputs, as the model's own processor makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mustdrop.errors import ConfigError, UnsupportedOptionError
+
+Message = dict[str, Any]
+Conversation = list[Message]
+
+# Inputs with one entry per token, and what they hold at tokens of an answer.
+PER_TOKEN = {"input_ids": None, "attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0}
+_IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+
+
+def kinds(conversation: Conversation) -> tuple[str, ...]:
+    """The kinds of media in a conversation, sorted. Conversations of other kinds never share a batch."""
+    return tuple(sorted({kind for kind, _ in media(conversation)}))
+
+
+def media(conversation: Conversation) -> list[tuple[str, Any]]:
+    """The media of a conversation in order: kind and content.
+
+    Raises:
+        UnsupportedOptionError: a part that is neither text nor image nor video.
+    """
+    found = []
+    for message in conversation:
+        for part in message["content"]:
+            if part["type"] not in ("text", "image", "video"):
+                raise UnsupportedOptionError(
+                    f"a prompt with {part['type']} cannot be asked here: expected text, images and videos."
+                )
+            if part["type"] != "text":
+                found.append((part["type"], part[part["type"]]))
+    return found
+
+
+def user(visuals: Sequence[Any], text: str, place: str | None = None) -> Conversation:
+    """One user turn: the media, then the text.
+
+    Args:
+        visuals: images and videos (paths, or what the processor takes).
+        text: of the question.
+        place: word in the text that stands for one of the media, in order. Where the text has as many as there are
+            media, they go there.
+    """
+    parts = [visual(one) for one in visuals]
+    pieces = text.split(place) if place else [text]
+    if len(pieces) != len(parts) + 1 or len(pieces) == 1:
+        return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+    content: list[Message] = []
+    for i, piece in enumerate(pieces):
+        content += [{"type": "text", "text": piece.strip(" ")}] if piece.strip(" ") else []
+        content += parts[i : i + 1]
+    return [{"role": "user", "content": content}]
+
+
+def visual(one: Any) -> Message:
+    """An image or a video as a part of a message: a path by its ending, anything else an image."""
+    if isinstance(one, str | Path) and not str(one).lower().endswith(_IMAGES):
+        return {"type": "video", "video": str(one)}
+    return {"type": "image", "image": one}
+
+
+def inputs(processor: Any, conversations: Sequence[Conversation], frames: int | None = None) -> Any:
+    """Model inputs of a batch, padded on the left, each prompt ready for the answer.
+
+    Args:
+        processor: of the model.
+        conversations: all with the same kinds of media.
+        frames: how many frames of a video the model sees; None leaves it to the processor.
+
+    Raises:
+        ConfigError: the processor has no chat template.
+    """
+    if getattr(processor, "chat_template", None) is None:
+        raise ConfigError(
+            f"the {type(processor).__name__} of this model has no chat template, so it is not known how to put a "
+            "question: set processor.chat_template, or take a model of the hub that has one."
+        )
+    texts = [processor.apply_chat_template(one, add_generation_prompt=True) for one in conversations]
+    given: dict[str, Any] = {}
+    for kind in kinds(conversations[0]):
+        own = [[content for k, content in media(one) if k == kind] for one in conversations]
+        given[f"{kind}s"] = [[_opened(one) for one in row] for row in own] if kind == "image" else own
+    if "videos" in given and frames is not None:
+        given["videos_kwargs"] = {"num_frames": frames, "do_sample_frames": True}
+    begin = getattr(processor.tokenizer, "bos_token", None)
+    if begin is not None and texts[0].startswith(begin):
+        given["add_special_tokens"] = False  # the template has written it already
+    return processor(text=texts, padding=True, return_tensors="pt", **given)
+
+
+def _opened(image: Any) -> Any:
+    from PIL import Image
+
+    if isinstance(image, str | Path):
+        with Image.open(image) as file:
+            return file.convert("RGB")
+    return image.convert("RGB") if isinstance(image, Image.Image) else image
+
+
+def continued(prompt: dict[str, Tensor], answers: Sequence[Tensor], pad: int) -> dict[str, Tensor]:
+    """Append an answer to each prompt of a batch; the rows end together, padding stays on the left.
+
+    Args:
+        prompt: model inputs of the prompts.
+        answers: token ids of each answer, at least one.
+        pad: id of the padding token.
+
+    Returns:
+        The inputs with longer rows, and `labels`: -100 everywhere but at the answers.
+    """
+    mask = prompt["attention_mask"].bool()
+    rows = [torch.cat([ids[own], answer]) for ids, own, answer in zip(prompt["input_ids"], mask, answers, strict=True)]
+    length = max(len(row) for row in rows)
+    out = dict(prompt)
+    for name, value in PER_TOKEN.items():
+        if name not in prompt:
+            continue
+        filler = pad if value is None else 0
+        made = torch.full((len(rows), length), filler, dtype=prompt[name].dtype)
+        for b, answer in enumerate(answers):
+            new = answer if value is None else torch.full_like(answer, value)
+            row = torch.cat([prompt[name][b][mask[b]], new.to(prompt[name].dtype)])
+            made[b, length - len(row) :] = row
+        out[name] = made
+    labels = torch.full_like(out["input_ids"], -100)
+    for b, answer in enumerate(answers):
+        labels[b, length - len(answer) :] = answer
+    return out | {"labels": labels}

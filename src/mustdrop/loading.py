@@ -1,0 +1,66 @@
+"""Loads a vision-language model and its processor for the commands and the evaluation tools."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mustdrop.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def place(device: str | None) -> torch.device:
+    """The device of this name; without one, a GPU if there is any.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return found
+
+
+def load_model(
+    name: str, *, device: str | None = None, dtype: str = "auto", attention: str | None = None, **options: Any
+) -> tuple[Any, Any]:
+    """A model of a hub or folder and its processor, which pads on the left as generation needs.
+
+    Args:
+        name: hub id or folder; "bundled" is the model that comes with this package.
+        device: where it runs; without it, a GPU if there is any.
+        dtype: one of `DTYPES`.
+        attention: attention implementation; without it, what transformers chooses.
+        **options: further arguments of `from_pretrained`, such as `revision`; `device_map` takes the place of `device`.
+
+    Returns:
+        The model in evaluation mode, and its processor.
+
+    Raises:
+        ConfigError: a device or a type that there is not.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from mustdrop.demo.model import CHECKPOINT
+
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}.")
+    source = str(CHECKPOINT) if name == "bundled" else name
+    if attention is not None:
+        options = {**options, "attn_implementation": attention}
+    target = None if options.get("device_map") else place(device)
+    model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, **options)
+    shared = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
+    processor = AutoProcessor.from_pretrained(source, **shared)
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is not None:
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+    return (model if target is None else model.to(target)).eval(), processor

@@ -1,0 +1,197 @@
+"""Every benchmark from its files, in the guide's own formats, to its answer file and scores, with the bundled model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from eval import folders
+from mustdrop.errors import ConfigError, DataFileError
+from mustdrop.eval.benchmark import LETTER, LETTER_CN, Source
+from mustdrop.eval.benchmarks import benchmarks, find
+from mustdrop.eval.result import EvalResult
+from mustdrop.eval.run import evaluate
+from mustdrop.eval.settings import Settings
+
+# benchmark -> (makes the folder, settings, questions); the bundled model knows no suffix, so few tokens are enough
+RUNS = {
+    "mme": (folders.mme, {}, 8),
+    "textvqa": (folders.textvqa, {}, 4),
+    "pope": (folders.pope, {}, 6),
+    "gqa": (folders.gqa, {}, 4),
+    "scienceqa": (folders.scienceqa, {}, 5),
+    "mmbench": (folders.mmbench, {}, 6),
+    "mmbench-cn": (lambda root: folders.mmbench(root, 2, "mmbench_dev_cn_20231003", answers=False), {}, 4),
+    "vqav2": (folders.vqav2, {}, 3),
+    "vqav2 val": (folders.vqav2_val, {"split": "val"}, 3),
+    "vizwiz": (folders.vizwiz, {}, 3),
+    "vizwiz val": (folders.vizwiz_val, {"split": "val"}, 3),
+    "ocrbench": (folders.ocrbench, {}, 3),
+}
+
+
+def run(name, tmp_path, **settings):
+    make, more, _ = RUNS[name]
+    return evaluate(
+        Settings(
+            benchmark=name.split()[0],
+            data=make(tmp_path / "data"),
+            out=tmp_path / "out",
+            knobs={"keep": 192},
+            workers=0,
+            max_new_tokens=6,
+            **(more | settings),
+        )
+    )
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_from_files_to_result(name, tmp_path):
+    if name.startswith("mmbench"):
+        pytest.importorskip("openpyxl")
+    result = run(name, tmp_path)
+    assert result.data.asked == result.data.questions == RUNS[name][2]
+    assert result.failed == []
+    assert 191 < result.tokens.equal.mean <= 192
+    assert (result.score is None) == (name in ("vqav2", "vizwiz", "mmbench-cn"))
+    assert EvalResult.read(tmp_path / "out") == result
+    first = (tmp_path / "out" / "answers.jsonl").read_text().splitlines()
+    assert len(first) == RUNS[name][2]
+    questions = [json.loads(line)["question_id"] for line in first]
+    source = Source(tmp_path / "data", split=RUNS[name][1].get("split"))
+    benchmark = find(name.split()[0])
+    items = benchmark.items(source, benchmark.place(source))
+    assert questions == [item.id for item in items]
+    assert all(item.asked.endswith(benchmark.suffix) for item in items if item.text != item.asked)
+    for path in result.answers:
+        assert (tmp_path / "out" / path).stat().st_size
+
+
+def test_every_benchmark_is_tried():
+    videos = {"tgif", "msvd", "msrvtt", "activitynet"}
+    assert {name.split()[0] for name in RUNS} | videos | {"scenes"} == set(benchmarks())
+
+
+def test_mme_scores_what_the_model_says(tmp_path):
+    result = run("mme", tmp_path)
+    tables = sorted((tmp_path / "out" / "mme").glob("*.txt"))
+    assert [path.stem for path in tables] == ["artwork", "existence"]
+    cells = [line.split("\t") for path in tables for line in path.read_text().splitlines()]
+    assert all(
+        len(row) == 4 and row[1].endswith(" Please answer yes or no.") and row[2] in ("Yes", "No") for row in cells
+    )
+    right = [row[3].lower()[:4].startswith(row[2].lower()) for row in cells]
+    pairs = [all(right[i : i + 2]) for i in range(0, len(right), 2)]
+    by_hand = sum(
+        100 * sum(right[i : i + 4]) / 4 + 100 * sum(pairs[i // 2 : i // 2 + 2]) / 2 for i in range(0, len(right), 4)
+    )
+    assert result.scores["total"] == pytest.approx(by_hand)
+    assert result.scores["total"] > 100  # the bundled model knows its scenes
+
+
+def test_scienceqa_mixes_questions_with_and_without_a_picture(tmp_path):
+    result = run("scienceqa", tmp_path, batch_size=4)
+    assert result.tokens.items == 3
+    prompts = [json.loads(line)["prompt"] for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    assert [prompt.startswith("<image>\n") for prompt in prompts] == [True, False, True, False, True]
+    assert all(prompt.endswith(LETTER) for prompt in prompts)
+
+
+def test_mmbench_table(tmp_path):
+    openpyxl = pytest.importorskip("openpyxl")
+    run("mmbench", tmp_path)
+    rows = list(openpyxl.load_workbook(tmp_path / "out" / "mmbench_dev_20230712.xlsx").active.values)
+    assert rows[0] == ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")
+    said = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    assert [row[6] or "" for row in rows[1:]] == [line["text"] for line in said]
+    assert [row[0] for row in rows[1:]] == [line["question_id"] for line in said]
+    assert rows[1][4] is None  # "nan" is no choice
+    assert said[0]["prompt"].startswith("Look closely.\n")
+    assert said[0]["options"] == ["red", rows[1][3]]
+    assert said[2]["option_char"] == ["A", "B", "C"]
+    assert '"quote"' in said[2]["prompt"]
+    assert not said[0]["prompt"].endswith(LETTER)
+
+
+def test_mmbench_in_chinese_asks_in_chinese(tmp_path):
+    root = folders.mmbench(tmp_path, 1, "mmbench_dev_cn_20231003")
+    source = Source(root)
+    (first, _) = find("mmbench-cn").items(source, find("mmbench-cn").place(source))
+    assert first.asked == first.text + LETTER_CN
+
+
+def test_the_upload_of_vqav2_has_the_whole_test_set(tmp_path):
+    run("vqav2", tmp_path)
+    upload = json.loads((tmp_path / "out" / "upload.json").read_text())
+    assert [row["question_id"] for row in upload] == [99, 100, 101, 102, 999]
+    assert [row["answer"] == "" for row in upload] == [True, False, False, False, True]
+
+
+def test_pope_labels_go_by_place_without_keys(tmp_path):
+    for keys in (True, False):
+        root = folders.pope(tmp_path / str(keys), keys=keys)
+        benchmark, source = find("pope"), Source(root)
+        truths = [item.truth for item in benchmark.items(source, benchmark.place(source))]
+        assert truths == [one.answer for one in folders.asked(6)]
+
+
+def test_pope_of_another_version_is_refused(tmp_path):
+    root = folders.pope(tmp_path)
+    path = root / "coco" / "coco_pope_random.json"
+    path.write_text(path.read_text() + '{"label": "yes"}\n')
+    with pytest.raises(DataFileError, match=r"3 labels for 2 questions.*another version"):
+        find("pope").items(Source(root), find("pope").place(Source(root)))
+
+
+def test_videos_are_read(tmp_path):
+    root = folders.msvd(tmp_path / "data")
+    source = Source(root, frames=3)
+    items = find("msvd").items(source, find("msvd").place(source))
+    assert [(item.id, item.truth) for item in items] == [
+        (f"v_{i}", one.answer) for i, one in enumerate(folders.asked(2, "color2digit"))
+    ]
+    assert items[0].medium.load().shape == (3, 192, 192, 3)
+
+
+def test_all_benchmarks_in_one_folder(tmp_path):
+    folders.gqa(tmp_path / "gqa")
+    source = Source(tmp_path)
+    assert len(find("gqa").items(source, find("gqa").place(source))) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("mme", "llava_mme.jsonl"),
+        ("mme", "MME_Benchmark_release_version"),
+        ("textvqa", "TextVQA_0.5.1_val.json"),
+        ("pope", "coco/coco_pope_popular.json"),
+        ("gqa", "data/testdev_balanced_questions.json"),
+        ("scienceqa", "pid_splits.json"),
+        ("vqav2", "test2015"),
+        ("ocrbench", "OCRBench.json"),
+    ],
+)
+def test_a_missing_file_is_named_with_its_place_and_its_guide(name, file, tmp_path):
+    root = RUNS[name][0](tmp_path / "data")
+    (root / file).rename(tmp_path / "gone")
+    with pytest.raises(DataFileError) as caught:
+        run_only(name, root)
+    message = str(caught.value)
+    assert file in message
+    assert str(root / file) in message
+    assert "Evaluation.md#" in message or "OCRBench/README.md" in message
+    assert "--data" in message
+
+
+def run_only(name, root):
+    source = Source(root)
+    return find(name).items(source, find(name).place(source))
+
+
+def test_no_such_split_or_benchmark(tmp_path):
+    with pytest.raises(ConfigError, match="no split 'dev'"):
+        run("vqav2", tmp_path, split="dev")
+    with pytest.raises(ValueError, match="Did you mean 'textvqa'"):
+        find("textvqua")

@@ -1,0 +1,177 @@
+"""The real command, killed and started again, and shared among processes: the same files as one undisturbed run."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from eval import folders
+from mustdrop.errors import ConfigError
+from mustdrop.eval.result import EvalResult
+from mustdrop.eval.run import evaluate
+from mustdrop.eval.settings import Settings
+
+NUMBER = 24
+SRC = Path(__file__).parents[2] / "src"
+
+
+def command(out, *more, **environment):
+    """Start `mustdrop eval` in a process of its own."""
+    arguments = ["eval", "scenes", "--keep", "128", "--limit", str(NUMBER), "--batch-size", "2", "--out", str(out)]
+    settings = os.environ | {"PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen(
+        [sys.executable, "-m", "mustdrop", *arguments, *more],
+        env=settings,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed")
+    evaluate(Settings("scenes", knobs={"keep": 128}, limit=NUMBER, batch_size=2, workers=0, out=out))
+    return out
+
+
+def same(out, undisturbed):
+    assert (out / "answers.jsonl").read_text() == (undisturbed / "answers.jsonl").read_text()
+    mine, other = EvalResult.read(out), EvalResult.read(undisturbed)
+    assert mine.scores == other.scores
+    assert mine.tokens == other.tokens
+    assert mine.setup_sha256 == other.setup_sha256
+    items = [line["item"] for line in lines(out) if "item" in line]
+    assert sorted(items) == list(range(NUMBER))  # none lost, none doubled
+
+
+def lines(out):
+    return [json.loads(line) for path in sorted(out.glob("journal-*")) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_again_and_again(undisturbed, tmp_path):
+    """The processes are forks of this one, which spares them the imports."""
+    rng, kills, journal = random.Random(1), 0, tmp_path / "journal-0000.jsonl"
+    settings = Settings("scenes", knobs={"keep": 128}, limit=NUMBER, batch_size=2, workers=1, out=tmp_path)
+    for _ in range(4):
+        child = os.fork()
+        if child == 0:
+            try:
+                evaluate(settings)
+            finally:
+                os._exit(0)  # nothing of pytest runs in here
+        before = size(journal)
+        until = time.monotonic() + 60
+        while size(journal) < before + 900 and time.monotonic() < until:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.2))
+        os.kill(child, signal.SIGKILL)
+        kills += os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert kills >= 3
+    evaluate(settings)
+    same(tmp_path, undisturbed)
+
+
+def size(path):
+    return path.stat().st_size if path.exists() else 0
+
+
+def test_two_processes_share_the_questions(undisturbed, tmp_path):
+    (tmp_path / "journal-0000.jsonl").write_bytes(b'{"item": 23, "te')  # a kill in the middle of a line leaves this
+    ranks = [{"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)} for rank in (1, 0)]
+    printed = [finish(process) for process in [command(tmp_path, "--json", **rank) for rank in ranks]]
+    assert not printed[0]  # only the first one tells
+    assert json.loads(printed[1])["scores"] == EvalResult.read(tmp_path).scores
+    assert len(list(tmp_path.glob("journal-*"))) == 2
+    same(tmp_path, undisturbed)
+    assert EvalResult.read(tmp_path).time.processes == 2
+
+
+def test_more_processes_finish_what_one_began(undisturbed, tmp_path, monkeypatch):
+    settings = Settings("scenes", knobs={"keep": 128}, limit=NUMBER, batch_size=2, workers=0, out=tmp_path)
+    stop_after(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(settings)
+    monkeypatch.undo()
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in ("2", "1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        result = evaluate(settings)
+        assert (result is None) == (rank != "0")
+    same(tmp_path, undisturbed)
+
+
+def stop_after(monkeypatch, calls):
+    """Interrupt the run after some calls of the model."""
+    from mustdrop.eval.engine import Engine
+
+    ask, count = Engine.ask, []
+
+    def counted(self, batch, limit):
+        if len(count) == calls:
+            raise KeyboardInterrupt
+        count.append(1)
+        return ask(self, batch, limit)
+
+    monkeypatch.setattr(Engine, "ask", counted)
+
+
+def test_batches_answer_as_single_questions(undisturbed, tmp_path):
+    settings = Settings("scenes", knobs={"keep": 128}, limit=NUMBER, batch_size=7, workers=0, out=tmp_path)
+    evaluate(settings)
+    same(tmp_path, undisturbed)
+
+
+def test_the_run_of_other_settings_is_refused(undisturbed):
+    with pytest.raises(ConfigError, match=r"keep.*128.*64"):
+        evaluate(Settings("scenes", knobs={"keep": 64}, limit=NUMBER, workers=0, out=undisturbed))
+    with pytest.raises(ConfigError, match=r"limit: 24 there, 25 now"):
+        evaluate(Settings("scenes", knobs={"keep": 128}, limit=NUMBER + 1, workers=0, out=undisturbed))
+
+
+def test_a_finished_run_is_only_scored_again(undisturbed, monkeypatch):
+    stop_after(monkeypatch, 0)
+    before = (undisturbed / "answers.jsonl").read_text()
+    result = evaluate(Settings("scenes", knobs={"keep": 128}, limit=NUMBER, workers=0, out=undisturbed))
+    assert result.data.asked == NUMBER
+    assert (undisturbed / "answers.jsonl").read_text() == before
+
+
+def test_broken_pictures_and_lines_are_named_and_asked_again(tmp_path):
+    root = folders.gqa(tmp_path / "data")
+    picture = root / "data" / "images" / "n2.jpg"
+    whole = picture.read_bytes()
+    picture.write_bytes(whole[: len(whole) // 3])
+    (root / "data" / "images" / "n3.jpg").rename(tmp_path / "n3.jpg")
+    questions = root / "llava_gqa_testdev_balanced.jsonl"
+    questions.write_text(questions.read_text() + '{"question_id": "9", "ima\n[1]\n{"question_id": "8", "image": "x"}\n')
+    settings = Settings("gqa", knobs={"keep": 192}, data=root, out=tmp_path / "out", workers=0, batch_size=3)
+    result = evaluate(settings)
+    named = {failure.name: failure.reason for failure in result.failed}
+    assert list(named) == [f"{questions.name} line {n}" for n in (5, 6, 7)] + ["2", "3"]
+    assert named[f"{questions.name} line 7"] == "no text"
+    assert "cannot decode" in named["2"]
+    assert "there is no image" in named["3"]
+    assert result.failed_share == pytest.approx(5 / 7)
+    answers = [json.loads(line)["text"] for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    assert [bool(text) for text in answers] == [True, True, False, False]  # every question has its line
+    assert result.scores["accuracy"] == 50.0
+    picture.write_bytes(whole)
+    again = evaluate(Settings(**(vars(settings) | {"retry_failed": True})))
+    assert [failure.name for failure in again.failed][3:] == ["3"]
+    assert again.scores["accuracy"] == 75.0
