@@ -22,7 +22,16 @@ EXTRAS = {
 TRANSFORMERS = PYPROJECT["tool"]["mustdrop"]["transformers-versions"]
 CONSTRAINTS = Path("constraints.txt")
 # Their versions follow from those of transformers, pydantic and datasets.
-FOLLOWERS = {"dill", "fsspec", "huggingface-hub", "multiprocess", "pandas", "pydantic-core", "safetensors", "tokenizers"}
+FOLLOWERS = {
+    "dill",
+    "fsspec",
+    "huggingface-hub",
+    "multiprocess",
+    "pandas",
+    "pydantic-core",
+    "safetensors",
+    "tokenizers",
+}
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 # The evaluation tools of others, and what of their many requirements our tests run. They are installed without the
 # rest, which would bring another torch.

@@ -214,6 +214,8 @@ renderer("quality")(of_quality(quality_table.overview))
 renderer("quality-details")(of_quality(quality_table.details))
 renderer("quality-types")(of_quality(quality_table.types))
 renderer("quality-differences")(of_quality(quality_table.differences))
+
+
 @renderer("published-scores")
 def published_scores(results: Results) -> str:
     """Published scores of MustDrop."""
