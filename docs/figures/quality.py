@@ -29,7 +29,13 @@ def curves(axes: Axes, record: Mapping[str, Any], cost: str) -> None:
         x, score = [row[cost] for row in own], [row["correct"] for row in own]
         colour = colormaps["tab20"](2 * place % 20 + place // 10 % 2)  # the ten dark ones first
         axes.plot(x, [s["mean"] for s in score], marker=MARKERS[place % len(MARKERS)], ms=4, color=colour, label=name)
-        axes.fill_between(x, [s["low"] for s in score], [s["high"] for s in score], color=colour, alpha=0.12 if len(names) <= 8 else 0.04)
+        axes.fill_between(
+            x,
+            [s["low"] for s in score],
+            [s["high"] for s in score],
+            color=colour,
+            alpha=0.12 if len(names) <= 8 else 0.04,
+        )
     for row in answered:
         if row["keep"] is None:
             axes.axhline(row["correct"]["mean"], color="black", linestyle=":", linewidth=1, label=row["method"])
