@@ -16,7 +16,6 @@ from mustdrop.errors import BudgetError, ConfigError, UnknownKnobError, UnknownM
 from mustdrop.tuning import Candidate, Goal
 from mustdrop.tuning.search import rungs
 
-
 tune = functools.partial(mustdrop.tune, max_new_tokens=3)  # random models never end
 
 
