@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -14,6 +15,8 @@ from mustdrop.adapters import registry, tiny
 from mustdrop.errors import BudgetError, ConfigError, UnknownKnobError, UnknownMethodError, UnsupportedModelError
 from mustdrop.tuning import Candidate, Goal
 from mustdrop.tuning.search import rungs
+
+tune = functools.partial(mustdrop.tune, max_new_tokens=3)  # random models never end
 
 
 def samples(family, kind, number):
@@ -31,7 +34,7 @@ def llava():
 
 def test_a_floor_that_only_keeping_all_meets_picks_that(llava):
     model, prompts = llava
-    found = mustdrop.tune(model, prompts, agreement=1.0, kl=1e-9, methods=["uniform"], keeps=[0.1, 1.0, 0.5])
+    found = tune(model, prompts, agreement=1.0, kl=1e-9, methods=["uniform"], keeps=[0.1, 1.0, 0.5])
     assert (found.best.method, found.best.knobs, found.best.prompts) == ("uniform", {"keep": 1.0}, 3)
     assert (found.best.agreement, found.best.flops) == (1.0, 1.0)
     assert mustdrop.patching._runtime(model) is None
@@ -40,7 +43,7 @@ def test_a_floor_that_only_keeping_all_meets_picks_that(llava):
 def test_a_floor_that_all_meet_picks_the_cheapest(llava):
     model, prompts = llava
     mustdrop.patch(model, "none")
-    found = mustdrop.tune(model, prompts, kl=1e9, methods=["uniform", "random"], keeps=[0.75, 0.1, 0.5])
+    found = tune(model, prompts, kl=1e9, methods=["uniform", "random"], keeps=[0.75, 0.1, 0.5])
     assert found.best.knobs == {"keep": 0.1}
     assert mustdrop.patching._runtime(model).method.name == "none"  # as it came
     mustdrop.unpatch(model)
@@ -52,7 +55,7 @@ def test_a_ceiling_picks_the_most_faithful_that_is_fast_enough(llava, monkeypatc
     monkeypatch.setattr(
         "mustdrop.tuning.search.prompt_share", lambda model, inputs, method, pairs: times[method.vision.keep]
     )
-    found = mustdrop.tune(model, prompts, time=0.7, methods=["uniform"], keeps=list(times))
+    found = tune(model, prompts, time=0.7, methods=["uniform"], keeps=list(times))
     usable = [c for c in found.candidates if c.time <= 0.7]
     assert found.best.kl == min(c.kl for c in usable)
     assert found.best.time <= 0.7
@@ -60,7 +63,7 @@ def test_a_ceiling_picks_the_most_faithful_that_is_fast_enough(llava, monkeypatc
 
 def test_times_are_shares_of_the_unpruned_model(llava):
     model, prompts = llava
-    found = mustdrop.tune(model, prompts[:1], time=1.0, kl=1e9, methods=["uniform"], keeps=[0.1], timed_pairs=1)
+    found = tune(model, prompts[:1], time=1.0, kl=1e9, methods=["uniform"], keeps=[0.1], timed_pairs=1)
     assert found.candidates[0].time > 0
 
 
@@ -81,14 +84,14 @@ def test_few_prompts_that_mislead_are_made_up_for(llava, monkeypatch):
         return type(close)(torch.full_like(close.kl, kl), close.agreement, close.same)
 
     monkeypatch.setattr(search, "measure", misleading)
-    found = mustdrop.tune(model, prompts, kl=0.1, methods=["uniform"], keeps=[0.2, 0.4, 1.0])
+    found = tune(model, prompts, kl=0.1, methods=["uniform"], keeps=[0.2, 0.4, 1.0])
     assert found.best.knobs == {"keep": 1.0}
     assert found.best.prompts == 9
 
 
 def test_nothing_within_the_goal_is_said(llava):
     model, prompts = llava
-    found = mustdrop.tune(model, prompts, kl=1e-12, methods=["random"], keeps=[0.1, 0.2])
+    found = tune(model, prompts, kl=1e-12, methods=["random"], keeps=[0.1, 0.2])
     assert found.chosen is None
     with pytest.raises(ConfigError, match=r"no candidate reaches KL <= 1e-12\. The nearest is random with .*keep"):
         found.save("nowhere.json")
@@ -97,9 +100,7 @@ def test_nothing_within_the_goal_is_said(llava):
 def test_what_a_model_cannot_do_is_left_out_with_the_reason():
     model, prompts = samples("idefics2", "image", 1)
     steps = []
-    found = mustdrop.tune(
-        model, prompts, kl=1e9, methods=["uniform", "fastv"], keeps=[0.9], on_step=lambda *x: steps.append(x)
-    )
+    found = tune(model, prompts, kl=1e9, methods=["uniform", "fastv"], keeps=[0.9], on_step=lambda *x: steps.append(x))
     assert found.best.method == "fastv"
     assert [c.refused.split(":")[0] for c in found.candidates] == ["", "UnsupportedModelError"]
     assert steps[-1][0] == steps[-1][1] == 2
@@ -109,7 +110,7 @@ def test_what_a_model_cannot_do_is_left_out_with_the_reason():
 @pytest.mark.parametrize(("family", "kind"), [("qwen2_vl", "video"), ("gemma3", "image")])
 def test_any_family(family, kind, tmp_path):
     model, prompts = samples(family, kind, 2)
-    found = mustdrop.tune(model, prompts, kl=1e9, keeps=[0.5], max_new_tokens=3)
+    found = tune(model, prompts, kl=1e9, keeps=[0.5])
     assert found.best.kl >= 0
     assert {c.method for c in found.candidates} == {
         n for n, r in mustdrop.method.registry().items() if "keep" in r.model_fields
@@ -121,7 +122,7 @@ def test_any_family(family, kind, tmp_path):
 def test_the_config_file_patches_a_model(llava, tmp_path):
     model, prompts = llava
     knobs = {"mustdrop": {"window": None, "layers": [1, 3]}}
-    found = mustdrop.tune(model, prompts, kl=1e9, methods=["mustdrop"], keeps=[0.5], knobs=knobs)
+    found = tune(model, prompts, kl=1e9, methods=["mustdrop"], keeps=[0.5], knobs=knobs)
     path = tmp_path / "config.json"
     found.save(path)
     content = json.loads(path.read_text())
@@ -168,14 +169,14 @@ def test_goals_and_samples_that_make_no_sense_are_refused(llava):
         ({"kl": 1.0, "methods": ["random"], "knobs": {"uniform": {}}}, r"knobs are given for \['uniform'\]"),
     ):
         with pytest.raises(ConfigError, match=match):
-            mustdrop.tune(model, prompts, **settings)
+            tune(model, prompts, **settings)
     for wrong in ([], prompts[0], ["text"]):
         with pytest.raises(ConfigError, match="samples is a list"):
-            mustdrop.tune(model, wrong, kl=1.0)
+            tune(model, wrong, kl=1.0)
     with pytest.raises(UnknownMethodError):
-        mustdrop.tune(model, prompts, kl=1.0, methods=["randm"])
+        tune(model, prompts, kl=1.0, methods=["randm"])
     with pytest.raises(UnsupportedModelError):
-        mustdrop.tune(torch.nn.Linear(2, 2), prompts, kl=1.0)
+        tune(torch.nn.Linear(2, 2), prompts, kl=1.0)
 
 
 def test_ranks():

@@ -130,7 +130,9 @@ class Tuning:
         """
         out = Table(title=f"{self.goal}: {self.prompts} prompts", title_justify="left")
         out.add_column("method", no_wrap=True)
-        for header in ("knobs", "prompts", "agreement", "KL", "equal tokens", "FLOPs", "KV cache", "prompt time"):
+        timed = any(c.time is not None for c in self.candidates)
+        out.add_column("knobs", justify="right", no_wrap=True)
+        for header in ("seen", "agrees", "KL", "equal tokens", "FLOPs", "KV", *(["time"] if timed else [])):
             out.add_column(header, justify="right")
         usable = [c for c in self.candidates if not c.refused]
         for c in usable[:rows]:
@@ -138,10 +140,10 @@ class Tuning:
                 f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}"
                 for name, value in c.knobs.items()
             )
-            numbers = (f"{c.agreement:.3f}", f"{c.kl:.3g}", f"{c.equal_share:.1%}", f"{c.flops:.1%}", f"{c.kv:.1%}")
-            time = "" if c.time is None else f"{c.time:.2f}x"
+            numbers = (f"{c.agreement:.3f}", f"{c.kl:.4f}", f"{c.equal_share:.1%}", f"{c.flops:.1%}", f"{c.kv:.1%}")
+            time = ["" if c.time is None else f"{c.time:.2f}x"] if timed else []
             style = "bold" if c is self.chosen else None
-            out.add_row(c.method, knobs, str(c.prompts), *numbers, time, style=style)
+            out.add_row(c.method, knobs, str(c.prompts), *numbers, *time, style=style)
         left = len(usable) - rows
         refused = len(self.candidates) - len(usable)
         out.caption = f"{max(0, left)} more; {refused} cannot be used here" if left > 0 or refused else None
