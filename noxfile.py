@@ -22,7 +22,16 @@ EXTRAS = {
 TRANSFORMERS = PYPROJECT["tool"]["mustdrop"]["transformers-versions"]
 CONSTRAINTS = Path("constraints.txt")
 # Their versions follow from those of transformers, pydantic and datasets.
-FOLLOWERS = {"dill", "fsspec", "huggingface-hub", "multiprocess", "pydantic-core", "safetensors", "tokenizers"}
+FOLLOWERS = {
+    "dill",
+    "fsspec",
+    "huggingface-hub",
+    "multiprocess",
+    "pandas",
+    "pydantic-core",
+    "safetensors",
+    "tokenizers",
+}
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 # The evaluation tools of others, and what of their many requirements our tests run. They are installed without the
 # rest, which would bring another torch.
@@ -101,8 +110,9 @@ def minimums(session: nox.Session) -> None:
 def support(session: nox.Session) -> None:
     """Write down which model family passes which conformance test; docs/generate.py makes a table of it."""
     install(session, "-e", ".[dev]")
-    families, out = "tests/conformance/test_families.py", "benchmarks/results/support.json"
-    session.run("pytest", "-n", "2", families, "--support", out, *session.posargs, env=OFFLINE)
+    files = [f"tests/conformance/{name}.py" for name in ("test_families", "test_family_weights")]
+    out = "benchmarks/results/support.json"
+    session.run("pytest", "-n", "2", *files, "--support", out, *session.posargs, env=OFFLINE)
 
 
 @nox.session

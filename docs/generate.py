@@ -27,6 +27,8 @@ from typing import Any
 
 import evaluation_tables
 import kernel_table
+import method_cards
+import quality_table
 import support_table
 
 ROOT = Path(__file__).parents[1]
@@ -96,6 +98,14 @@ def demo(results: Results) -> str:
         f"The time is the median over {record['timed_pairs']} alternating pairs on the first question. "
         "Tokens per layer and KV cache are those of the first question too.\n\n" + table(header, rows)
     )
+
+
+def _card(name: str) -> Renderer:
+    return lambda results: method_cards.card(name, results, table)
+
+
+for _name in method_cards.names():
+    renderer(f"method-{_name}")(_card(_name))
 
 
 def example(*names: str, body_of: str | None = None) -> Renderer:
@@ -193,6 +203,17 @@ def kernels_aot(results: Results) -> str:
     """Registers and shared memory of every kernel."""
     sentence, header, rows = kernel_table.launches(results["kernels_aot"])
     return sentence + "\n\n" + table(header, rows)
+
+
+def of_quality(part: Callable[..., str]) -> Renderer:
+    """A renderer of one of the tables of quality."""
+    return lambda results: part(results["quality"], table)
+
+
+renderer("quality")(of_quality(quality_table.overview))
+renderer("quality-details")(of_quality(quality_table.details))
+renderer("quality-types")(of_quality(quality_table.types))
+renderer("quality-differences")(of_quality(quality_table.differences))
 
 
 @renderer("published-scores")

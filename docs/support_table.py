@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-#: Columns of the table of families: heading -> tests of tests/conformance/test_families.py, all of which must pass.
+#: Columns of the table of families: heading -> tests of tests/conformance/test_families.py and (from "half types" on)
+#: of test_family_weights.py, all of which must pass.
 SUPPORT = {
     "select": ("test_vision_stage_selects", "test_importance_is_the_encoders_attention"),
     "merge": ("test_vision_stage_merges", "test_merged_features", "test_windows_over_frames"),
@@ -23,6 +24,11 @@ SUPPORT = {
     "new picture in a chat": ("test_new_picture_in_a_second_turn",),
     "static": ("test_static_cache",),
     "trace": ("test_trace_names_the_right_patches",),
+    "half types": ("test_bfloat16", "test_float16"),
+    "4 bits": ("test_packed_weights",),
+    "devices": ("test_several_devices",),
+    "offloaded": ("test_offloaded_weights",),
+    "gradients": ("test_gradients",),
 }
 
 
@@ -61,7 +67,7 @@ def render(record: Mapping[str, Any], table: Callable[..., str]) -> str:
         "",
         *(f"{n}. {reason}" for n, reason in enumerate(reasons, 1)),
         "",
-        "The tests behind each column, of `tests/conformance/test_families.py`: "
+        "The tests behind each column, of `tests/conformance/test_families.py` and `test_family_weights.py`: "
         + "; ".join(f"*{name}* " + ", ".join(f"`{test}`" for test in tests) for name, tests in columns.items())
         + ".",
     ]

@@ -16,6 +16,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 from sybil.parsers.rest import DocTestParser
 
 import check_links
+import mustdrop
 
 ROOT = Path(__file__).parents[1]
 PAGES = Sybil([PythonCodeBlockParser(), SkipParser()])
@@ -62,3 +63,10 @@ def test_links_are_checked(text, problem, tmp_path):
     found = list(check_links.problems(tmp_path / "page.md", tmp_path))
     assert len(found) == (problem is not None)
     assert problem is None or problem in found[0]
+
+
+def test_every_method_has_a_card():
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    for name in mustdrop.methods():
+        assert f"\n### {name}\n" in page
+        assert f"<!-- begin: method-{name} -->" in page

@@ -1,9 +1,9 @@
 """Bootstrap over scenes.
 
-Questions about one scene are not independent of each other, so whole scenes are drawn again: the interval of a mean over
-questions is that of the mean over scenes of each scene's mean (every scene has as many questions as any other). Scenes of
-all seeds are drawn alike, since a seed only names a sequence of independent scenes. One draw serves all methods, so a
-difference of two is that of the same scenes.
+Questions about one scene are not independent of each other, so whole scenes are drawn again: the interval of a mean
+over questions is that of the mean over scenes of each scene's mean (every scene has as many questions as any other).
+Scenes of all seeds are drawn alike, since a seed only names a sequence of independent scenes. One draw serves all
+methods, so a difference of two is that of the same scenes.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 import warnings
+import zlib
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,8 +97,7 @@ def ask(model: Any, part: Part) -> Asked:
     lengths = torch.tensor([len(row) for row in forced])
     tokens = torch.tensor([row + [0] * (int(lengths.max()) - len(row)) for row in forced])
     inputs = {name: value[rows] for name, value in part.inputs.items()}
-    with mustdrop.patched(model, "none"):
-        logits = fidelity.forced_logits(model, inputs, tokens)
+    logits = fidelity.forced_logits(model, inputs, tokens)
     return Asked(part.type, inputs, count, True, tokens, lengths, logits, own)
 
 
@@ -107,8 +107,7 @@ def line(cell: Cell, batch: Batch, asked: Sequence[Asked]) -> dict[str, Any]:
     head = {"method": method, "keep": keep, "batch": batch.name, "model": batch.who, "scenes": batch.scenes}
     start = time.perf_counter()
     try:
-        with _quiet(), mustdrop.patched(batch.model, method, **cell.knobs(batch.seed)):
-            seen = [(part, *_one(batch.model, part)) for part in asked]
+        seen = [(part, *_one(cell, batch, place, part)) for place, part in enumerate(asked)]
     except REFUSALS as refusal:
         return head | {"cannot": f"{type(refusal).__name__}: {refusal}"}
     traces = [trace for _, trace, _ in seen]
@@ -130,10 +129,15 @@ def line(cell: Cell, batch: Batch, asked: Sequence[Asked]) -> dict[str, Any]:
     }
 
 
-def _one(model: Any, part: Asked) -> tuple[mustdrop.Trace, dict[str, list[Any]]]:
-    """A patched model on one part: its trace and, per measure, a number for each prompt."""
-    logits = fidelity.forced_logits(model, part.inputs, part.tokens)
-    trace = mustdrop.trace(model)
+def _one(cell: Cell, batch: Batch, place: int, part: Asked) -> tuple[mustdrop.Trace, dict[str, list[Any]]]:
+    """The patched model on one part: its trace and, per measure, a number for each prompt.
+
+    Methods that draw do so anew for every part: one draw decides for all of its prompts.
+    """
+    draw = zlib.crc32(f"{batch.name}/{place}".encode())
+    with _quiet(), mustdrop.patched(batch.model, cell.method, **cell.knobs(draw)):
+        logits = fidelity.forced_logits(batch.model, part.inputs, part.tokens)
+        trace = mustdrop.trace(batch.model)
     close = fidelity.compare(part.logits[part.own], logits[part.own], part.lengths[part.own])
     numbers = {"kl": _rounded(close.kl), "agreement": _rounded(close.agreement), "same": close.same.int().tolist()}
     if part.right:

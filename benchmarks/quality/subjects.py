@@ -45,7 +45,7 @@ class Batch:
         name: unique.
         who: name of the model.
         model: who is asked.
-        seed: of its scenes, and of the methods that draw.
+        seed: of its scenes.
         scenes: how many.
         parts: its prompts. Those of one type about scenes have one length, so nothing is padded.
     """

@@ -32,7 +32,8 @@ def summary(lines: Sequence[Mapping[str, Any]], found: Iterable[Cell], reference
             rows.append({"model": model, "method": cell.method, "keep": cell.key[1]} | row)
             if numbers is not None:
                 scored[(model, *cell.key)] = numbers
-    return {"rows": rows, "differences": [d for name in references for d in differences(name, scored)]}
+    costs = {(row["model"], row["method"], row["keep"]): row for row in rows}
+    return {"rows": rows, "differences": [d for name in references for d in differences(name, scored, costs)]}
 
 
 def _row(own: Sequence[Mapping[str, Any]]) -> tuple[Row, Scored | None]:
@@ -66,15 +67,20 @@ def _row(own: Sequence[Mapping[str, Any]]) -> tuple[Row, Scored | None]:
     return row, scored
 
 
-def differences(reference: str, scored: Mapping[tuple[Any, ...], Scored]) -> list[Row]:
-    """The reference minus each other method, on the same scenes; positive accuracy means that the reference is better."""
+def differences(
+    reference: str, scored: Mapping[tuple[Any, ...], Scored], costs: Mapping[tuple[Any, ...], Row]
+) -> list[Row]:
+    """The reference minus each other method, on the same scenes; positive accuracy: the reference is better."""
     out = []
     for (model, method, keep), numbers in scored.items():
         ours = scored.get((model, reference, keep))
         if method == reference or ours is None:
             continue
         apart = {name: difference(ours[name], numbers[name]) for name in numbers}
-        out.append({"model": model, "reference": reference, "method": method, "keep": keep, **apart})
+        ends = costs[model, reference, keep], costs[model, method, keep]
+        cost = {name: significant(ends[0][name] - ends[1][name]) for name in COSTS}
+        row = {"model": model, "reference": reference, "method": method, "keep": keep}
+        out.append(row | apart | {"cost": cost})
     return out
 
 

@@ -5,11 +5,13 @@ One line patches a Hugging Face model in place, `mustdrop.patch(model)`; `model.
 
 from mustdrop import errors
 from mustdrop.adapters import adapters
+from mustdrop.config import load_config
 from mustdrop.method import Method, methods
 from mustdrop.patching import patch, patched, trace, unpatch
 from mustdrop.pruners import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from mustdrop.selection import Selection
 from mustdrop.trace import Trace
+from mustdrop.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -22,9 +24,11 @@ __all__ = [
     "VisionStagePruner",
     "adapters",
     "errors",
+    "load_config",
     "methods",
     "patch",
     "patched",
     "trace",
+    "tune",
     "unpatch",
 ]

@@ -130,9 +130,14 @@ def embedding_flops(encoder: nn.Module, blocks: nn.ModuleList) -> int:
     """FLOPs per patch of what turns pixels into patches: the first convolution (or linear layer) of an encoder."""
     inside = {id(m) for m in blocks.modules()}
     for module in encoder.modules():
-        weight = getattr(module, "weight", None)
-        if id(module) not in inside and isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
-            return 2 * int(weight.numel()) if weight is not None else 0
+        if id(module) in inside:
+            continue
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            return 2 * int(module.weight.numel())
+        # a linear layer, quantised ones too: these may hold no `weight`, or one of packed numbers
+        flops = linear_flops(module) if hasattr(module, "in_features") else 0
+        if flops:
+            return flops
     return 0
 
 

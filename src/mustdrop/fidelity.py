@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from mustdrop.errors import ConfigError
-from mustdrop.patching import patched
+from mustdrop.patching import unpatched
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ def reference(model: Any, inputs: Mapping[str, Any], max_new_tokens: int = 32) -
         ConfigError: no `input_ids` among the inputs.
     """
     _check(inputs)
-    with patched(model, "none"):
-        out = _generate(model, inputs, max_new_tokens)
+    with unpatched(model):
+        out = respond(model, inputs, max_new_tokens)
     tokens = out.sequences[:, -len(out.logits) :].cpu()
     return Reference(tokens, lengths_of(tokens, model), _stacked(out.logits))
 
@@ -105,7 +105,7 @@ def forced_logits(model: Any, inputs: Mapping[str, Any], tokens: Tensor) -> Tens
     rows = len(inputs["input_ids"])
     if tokens.ndim != 2 or len(tokens) != rows:
         raise ConfigError(f"expected one answer for each of {rows} prompts, (B, T); got {tuple(tokens.shape)}.")
-    logits = _stacked(_generate(model, inputs, tokens.shape[1], Forced(tokens)).logits)
+    logits = _stacked(respond(model, inputs, tokens.shape[1], Forced(tokens)).logits)
     short = tokens.shape[1] - logits.shape[1]  # generate ends where every row has ended; what follows is padding
     return torch.nn.functional.pad(logits, (0, 0, 0, short)) if short else logits
 
@@ -159,8 +159,18 @@ def lengths_of(tokens: Tensor, model: Any) -> Tensor:
     return first.long()
 
 
-def _generate(model: Any, inputs: Mapping[str, Any], new: int, forced: Forced | None = None) -> Any:
-    """Greedy, whatever the model's own settings say; the logits come before any processing."""
+def respond(model: Any, inputs: Mapping[str, Any], new: int, forced: Forced | None = None) -> Any:
+    """One greedy `generate`, whatever the model's own settings say; its logits come before any processing.
+
+    Args:
+        model: patched or not.
+        inputs: what the processor returned.
+        new: tokens after which an answer is cut off.
+        forced: the answers to give instead of the model's own.
+
+    Returns:
+        What `generate` returns, with `sequences` and `logits`.
+    """
     settings: dict[str, Any] = {} if forced is None else {"logits_processor": [forced]}
     with torch.inference_mode():
         return model.generate(

@@ -101,6 +101,22 @@ def patched(model: M, method: Method | str | None = None, **settings: Any) -> It
             patch(model, before.method)
 
 
+@contextmanager
+def unpatched(model: M) -> Iterator[M]:
+    """The model without mustdrop for the length of a `with` block; afterwards it is patched as before, if it was.
+
+    Args:
+        model: patched or not.
+    """
+    before = _runtime(model)
+    unpatch(model)
+    try:
+        yield model
+    finally:
+        if before is not None:
+            patch(model, before.method)
+
+
 def trace(model: nn.Module) -> Trace:
     """What the last generate or forward of a patched model kept (of this thread, if it made one).
 

@@ -1,4 +1,4 @@
-"""`pytest tests/conformance/test_families.py --support FILE` writes down which family passed what."""
+"""`pytest tests/conformance/test_family*.py --support FILE` writes down which family passed what."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from mustdrop.provenance import provenance
+
+FILES = ("test_families.py", "test_family_weights.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,7 +30,7 @@ class Support:
         self.outcomes: dict[str, dict[str, str]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if "test_families.py" not in report.nodeid or "[" not in report.nodeid:
+        if not any(f"/{file}::" in report.nodeid for file in FILES) or "[" not in report.nodeid:
             return
         if report.when != "call" and report.outcome == "passed":
             return

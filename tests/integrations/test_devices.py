@@ -14,12 +14,11 @@ import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from support.builders import IMAGE, LLAMA, SIGLIP, answer, batch, clone
 from support.checks import distance
-from support.places import CPU, Places, put
+from support.places import CPU, FIRST, SECOND, THIRD, Places, put
 from support.versions import tower_body
 
 hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
 
-FIRST, SECOND, THIRD = (torch.device("cuda", i) for i in range(3))
 SETUPS = {
     "nothing": {"prefill": PrefillPruner(keep=1.0)},
     "merging": {

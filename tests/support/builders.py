@@ -23,6 +23,7 @@ class Variant:
     n_layers: int = 6
     grid: int = 6
     seed: int = 0
+    width: int = 48
 
     @property
     def n_vision(self) -> int:
@@ -44,7 +45,7 @@ def _text_config(variant: Variant) -> dict[str, Any]:
     config: dict[str, Any] = {
         "model_type": variant.text,
         "vocab_size": VOCAB,
-        "hidden_size": 48,
+        "hidden_size": variant.width,
         "intermediate_size": 64,
         "num_hidden_layers": variant.n_layers,
         "num_attention_heads": 4,

@@ -136,6 +136,12 @@ def assert_masking_up_to_rounding(*args: Any, tolerance: float, **options: Any) 
     compared, so a choice may only differ where the oracle's two best logits are that close.
     """
     both = compare(*args, **options)
+    assert_up_to_rounding(both, tolerance)
+    return both
+
+
+def assert_up_to_rounding(both: Any, tolerance: float) -> None:
+    """As :func:`assert_masking_up_to_rounding`, of a comparison that was made."""
     assert both.hidden.anything, "nothing was dropped: this comparison proves nothing"
     steps = both.ours.logits.shape[1]
     same = (both.ours.sequences == both.oracle.sequences)[:, -steps:].long()
@@ -144,13 +150,13 @@ def assert_masking_up_to_rounding(*args: Any, tolerance: float, **options: Any) 
     difference = (both.ours.logits - both.oracle.logits).abs().amax(2) * seen
     assert difference.max() <= tolerance, f"largest difference of the logits per row and step: {difference.tolist()}"
     assert int(seen.sum()) > seen.numel() // 2, "the answers part too early to prove much"
-    return both
 
 
 __all__ = [
     "Compared",
     "assert_dropping_equals_masking",
     "assert_masking_up_to_rounding",
+    "assert_up_to_rounding",
     "batch",
     "compare",
     "distance",

@@ -214,26 +214,37 @@ class Compared:
     trace: Any
 
 
+def cast(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The same inputs for a model of another type."""
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+
+
 def compare(
     name: str,
     rows: Sequence[Row],
     attention: str = "sdpa",
     *,
+    change: Callable[[Any], Any] | None = None,
     steps: int = 8,
     seed: int = 0,
     inputs: dict[str, Tensor] | None = None,
     generation: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Compared:
-    """``generate`` on the patched model and on the oracle; ``settings`` go to ``mustdrop.patch``."""
+    """``generate`` on the patched model and on the oracle; ``settings`` go to ``mustdrop.patch``.
+
+    ``change`` is done to the weights of both: it takes an unpatched model and returns it.
+    """
     flash = attention == fake_flash.NAME
     oracle_model = plain(name, "sdpa" if flash else attention)
     model = clone(name, "sdpa" if flash else attention)
+    if change is not None:
+        model, oracle_model = change(model), change(copy.deepcopy(oracle_model))
     if flash:
         fake_flash.use(model)
     mustdrop.patch(model, **settings)
     adapter, options = registry()[name], generation or {}
-    inputs = batch(adapter, model, rows, seed) if inputs is None else inputs
+    inputs = cast(batch(adapter, model, rows, seed), model.dtype) if inputs is None else inputs
     decode = vars(model)["_mustdrop"].method.decode
     repeat = max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
     ids = inputs["input_ids"].repeat_interleave(repeat, 0)

@@ -13,8 +13,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from mustdrop.adapters import find
+
 CPU = torch.device("cpu")
+FIRST, SECOND, THIRD = (torch.device("cuda", i) for i in range(3))
 _MOVES = (Tensor.to, Tensor.cpu, Tensor.cuda)
+_READS_SHAPES = (Tensor.expand, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as)  # of tensors anywhere
+_MAKES = (torch.arange, torch.empty, torch.full, torch.linspace, torch.ones, torch.zeros)  # on the CPU, unless told
+_COPIES = (Tensor.copy_,)
 _TAKES_CPU_INDICES = (Tensor.__getitem__, Tensor.__setitem__)
 _ASKS = {Tensor.is_cuda.__get__: "cuda", Tensor.is_cpu.__get__: "cpu"}  # type: ignore[attr-defined]
 
@@ -28,6 +34,44 @@ def put(module: nn.Module, device: torch.device | str) -> None:
     """Claim all weights of `module` for a device."""
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.claimed_place = torch.device(device)
+
+
+def _basic(index: Any) -> bool:
+    """Whether values put at this index are copied, from whatever device."""
+    return not any(isinstance(part, (Tensor, list)) for part in (index if isinstance(index, tuple) else (index,)))
+
+
+def spread(model: Any) -> Any:
+    """Put a model of any family on three devices as a `device_map` does, with accelerate's hooks; only claims move.
+
+    The encoders are on the third device, the decoder layers on all, the head on the second, the rest on the first.
+    """
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    adapter = find(model)
+    layers = adapter.decoder_layers(model)
+    homes: dict[nn.Module, torch.device] = {model: FIRST, model.get_output_embeddings(): SECOND}
+    if "vision" not in adapter.lacks:
+        homes |= {adapter.tower(model, kind).module: THIRD for kind in adapter.media}
+    homes |= {layer: (FIRST, SECOND, THIRD)[3 * i // len(layers)] for i, layer in enumerate(layers)}
+    places = {module: device for home, device in homes.items() for module in home.modules()}
+    for home, device in homes.items():
+        put(home, device)
+    for module, device in places.items():
+        if module in homes or next(module.parameters(), None) is not None:
+            hook = AlignDevicesHook(
+                execution_device=device, io_same_device=module is model, skip_keys=model._skip_keys_device_placement
+            )
+            hook.init_hook = lambda module: module
+            add_hook_to_module(module, hook)
+    return eager_experts(model)
+
+
+def eager_experts(model: Any) -> Any:
+    """Experts one after another; the other implementations choose how to compute by the kind of device."""
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    return model
 
 
 class Places(TorchFunctionMode):
@@ -70,6 +114,10 @@ class Places(TorchFunctionMode):
 
     @staticmethod
     def _agreed(func: Any, args: Any, kwargs: dict[str, Any]) -> torch.device:
+        if func in _MAKES:
+            return CPU
+        if func in _READS_SHAPES or func in _COPIES or (func == Tensor.__setitem__ and _basic(args[1])):
+            return where(args[0])
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if func in _TAKES_CPU_INDICES and tensors and where(tensors[0]) != CPU:
             tensors = [tensors[0], *(t for t in tensors[1:] if where(t) != CPU)]
@@ -82,6 +130,9 @@ class Places(TorchFunctionMode):
 
     @staticmethod
     def _claim(value: Any, device: torch.device) -> Any:
+        if isinstance(value, torch.Size):
+            return value
+
         def claim(leaf: Any) -> Any:
             if isinstance(leaf, Tensor) and where(leaf) != device:
                 leaf.claimed_place = device

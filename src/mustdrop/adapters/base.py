@@ -71,6 +71,7 @@ class Adapter(ABC):
         token_types: name of the argument that marks the kind of each token (1 image, 2 video), or None.
         added_features: fields of the features output that hold those rows, as a list of levels of features per medium.
         features: field of the features output that holds what enters the language model.
+        after_features: modules of the base model that map what its features methods returned, and nothing else.
         row_arguments: arguments of a decoder layer, beside its hidden states, masks and positions, that hold one entry
             per token in dimension 1.
         since: oldest release of transformers in which the family passes its tests.
@@ -87,6 +88,7 @@ class Adapter(ABC):
     refuses_flash: str = ""
     token_types: str | None = None
     features: str = "pooler_output"
+    after_features: tuple[str, ...] = ()
     row_arguments: tuple[str, ...] = ()
     since: str = MINIMUM_TRANSFORMERS
     lacks: dict[str, str] = {}  # noqa: RUF012 (a constant of the class)

@@ -24,6 +24,7 @@ class Llama4(Adapter):
     classes = ("Llama4ForConditionalGeneration",)
     refuses_flash = "transformers has no flash attention for Llama 4, whose chunks count positions"
     features = "last_hidden_state"  # the projection follows outside of `get_image_features`
+    after_features = ("multi_modal_projector",)
 
     def base(self, model: Any) -> nn.Module:
         """The model itself."""

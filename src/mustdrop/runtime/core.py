@@ -20,7 +20,7 @@ from mustdrop.runtime.additions import AdditionWrapper
 from mustdrop.runtime.compiled import outside_steps
 from mustdrop.runtime.encoder import BlockHook, EncoderCapture, EncoderStage, MaskHook, takes_mask
 from mustdrop.runtime.entry import last_token, valid_tokens, words
-from mustdrop.runtime.features import FeaturesWrapper
+from mustdrop.runtime.features import FeaturesWrapper, MarksHook
 from mustdrop.runtime.generate import GenerateWrapper
 from mustdrop.runtime.halves import HalfHooks
 from mustdrop.runtime.plan import RowPlan, plan_row
@@ -144,6 +144,9 @@ class Runtime:
         for modality in self.modalities:
             function = getattr(self.base, modality.method)
             self._override(self.base, modality.method, FeaturesWrapper(self, modality, function))
+        for module in map(self.base.get_submodule, self.adapter.after_features):
+            marks = MarksHook(self.local)
+            self.handles += module.register_forward_pre_hook(marks.before), module.register_forward_hook(marks.after)
         for name in self.adapter.additions:
             self._override(self.text, name, AdditionWrapper(self.local, getattr(self.text, name)))
         if hasattr(self.model, "generate"):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mustdrop.adapters.base import Modality
 from mustdrop.budget import share_out
@@ -24,12 +24,32 @@ from mustdrop.runtime.halves import Inside
 from mustdrop.runtime.leaving import EarlyChoice
 from mustdrop.runtime.marking import decide, must_remain
 from mustdrop.runtime.plan import rows_of_media
-from mustdrop.runtime.state import Call
+from mustdrop.runtime.state import Call, Local
 
 if TYPE_CHECKING:
     from mustdrop.runtime.core import Runtime
 
 T = TypeVar("T")
+
+
+class MarksHook:
+    """Leads marked features around a module that the model runs on what `get_*_features` gave.
+
+    The module would keep rows of NaN as they are, but in training its weights would get them as gradients.
+    """
+
+    def __init__(self, local: Local) -> None:
+        self.local = local
+
+    def before(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Zeros in place of the marks."""
+        self.local.dropped = args[0][..., :1].isnan()
+        return args[0].masked_fill(self.local.dropped, 0.0), *args[1:]
+
+    def after(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        """The marks again."""
+        dropped, self.local.dropped = self.local.dropped, None
+        return out if dropped is None else out.masked_fill(dropped.to(out.device), torch.nan)
 
 
 class FeaturesWrapper:

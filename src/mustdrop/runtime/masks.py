@@ -80,8 +80,8 @@ def physical_mask(mask: Tensor | None, layout: Layout, implementation: str, dtyp
     )
     if not layout.padded:
         return known
-    hidden = (layout.slots == PAD)[:, None, None]
-    alone = (layout.queries == PAD)[:, None, :, None]
+    hidden = (layout.slots == PAD)[:, None, None].to(known.device)  # the mask may come from another device
+    alone = (layout.queries == PAD)[:, None, :, None].to(known.device)
     n, k = layout.queries.shape[1], layout.slots.shape[1]
     itself = (
         torch.eye(n, k, dtype=torch.bool, device=known.device).roll(k - n, 1)

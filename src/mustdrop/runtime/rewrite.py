@@ -17,7 +17,8 @@ from mustdrop.runtime.state import Forward
 if TYPE_CHECKING:
     from mustdrop.runtime.core import Runtime
 
-_HANDLED = {"attention_mask", "position_ids", "past_key_values", "use_cache"}
+#: `labels` come along in some families, and no layer reads them.
+_HANDLED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "labels"}
 
 
 class Rewriter:

@@ -179,6 +179,7 @@ class Local(threading.local):
         self.mask: Tensor | None = None  # the 2-D attention mask of the base model's call
         self.encoder: Any = None
         self.capture: object = None
+        self.dropped: Tensor | None = None  # rows of features that pass through a module behind `get_*_features`
         self.inside = False
         self.record: Any = None
 

@@ -1,0 +1,82 @@
+"""The head of each method's card in docs/methods.md: stages, knobs with their defaults, and what was measured.
+
+Read from the source text of the recipes, so that the page can be written without installing the package.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+METHODS = Path(__file__).parents[1] / "src" / "mustdrop" / "methods"
+STAGES = {"vision": "vision encoder", "prefill": "prefill", "decode": "KV cache"}
+
+Table = Callable[..., str]
+
+
+def names() -> list[str]:
+    """Names of all methods, as their files have it."""
+    return sorted(path.stem for path in METHODS.glob("*.py") if path.stem != "__init__")
+
+
+def card(name: str, results: Mapping[str, Mapping[str, Any]], table: Table) -> str:
+    """Paper, stages, knobs and the measured row of one method."""
+    tree = ast.parse((METHODS / f"{name}.py").read_text(encoding="utf-8"))
+    (recipe,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and _bases(node) & {"Recipe"}]
+    facts = [_paper(ast.get_docstring(tree) or ""), f"Stages: {', '.join(_stages(recipe))}."]
+    meanings = _attributes(ast.get_docstring(recipe) or "")
+    knobs = [
+        (f"`{node.target.id}`", f"`{_default(node)}`", meanings.get(node.target.id, ""))
+        for node in recipe.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    ]
+    parts = [" ".join(fact for fact in facts if fact)]
+    if knobs:
+        parts.append(table(("knob", "default", "meaning"), knobs))
+    measured = _measured(name, results.get("quality"), table)
+    return "\n\n".join([*parts, *([measured] if measured else [])])
+
+
+def _bases(node: ast.ClassDef) -> set[str]:
+    return {base.id for base in node.bases if isinstance(base, ast.Name)}
+
+
+def _paper(docstring: str) -> str:
+    found = re.search(r"\b(\d{4}\.\d{5})\b", docstring)
+    return f"Paper: [arXiv {found[1]}](https://arxiv.org/abs/{found[1]})." if found else "A baseline."
+
+
+def _stages(recipe: ast.ClassDef) -> list[str]:
+    """The sockets that `build` fills, from the keywords of its call of `Method`."""
+    calls = [node for node in ast.walk(recipe) if isinstance(node, ast.Call)]
+    made = [node for node in calls if isinstance(node.func, ast.Name) and node.func.id == "Method"]
+    filled = {keyword.arg for node in made for keyword in node.keywords}
+    return [words for socket, words in STAGES.items() if socket in filled] or ["none"]
+
+
+def _attributes(docstring: str) -> dict[str, str]:
+    """The `Attributes:` section of a docstring: name -> meaning, on one line."""
+    section = docstring.partition("Attributes:\n")[2].partition("\n\n")[0]
+    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, flags=re.MULTILINE)
+    return {name: " ".join(text.split()).replace("|", "\\|") for name, text in entries}
+
+
+def _default(node: ast.AnnAssign) -> str:
+    value = node.value
+    if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "Field" and value.args:
+        value = value.args[0]
+    text = "" if value is None else ast.unparse(value)
+    return {"DEFAULT_KEEP": "1/3", "CONTEXTUAL": "10/64"}.get(text, text)
+
+
+def _measured(name: str, record: Mapping[str, Any] | None, table: Table) -> str:
+    """Accuracy at each budget, as the quality benchmark has it; empty where it has no row of the method."""
+    rows = [row for row in (record or {}).get("rows", ()) if row["method"] == name]
+    if not rows:
+        return ""
+    header = ["" if row["keep"] is None else f"{row['keep']:.0%}" for row in rows]
+    cells = ["cannot" if "cannot" in row else f"{row['correct']['mean']:.3f}" for row in rows]
+    return table(["kept", *(head or "all" for head in header)], [["accuracy", *cells]])

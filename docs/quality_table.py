@@ -1,0 +1,111 @@
+"""The tables of quality, from benchmarks/results/quality.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+MARK = "\\*"
+OVER = f"{MARK} The decoder processes more tokens than the column says: this budget is one of the cache alone."
+
+Table = Callable[..., str]
+Record = Mapping[str, Any]
+
+
+def setting(record: Record) -> str:
+    """What was run, in a few sentences; a run on another split than the held-out one is called what it is."""
+    rows = [row for row in record["rows"] if "cannot" not in row]
+    versions, commit = record["versions"], str(record["commit"])[:10] + (" (dirty tree)" if record["dirty"] else "")
+    first = rows[0] if rows else {"questions": 0, "scenes": 0}
+    kind = "held-out" if record["split"] == "heldout" else f"**{record['split']}** (a pilot: not the reported run)"
+    return (
+        f"Bundled model, {first['questions']} questions about {first['scenes']} {kind} scenes (seeds "
+        f"{', '.join(map(str, record['seeds']))}), one of each type about each; intervals are 95 %, bootstrapped over "
+        f"scenes. {record['hardware']}, {record['threads']} threads, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}, commit {commit}."
+    )
+
+
+def overview(record: Record, table: Table) -> str:
+    """What was run, and one row per method: accuracy at every budget."""
+    budgets = _budgets(record)
+    cells = {(row["method"], row["keep"]): row for row in record["rows"]}
+    lines = []
+    for method in _methods(record):
+        whole = cells.get((method, None))
+        own = [cells.get((method, keep)) for keep in budgets]
+        lines.append(
+            [f"`{method}`", "" if whole is None else _score(whole), *("" if r is None else _score(r) for r in own)]
+        )
+    body = setting(record) + "\n\n" + table(["method", "all", *(f"{keep:.0%}" for keep in budgets)], lines)
+    return body + ("\n\n" + OVER if any(MARK in cell for line in lines for cell in line) else "")
+
+
+def details(record: Record, table: Table) -> str:
+    """One row per method and budget: accuracy, likelihood, fidelity, and what it cost."""
+    lines, reasons = [], []
+    for row in record["rows"]:
+        name, keep = f"`{row['method']}`", "all" if row["keep"] is None else f"{row['keep']:.1%}"
+        if "cannot" in row:
+            if row["cannot"] not in reasons:
+                reasons.append(row["cannot"])
+            lines.append([name, keep, f"cannot [{reasons.index(row['cannot']) + 1}]", *[""] * 7])
+            continue
+        quality = [_interval(row["correct"]), _interval(row["loglik"], 2), _interval(row["kl"])]
+        costs = [f"{row['equal_tokens']:.1f}", f"{row['flops']:.1%}", f"{row['kv']:.1%}"]
+        lines.append([name, keep, *quality, _interval(row["agreement"]), f"{row['same']['mean']:.3f}", *costs])
+    header = ["method", "`keep`", "accuracy", "log-likelihood", "KL", "agreement", "same answer", "equal tokens"]
+    notes = "".join(f"\n{n}. {reason}" for n, reason in enumerate(reasons, 1))
+    return table([*header, "FLOPs", "KV"], lines) + ("\n" + notes if notes else "")
+
+
+def types(record: Record, table: Table) -> str:
+    """Accuracy per question type, one row per method and budget."""
+    rows = [row for row in record["rows"] if "cannot" not in row]
+    lines = [
+        [
+            f"`{row['method']}`",
+            "all" if row["keep"] is None else f"{row['keep']:.1%}",
+            *(f"{row['types'][kind]['correct']['mean']:.2f}" for kind in record["types"]),
+        ]
+        for row in rows
+    ]
+    halves = [(kind["correct"]["high"] - kind["correct"]["low"]) / 2 for row in rows for kind in row["types"].values()]
+    note = f"Intervals are up to {max(halves, default=0):.2f} to either side; they are in the result file."
+    return table(["method", "`keep`", *record["types"]], lines) + "\n\n" + note
+
+
+def differences(record: Record, table: Table) -> str:
+    """The reference methods minus the others, on the same scenes."""
+    lines = []
+    for row in record["differences"]:
+        apart = row["correct"]
+        verdict = "better" if apart["low"] > 0 else "worse" if apart["high"] < 0 else "no difference shown"
+        keep = "all" if row["keep"] is None else f"{row['keep']:.1%}"
+        lines.append(
+            [f"`{row['reference']}`", f"`{row['method']}`", keep, _interval(apart, sign="+"), verdict]
+            + [_interval(row[name], sign="+") for name in ("loglik", "kl")]
+            + [f"{row['cost']['flops']:+.1%}"]
+        )
+    header = ["method", "minus", "`keep`", "accuracy", "it is", "log-likelihood", "KL", "FLOPs"]
+    return table(header, lines) if lines else "This run compares no methods."
+
+
+def _methods(record: Record) -> list[str]:
+    return list(dict.fromkeys(row["method"] for row in record["rows"]))
+
+
+def _budgets(record: Record) -> Sequence[float]:
+    return sorted({row["keep"] for row in record["rows"] if row["keep"] is not None}, reverse=True)
+
+
+def _score(row: Record) -> str:
+    if "cannot" in row:
+        return "cannot"
+    over = row["keep"] is not None and row["equal_share"] > row["keep"] * 1.01
+    return _interval(row["correct"]) + (f" {MARK}" if over else "")
+
+
+def _interval(value: Mapping[str, float], digits: int = 3, sign: str = "") -> str:
+    mean, low, high = (f"{value[name]:{sign}.{digits}f}" for name in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high})"

@@ -1,0 +1,62 @@
+"""Config files: a method with its knobs as JSON, written by `mustdrop tune` or by hand, read by `load_config`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mustdrop.errors import ConfigError
+from mustdrop.method import Method, find
+
+FORMAT = 1
+
+
+def load_config(path: str | Path) -> Method:
+    """The method that a config file describes: `mustdrop.patch(model, mustdrop.load_config("config.json"))`.
+
+    Args:
+        path: a JSON file with `format` (1), `method` (a registered name) and `knobs` (its settings, `keep` among them);
+            `mustdrop tune` writes more, which tells where the choice comes from and is not read.
+
+    Returns:
+        A method for `patch`.
+
+    Raises:
+        ConfigError: no such file, not JSON, another format, or an entry that is missing or of the wrong type.
+        UnknownMethodError, UnknownKnobError: names that this version does not know.
+        BudgetError: a budget out of range.
+    """
+    where = Path(path)
+    try:
+        content = json.loads(where.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"the config file {where} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise ConfigError(f"the config file {where} is not JSON: {error}.") from error
+    expected = '{"format": 1, "method": "NAME", "knobs": {"keep": 0.25}}'
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else content
+        raise ConfigError(f"{where}: expected {expected}, got format {found!r}. Write it again with this version.")
+    method, knobs = content.get("method"), content.get("knobs")
+    if not isinstance(method, str) or not isinstance(knobs, dict):
+        raise ConfigError(f"{where}: expected {expected}, got method {method!r} and knobs {knobs!r}.")
+    return find(method, **knobs)
+
+
+def save_config(path: str | Path, method: str, knobs: Mapping[str, Any], **about: Any) -> None:
+    """Write a config file.
+
+    Args:
+        path: where to.
+        method: a registered name.
+        knobs: its settings, as JSON can hold them.
+        **about: what else the file tells its reader.
+
+    Raises:
+        UnknownMethodError, UnknownKnobError, BudgetError, ConfigError: `load_config` could not read it back.
+    """
+    find(method, **knobs)
+    content = {"format": FORMAT, "method": method, "knobs": dict(knobs), **about}
+    Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,187 @@
+"""What `tune` found: every candidate with its numbers, the chosen one, a table, a plot, a config file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mustdrop.config import save_config
+from mustdrop.errors import ConfigError
+from mustdrop.method import Method, find
+from mustdrop.provenance import provenance
+from mustdrop.tuning.goal import Goal
+
+
+@dataclass(eq=False)
+class Candidate:
+    """A method with its knobs, and what was measured on the prompts that it has seen so far.
+
+    Attributes:
+        method: registered name.
+        knobs: its settings, `keep` among them.
+        prompts: on how many prompts.
+        agreement: share of the unpruned answer's tokens that it chooses too.
+        kl: mean divergence from the unpruned distribution, in nats.
+        equal_share: equal tokens, as a share of the vision tokens.
+        flops: share of the unpruned FLOPs for the prompt.
+        kv: share of the unpruned bytes of keys and values at the end.
+        time: share of the unpruned time for a prompt; None if it was not measured.
+        refused: why it cannot be used on this model or these prompts; empty if it can.
+    """
+
+    method: str
+    knobs: dict[str, Any]
+    prompts: int = 0
+    agreement: float = 0.0
+    kl: float = 0.0
+    equal_share: float = 0.0
+    flops: float = 0.0
+    kv: float = 0.0
+    time: float | None = None
+    refused: str = ""
+
+    def add(self, **numbers: Any) -> None:
+        """Take one more batch of prompts into the means.
+
+        Args:
+            **numbers: tensors with an entry per prompt, or single numbers for the batch; `kl` is a tensor.
+        """
+        new = len(numbers["kl"])
+        for name, values in numbers.items():
+            mean = float(values.double().mean()) if hasattr(values, "mean") else float(values)
+            before = getattr(self, name)
+            setattr(self, name, (before * self.prompts + mean * new) / (self.prompts + new))
+        self.prompts += new
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The outcome of `tune`.
+
+    Attributes:
+        goal: what was asked for.
+        candidates: all of them, best first. Those with fewer `prompts` than `prompts` here were left behind early.
+        chosen: the best one within the goal on all prompts; None if there is none.
+        prompts: how many there were.
+        model: class of the model.
+    """
+
+    goal: Goal
+    candidates: list[Candidate]
+    chosen: Candidate | None
+    prompts: int
+    model: str
+    _about: dict[str, Any] = field(default_factory=lambda: provenance(0))
+
+    @property
+    def best(self) -> Candidate:
+        """The chosen candidate.
+
+        Raises:
+            ConfigError: none meets the goal; the message names the nearest.
+        """
+        if self.chosen is not None:
+            return self.chosen
+        usable = [c for c in self.candidates if not c.refused and c.prompts]
+        nearest = (
+            f"The nearest is {usable[0].method} with {usable[0].knobs}: agreement {usable[0].agreement:.3f}, "
+            f"KL {usable[0].kl:.3g}" + (f", time {usable[0].time:.2f}." if usable[0].time is not None else ".")
+            if usable
+            else f"None of them can be used here: {self.candidates[0].refused}"
+        )
+        raise ConfigError(
+            f"no candidate reaches {self.goal}. {nearest} Ask for less, or pass other methods= and keeps=."
+        )
+
+    @property
+    def method(self) -> Method:
+        """The chosen method, for `patch`.
+
+        Raises:
+            ConfigError: none meets the goal.
+        """
+        return find(self.best.method, **self.best.knobs)
+
+    def save(self, path: str | Path) -> None:
+        """Write the config file that `mustdrop.load_config` reads.
+
+        Args:
+            path: where to.
+
+        Raises:
+            ConfigError: no candidate meets the goal.
+        """
+        best = self.best
+        measured = {name: getattr(best, name) for name in ("prompts", "agreement", "kl", "equal_share", "flops", "kv")}
+        measured["time"] = best.time
+        about = {"goal": str(self.goal), "model": self.model, "measured": measured}
+        versions = {name: self._about[name] for name in ("versions", "hardware", "date")}
+        save_config(path, best.method, best.knobs, **about, **versions)
+
+    def table(self, rows: int = 12) -> Table:
+        """The best candidates, and how many were refused.
+
+        Args:
+            rows: how many to show.
+        """
+        out = Table(title=f"{self.goal}: {self.prompts} prompts", title_justify="left")
+        out.add_column("method", no_wrap=True)
+        for header in ("knobs", "prompts", "agreement", "KL", "equal tokens", "FLOPs", "KV cache", "prompt time"):
+            out.add_column(header, justify="right")
+        usable = [c for c in self.candidates if not c.refused]
+        for c in usable[:rows]:
+            knobs = " ".join(
+                f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}"
+                for name, value in c.knobs.items()
+            )
+            numbers = (f"{c.agreement:.3f}", f"{c.kl:.3g}", f"{c.equal_share:.1%}", f"{c.flops:.1%}", f"{c.kv:.1%}")
+            time = "" if c.time is None else f"{c.time:.2f}x"
+            style = "bold" if c is self.chosen else None
+            out.add_row(c.method, knobs, str(c.prompts), *numbers, time, style=style)
+        left = len(usable) - rows
+        refused = len(self.candidates) - len(usable)
+        out.caption = f"{max(0, left)} more; {refused} cannot be used here" if left > 0 or refused else None
+        return out
+
+    def __str__(self) -> str:
+        console = Console(width=120, color_system=None)
+        with console.capture() as capture:
+            console.print(self.table())
+        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+    def draw(self, path: str | Path | None = None) -> Any:
+        """Agreement against the cost of the prompt, a curve per method.
+
+        Args:
+            path: where to write the picture (format by its ending), or None.
+
+        Returns:
+            The matplotlib figure.
+
+        Raises:
+            ImportError: the extra `mustdrop[viz]` is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("drawing needs matplotlib: pip install 'mustdrop[viz]'.") from error
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.subplots()
+        usable = [c for c in self.candidates if not c.refused]
+        for name in sorted({c.method for c in usable}):
+            own = sorted((c for c in usable if c.method == name), key=lambda c: c.flops)
+            axes.plot([c.flops for c in own], [c.agreement for c in own], marker="o", markersize=4, label=name)
+        if self.chosen is not None:
+            spot = ([self.chosen.flops], [self.chosen.agreement])
+            axes.plot(*spot, "o", markersize=14, markerfacecolor="none", markeredgecolor="black", label="chosen")
+        axes.set_xlabel("FLOPs of the prompt, share of the unpruned model's")
+        axes.set_ylabel("agreement with the unpruned answers")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+        if path is not None:
+            figure.savefig(path, dpi=120)
+        return figure

@@ -1,0 +1,150 @@
+"""The quality benchmark: intervals, the journal, accuracy from one forced pass."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from benchmarks import __main__ as command
+from benchmarks.quality import cells, intervals, measure, subjects
+from benchmarks.quality.journal import Journal
+
+import generate
+import mustdrop
+from mustdrop.errors import ConfigError, UnknownMethodError, UnsupportedModelError
+from mustdrop.method import registry
+
+SMALL = ["--seeds", "5", "--scenes", "2", "--batch", "1", "--keep", "0.2", "--method", "none", "--method", "random"]
+
+
+def test_intervals_against_known_values():
+    values = np.random.default_rng(1).normal(2.0, 3.0, size=400)
+    found = intervals.interval(values)
+    half = 1.96 * values.std() / 20  # the bootstrap's standard error of a mean is that of the normal theory
+    assert found["mean"] == pytest.approx(values.mean(), abs=1e-5)
+    assert found["low"] == pytest.approx(values.mean() - half, abs=0.03)
+    assert found["high"] == pytest.approx(values.mean() + half, abs=0.03)
+    assert intervals.interval(np.ones(7)) == {"mean": 1.0, "low": 1.0, "high": 1.0}
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    generator = np.random.default_rng(2)
+    hits = [intervals.interval(generator.binomial(8, 0.7, size=60) / 8) for _ in range(200)]
+    assert 0.9 <= np.mean([h["low"] <= 0.7 <= h["high"] for h in hits]) <= 0.99
+
+
+def test_differences_are_those_of_the_same_scenes():
+    generator = np.random.default_rng(3)
+    hard = generator.random(50)  # scenes differ much, methods little: only pairs tell them apart
+    one, other = hard + 0.05, hard + 0.001 * generator.random(50)
+    apart = intervals.difference(one, other)
+    assert 0.04 < apart["low"] < apart["high"] < 0.06
+    assert intervals.interval(one)["low"] < intervals.interval(other)["high"]
+
+
+def test_every_method_is_measured_and_none_is_named():
+    found = cells.plan(None, None)
+    assert {cell.method for cell in found} == set(mustdrop.methods())
+    budgets = {name: [c.keep for c in found if c.method == name] for name in mustdrop.methods()}
+    for name, recipe in registry().items():
+        assert budgets[name] == (list(cells.BUDGETS) if "keep" in recipe.model_fields else [None])
+    with pytest.raises(UnknownMethodError, match="randm"):
+        cells.plan(["randm"], None)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of two batches."""
+    folder = tmp_path_factory.mktemp("quality")
+    files = ["--journal", str(folder / "journal.jsonl"), "--out", str(folder / "quality.json")]
+    threads = ["--threads", str(torch.get_num_threads())]
+    assert command.main(["quality", *SMALL, *threads, *files]) == 0
+    return folder
+
+
+def rerun(folder, journal):
+    files = ["--journal", str(journal), "--out", str(folder / "again.json")]
+    assert command.main(["quality", *SMALL, "--threads", str(torch.get_num_threads()), *files]) == 0
+    return json.loads((folder / "again.json").read_text())
+
+
+def test_the_result_says_what_was_measured_and_where(whole):
+    result = json.loads((whole / "quality.json").read_text())
+    assert {"versions", "hardware", "commit", "dirty", "seeds", "split", "rows", "differences"} <= set(result)
+    assert result["split"] == "selection"  # held-out scenes are for the reported run
+    nothing, random = result["rows"]
+    assert (nothing["method"], nothing["kl"]["mean"], nothing["agreement"]["mean"]) == ("none", 0, 1)
+    assert nothing["flops"] == nothing["kv"] == nothing["equal_share"] == 1
+    assert random["equal_share"] <= 0.2
+    assert random["questions"] == 16
+    assert random["correct"]["low"] <= random["correct"]["mean"] <= random["correct"]["high"]
+    assert set(random["types"]) == set(result["types"])
+
+
+@pytest.mark.parametrize("cut", ["line", "half a line"])
+def test_a_kill_loses_and_doubles_nothing(whole, cut, tmp_path, monkeypatch):
+    text = (whole / "journal.jsonl").read_text()
+    kept = "".join(text.splitlines(keepends=True)[:-1])
+    journal = tmp_path / "journal.jsonl"
+    journal.write_text(kept if cut == "line" else text[: len(kept) + 40])
+    done = []
+    original = measure.line
+    monkeypatch.setattr(measure, "line", lambda *args: done.append(args[0].key) or original(*args))
+    again = rerun(tmp_path, journal)
+    assert len(done) == 1
+    assert len(journal.read_text().splitlines()) == len(text.splitlines())
+    first = json.loads((whole / "quality.json").read_text())
+    for row in (*again["rows"], *first["rows"]):
+        row.pop("seconds")
+    assert again["rows"] == first["rows"]
+
+
+def test_a_journal_of_another_run_is_refused(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    Journal(path, {"setting": 1}).add({"method": "none", "keep": None, "batch": "5:0"})
+    assert ("none", None, "5:0") in Journal(path, {"setting": 1})
+    with pytest.raises(ConfigError, match="delete the file or give another --journal"):
+        Journal(path, {"setting": 2})
+    path.write_text(path.read_text() + path.read_text().splitlines()[1] + "\n")
+    with pytest.raises(ConfigError, match="twice"):
+        Journal(path, {"setting": 1})
+
+
+def test_right_means_that_generate_says_it_word_for_word():
+    (batch,) = subjects.Scenes("selection", [9], 3, 3, "cpu").batches(["9:0"])
+    asked = [measure.ask(batch.model, part) for part in batch.parts]
+    cell = cells.Cell("uniform", 0.1)
+    line = measure.line(cell, batch, asked)
+    seen = set()
+    for part in batch.parts:
+        with mustdrop.patched(batch.model, cell.method, keep=cell.keep):
+            out = batch.model.generate(**part.inputs)[:, part.inputs["input_ids"].shape[1] :]
+        for row, truth, right in zip(out.tolist(), part.truths, line["answers"][part.type]["correct"], strict=True):
+            assert bool(right) == (row[: len(truth)] == truth)
+            seen.add(right)
+    assert seen == {0, 1}
+    assert len(line["answers"]["locate"]["kl"]) == 3
+
+
+def test_a_budget_that_cannot_be_met_is_a_row(tmp_path):
+    out = tmp_path / "out.json"
+    family = ["--family", "llava", "--family", "idefics2", "--seeds", "1", "--threads", str(torch.get_num_threads())]
+    methods = ["--method", "fastv", "--method", "uniform", "--reference", "uniform"]
+    files = ["--journal", str(tmp_path / "journal.jsonl"), "--out", str(out)]
+    assert command.main(["quality", *family, *methods, "--keep", "0.2", *files]) == 0
+    rows = {(row["model"], row["method"]): row for row in json.loads(out.read_text())["rows"]}
+    assert rows["llava-image", "fastv"]["cannot"].startswith("BudgetError: keep=0.2 is impossible")
+    assert rows["idefics2-image", "uniform"]["cannot"].startswith("UnsupportedModelError")
+    assert 0 <= rows["llava-image", "uniform"]["agreement"]["mean"] < 1
+    assert "correct" not in rows["llava-image", "uniform"]
+    with pytest.raises(UnsupportedModelError, match="there is no family 'lava'"):
+        command.main(["quality", "--family", "lava", *files])
+
+
+@pytest.mark.parametrize("block", ["quality", "quality-types", "quality-details", "quality-differences"])
+def test_the_documents_show_the_result(whole, block):
+    result = json.loads((whole / "quality.json").read_text())
+    text = generate.render(f"<!-- begin: {block} -->\n<!-- end: {block} -->\n", {"quality": result})
+    assert "`random`" in text or block == "quality-differences"
