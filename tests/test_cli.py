@@ -12,7 +12,7 @@ import torch
 import mustdrop
 from mustdrop import cli, doctor, extras
 from mustdrop.demo.model import CHECKPOINT
-from mustdrop.doctor import installed, kernels, selftest
+from mustdrop.doctor import installed, selftest
 
 COMMANDS = ("demo", "eval", "report", "bench", "methods", "adapters", "doctor")
 
@@ -177,6 +177,11 @@ def wrong_logits(monkeypatch):
     monkeypatch.setattr(selftest.Bundled, "logits", logits)
 
 
+def wrong_kernels(monkeypatch):
+    said = subprocess.CompletedProcess([], 0, '{"compact": 0.0, "merge_tokens": 0.25}', "")
+    monkeypatch.setattr(selftest.subprocess, "run", lambda *arguments, **options: said)
+
+
 @pytest.mark.parametrize(
     ("broken", "check", "text"),
     [
@@ -184,7 +189,7 @@ def wrong_logits(monkeypatch):
         (lambda m: m.setattr(selftest.Bundled, "answer", lambda s: "?"), "bundled model answers", "'?', expected"),
         (lambda m: m.setattr(selftest.masking, "difference", lambda *a: (0.5, 1)), "dropping equals masking", "0.5"),
         (lambda m: m.setattr(selftest.masking, "difference", lambda *a: (float("nan"), 1)), "dropping equals", "nan"),
-        (lambda m: m.setattr(kernels, "read", lambda text: {"merge_tokens": 0.25}), "kernels equal", "merge_tokens"),
+        (wrong_kernels, "kernels equal", "{'merge_tokens': 0.25}"),
         (lambda m: m.setattr("mustdrop.demo.model.CHECKPOINT", "nowhere"), "bundled model answers", "OSError"),
     ],
     ids=["bits", "answer", "masking", "nan", "kernels", "checkpoint"],

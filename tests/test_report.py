@@ -218,8 +218,8 @@ def test_thresholds_and_shares_belong_to_the_published_budget_that_they_come_out
     found = {row.result.score: row.published and row.published.tokens for row in group.rows}
     assert found == {1800.0: 576, 1700.0: 192, 1600.0: 64, 1650.0: None}
     assert [note for note in group.notes if "individual_threshold" in note] == [
-        "'mustdrop global_threshold=0.011 individual_threshold=0.01' names no number of tokens: its published number is "
-        "that of 192 tokens."
+        "'mustdrop global_threshold=0.011 individual_threshold=0.01' names no number of tokens: its published number "
+        "is that of 192 tokens."
     ]
     assert len(group.notes) == 2
 
