@@ -22,7 +22,8 @@ EXTRAS = {
 TRANSFORMERS = PYPROJECT["tool"]["mustdrop"]["transformers-versions"]
 CONSTRAINTS = Path("constraints.txt")
 # Their versions follow from those of transformers, pydantic and datasets.
-FOLLOWERS = {"dill", "fsspec", "huggingface-hub", "multiprocess", "pandas", "pydantic-core", "safetensors", "tokenizers"}
+FOLLOWERS = {"huggingface-hub", "pydantic-core", "safetensors", "tokenizers"}
+FOLLOWERS |= {"dill", "fsspec", "multiprocess", "pandas"}
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
 
