@@ -55,6 +55,7 @@ class Prepared:
             "frames": self.settings.frames,
             "template": self.prompt.template,
             "prompt": self.prompt.example,
+            "pictures": self.prompt.pictures,
             "max_new_tokens": self.prompt.max_new_tokens,
             "method": self.settings.method,
             "knobs": dict(self.settings.knobs),
@@ -88,6 +89,7 @@ def prepare(settings: Settings) -> Prepared:
         suffix=benchmark.suffix if items[0].asked.endswith(benchmark.suffix) else "",
         example=ask.text(items[0]),
         max_new_tokens=settings.max_new_tokens or benchmark.max_new_tokens,
+        pictures=ask.pictures,
     )
     return Prepared(settings, benchmark, items, folder, data, engine, ask, prompt)
 
