@@ -133,6 +133,13 @@ def test_a_table_and_its_file(tmp_path):
     assert json.loads(again.stdout) == result.model_dump(mode="json") | {"time": json.loads(again.stdout)["time"]}
 
 
+def test_a_log_file_gets_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "_EVERY", 0.0)
+    outcome = call("scenes", "--limit", 8, "--batch-size", 2, "--workers", 0, "--out", tmp_path / "run")
+    assert "4 of 8, 0:00:" in outcome.stderr
+    assert "left, right" in outcome.stderr
+
+
 def test_too_many_failures_exit_with_1(tmp_path):
     root = folders.gqa(tmp_path / "data")
     (root / "data" / "images" / "n3.jpg").write_bytes(b"no picture")

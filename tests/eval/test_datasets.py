@@ -73,6 +73,7 @@ def test_from_rows_to_result(name, tmp_path):
     )
     assert result.failed == []
     assert result.data.asked == 3
+    assert result.data.split == "test"
     assert result.score is not None
     assert EvalResult.read(tmp_path / "run") == result
 

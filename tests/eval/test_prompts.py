@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import LlamaConfig, LlavaConfig, LlavaNextConfig, Qwen2Config
 
 from eval import folders
@@ -53,10 +54,31 @@ def test_vicuna_v1_word_for_word():
     ],
 )
 def test_the_template_follows_the_model(config, name):
-    processor = SimpleNamespace(chat_template="x")
+    processor = SimpleNamespace(chat_template="x", image_processor=SimpleNamespace(image_mean=[0.48, 0.45, 0.4]))
     assert prompter(processor, config, "auto").name == name
     assert prompter(processor, config, "vicuna_v1").name == "vicuna_v1"
     assert prompter(processor, config, "processor").name == "chat template of the processor"
+
+
+def test_llava_gets_squares_with_its_template():
+    processor = SimpleNamespace(chat_template="x", image_processor=SimpleNamespace(image_mean=[0.4815, 0.4578, 0.4082]))
+    words = LlamaConfig(vocab_size=32064)
+    ask = prompter(processor, LlavaConfig(text_config=words), "auto")
+    assert ask.pictures == "padded to squares with (122, 116, 104)"
+    wide = Image.new("RGB", (7, 4), (255, 0, 0))
+    pixels = np.asarray(ask.picture(wide))
+    assert pixels.shape == (7, 7, 3)
+    assert (pixels[1:5] == (255, 0, 0)).all()
+    assert (pixels[[0, 5, 6]] == (122, 116, 104)).all()
+    high = np.asarray(ask.picture(wide.transpose(Image.Transpose.TRANSPOSE)))
+    assert (high == pixels.transpose(1, 0, 2)).all()
+    for config, template in (
+        (LlavaNextConfig(text_config=words), "auto"),
+        (LlavaConfig(text_config=words), "processor"),
+    ):
+        other = prompter(processor, config, template)
+        assert other.picture(wide) is wide
+        assert other.pictures == "as the processor has it"
 
 
 def test_no_template_at_all():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +23,7 @@ from mustdrop.eval.run import RESULT, evaluate
 from mustdrop.eval.settings import Settings
 
 FAILED = 1  # exit code of a finished run of which too much failed
+_EVERY = 60.0  # seconds between two lines of progress where there is no terminal
 _SHOWN = 20  # failures that are printed; the result file has all
 
 console = Console()
@@ -44,6 +47,7 @@ class Bar:
         self.credits: list[float] = []
         self.tokens: list[float] = []
         self.failed = 0
+        self.told = time.monotonic()
 
     def begin(self, ready: Prepared, total: int, answers: Sequence[tuple[Item, Line]]) -> None:
         """Show the bar, with what was answered before."""
@@ -62,6 +66,11 @@ class Bar:
             self.credits += [] if credit is None else [credit]
             self.tokens += [line["equal"]] if line["total"] else []
         self.progress.update(self.task, advance=len(answers), state=self.state())
+        if not notes.is_terminal and time.monotonic() - self.told > _EVERY:  # a log file gets a line now and then
+            self.told = time.monotonic()
+            task = self.progress.tasks[0]
+            left = "" if task.time_remaining is None else f", {timedelta(seconds=round(task.time_remaining))} left"
+            notes.print(f"{task.completed:.0f} of {task.total:.0f}{left}, {self.state()}", highlight=False)
 
     def state(self) -> str:
         """What is known so far."""

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from mustdrop.eval.benchmark import Item
@@ -61,7 +62,8 @@ class Inputs(Dataset[Batch]):
         for place in places:
             medium = self.items[place].medium
             try:
-                media[place] = None if medium is None else medium.load()
+                loaded = None if medium is None else medium.load()
+                media[place] = self.prompter.picture(loaded) if isinstance(loaded, Image.Image) else loaded
             except MediaError as error:
                 failed[place] = str(error)
         try:

@@ -55,6 +55,7 @@ class Prepared:
             "frames": self.settings.frames,
             "template": self.prompt.template,
             "prompt": self.prompt.example,
+            "pictures": self.prompt.pictures,
             "max_new_tokens": self.prompt.max_new_tokens,
             "method": self.settings.method,
             "knobs": dict(self.settings.knobs),
@@ -78,7 +79,7 @@ def prepare(settings: Settings) -> Prepared:
     benchmark = find(settings.benchmark)
     _require(benchmark)
     find_method(settings.method, **settings.knobs)  # a mistake in there should show before a large model is loaded
-    items, every, folder = _questions(settings, benchmark)
+    items, data, folder = _questions(settings, benchmark)
     engine = Engine(
         settings.model, settings.method, dict(settings.knobs), settings.device, settings.dtype, settings.attention
     )
@@ -88,8 +89,8 @@ def prepare(settings: Settings) -> Prepared:
         suffix=benchmark.suffix if items[0].asked.endswith(benchmark.suffix) else "",
         example=ask.text(items[0]),
         max_new_tokens=settings.max_new_tokens or benchmark.max_new_tokens,
+        pictures=ask.pictures,
     )
-    data = _data(settings, benchmark, items, every, folder)
     return Prepared(settings, benchmark, items, folder, data, engine, ask, prompt)
 
 
@@ -99,34 +100,39 @@ def _require(benchmark: Benchmark) -> None:
             raise ConfigError(f"{benchmark.name} needs {module}: pip install 'mustdrop[eval]'.")
 
 
-def _questions(settings: Settings, benchmark: Benchmark) -> tuple[list[Item], int, Folder]:
-    """The questions to ask, how many there are, and the folder with what was broken."""
-    rows = None
+def _questions(settings: Settings, benchmark: Benchmark) -> tuple[list[Item], DataInfo, Folder]:
+    """The questions to ask, what the result says about them, and the folder with what was broken."""
+    rows, split = None, ""
     if settings.dataset is not None:
         from mustdrop.eval.rows import load_rows
 
-        rows = load_rows(settings.dataset, settings.split)
+        rows, split = load_rows(settings.dataset, settings.split)
     source = Source(settings.data, rows, settings.split, settings.seed or 0, settings.limit, settings.frames)
     folder = benchmark.place(source)
     every = benchmark.items(source, folder)
-    chosen: Sequence[int] = range(len(every))[: settings.limit]
-    if settings.limit is not None and settings.seed is not None and settings.limit < len(every):
-        chosen = sorted(random.Random(settings.seed).sample(range(len(every)), settings.limit))
+    chosen = _chosen(settings, len(every))
     if not chosen:
-        raise ConfigError(f"{benchmark.name}: there is no question to ask ({len(folder.broken)} broken lines).")
-    return [every[i] for i in chosen], len(every), folder
-
-
-def _data(settings: Settings, benchmark: Benchmark, items: Sequence[Item], every: int, folder: Folder) -> DataInfo:
-    source = settings.dataset or str(settings.data or folder.roots[0])
-    asked = [(item.id, item.asked, item.truth) for item in items]
-    return DataInfo(
-        source=source if benchmark.section else "drawn by mustdrop.demo.scenes",
-        split=benchmark.split(Source(settings.data, settings.dataset, settings.split)),
-        sha256=digest({"files": folder.hashes, "asked": asked}),
+        broken = f" {folder.broken[0].name}: {folder.broken[0].reason}." if folder.broken else ""
+        raise ConfigError(f"{benchmark.name}: no question is left to ask, {len(folder.broken)} are broken.{broken}")
+    items = [every[i] for i in chosen]
+    drawn = not benchmark.section
+    data = DataInfo(
+        source="drawn by mustdrop.demo.scenes" if drawn else settings.dataset or str(settings.data or folder.roots[0]),
+        split=split or benchmark.split(source),
+        sha256=digest({"files": folder.hashes, "asked": [(item.id, item.asked, item.truth) for item in items]}),
         files=folder.hashes,
-        questions=every,
+        questions=len(every),
         asked=len(items),
         limit=settings.limit,
         seed=settings.seed,
     )
+    return items, data, folder
+
+
+def _chosen(settings: Settings, number: int) -> Sequence[int]:
+    """Places of the questions that `--limit` leaves."""
+    if settings.limit is None or settings.limit >= number:
+        return range(number)
+    if settings.seed is None:
+        return range(settings.limit)
+    return sorted(random.Random(settings.seed).sample(range(number), settings.limit))

@@ -1,9 +1,11 @@
-"""How a question becomes a prompt: the conversation templates of the published numbers, or the processor's own."""
+"""How a question becomes a prompt: as the published numbers put it, or as the model's processor does."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+
+from PIL import Image
 
 from mustdrop.errors import ConfigError, did_you_mean
 from mustdrop.eval.benchmark import Item
@@ -18,6 +20,7 @@ _VICUNA = (
 # a few tokens added.
 _VICUNA_FAMILIES = ("llava", "llava_next")
 _VICUNA_WORDS = range(32000, 32129)
+_PADDED_FAMILY = "llava"  # LLaVA-1.5 was published with pictures padded to squares; its processor here crops them
 TEMPLATES = ("auto", "vicuna_v1", "processor")
 
 
@@ -28,15 +31,31 @@ class Prompter:
     Attributes:
         processor: the model's processor.
         vicuna: whether `vicuna_v1` is used instead of the processor's chat template.
+        border: colour with which pictures are padded to squares; None leaves them to the processor.
     """
 
     processor: Any
     vicuna: bool
+    border: tuple[int, int, int] | None = None
 
     @property
     def name(self) -> str:
         """The template's name, for the result file."""
         return "vicuna_v1" if self.vicuna else PROCESSOR
+
+    @property
+    def pictures(self) -> str:
+        """What happens to pictures, for the result file."""
+        return "as the processor has it" if self.border is None else f"padded to squares with {self.border}"
+
+    def picture(self, image: Image.Image) -> Image.Image:
+        """A picture as the processor gets it."""
+        if self.border is None or image.width == image.height:
+            return image
+        side = max(image.size)
+        square = Image.new("RGB", (side, side), self.border)
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return square
 
     def text(self, item: Item) -> str:
         """The whole prompt."""
@@ -75,7 +94,14 @@ def prompter(processor: Any, config: Any, template: str) -> Prompter:
     vicuna = template == "vicuna_v1" or (template == "auto" and _published_with_vicuna(config))
     if not vicuna and getattr(processor, "chat_template", None) is None:
         raise ConfigError("this processor has no chat template: give --template vicuna_v1, or a model with a template.")
-    return Prompter(processor, vicuna)
+    border = _mean_colour(processor) if vicuna and config.model_type == _PADDED_FAMILY else None
+    return Prompter(processor, vicuna, border)
+
+
+def _mean_colour(processor: Any) -> tuple[int, int, int]:
+    """The colour that becomes zero, so that the border says nothing."""
+    red, green, blue = (int(255 * share) for share in processor.image_processor.image_mean)
+    return red, green, blue
 
 
 def _published_with_vicuna(config: Any) -> bool:

@@ -65,6 +65,7 @@ class PromptInfo(_Part):
         suffix: what the benchmark says after each question; empty where the question file has it inside.
         example: the first prompt, word for word.
         max_new_tokens: limit of an answer.
+        pictures: what was done to them before the processor got them.
         decoding: "greedy".
     """
 
@@ -72,6 +73,7 @@ class PromptInfo(_Part):
     suffix: str
     example: str
     max_new_tokens: int
+    pictures: str = "as the processor has it"
     decoding: Literal["greedy"] = "greedy"
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from mustdrop.errors import ConfigError, DataFileError
 
 
-def load_rows(name: str, split: str | None) -> Any:
-    """The rows of one split, with their pictures left encoded: the loading processes decode them.
+def load_rows(name: str, split: str | None) -> tuple[Any, str]:
+    """The rows of one split with their pictures left encoded, for the loading processes to decode, and its name.
 
     Args:
         name: hub id, with `:config` behind it where the data set has several; a folder written by `save_to_disk`; or a
@@ -28,11 +28,11 @@ def load_rows(name: str, split: str | None) -> Any:
         loaded = _load(datasets, name)
     except (OSError, ValueError, RuntimeError) as error:
         raise DataFileError(f"--dataset {name}: cannot be loaded ({type(error).__name__}: {error}).") from None
-    rows = _split(loaded, name, split) if hasattr(loaded, "keys") else loaded
+    rows, used = _split(loaded, name, split) if hasattr(loaded, "keys") else (loaded, str(loaded.split or ""))
     for column, kind in rows.features.items():
         if isinstance(kind, datasets.Image):
             rows = rows.cast_column(column, datasets.Image(decode=False))
-    return rows
+    return rows, used
 
 
 def _load(datasets: Any, name: str) -> Any:
@@ -43,10 +43,10 @@ def _load(datasets: Any, name: str) -> Any:
     return datasets.load_dataset(path, config or None)
 
 
-def _split(loaded: Any, name: str, split: str | None) -> Any:
+def _split(loaded: Any, name: str, split: str | None) -> tuple[Any, str]:
     known = list(loaded)
     wanted = [split] if split is not None else ["test", "validation", *(known if len(known) == 1 else [])]
     for one in wanted:
         if one in known:
-            return loaded[one]
+            return loaded[one], one
     raise ConfigError(f"--dataset {name} has the splits {', '.join(known)}: say which with --split.")
