@@ -29,14 +29,15 @@ def card(name: str, results: Mapping[str, Mapping[str, Any]], table: Table) -> s
     facts = [_paper(ast.get_docstring(tree) or ""), f"Stages: {', '.join(_stages(recipe))}."]
     meanings = _attributes(ast.get_docstring(recipe) or "")
     knobs = [
-        (f"`{node.target.id}`", f"`{_default(node)}`", meanings.get(node.target.id, ""))
+        (f"`{_named(node)}`", f"`{_default(node)}`", meanings.get(_named(node), ""))
         for node in recipe.body
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+        if isinstance(node, ast.AnnAssign) and "ClassVar" not in ast.unparse(node.annotation)
     ]
+    called = next((_default(n) for n in recipe.body if isinstance(n, ast.AnnAssign) and _named(n) == "called"), name)
     parts = [" ".join(fact for fact in facts if fact)]
     if knobs:
         parts.append(table(("knob", "default", "meaning"), knobs))
-    measured = _measured(name, results.get("quality"), table)
+    measured = _measured(called.strip("'"), results.get("quality"), table)
     return "\n\n".join([*parts, *([measured] if measured else [])])
 
 
@@ -44,9 +45,13 @@ def _bases(node: ast.ClassDef) -> set[str]:
     return {base.id for base in node.bases if isinstance(base, ast.Name)}
 
 
+def _named(node: ast.AnnAssign) -> str:
+    return node.target.id if isinstance(node.target, ast.Name) else ""
+
+
 def _paper(docstring: str) -> str:
     found = re.search(r"\b(\d{4}\.\d{5})\b", docstring)
-    return f"Paper: [arXiv {found[1]}](https://arxiv.org/abs/{found[1]})." if found else "A baseline."
+    return f"Paper: [arXiv {found[1]}](https://arxiv.org/abs/{found[1]})." if found else ""
 
 
 def _stages(recipe: ast.ClassDef) -> list[str]:

@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import mustdrop.methods  # noqa: F401  (loaded before the package binds this name to the function `methods`)
 from mustdrop.budget import Keep
@@ -96,7 +96,13 @@ class Method:
 
 
 class Recipe(Settings):
-    """Base of the recipes in `methods/`: the knobs are fields, `build` fills the sockets."""
+    """Base of the recipes in `methods/`: the knobs are fields, `build` fills the sockets.
+
+    Attributes:
+        called: the method's name, where no file can have it; None: the name of its file.
+    """
+
+    called: ClassVar[str | None] = None
 
     def build(self) -> Method:
         """The method with these knobs."""
@@ -120,7 +126,7 @@ def registry() -> dict[str, type[Recipe]]:
     for module in pkgutil.iter_modules(package.__path__):
         namespace = vars(importlib.import_module(f"{package.__name__}.{module.name}"))
         (recipe,) = [v for v in namespace.values() if isinstance(v, type) and issubclass(v, Recipe) and v is not Recipe]
-        found[module.name] = recipe
+        found[recipe.called or module.name] = recipe
     return found
 
 
