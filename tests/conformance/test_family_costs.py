@@ -51,7 +51,7 @@ class Counted:
 
     def _counting(self, i: int, forward: Any) -> Any:
         def counting(*args: Any, **kwargs: Any) -> Any:
-            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden = args[0] if args else next(iter(kwargs.values()))
             with FlopCounterMode(display=False) as mode:
                 output = forward(*args, **kwargs)
             counts = mode.get_flop_counts()["Global"]
@@ -73,6 +73,10 @@ def built(name: str) -> Any:
     return model
 
 
+def text_cost(adapter: Any, model: Any) -> TextCost:
+    return TextCost.of(adapter.decoder_layers(model), adapter.text(model).config, model, adapter.experts_of)
+
+
 @pytest.mark.parametrize("name", KNOWN)
 def test_decoder_layers(name):
     """A text row and one with a medium, with padding: what runs per token does not depend on the others."""
@@ -81,9 +85,13 @@ def test_decoder_layers(name):
         inputs = batch(adapter, model, ((), (kind,)))
         with torch.no_grad(), Counted(adapter.decoder_layers(model)) as counted:
             model(**inputs)
-        cost = TextCost.of(adapter.decoder_layers(model), adapter.text(model).config, None)
-        assert counted.tokens == [inputs["input_ids"].numel()] * len(cost.linear)
-        assert counted.flops == [c * n for c, n in zip(cost.linear, counted.tokens, strict=True)]
+        cost = text_cost(adapter, model)
+        # families with experts for vision tokens say in an argument which tokens those are, markers included
+        marks = [inputs[name] for name in adapter.row_arguments if adapter.experts_of]
+        vision = int(marks[0].bool().sum()) if marks else 0
+        text = inputs["input_ids"].numel() - vision
+        assert counted.tokens == [text + vision] * len(cost.linear)
+        assert counted.flops == [text * a + vision * b for a, b in zip(cost.linear, cost.vision, strict=True)]
 
 
 @pytest.mark.parametrize("name", [name for name in KNOWN if "vision" not in registry()[name].lacks])
