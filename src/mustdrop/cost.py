@@ -1,6 +1,7 @@
 """The cost account: FLOPs and KV bytes, with what the same call would have cost without pruning.
 
-FLOPs count a multiply-add as two. A linear layer costs 2 * in * out per token. Attention costs 4 * heads * head_dim per
+FLOPs count a multiply-add as two. A linear layer costs 2 * in * out per token; of a
+mixture of experts, those count that run for a token. Attention costs 4 * heads * head_dim per
 visible (query, key) pair, for scores and values; it is causal, so n tokens after p cached ones see
 n * p + n * (n + 1) / 2 pairs. Scoring costs 2 * heads * head_dim per (text row, key) pair at a filter layer. Norms,
 rotations and activations are left out. The language head counts once per prompt and once per decode step.
@@ -11,7 +12,8 @@ model, `scoring` what pruning adds, `prefill` and `decode_step` the decoder laye
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -48,27 +50,143 @@ def total(parts: dict[str, Compared], counted: Sequence[str]) -> Compared:
     return Compared(sum(parts[n].actual for n in counted), sum(parts[n].unpruned for n in counted), parts)
 
 
-def linear_flops(module: nn.Module) -> int:
+#: What the blocks, routers and configurations of transformers call the number of experts that run for a token.
+_CHOSEN = (
+    *("top_k", "num_experts_per_tok", "num_experts_per_token", "num_selected_experts"),
+    *("top_k_experts", "moe_top_k", "moe_topk", "moe_k", "topk"),
+)
+
+#: Names of the fused weights of experts -> how many projections of hidden size times intermediate size they hold.
+_PROJECTIONS = {"gate_up_proj": 2, "gate_proj": 1, "up_proj": 1, "down_proj": 1}
+
+
+def linear_flops(module: nn.Module, without: Collection[str] = ()) -> int:
     """FLOPs per token of the linear layers inside `module` that run.
 
     Quantised layers count like the layers that they replace. A layer that peft has wrapped counts once, with the
-    adapters that are active in it.
+    adapters that are active in it. Of a mixture of experts count the router, the shared experts and as many experts
+    as run for a token; experts that are told nothing about the choice of the router all run.
+
+    Args:
+        module: a layer, or what holds layers.
+        without: names of modules inside, at any depth, that do not run.
     """
+    return _flops(module, without, None)
+
+
+def _flops(module: nn.Module, without: Collection[str], chosen: int | None) -> int:
+    """`linear_flops`, where the modules around say that `chosen` experts run."""
     parts: dict[str, Any] = module._modules
     if "base_layer" in parts:
-        return sum(linear_flops(part) for part in _adapted(module))
+        return sum(_flops(part, without, chosen) for part in _adapted(module))
     if "original_module" in parts:  # peft keeps a trained copy of the same shape beside it, and runs one of the two
-        return linear_flops(parts["original_module"])
-    inside = sum(linear_flops(part) for part in parts.values() if part is not None)
+        return _flops(parts["original_module"], without, chosen)
+    chosen = _stated(module) or chosen
+    fused = _fused(module, chosen)
+    if fused:
+        return _running(module, fused, chosen)
+    ran = {name: part for name, part in parts.items() if part is not None and name not in without}
+    inside = sum(_part(name, part, without, chosen) for name, part in ran.items())
+    # a router may hold its weight bare; as many rows as there are experts beside it tell that it is one
+    experts = {_experts(name, part, chosen) for name, part in ran.items()} - {0}
+    inside += sum(_router(part, experts) for part in ran.values())
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if inside or None in sizes:
         return inside
     return 2 * int(cast(Any, sizes[0])) * int(cast(Any, sizes[1]))
 
 
+def _part(name: str, part: nn.Module, without: Collection[str], chosen: int | None) -> int:
+    """Of one module inside another; experts that are modules of their own are of one size."""
+    listed = _listed(name, part)
+    if listed is None or chosen is None:
+        return _flops(part, without, chosen)
+    return _running(part, [_flops(expert, without, None) for expert in listed], chosen)
+
+
+def _running(experts: nn.Module, each: list[int], chosen: int | None) -> int:
+    """Of experts that cost `each`: of the chosen ones, or of all where `forward` hears of hidden states alone."""
+    named = list(inspect.signature(type(experts).forward).parameters.values())[1:]
+    told = len(named) != 1 or named[0].kind is inspect.Parameter.VAR_POSITIONAL
+    running = min(chosen, len(each)) if chosen is not None and told else len(each)
+    return sum(each) * running // len(each)
+
+
+def _stated(block: nn.Module) -> int | None:
+    """How many experts run for a token, as a block, a module in it (the router) or their configurations say."""
+    near = [_bare(part) for part in (block, *block._modules.values()) if part is not None]
+    for source in (*near, *(getattr(part, "config", None) for part in near)):
+        for name in _CHOSEN:
+            value = getattr(source, name, None)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value
+    return None
+
+
+def _bare(module: Any) -> nn.Module:
+    """What peft has wrapped, however often."""
+    while True:
+        inner = module._modules.get("base_layer") or module._modules.get("original_module")
+        if inner is None:
+            return cast(nn.Module, module)
+        module = inner
+
+
+def _fused(module: Any, chosen: int | None) -> list[int]:
+    """FLOPs of each expert of a module that holds the weights of all in tensors of (experts, ...); else empty.
+
+    Weights of packed numbers do not have the shape that they stand for, or are no parameters any more; the module then
+    states its sizes.
+    """
+    if chosen is None or isinstance(module, nn.Conv1d):
+        return []
+    held = {name: p for name, p in module._parameters.items() if p is not None and p.ndim == 3}
+    weights = {name: p for name, p in held.items() if "scale" not in name and "bias" not in name}
+    if weights and all(weight.is_floating_point() for weight in weights.values()):
+        shapes = [tuple(map(int, weight.shape)) for weight in weights.values()]
+        return [2 * sum(high * wide for _, high, wide in shapes)] * shapes[0][0]
+    number = getattr(module, "num_experts", None)
+    packed = [
+        name for name in _PROJECTIONS if hasattr(module, name) and not isinstance(getattr(module, name), nn.Module)
+    ]
+    size = _size(module, "hidden_dim", "hidden_size") * _size(module, "intermediate_dim", "intermediate_size")
+    return [2 * size * sum(map(_PROJECTIONS.__getitem__, packed))] * number if number and packed and size else []
+
+
+def _size(module: nn.Module, *names: str) -> int:
+    """The first of these that the module states, or 0."""
+    return next((int(cast(Any, getattr(module, name))) for name in names if hasattr(module, name)), 0)
+
+
+def _listed(name: str, part: nn.Module) -> list[nn.Module] | None:
+    """The experts of a list of them."""
+    own = {key: expert for key, expert in _bare(part)._modules.items() if key.isdigit() and expert is not None}
+    return list(own.values()) if own and name.endswith("experts") and "shared" not in name else None
+
+
+def _experts(name: str, part: nn.Module, chosen: int | None) -> int:
+    """How many experts a module holds, itself or one level deeper."""
+    inside = [_bare(part), *(_bare(inner) for inner in part._modules.values() if inner is not None)]
+    return max(len(_listed(name, part) or ()), *(len(_fused(module, chosen)) for module in inside))
+
+
+def _router(part: nn.Module, experts: Collection[int]) -> int:
+    """Of a router that is no linear layer and holds a weight of (experts, features)."""
+    part = _bare(part)
+    weight = part._parameters.get("weight")
+    if weight is None or weight.ndim != 2 or hasattr(part, "in_features") or weight.shape[0] not in experts:
+        return 0
+    return 2 * int(weight.numel())
+
+
 def _adapted(module: Any) -> list[nn.Module]:
-    """What a layer wrapped by peft runs: the original and, unless merged into it or switched off, its adapters."""
+    """What a layer wrapped by peft runs: the original and, unless merged into it or switched off, its adapters.
+
+    Adapters of a bare parameter, as of fused experts, change it once per call and cost nothing per token.
+    """
     parts = [module.base_layer]
+    if hasattr(module, "parameter_name"):
+        return parts
     if not getattr(module, "merged", False) and not getattr(module, "disable_adapters", False):
         kinds = [module._modules.get(name) for name in getattr(module, "adapter_layer_names", ())]
         active = getattr(module, "active_adapters", ())
@@ -89,30 +207,42 @@ class TextCost:
         linear: FLOPs per token of each layer's linear layers.
         widths: heads * head_dim of each layer.
         head: FLOPs of the language head for one token.
+        vision: as `linear`, of vision tokens, which may have experts of their own.
     """
 
     linear: tuple[int, ...]
     widths: tuple[int, ...]
     head: int
+    vision: tuple[int, ...]
 
     @classmethod
-    def of(cls, layers: nn.ModuleList, config: Any, head: nn.Module | None) -> TextCost:
-        """Read the sizes off a model."""
+    def of(cls, layers: nn.ModuleList, config: Any, model: Any, experts_of: Mapping[str, str]) -> TextCost:
+        """Read the sizes off a model.
+
+        Args:
+            layers: the decoder layers.
+            config: of the text model.
+            model: has the language head, or none.
+            experts_of: `Adapter.experts_of`.
+        """
         heads = int(config.num_attention_heads)
         own = [getattr(getattr(layer, "self_attn", None), "head_dim", 0) for layer in layers]
         if not all(own):
             own = [getattr(config, "head_dim", None) or config.hidden_size // heads] * len(own)
+        head = model.get_output_embeddings()
+        others = {kind: [name for of, name in experts_of.items() if of != kind] for kind in ("text", "vision")}
         return cls(
-            tuple(linear_flops(layer) for layer in layers),
+            tuple(linear_flops(layer, others["text"]) for layer in layers),
             tuple(heads * int(dim) for dim in own),
             linear_flops(head) if head is not None else 0,
+            tuple(linear_flops(layer, others["vision"]) for layer in layers),
         )
 
-    def prefill(self, new: Sequence[int], past: Sequence[int]) -> int:
-        """One prompt: `new` tokens per layer after `past` cached ones."""
+    def prefill(self, new: Sequence[int], past: Sequence[int], vision: Sequence[int]) -> int:
+        """One prompt: `new` tokens per layer, of which `vision` are vision tokens, after `past` cached ones."""
+        layers: Iterable[tuple[int, ...]] = zip(self.linear, self.vision, self.widths, new, past, vision, strict=True)
         return self.head + sum(
-            c * n + 4 * width * causal_pairs(n, p)
-            for c, width, n, p in zip(self.linear, self.widths, new, past, strict=True)
+            text * (n - v) + seen * v + 4 * wide * causal_pairs(n, p) for text, seen, wide, n, p, v in layers
         )
 
     def step(self, cached: Sequence[int]) -> int:

@@ -7,6 +7,9 @@ import torch
 
 import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner, errors
+from mustdrop.adapters import find
+from mustdrop.cost import linear_flops
+from support import families
 from support.builders import LLAMA, anatomy, answer, batch, clone, plain
 from support.checks import TOLERANCE, assert_dropping_equals_masking, distance
 from support.oracle import MaskedOracle, hidden_by
@@ -190,3 +193,17 @@ def test_every_word_of_the_question_scores_under_prompt_tuning():
     answer(model, inputs, steps=2)
     for layer in range(LLAMA.n_layers + 1):
         assert torch.equal(mustdrop.trace(model).kept(layer), forward.kept(layer))
+
+
+def test_the_account_counts_experts_with_adapters_of_bare_parameters_like_the_experts():
+    """Such adapters change the fused weights once per call; those of the linear layers beside them cost per token."""
+    plainly, model = families.plain("qwen3_vl_moe"), families.clone("qwen3_vl_moe")
+    before = [linear_flops(layer) for layer in find(plainly).decoder_layers(plainly)]
+    bare = ["experts.gate_up_proj", "experts.down_proj", "gate.weight"]
+    tuned(model, target_modules=["q_proj"], target_parameters=bare)
+    layers = find(model).decoder_layers(model)
+    assert "base_layer" in layers[0].mlp.experts._modules
+    assert "base_layer" in layers[0].mlp.gate._modules
+    query = find(plainly).decoder_layers(plainly)[0].self_attn.q_proj
+    extra = 2 * 4 * (query.in_features + query.out_features)
+    assert [linear_flops(layer) for layer in layers] == [flops + extra for flops in before]

@@ -74,6 +74,7 @@ class Adapter(ABC):
         after_features: modules of the base model that map what its features methods returned, and nothing else.
         row_arguments: arguments of a decoder layer, beside its hidden states, masks and positions, that hold one entry
             per token in dimension 1.
+        experts_of: "text" or "vision" -> name of a module in the decoder layers that only tokens of that kind run.
         since: oldest release of transformers in which the family passes its tests.
         lacks: stage that no model of the family can have ("vision", "prefill", "decode") -> why.
     """
@@ -90,6 +91,7 @@ class Adapter(ABC):
     features: str = "pooler_output"
     after_features: tuple[str, ...] = ()
     row_arguments: tuple[str, ...] = ()
+    experts_of: dict[str, str] = {}  # noqa: RUF012 (a constant of the class)
     since: str = MINIMUM_TRANSFORMERS
     lacks: dict[str, str] = {}  # noqa: RUF012 (a constant of the class)
 

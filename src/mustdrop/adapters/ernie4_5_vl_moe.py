@@ -23,6 +23,7 @@ class Ernie45VLMoe(Qwen2VL):
     name = "ernie4_5_vl_moe"
     classes = ("Ernie4_5_VLMoeForConditionalGeneration", "Ernie4_5_VL_MoeForConditionalGeneration")
     row_arguments = ("moe_mm_token_type_ids",)
+    experts_of = {"text": "text_moe", "vision": "vision_moe"}  # noqa: RUF012 (a constant of the class)
 
     def tower(self, model: Any, modality: str = "image") -> Tower:
         """One tower for images and videos; its frames are single."""

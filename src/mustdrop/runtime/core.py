@@ -87,7 +87,7 @@ class Runtime:
     @property
     def text_cost(self) -> TextCost:
         """Sizes of the text model, as it is now: adapters may be added, switched and merged."""
-        return TextCost.of(self.layers, self.text.config, cast(Any, self.model).get_output_embeddings())
+        return TextCost.of(self.layers, self.text.config, self.model, self.adapter.experts_of)
 
     @property
     def implementation(self) -> str:

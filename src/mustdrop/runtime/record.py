@@ -41,7 +41,7 @@ def record(runtime: Runtime, call: Call) -> Trace:
         tokens=tokens,
         kv_lengths=kv_lengths,
         kv_vision=torch.stack(held) if held else nothing,
-        flops=_flops(runtime, call, prefill, rows, kv_lengths),
+        flops=_flops(runtime, call, prefill, rows, tokens, kv_lengths),
         kv_bytes=_kv_bytes(cache, depth),
         backend=runtime.implementation,
         kernels=", ".join(sorted(call.kernels)) or "none",
@@ -84,10 +84,12 @@ def _kv_bytes(cache: Any, depth: int) -> Compared:
     return Compared(actual, unpruned)
 
 
-def _flops(runtime: Runtime, call: Call, prefill: Prefill, rows: list[Tensor | None], kv_lengths: Tensor) -> Compared:
+def _flops(
+    runtime: Runtime, call: Call, prefill: Prefill, rows: list[Tensor | None], tokens: Tensor, kv_lengths: Tensor
+) -> Compared:
     depth, batch = runtime.depth, prefill.vision.shape[0]
     text = runtime.text_cost
-    whole = prefill.valid.sum(1).tolist()
+    whole, seen = prefill.valid.sum(1).tolist(), prefill.vision.sum(1).tolist()
     counts: dict[int, list[int]] = {}
     for row in rows:
         if row is not None and id(row) not in counts:
@@ -102,8 +104,8 @@ def _flops(runtime: Runtime, call: Call, prefill: Prefill, rows: list[Tensor | N
         "projector": _projector_cost(runtime, call),
         "scoring": Compared(scoring, 0),
         "prefill": Compared(
-            sum(text.prefill(new[b], past) for b in range(batch)),
-            sum(text.prefill([whole[b]] * depth, start) for b in range(batch)),
+            sum(text.prefill(new[b], past, tokens[:, b].tolist()) for b in range(batch)),
+            sum(text.prefill([whole[b]] * depth, start, [seen[b]] * depth) for b in range(batch)),
         ),
         "decode_step": Compared(
             sum(text.step(kv_lengths[:, b].tolist()) for b in range(kv_lengths.shape[1])),
