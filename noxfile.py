@@ -22,9 +22,22 @@ EXTRAS = {
 TRANSFORMERS = PYPROJECT["tool"]["mustdrop"]["transformers-versions"]
 CONSTRAINTS = Path("constraints.txt")
 # Their versions follow from those of transformers, pydantic and datasets.
-FOLLOWERS = {"huggingface-hub", "pydantic-core", "safetensors", "tokenizers"}
-FOLLOWERS |= {"dill", "fsspec", "multiprocess", "pandas"}
+FOLLOWERS = {
+    "dill",
+    "fsspec",
+    "huggingface-hub",
+    "multiprocess",
+    "pandas",
+    "pydantic-core",
+    "safetensors",
+    "tokenizers",
+}
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
+# The evaluation tools of others, and what of their many requirements our tests run. They are installed without the
+# rest, which would bring another torch.
+LMMS_EVAL = ("lmms-eval==0.7.3", "datasets", "evaluate", "loguru", "numexpr", "pytablewriter", "python-dotenv")
+LMMS_EVAL_METRICS = ("sacrebleu", "scikit-learn", "tenacity", "zstandard")
+VLMEVALKIT = ("ms-vlmeval==0.0.20", "pandas", "requests", "sty", "tabulate", "validators")
 
 
 @nox.session
@@ -32,6 +45,14 @@ def tests(session: nox.Session) -> None:
     """Run the default tests; arguments after `--` go to pytest."""
     install(session, "-e", ".[dev]")
     session.run("pytest", "-n", "2", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def backends(session: nox.Session) -> None:
+    """Run every method on every family under every attention backend; `tests` takes the backends in turn."""
+    install(session, "-e", ".[dev]")
+    families = "tests/methods/test_every_family.py"
+    session.run("pytest", "-n", "2", families, "--every-backend", *session.posargs, env=OFFLINE)
 
 
 @nox.session
@@ -97,8 +118,27 @@ def minimums(session: nox.Session) -> None:
 def support(session: nox.Session) -> None:
     """Write down which model family passes which conformance test; docs/generate.py makes a table of it."""
     install(session, "-e", ".[dev]")
-    families, out = "tests/conformance/test_families.py", "benchmarks/results/support.json"
-    session.run("pytest", "-n", "2", families, "--support", out, *session.posargs, env=OFFLINE)
+    files = [f"tests/conformance/{name}.py" for name in ("test_families", "test_family_weights")]
+    out = "benchmarks/results/support.json"
+    session.run("pytest", "-n", "2", *files, "--support", out, *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def lmms_eval(session: nox.Session) -> None:
+    """Run the real lmms-eval on tasks defined in the tests, with the model class that it finds by our entry point."""
+    tool, *needed = LMMS_EVAL
+    install(session, "-e", ".", *needed, *LMMS_EVAL_METRICS, *tools("accelerate", "pytest"))
+    session.install("--no-deps", tool)
+    session.run("pytest", "tests/integrations/test_lmms_eval.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def vlmevalkit(session: nox.Session) -> None:
+    """Run VLMEvalKit's own base class and inference loop with our model class."""
+    tool, *needed = VLMEVALKIT
+    install(session, "-e", ".", *needed, *tools("pytest"))
+    session.install("--no-deps", tool)
+    session.run("pytest", "tests/integrations/test_vlmevalkit.py", *session.posargs, env=OFFLINE)
 
 
 @nox.session

@@ -13,6 +13,12 @@ torch.set_num_threads(1)
 import pytest
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--every-backend", action="store_true", help="every method on every family under every attention backend"
+    )
+
+
 @pytest.fixture
 def flash(monkeypatch):
     """transformers' FlashAttention-2 glue on CPU stand-ins of the kernels; counts the kernel calls."""
