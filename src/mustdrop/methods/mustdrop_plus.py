@@ -18,7 +18,8 @@ LAYERS = (4,)
 class MustDropPlus(Recipe):
     """Diversity at the vision stage, dual attention in the prefill, output-aware eviction while decoding.
 
-    How the budget is split was searched on scenes of the bundled model's selection split (docs/quality.md).
+    The split of the budget is a first choice, made on a few scenes of the bundled model's selection split. It has not
+    been shown to be better than diversity alone.
 
     Attributes:
         keep: equal-token budget, int or share.
