@@ -1,10 +1,10 @@
 """The cost account: FLOPs and KV bytes, with what the same call would have cost without pruning.
 
-FLOPs count a multiply-add as two. A linear layer costs 2 * in * out per token; of a
-mixture of experts, those count that run for a token. Attention costs 4 * heads * head_dim per
-visible (query, key) pair, for scores and values; it is causal, so n tokens after p cached ones see
-n * p + n * (n + 1) / 2 pairs. Scoring costs 2 * heads * head_dim per (text row, key) pair at a filter layer. Norms,
-rotations and activations are left out. The language head counts once per prompt and once per decode step.
+FLOPs count a multiply-add as two. A linear layer costs 2 * in * out per token; of a mixture of experts, those count
+that run for a token. Attention costs 4 * heads * head_dim per visible (query, key) pair, for scores and values; it is
+causal, so n tokens after p cached ones see n * p + n * (n + 1) / 2 pairs. Scoring costs 2 * heads * head_dim per (text
+row, key) pair at a filter layer. Norms, rotations, activations and short convolutions are left out. The language head
+counts once per prompt and once per decode step.
 
 The parts: `vision` is the encoder's layers and its patch embedding, `projector` what maps features into the language
 model, `scoring` what pruning adds, `prefill` and `decode_step` the decoder layers and the head.
@@ -71,55 +71,56 @@ def linear_flops(module: nn.Module, without: Collection[str] = ()) -> int:
         module: a layer, or what holds layers.
         without: names of modules inside, at any depth, that do not run.
     """
-    return _flops(module, without, None)
+    return _flops(module, without, ())
 
 
-def _flops(module: nn.Module, without: Collection[str], chosen: int | None) -> int:
-    """`linear_flops`, where the modules around say that `chosen` experts run."""
+def _flops(module: nn.Module, without: Collection[str], around: tuple[nn.Module, ...]) -> int:
+    """`linear_flops` of a module inside others, the innermost last, which may say how many experts run."""
     parts: dict[str, Any] = module._modules
     if "base_layer" in parts:
-        return sum(_flops(part, without, chosen) for part in _adapted(module))
+        return sum(_flops(part, without, around) for part in _adapted(module))
     if "original_module" in parts:  # peft keeps a trained copy of the same shape beside it, and runs one of the two
-        return _flops(parts["original_module"], without, chosen)
-    chosen = _stated(module) or chosen
-    fused = _fused(module, chosen)
+        return _flops(parts["original_module"], without, around)
+    around = (*around, module)
+    fused = _fused(module, around)
     if fused:
-        return _running(module, fused, chosen)
+        return _running(module, fused, around)
     ran = {name: part for name, part in parts.items() if part is not None and name not in without}
-    inside = sum(_part(name, part, without, chosen) for name, part in ran.items())
-    # a router may hold its weight bare; as many rows as there are experts beside it tell that it is one
-    experts = {_experts(name, part, chosen) for name, part in ran.items()} - {0}
-    inside += sum(_router(part, experts) for part in ran.values())
+    inside = sum(_part(name, part, without, around) for name, part in ran.items()) + _routers(ran, around)
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if inside or None in sizes:
         return inside
     return 2 * int(cast(Any, sizes[0])) * int(cast(Any, sizes[1]))
 
 
-def _part(name: str, part: nn.Module, without: Collection[str], chosen: int | None) -> int:
+def _part(name: str, part: nn.Module, without: Collection[str], around: tuple[nn.Module, ...]) -> int:
     """Of one module inside another; experts that are modules of their own are of one size."""
     listed = _listed(name, part)
-    if listed is None or chosen is None:
-        return _flops(part, without, chosen)
-    return _running(part, [_flops(expert, without, None) for expert in listed], chosen)
+    if not listed:
+        return _flops(part, without, around)
+    return _running(part, [_flops(expert, without, ()) for expert in listed], around)
 
 
-def _running(experts: nn.Module, each: list[int], chosen: int | None) -> int:
+def _running(experts: nn.Module, each: list[int], around: tuple[nn.Module, ...]) -> int:
     """Of experts that cost `each`: of the chosen ones, or of all where `forward` hears of hidden states alone."""
     named = list(inspect.signature(type(experts).forward).parameters.values())[1:]
     told = len(named) != 1 or named[0].kind is inspect.Parameter.VAR_POSITIONAL
-    running = min(chosen, len(each)) if chosen is not None and told else len(each)
-    return sum(each) * running // len(each)
+    chosen = _chosen(around) if told else None
+    return sum(each) * min(chosen or len(each), len(each)) // len(each)
 
 
-def _stated(block: nn.Module) -> int | None:
-    """How many experts run for a token, as a block, a module in it (the router) or their configurations say."""
-    near = [_bare(part) for part in (block, *block._modules.values()) if part is not None]
-    for source in (*near, *(getattr(part, "config", None) for part in near)):
-        for name in _CHOSEN:
-            value = getattr(source, name, None)
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                return value
+def _chosen(around: tuple[nn.Module, ...]) -> int | None:
+    """How many experts run for a token, as the nearest block, a module in it (the router) or their configurations say.
+
+    None if nobody says so: then these are no experts that a router chooses from.
+    """
+    for block in reversed(around):
+        near = [_bare(part) for part in (block, *block._modules.values()) if part is not None]
+        for source in (*near, *(getattr(part, "config", None) for part in near)):
+            for name in _CHOSEN:
+                value = getattr(source, name, None)
+                if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                    return value
     return None
 
 
@@ -132,15 +133,16 @@ def _bare(module: Any) -> nn.Module:
         module = inner
 
 
-def _fused(module: Any, chosen: int | None) -> list[int]:
+def _fused(module: Any, around: tuple[nn.Module, ...]) -> list[int]:
     """FLOPs of each expert of a module that holds the weights of all in tensors of (experts, ...); else empty.
 
     Weights of packed numbers do not have the shape that they stand for, or are no parameters any more; the module then
     states its sizes.
     """
-    if chosen is None or isinstance(module, nn.Conv1d):
-        return []
     held = {name: p for name, p in module._parameters.items() if p is not None and p.ndim == 3}
+    possible = held or "num_experts" in module.__dict__  # asked first, for it is quick and most modules are no experts
+    if not possible or isinstance(module, nn.Conv1d) or _chosen(around) is None:
+        return []
     weights = {name: p for name, p in held.items() if "scale" not in name and "bias" not in name}
     if weights and all(weight.is_floating_point() for weight in weights.values()):
         shapes = [tuple(map(int, weight.shape)) for weight in weights.values()]
@@ -158,25 +160,26 @@ def _size(module: nn.Module, *names: str) -> int:
     return next((int(cast(Any, getattr(module, name))) for name in names if hasattr(module, name)), 0)
 
 
-def _listed(name: str, part: nn.Module) -> list[nn.Module] | None:
-    """The experts of a list of them."""
-    own = {key: expert for key, expert in _bare(part)._modules.items() if key.isdigit() and expert is not None}
-    return list(own.values()) if own and name.endswith("experts") and "shared" not in name else None
+def _listed(name: str, part: nn.Module) -> list[nn.Module]:
+    """The experts of a list of them; empty for another module."""
+    if not name.endswith("experts") or "shared" in name:
+        return []
+    return [expert for key, expert in _bare(part)._modules.items() if key.isdigit() and expert is not None]
 
 
-def _experts(name: str, part: nn.Module, chosen: int | None) -> int:
+def _routers(ran: Mapping[str, nn.Module], around: tuple[nn.Module, ...]) -> int:
+    """Of routers that are no linear layers: as many rows as there are experts beside such a weight tell it."""
+    held = ((_bare(part), _bare(part)._parameters.get("weight")) for part in ran.values())
+    bare = [(part, weight) for part, weight in held if weight is not None and weight.ndim == 2]
+    weights = [weight for part, weight in bare if not hasattr(part, "in_features")]
+    experts = {_experts(name, part, around) for name, part in ran.items()} - {0} if weights else ()
+    return sum(2 * int(weight.numel()) for weight in weights if weight.shape[0] in experts)
+
+
+def _experts(name: str, part: nn.Module, around: tuple[nn.Module, ...]) -> int:
     """How many experts a module holds, itself or one level deeper."""
     inside = [_bare(part), *(_bare(inner) for inner in part._modules.values() if inner is not None)]
-    return max(len(_listed(name, part) or ()), *(len(_fused(module, chosen)) for module in inside))
-
-
-def _router(part: nn.Module, experts: Collection[int]) -> int:
-    """Of a router that is no linear layer and holds a weight of (experts, features)."""
-    part = _bare(part)
-    weight = part._parameters.get("weight")
-    if weight is None or weight.ndim != 2 or hasattr(part, "in_features") or weight.shape[0] not in experts:
-        return 0
-    return 2 * int(weight.numel())
+    return max(len(_listed(name, part)), *(len(_fused(module, around)) for module in inside))
 
 
 def _adapted(module: Any) -> list[nn.Module]:
@@ -231,11 +234,12 @@ class TextCost:
             own = [getattr(config, "head_dim", None) or config.hidden_size // heads] * len(own)
         head = model.get_output_embeddings()
         others = {kind: [name for of, name in experts_of.items() if of != kind] for kind in ("text", "vision")}
+        text = tuple(linear_flops(layer, others["text"]) for layer in layers)
         return cls(
-            tuple(linear_flops(layer, others["text"]) for layer in layers),
+            text,
             tuple(heads * int(dim) for dim in own),
             linear_flops(head) if head is not None else 0,
-            tuple(linear_flops(layer, others["vision"]) for layer in layers),
+            tuple(linear_flops(layer, others["vision"]) for layer in layers) if experts_of else text,
         )
 
     def prefill(self, new: Sequence[int], past: Sequence[int], vision: Sequence[int]) -> int:
