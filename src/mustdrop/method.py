@@ -117,6 +117,11 @@ class Recipe(Settings):
         """
         return {}
 
+    @classmethod
+    def unbiased(cls) -> dict[str, Any]:
+        """Knobs under which attention needs no bias, as flash attention has none; nothing to set for most methods."""
+        return {}
+
 
 @cache
 def registry() -> dict[str, type[Recipe]]:

@@ -40,7 +40,10 @@ def pytest_generate_tests(metafunc):
 
 
 def test_dropping_equals_masking(name, kind, method, attention, flash):
-    knobs = {"keep": share(method, name), **mustdrop.method.registry()[method].unmerged()}
+    recipe = mustdrop.method.registry()[method]
+    knobs = {"keep": share(method, name), **recipe.unmerged()}
+    if attention == fake_flash.NAME:
+        knobs |= recipe.unbiased()
     if "vision" in registry()[name].lacks and mustdrop.method.find(method, **knobs).vision is not None:
         with pytest.raises(UnsupportedModelError, match="no vision stage"):
             mustdrop.patch(clone(name), method, **knobs)

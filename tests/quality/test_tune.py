@@ -10,8 +10,8 @@ import torch
 from typer.testing import CliRunner
 
 import mustdrop
-from mustdrop.__main__ import app
 from mustdrop.adapters import registry, tiny
+from mustdrop.cli import app
 from mustdrop.errors import BudgetError, ConfigError, UnknownKnobError, UnknownMethodError, UnsupportedModelError
 from mustdrop.tuning import Candidate, Goal
 from mustdrop.tuning.search import rungs

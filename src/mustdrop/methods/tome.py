@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, NonNegativeInt
@@ -75,6 +75,11 @@ class ToMe(Recipe):
     slope: float = Field(0.0, ge=-1, le=1)
     proportional: bool = True
     compat: Compat = "paper"
+
+    @classmethod
+    def unbiased(cls) -> dict[str, Any]:
+        """Merged tokens weigh like others."""
+        return {"proportional": False}
 
     def build(self) -> Method:
         """Only the vision socket is filled."""

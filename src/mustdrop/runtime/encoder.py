@@ -22,7 +22,7 @@ from mustdrop.runtime import reading
 from mustdrop.runtime.encoder_run import EncoderRun
 from mustdrop.runtime.masks import attended_keys, cut_encoder_mask, encoder_mask
 from mustdrop.runtime.state import Local
-from mustdrop.runtime.tap import attention_of
+from mustdrop.runtime.tap import implementation_of
 from mustdrop.selection import Selection
 
 
@@ -191,13 +191,13 @@ class EncoderStage:
     def _mask(self, run: EncoderRun, given: Tensor | None, hidden: Tensor, module: nn.Module) -> Tensor | None:
         """The mask that hides padding, and what the mask that came hides; made once per mask that comes."""
         if run.inside is not None:
-            return run.inside.bias(given, _implementation(module), hidden.dtype)
+            return run.inside.bias(given, hidden.dtype)
         if id(given) not in run.masks:
             merged, prefix = run.merged, self.tower.prefix
             assert merged is not None
             visible = nn.functional.pad(merged.valid, (prefix, 0), value=True)
             if given is None:
-                run.masks[id(given)] = encoder_mask(visible, _implementation(module), hidden.dtype)
+                run.masks[id(given)] = encoder_mask(visible, implementation_of(module), hidden.dtype)
             else:
                 slots = nn.functional.pad(merged.keep + prefix, (prefix, 0))
                 slots[:, :prefix] = torch.arange(prefix, device=slots.device)
@@ -264,8 +264,3 @@ def takes_mask(block: nn.Module) -> bool:
 
 def _given_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return args[1] if len(args) > 1 else kwargs.get("attention_mask")
-
-
-def _implementation(module: nn.Module) -> str:
-    config: Any = getattr(attention_of(module) or module, "config", module)
-    return str(getattr(config, "_attn_implementation", "eager"))

@@ -154,7 +154,7 @@ class FeaturesWrapper:
             return None
         rows, columns = runtime.adapter.encoder_grid(runtime.model, kind, arguments)
         target = patches_left(layouts, most, rows * columns)
-        return Inside(rule, rule.amounts(rows * columns, target, stage.last + 1), stage.tower.prefix)
+        return Inside.of(rule, rule.amounts(rows * columns, target, stage.last + 1), stage.tower)
 
     def _chooser(
         self,

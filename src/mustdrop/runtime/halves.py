@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from mustdrop import kernels
+from mustdrop.adapters.base import Tower
 from mustdrop.compat import eager
 from mustdrop.errors import UnsupportedOptionError
 from mustdrop.pruners import InnerRule
 from mustdrop.runtime.state import Local
+from mustdrop.runtime.tap import implementation_of
 from mustdrop.selection import Selection
 
 
@@ -43,19 +45,25 @@ class Inside:
     mid: Tensor | None = None
     out: Tensor | None = None
 
-    def bias(self, given: Tensor | None, implementation: str, dtype: torch.dtype) -> Tensor | None:
-        """(items, 1, 1, tokens) logarithm of the sizes, for the attention of the next layer.
+    @classmethod
+    def of(cls, rule: InnerRule, amounts: list[int], tower: Tower) -> Inside:
+        """Merging of `amounts` tokens in the layers of a tower.
 
         Raises:
-            UnsupportedOptionError: the attention implementation takes no bias.
+            UnsupportedOptionError: the rule weighs merged tokens, and the tower's attention takes no bias.
         """
+        attention = implementation_of(tower.blocks[0])
+        if rule.weighs and any(amounts) and ("flash" in attention or "flex" in attention):
+            raise UnsupportedOptionError(
+                f"merged tokens weigh by their size, and the encoder's attention {attention!r} takes no bias: use "
+                'attn_implementation="sdpa" or "eager" for the encoder, or give proportional=False.'
+            )
+        return cls(rule, amounts, tower.prefix)
+
+    def bias(self, given: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """(items, 1, 1, tokens) logarithm of the sizes, for the attention of the next layer."""
         if self.size is None or not self.rule.weighs:
             return given
-        if "flash" in implementation or "flex" in implementation:
-            raise UnsupportedOptionError(
-                f"merged tokens weigh by their size, and the encoder's attention {implementation!r} takes no bias: "
-                'load the model with attn_implementation="sdpa" or "eager", or give proportional=False.'
-            )
         return self.size.log()[:, None, None].to(dtype)
 
     def merge(self, index: int, hidden: Tensor, merged: Selection | None) -> Selection | None:

@@ -103,3 +103,10 @@ def attention_of(block: nn.Module) -> nn.Module | None:
         if isinstance(module, nn.Module) and hasattr(module, "config"):
             return module
     return None
+
+
+def implementation_of(block: nn.Module) -> str:
+    """Name of the attention implementation of an encoder or decoder layer, without a capture point's."""
+    config: Any = getattr(attention_of(block) or block, "config", block)
+    real = config.real if isinstance(config, ConfigProxy) else config
+    return str(getattr(real, "_attn_implementation", None) or "eager")
