@@ -67,7 +67,7 @@ def test_the_encoder_itself_gets_cheaper():
 
 
 def test_flash_attention_has_no_place_for_sizes(flash):
-    model = mustdrop.patch(clone("llava", fake_flash.NAME), "tome", keep=0.5)
+    model = mustdrop.patch(fake_flash.use(clone("llava")), "tome", keep=0.5)
     inputs = batch(registry()["llava"], model, (("image",),))
     with pytest.raises(UnsupportedOptionError, match=r"'flash_attention_2' takes no bias.*proportional=False"):
         answer(model, inputs, steps=1)
