@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 import transformers
-from torch import distributed
+from torch import Tensor, distributed
 
 import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from mustdrop.errors import UnsupportedOptionError
 
-from .builders import LLAMA, answer, anatomy, batch
+from .builders import LLAMA, anatomy, answer, batch
 from .versions import SPLITS_INTO_DTENSORS
 
 PROCESSES, LIMIT = 2, 120
@@ -39,6 +39,15 @@ CASES: dict[str, dict[str, Any]] = {
     "visionzip": {"method": "visionzip", "keep": 0.4},
     "tome": {"method": "tome", "keep": 0.4},
 }
+#: What else is tried: a static cache, eager attention, training, an encoder that is split as well.
+VARIED = [
+    "mustdrop, static",
+    "thresholds, eager",
+    "h2o_interval, eager",
+    "dart, training",
+    "fastv, training",
+]
+SPLIT_ENCODER = [f"{name}, split encoder" for name in ("mustdrop", "visionzip", "tome")]
 
 
 def load(folder: Path, **plan: Any) -> Any:
@@ -61,11 +70,15 @@ def tower_plan(model: Any) -> dict[str, str]:
     return {name.replace(".0.", ".*."): styles[name.rsplit(".", 1)[1]] for name in names}
 
 
-def measure(model: Any, settings: dict[str, Any], **options: Any) -> dict[str, Any]:
-    """Patch, generate, ask again with the cache that is there, unpatch."""
-    mustdrop.patch(model, **settings)
-    inputs = batch(LLAMA, ROWS, seed=5)
-    first = answer(model, inputs, steps=5, **options)
+def measure(model: Any, name: str) -> dict[str, Any]:
+    """Patch as one of ``CASES`` or its variation says, generate, ask again with the cache that is there, unpatch."""
+    case, _, variation = name.partition(", ")
+    inputs, static = batch(LLAMA, ROWS, seed=5), variation == "static"
+    model.set_attn_implementation({"text_config": "eager" if variation == "eager" else "sdpa"})
+    mustdrop.patch(model, **CASES[case])
+    if variation == "training":
+        return _train(model, inputs)
+    first = answer(model, inputs, steps=5, **({"cache_implementation": "static"} if static else {}))
     trace = mustdrop.trace(model)
     out = {
         "logits": first.logits,
@@ -76,12 +89,25 @@ def measure(model: Any, settings: dict[str, Any], **options: Any) -> dict[str, A
         "bytes": torch.tensor([trace.kv_bytes.actual, trace.kv_bytes.unpruned]),
         "flops": torch.tensor([trace.flops.actual, trace.flops.unpruned]),
     }
-    if not options:
+    if not static:
         more = torch.randint(2, 100, (len(ROWS), 4), generator=torch.Generator().manual_seed(9))
         ids = torch.cat([first.sequences, more], 1)
-        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, ids.shape[1] - inputs["input_ids"].shape[1]), value=1)
+        mask = torch.nn.functional.pad(
+            inputs["attention_mask"], (0, ids.shape[1] - inputs["input_ids"].shape[1]), value=1
+        )
         turn = {"input_ids": ids, "attention_mask": mask}
         out["turn"] = answer(model, turn, steps=2, past_key_values=first.cache).logits
+    mustdrop.unpatch(model)
+    return out
+
+
+def _train(model: Any, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """Loss, and the gradient of a weight that every process has as a whole, before all layers."""
+    loss = model(**inputs, labels=inputs["input_ids"]).loss
+    loss.backward()
+    weight = model.model.multi_modal_projector.linear_2.weight
+    out = {"tokens": mustdrop.trace(model).tokens, "loss": loss.detach(), "gradient": weight.grad.clone()}
+    model.zero_grad()
     mustdrop.unpatch(model)
     return out
 
@@ -95,13 +121,14 @@ def start(folder: Path) -> list[dict[str, Any]]:
         environment = os.environ | {key: str(value) for key, value in own.items()}
         environment |= {"PYTHONPATH": os.pathsep.join(places), "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-m", "support.two_processes", str(folder)]
-        ran.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        with (folder / f"{rank}.log").open("w") as log:
+            ran.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
     try:
-        said = [process.communicate(timeout=LIMIT)[1] for process in ran]
+        codes = [process.wait(timeout=LIMIT) for process in ran]
     finally:
         for process in ran:
             process.kill()
-    assert not any(process.returncode for process in ran), "\n".join(said)
+    assert not any(codes), "\n".join((folder / f"{rank}.log").read_text() for rank in range(PROCESSES))
     return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
 
 
@@ -113,14 +140,13 @@ def _work(folder: Path) -> dict[str, Any]:
         except UnsupportedOptionError as error:
             return {"refused": str(error)}
         return {}
-    inputs, out = batch(LLAMA, ROWS, seed=5), {}
-    out["static"] = measure(model, CASES["mustdrop"], cache_implementation="static")  # which leaves notes on the model
+    inputs = batch(LLAMA, ROWS, seed=5)
+    out = {name: measure(model, name) for name in VARIED}  # static caches leave notes on a model
     plain, before = answer(model, inputs).logits, anatomy_of(model)
-    out |= {name: measure(model, settings) for name, settings in CASES.items()}
+    out |= {name: measure(model, name) for name in CASES}
     out["unpatched"] = {"same": before == anatomy_of(model), "logits": answer(model, inputs).logits, "before": plain}
     model = load(folder, tp_plan=tower_plan(model))
-    out |= {f"{name}, split encoder": measure(model, CASES[name]) for name in ("mustdrop", "visionzip", "tome")}
-    return out
+    return out | {name: measure(model, name) for name in SPLIT_ENCODER}
 
 
 def anatomy_of(model: Any) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Tensor parallel: what one process reads from its attention heads becomes what all heads of the layer say.
 
 Weights that transformers splits are `DTensor`s, so the attention module itself tells which processes share its heads.
-Every process gets the same sums, bit for bit, and so takes the same decisions. Without tensor parallel nothing here does
-anything.
+Every process gets the same sums, bit for bit, and so takes the same decisions. Without tensor parallel nothing here
+does anything.
 """
 
 from __future__ import annotations
