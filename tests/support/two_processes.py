@@ -64,10 +64,10 @@ def load(folder: Path, **plan: Any) -> Any:
 
 
 def tower_plan(model: Any) -> dict[str, str]:
-    """A plan that splits the encoder's attention too, which those of transformers leave whole."""
+    """The plan of transformers, which leaves the encoder whole, and one that splits its attention."""
     styles = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "out_proj": "rowwise"}
     names = [name for name, _ in model.named_modules() if "vision_tower" in name and ".layers.0.self_attn." in name]
-    return {name.replace(".0.", ".*."): styles[name.rsplit(".", 1)[1]] for name in names}
+    return model.tp_plan | {name.replace(".0.", ".*."): styles[name.rsplit(".", 1)[1]] for name in names}
 
 
 def measure(model: Any, name: str) -> dict[str, Any]:
@@ -114,12 +114,12 @@ def _train(model: Any, inputs: dict[str, Tensor]) -> dict[str, Any]:
 
 def start(folder: Path) -> list[dict[str, Any]]:
     """What each process wrote down; ``folder`` holds the model."""
-    places = [str(Path(mustdrop.__file__).parents[1]), str(Path(__file__).parents[1])]
+    places = [Path(mustdrop.__file__).parents[1], Path(__file__).parents[1], os.environ.get("PYTHONPATH", "")]
     ran = []
     for rank in range(PROCESSES):
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES, "OMP_NUM_THREADS": 1}
         environment = os.environ | {key: str(value) for key, value in own.items()}
-        environment |= {"PYTHONPATH": os.pathsep.join(places), "CUDA_VISIBLE_DEVICES": ""}
+        environment |= {"PYTHONPATH": os.pathsep.join(map(str, places)), "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-m", "support.two_processes", str(folder)]
         with (folder / f"{rank}.log").open("w") as log:
             ran.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
