@@ -31,7 +31,8 @@ class Trace:
         kv_vision: (L, B) long, those of them that hold vision tokens of this prompt.
         flops: FLOPs of the prompt (vision, projector, scoring, prefill), beside the unpruned call; `parts` has these
             and the decode step. See `mustdrop.cost` for the formulas.
-        kv_bytes: bytes of keys and values stored at the end, beside the unpruned call.
+        kv_bytes: bytes of keys and values stored at the end, beside the unpruned call; in tensor parallel those of this
+            process, which stores its own heads.
         backend: attention implementation of the text model.
         kernels: what the operations of `mustdrop.kernels` ran as: "triton", "reference", both, or "none" where nothing
             was scored, merged, gathered or cut.

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import pytest
 import torch
-import transformers
 
 import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner, errors
@@ -118,16 +115,3 @@ def test_an_accelerator_prepares_a_patched_model():
 def test_a_wrapper_names_what_to_patch():
     with pytest.raises(errors.UnsupportedModelError, match=r"wraps a LlavaForConditionalGeneration.*\.module"):
         mustdrop.patch(torch.nn.DataParallel(clone()))
-
-
-@pytest.mark.parametrize("parts", [1, 2])
-def test_tensor_parallel_is_refused(parts):
-    """Each process holds some of the heads; transformers notes on the model how many processes share them."""
-    model = clone()
-    assert hasattr(transformers.PreTrainedModel, "tp_size")
-    model._tp_size = parts
-    with pytest.raises(errors.UnsupportedOptionError, match="tensor parallel") if parts > 1 else nullcontext():
-        mustdrop.patch(model, **MERGING)
-    if parts > 1:
-        assert "_mustdrop" not in vars(model)
-        assert not model.model.language_model.layers[0]._forward_pre_hooks

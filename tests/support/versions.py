@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import transformers
 from packaging.version import Version
 from torch import nn
@@ -11,6 +13,9 @@ TRANSFORMERS = Version(transformers.__version__)
 #: Before 5.18 beams and ``num_return_sequences`` repeat pixels per image, not per row: with rows that hold different
 #: image counts the *unpatched* library mixes the images up, so those tests use one image per row there.
 BEAMS_MIX_IMAGES = Version("5.18") > TRANSFORMERS
+
+#: From here on weights split over several processes are ``DTensor``s, which mustdrop asks for in tensor parallel.
+SPLITS_INTO_DTENSORS = find_spec("transformers.distributed.tensor_parallel") is not None
 
 
 def tower_body(model: nn.Module) -> nn.Module:

@@ -11,7 +11,7 @@ from mustdrop import kv
 from mustdrop.adapters.base import Modality
 from mustdrop.compat import checkpoints_activations
 from mustdrop.errors import CacheStateError, ConfigError, UnsupportedOptionError
-from mustdrop.runtime import tap
+from mustdrop.runtime import parallel, tap
 
 if TYPE_CHECKING:
     from mustdrop.runtime.core import Runtime
@@ -21,11 +21,19 @@ def model(runtime: Runtime) -> None:
     """Raise `UnsupportedOptionError` for a model that cannot be patched."""
     backend(runtime)
     parts = getattr(runtime.model, "_tp_size", None) or 1
-    if parts > 1:
+    if parts == 1:
+        return
+    instead = "Load the model without tp_plan and tp_size; device_map='auto' spreads whole layers over several devices."
+    if getattr(runtime.model, "hf_quantizer", None) is not None:
         raise UnsupportedOptionError(
-            f"a model in tensor parallel cannot be pruned (tp_size={parts}, expected 1): each process holds some of "
-            "the attention heads, would score the tokens by these alone and drop others than its neighbours. Load the "
-            "model without tp_plan and tp_size; device_map='auto' spreads whole layers over several devices."
+            f"a quantised model in tensor parallel (tp_size={parts}) cannot be pruned: its packed weights do not say "
+            f"which processes share its heads. {instead}"
+        )
+    if not parallel.is_split(runtime.model):
+        raise UnsupportedOptionError(
+            f"a model in tensor parallel (tp_size={parts}) whose weights are no DTensors cannot be pruned: nothing "
+            "says which processes share its heads, and each would score the tokens by its own and drop others than its "
+            f"neighbours. Newer versions of transformers split weights into DTensors. {instead}"
         )
 
 
@@ -109,11 +117,16 @@ def cache(runtime: Runtime, given: Any) -> None:
         if not isinstance(layer.keys, Tensor) or layer.keys.ndim != 4:
             continue
         heads, width = int(layer.keys.shape[1]), int(layer.keys.shape[-1])
-        made = getattr(getattr(tap.attention_of(block), "k_proj", None), "out_features", None)
+        attention = tap.attention_of(block)
+        made = getattr(getattr(attention, "k_proj", None), "out_features", None)
+        # in tensor parallel some of the heads are here, or, where a plan gathers what it split, all
+        parts = {1, 1 if attention is None else parallel.size(parallel.group_of(attention))}
         config = runtime.text.config
         counts = (getattr(config, name, heads) for name in ("num_key_value_heads", "num_attention_heads"))
         known = {1, *counts}  # latent attention stores one head for all
-        if (made is not None and made != heads * width) or (made is None and heads not in known):
+        if (made is not None and made not in {heads * width * n for n in parts}) or (
+            made is None and known.isdisjoint(heads * n for n in parts)
+        ):
             raise CacheStateError(
                 f"this cache holds keys of {heads} heads x {width} at layer {i}, {type(runtime.model).__name__} makes "
                 f"{f'{made} numbers' if made else f'keys of {sorted(known)} heads'} per token there: another model "

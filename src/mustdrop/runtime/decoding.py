@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from mustdrop import kernels, kv
 from mustdrop.errors import MustDropError
 from mustdrop.pruners import CacheScorer, DecodeCachePruner, Received
+from mustdrop.runtime import parallel
 from mustdrop.runtime.masks import visible_keys
 from mustdrop.runtime.rows import PAD, pack
 from mustdrop.runtime.state import Forward
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from mustdrop.runtime.entry import Media
 
 #: Rows x keys of a mask that may exist at once, in elements, where all rows of a prompt are read.
@@ -32,6 +35,7 @@ class Asked:
         mask: what the function got, cut to these slots.
         scaling: factor on the logits.
         softcap: see `mustdrop.kernels.row_probabilities`.
+        group: processes that share the heads in tensor parallel, else None.
     """
 
     q: Tensor
@@ -39,6 +43,7 @@ class Asked:
     mask: Tensor | None
     scaling: float
     softcap: float | None
+    group: ProcessGroup | None = None
 
     @classmethod
     def of(
@@ -48,12 +53,36 @@ class Asked:
         if stored is not None:  # a static cache hands out room for later tokens too
             k, mask = k[:, :, :stored], mask if mask is None else mask[..., :stored]
         scaling = kwargs.get("scaling") or getattr(module, "scaling", None) or q.shape[-1] ** -0.5
-        return cls(q, k, mask, scaling, kwargs.get("softcap"))
+        return cls(q, k, mask, scaling, kwargs.get("softcap"), parallel.group_of(module))
 
     def arguments(self, rows: Tensor, first: int = 0) -> tuple[Any, ...]:
         """Arguments of the kernels that read query rows (B, R), -1 on padding; keys before `first` give no result."""
         visible, bias = visible_keys(rows, self.mask, self.q.shape[2], self.k.shape[2])
         return self.q, self.k, rows, visible, self.scaling, bias, self.softcap, first
+
+    def over_heads(self, x: Tensor) -> Tensor:
+        """A mean over the heads that are here as the mean over all heads."""
+        return parallel.mean_over_heads(x, self.group)
+
+    def probabilities(self, rows: Tensor, first: int) -> Tensor:
+        """(B, R, K - first) head-mean attention of query rows (B, R)."""
+        return self.over_heads(kernels.row_probabilities(*self.arguments(rows, first)))
+
+    def statistics(self, rows: Tensor, first: int) -> Tensor:
+        """(B, 2, K - first) sum and maximum of it over the rows."""
+        if self.group is None:
+            return kernels.text_statistics(*self.arguments(rows, first))
+        # the maximum is one of the mean over all heads, so the rows must be there when the processes meet
+        total = self.q.new_zeros(rows.shape[0], self.k.shape[2] - first, dtype=torch.float32)
+        peak = total
+        for part in torch.split(rows, self.at_once(rows), dim=1) if rows.shape[1] else ():
+            given = self.probabilities(part, first)
+            total, peak = total + given.sum(1), torch.maximum(peak, given.amax(1))
+        return torch.stack([total, peak], 1)
+
+    def at_once(self, rows: Tensor) -> int:
+        """How many of the rows (B, R) may meet the keys at once."""
+        return max(1, AT_ONCE // max(1, rows.shape[0] * self.k.shape[2]))
 
 
 def read_prompt(scorer: CacheScorer, layer: kv.Slots, forward: Forward, media: Media, asked: Asked) -> Tensor:
@@ -73,13 +102,12 @@ def read_prompt(scorer: CacheScorer, layer: kv.Slots, forward: Forward, media: M
     rows = pack(scorer.rows(forward.current(media.text) & prompt, prompt)).to(asked.q.device)
     if scorer.by_row:
         arguments = asked.arguments(rows)
-        attention = kernels.row_probabilities(*arguments)
+        attention = asked.over_heads(kernels.row_probabilities(*arguments))
         own = (rows + asked.k.shape[2] - asked.q.shape[2]).masked_fill(rows == PAD, PAD)
         read = Received(scorer.gather(attention, own), _seeing(rows, arguments[3]))
         mass = attention.sum(1)
     else:
-        step = max(1, AT_ONCE // max(1, rows.shape[0] * asked.k.shape[2]))
-        parts = [_sums(asked, part) for part in torch.split(rows, step, dim=1)]
+        parts = [_sums(asked, part) for part in torch.split(rows, asked.at_once(rows), dim=1)]
         read = sum(parts[1:], start=parts[0])
         mass = read.given
     layer.attended, layer.queries = read.given, read.queries
@@ -146,7 +174,7 @@ def _sums(asked: Asked, rows: Tensor) -> Received:
     arguments = asked.arguments(rows)
     one = rows.shape[1] == 1
     given = (kernels.row_probabilities if one else kernels.text_statistics)(*arguments)[:, 0]
-    return Received(given, _seeing(rows, arguments[3]))
+    return Received(asked.over_heads(given), _seeing(rows, arguments[3]))
 
 
 def _seeing(rows: Tensor, visible: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from mustdrop.adapters.base import Tower
 from mustdrop.compat import eager
 from mustdrop.errors import ConfigError
 from mustdrop.pruners import InnerRule, Read, VisionStagePruner
-from mustdrop.runtime import reading
+from mustdrop.runtime import parallel, reading
 from mustdrop.runtime.encoder_run import EncoderRun
 from mustdrop.runtime.masks import attended_keys, cut_encoder_mask, encoder_mask
 from mustdrop.runtime.state import Local
@@ -213,6 +213,8 @@ class EncoderStage:
         if run is None:
             return
         scaling = kwargs.get("scaling") or getattr(module, "scale", None) or q.shape[-1] ** -0.5
+        group = parallel.group_of(module)
+        q, k = parallel.side_by_side(q, group), parallel.side_by_side(k, group)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # grouped keys
         if run.inside is not None:
             run.inside.keys = k.float().mean(1)

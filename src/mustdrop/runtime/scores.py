@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mustdrop.pruners import PrefillPruner, Seen
 from mustdrop.pruners.prefill import needs_rows
+from mustdrop.runtime import parallel
 from mustdrop.runtime.entry import Media
 from mustdrop.runtime.rows import pack, take
 from mustdrop.runtime.state import Forward
@@ -16,24 +17,24 @@ from mustdrop.selection import Selection
 
 if TYPE_CHECKING:
     from mustdrop.runtime.core import Runtime
+    from mustdrop.runtime.decoding import Asked
 
 
-def rows(prefill: PrefillPruner | None, forward: Forward, media: Media, keys: Tensor, queries: int) -> Tensor:
+def rows(prefill: PrefillPruner | None, forward: Forward, media: Media, asked: Asked) -> Tensor:
     """(B, R) query rows whose attention is read, left-padded with PAD; the keys are kept where the scorer wants them.
 
     Args:
         prefill: the prefill stage.
         forward: the pass.
         media: its vision tokens.
-        keys: (B, G, K, D) keys of the layer.
-        queries: rows of this pass, the last of the keys.
+        asked: the layer's attention; the rows of this pass are the last of its keys.
     """
     text = pack(forward.current(media.raters & media.valid))
     scorer = None if prefill is None else prefill.score
     if scorer is None:
         return text
     if "keys" in scorer.reads:
-        own = keys[:, :, :queries] if keys.shape[2] < queries else keys[:, :, -queries:]
+        own = parallel.side_by_side(asked.k[:, :, -asked.q.shape[2] :], asked.group)
         forward.keys = own.transpose(1, 2).flatten(2).float()
     return {"text": text, "last": text[:, -1:], "none": text[:, :0]}[scorer.rows]
 

@@ -232,9 +232,9 @@ class TextStage:
             return
         if self._filters_after(i, media):
             prefill = self.runtime.method.prefill
-            rows = scores.rows(prefill, forward, media, asked.k, q.shape[2]).to(q.device)
-            score = kernels.row_probabilities if needs_rows(prefill) else kernels.text_statistics
-            forward.attention = score(*asked.arguments(rows, first=asked.k.shape[2] - q.shape[2]))
+            rows = scores.rows(prefill, forward, media, asked).to(q.device)
+            score = asked.probabilities if needs_rows(prefill) else asked.statistics
+            forward.attention = score(rows, asked.k.shape[2] - q.shape[2])
             self._note(forward, i, rows)
         if layer is not None and decode.reads_prompt:
             self._note(forward, i, decoding.read_prompt(decode.scorer, layer, forward, media, asked))
