@@ -90,10 +90,13 @@ def docs(session: nox.Session) -> None:
 @nox.parametrize("transformers", TRANSFORMERS)
 def matrix(session: nox.Session, transformers: str) -> None:
     """Run the conformance tests on the oldest, a middle and the newest transformers."""
-    wanted = "transformers" if transformers == "newest" else f"transformers=={transformers}"
-    constraints = constraints_without(session, {"transformers"} | FOLLOWERS)
-    session.install("-c", constraints, "--upgrade", "-e", ".[dev]", wanted)
-    session.run("pytest", "-n", "2", "tests/conformance", *session.posargs, env=OFFLINE)
+    conform(session, "transformers" if transformers == "newest" else f"transformers=={transformers}")
+
+
+@nox.session
+def latest(session: nox.Session) -> None:
+    """Run the conformance tests on the newest transformers of the package index."""
+    conform(session, "transformers")
 
 
 @nox.session
@@ -158,6 +161,13 @@ def bench(session: nox.Session) -> None:
 def install(session: nox.Session, *arguments: str) -> None:
     """Install with the committed versions."""
     session.install("-c", str(CONSTRAINTS), *arguments)
+
+
+def conform(session: nox.Session, transformers: str) -> None:
+    """Run the conformance tests on a transformers of choice, everything else at its committed version."""
+    constraints = constraints_without(session, {"transformers"} | FOLLOWERS)
+    session.install("-c", constraints, "--upgrade", "-e", ".[dev]", transformers)
+    session.run("pytest", "-n", "2", "tests/conformance", *session.posargs, env=OFFLINE)
 
 
 def tools(*names: str) -> list[str]:
