@@ -60,30 +60,20 @@ def plainly(run, what):
 # -- half types -------------------------------------------------------------------------------------------------------
 
 
-def seeds(model):
-    """Of prompts to try. Where a router of experts wavers, rounding sends a token to others: then the next prompt."""
-    experts = any(name.endswith("experts") for name, _ in model.named_modules())
-    return (3, 4, 5) if experts else (3,)
-
-
 def check_type(name, kind, dtype):
     """Keeping everything changes no bit; dropping equals masking as far as the type rounds."""
     model = clone(name).to(dtype)
-    inputs = cast(batch(registry()[name], model, ragged(kind), 3), dtype)
+    inputs = cast(batch(registry()[name], model, ragged(kind), 0), dtype)
     expected = plainly(lambda: answer(model, inputs, 1), f"in {dtype}")
     with pytest.warns(mustdrop.errors.NothingDroppedWarning):
         got = answer(mustdrop.patch(model, **stages(name, KEEP_ALL)), inputs, 1)
     assert torch.equal(got.logits, expected.logits)
     assert torch.equal(got.sequences, expected.sequences)
     mustdrop.unpatch(model)
-    for seed in (tries := seeds(model)):
-        try:
-            check_dropping(name, kind, model, seed)
-        except AssertionError:
-            if seed == tries[-1]:
-                raise
-        else:
-            break
+    if any(module.endswith("experts") for module, _ in model.named_modules()):
+        # keeping everything has been compared; a masked pass rounds otherwise, and the router sends tokens elsewhere
+        pytest.skip("in half types rounding decides which expert a token goes to, so a masked pass is no oracle")
+    check_dropping(name, kind, model, seed=0)
 
 
 def check_dropping(name, kind, model, seed):

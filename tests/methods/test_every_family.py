@@ -48,4 +48,4 @@ def test_dropping_equals_masking(name, kind, method, attention, flash):
         with pytest.raises(UnsupportedModelError, match="no vision stage"):
             mustdrop.patch(clone(name), method, **knobs)
         return
-    assert_dropping_equals_masking(name, ((kind,), (), (kind, kind)), attention, steps=3, method=method, **knobs)
+    assert_dropping_equals_masking(name, ((kind,), (), (kind, kind)), attention, steps=8, method=method, **knobs)

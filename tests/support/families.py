@@ -271,12 +271,14 @@ def compare(
 def assert_dropping_equals_masking(*args: Any, tolerance: float = 1e-5, **settings: Any) -> Compared:
     """Logits at the prefill and at every decode step, equal tokens, and something was dropped.
 
-    ``tolerance`` is relative to the largest logit where that is above 1.
+    Under the stand-in for flash attention ``tolerance`` is relative to the largest logit where that is above 1: the
+    oracle runs sdpa there, which adds up in another order. Elsewhere both sides run the same attention.
     """
     both = compare(*args, **settings)
+    if fake_flash.NAME in (*args, settings.get("attention")):
+        tolerance *= max(1.0, float(both.oracle.logits.abs().max()))
     assert both.hidden.anything, "nothing was dropped: this comparison proves nothing"
     difference = (both.ours.logits - both.oracle.logits).abs().amax((0, 2))
-    tolerance *= max(1.0, float(both.oracle.logits.abs().max()))  # float32 rounds relative to what it rounds
     assert difference.max() <= tolerance, f"largest difference of the logits per step: {difference.tolist()}"
     assert torch.equal(both.ours.sequences, both.oracle.sequences)
     return both
