@@ -29,6 +29,7 @@ import evaluation_tables
 import kernel_table
 import method_cards
 import quality_table
+import speed_table
 import support_table
 
 ROOT = Path(__file__).parents[1]
@@ -144,67 +145,19 @@ renderer("stack-run")(example(body_of="main"))
 @renderer("speed-cpu")
 def speed_cpu(results: Results) -> str:
     """Speed and memory on the CPU: what was run in one sentence, then one row per method and budget."""
-    return _speed(results["end_to_end_cpu"])
+    return speed_table.rows(results["end_to_end_cpu"], table)
 
 
 @renderer("speed-cpu-plain")
 def speed_cpu_plain(results: Results) -> str:
     """The same where the weights are laid out for the processor at every call."""
-    return _speed(results["end_to_end_cpu_plain"])
-
-
-def _speed(record: Mapping[str, Any]) -> str:
-    rows = []
-    for row in record["rows"]:
-        text, whole = row["text"], row["prompt"]
-        rows.append(
-            (
-                f"`{row['method']}`",
-                row["keep"] or "all",
-                row["batch"],
-                f"{text['flops_ratio']:.2f}",
-                _ratio(text["speed_up"]),
-                f"{text['share_of_flops_ratio']:.0%}",
-                f"{whole['flops_ratio']:.2f}",
-                _ratio(whole["speed_up"]),
-                f"{row['decode']['speed_up']['median']:.2f}" if "decode" in row else "",
-                f"{row['kv_bytes']['stored'] / 2**20:.1f}",
-            )
-        )
-    header = (
-        "method",
-        "keep",
-        "batch",
-        "prefill: FLOPs ratio",
-        "speed-up",
-        "of the FLOPs ratio",
-        "whole prompt: FLOPs ratio",
-    )
-    return _speed_setting(record) + "\n\n" + table((*header, "speed-up", "decoding", "KV MiB"), rows)
+    return speed_table.rows(results["end_to_end_cpu_plain"], table)
 
 
 @renderer("speed-cpu-hardware")
 def speed_cpu_hardware(results: Results) -> str:
     """What fewer rows cost the hardware, and what is left of the speed-up after pruning took its share."""
-    record = results["end_to_end_cpu"]
-    points = [(p["tokens"], f"{p['gflops']:.0f}", f"{p['efficiency']:.0%}") for p in record["roofline"]]
-    shares = [
-        (
-            f"`{row['method']}`",
-            row["keep"],
-            row["batch"],
-            _ratio(row["text"]["speed_up"]),
-            _ratio(row["bare"]["speed_up"]),
-            f"{row['bare']['pruning_share']['median']:.1%}",
-        )
-        for row in record["rows"]
-        if "bare" in row
-    ]
-    first = table(("tokens", "GFLOP/s of the linear layers", "efficiency"), points)
-    second = table(
-        ("method", "keep", "batch", "prefill speed-up", "of the bare layers", "time that pruning takes"), shares
-    )
-    return f"{_speed_setting(record)}\n\n{first}\n\n{second}"
+    return speed_table.hardware(results["end_to_end_cpu"], table)
 
 
 @renderer("kernels-aot")
@@ -241,25 +194,6 @@ def published_commands(results: Results) -> str:
 def evaluation(results: Results) -> str:
     """The bundled model on its own benchmark."""
     return evaluation_tables.scenes(results["evaluation"], table)
-
-
-def _ratio(spread: Mapping[str, float]) -> str:
-    return f"{spread['median']:.2f} ({spread['min']:.2f} to {spread['max']:.2f})"
-
-
-_WEIGHTS = {"plain": "weights laid out at every product", "packed": "weights laid out for the processor once"}
-
-
-def _speed_setting(record: Mapping[str, Any]) -> str:
-    model, prompt, versions = record["model"], record["prompt"], record["versions"]
-    return (
-        f"A LLaVA with random weights ({model['parameters'] / 1e9:.2f} B parameters, {model['dtype']}, "
-        f"{model['attention']}, {_WEIGHTS[model.get('weights', 'plain')]}) on {record['hardware']}, "
-        f"{record['threads']} threads; "
-        f"{prompt['vision_tokens']} vision and {prompt['text_tokens']} text tokens; torch {versions['torch']}, "
-        f"transformers {versions['transformers']}; medians (and extremes) of {record['pairs']['prefill']} pairs of "
-        f"neighbouring runs, {record['pairs']['keep_all']} where nothing is dropped."
-    )
 
 
 def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
