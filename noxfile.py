@@ -33,6 +33,7 @@ FOLLOWERS = {
     "tokenizers",
 }
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
+EVERY_FAMILY = "tests/methods/test_every_family.py"
 # The evaluation tools of others, and what of their many requirements our tests run. They are installed without the
 # rest, which would bring another torch.
 LMMS_EVAL = ("lmms-eval==0.7.3", "datasets", "evaluate", "loguru", "numexpr", "pytablewriter", "python-dotenv")
@@ -49,10 +50,18 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def backends(session: nox.Session) -> None:
-    """Run every method on every family under every attention backend; `tests` takes the backends in turn."""
+    """Run every method on every family: against the masked oracle under every attention backend, all else under one."""
     install(session, "-e", ".[dev]")
-    families = "tests/methods/test_every_family.py"
-    session.run("pytest", "-n", "2", families, "--every-backend", *session.posargs, env=OFFLINE)
+    session.run("pytest", "-n", "2", EVERY_FAMILY, "--breadth", "pairs", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def product(session: nox.Session) -> None:
+    """Run every test of every method on every family under every attention backend, and write down the outcomes."""
+    install(session, "-e", ".[dev]")
+    out = "benchmarks/results/product.json"
+    breadth = ("--breadth", "product", "--product", out)
+    session.run("pytest", "-n", "2", EVERY_FAMILY, *breadth, *session.posargs, env=OFFLINE)
 
 
 @nox.session

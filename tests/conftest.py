@@ -15,7 +15,10 @@ import pytest
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--every-backend", action="store_true", help="every method on every family under every attention backend"
+        "--breadth",
+        choices=("turns", "pairs", "product"),
+        default="turns",
+        help="how much of family x method x attention backend runs: see tests/methods/test_every_family.py",
     )
 
 

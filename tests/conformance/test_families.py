@@ -15,7 +15,7 @@ from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from mustdrop.adapters import registry
 from mustdrop.errors import UnsupportedOptionError
 from mustdrop.runtime.encoder import EncoderStage
-from support import fake_flash, families
+from support import fake_flash, families, following, turns
 from support.builders import answer
 from support.families import assert_dropping_equals_masking, batch, clone, plain
 
@@ -148,21 +148,10 @@ def test_static_cache(name, kind, record_property):
 @each
 def test_second_turn(name, kind):
     """The conversation goes on over the pruned cache."""
-    adapter, model = registry()[name], mustdrop.patch(clone(name), **ALL)
-    first, second = families.turns(adapter, model, kind)
-    with torch.no_grad():
-        with families.Recorder(model) as recorder:
-            one = answer(model, first, 3)
-        hidden = families.hidden_by(model, mustdrop.trace(model), first["input_ids"], ALL["decode"].full_layers)
-        ids = torch.cat([one.sequences, second], 1)
-        ours = answer(model, families.continued(adapter, model, ids), 4, past_key_values=one.cache)
-        oracle_model = plain(name)
-        with families.FamilyOracle(oracle_model, hidden, recorder.outputs):
-            start = answer(oracle_model, first, 3, past_key_values=families.DynamicCache())
-            theirs = answer(oracle_model, families.continued(adapter, model, ids), 4, past_key_values=start.cache)
-    assert torch.equal(one.sequences, start.sequences)
-    assert (ours.logits - theirs.logits).abs().max() <= 1e-5
-    assert torch.equal(ours.sequences, theirs.sequences)
+    both = turns.compare_two_turns(name, kind, **ALL)
+    assert both.hidden.anything
+    assert (both.ours.logits - both.oracle.logits).abs().max() <= 1e-5
+    assert torch.equal(both.ours.sequences, both.oracle.sequences)
 
 
 @each
@@ -173,11 +162,11 @@ def test_new_picture_in_a_second_turn(name, kind):
         with families.Recorder(model) as seen_first:
             one = answer(model, first, 2)
         hidden = families.hidden_by(model, mustdrop.trace(model), first["input_ids"], ALL["decode"].full_layers)
-        again = families.with_a_new_picture(adapter, model, kind, one.sequences)
-        families.skip_where_transformers_cannot_go_on(name, first, again)
+        again = turns.with_a_new_picture(adapter, model, kind, one.sequences)
+        turns.skip_where_transformers_cannot_go_on(name, first, again)
         with families.Recorder(model) as seen_second:
             ours = answer(model, again, 4, past_key_values=one.cache)
-        hidden = families.hidden_in_two_turns(
+        hidden = turns.hidden_in_two_turns(
             hidden, mustdrop.trace(model), model, again["input_ids"], one.sequences.shape[1], step=3
         )
         with families.FamilyOracle(oracle_model, hidden, seen_first.outputs) as oracle:
@@ -255,7 +244,7 @@ def test_trace_names_the_right_patches(name, kind):
     """Paint one patch of the picture and follow it through an encoder whose tokens do not talk to each other."""
     adapter, model = registry()[name], clone(name)
     for place in (0.1, 0.55, 0.95):
-        families.follow_a_patch(adapter, model, kind, place)
+        following.follow_a_patch(adapter, model, kind, place)
 
 
 @each

@@ -1,51 +1,234 @@
-"""Every method on every family; nobody edits this file to add one.
+"""Every method on every family under every attention backend; nobody edits this file to add one of them.
 
-The default run takes the attention backends in turn, so that each meets every family and every method; with
-`--every-backend` (`nox -s backends`) each method runs on each family under each of them.
+How much of the product runs is a matter of time, and ``--breadth`` says it:
+
+* ``turns`` (the default tests): every pair of family and method, under one backend, in one comparison with the masked
+  oracle and one further test. Backends and tests take turns, so that each meets every family and every method.
+* ``pairs`` (`nox -s backends`): the comparison with the oracle under every backend; all other tests for every pair,
+  whose backends take turns.
+* ``product`` (`nox -s product`): every test for every pair under every backend.
 """
 
 from __future__ import annotations
 
-import pytest
+import functools
+from dataclasses import dataclass
+from typing import Any
 
+import pytest
+import torch
+from transformers import DynamicCache
+
+import mustdrop
 import mustdrop.method
 from mustdrop.adapters import registry
 from mustdrop.errors import UnsupportedModelError
-from support import fake_flash
-from support.families import assert_dropping_equals_masking, clone
+from support import fake_flash, families, following, turns
+from support.builders import answer
+from support.families import assert_dropping_equals_masking, batch, clone
 
 from .test_every_method import BUDGETED, share
 
 FAMILIES = [(name, kind) for name, adapter in registry().items() if adapter.available() for kind in adapter.media]
 BACKENDS = ("sdpa", "eager", fake_flash.NAME)
-CASES = [
-    (name, kind, method, attention)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One family with one kind of media, one method, one attention backend."""
+
+    name: str
+    kind: str
+    method: str
+    attention: str
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.kind}-{self.method}-{self.attention}"
+
+    @property
+    def rows(self) -> tuple[families.Row, ...]:
+        """One medium, none, two: rows of different lengths and kept counts."""
+        return ((self.kind,), (), (self.kind, self.kind))
+
+    @property
+    def turn(self) -> int:
+        """What its backend and its test are chosen by where these take turns."""
+        return FAMILIES.index((self.name, self.kind)) + BUDGETED.index(self.method)
+
+    @property
+    def lacks_a_stage(self) -> bool:
+        """Whether the family has no stage for what the method does."""
+        lacks, method = registry()[self.name].lacks, mustdrop.method.find(self.method, keep=0.5)
+        return any(getattr(method, stage) is not None for stage in lacks)
+
+    @property
+    def knobs(self) -> dict[str, Any]:
+        """The method in its own form, as far as the attention backend can express it."""
+        unbiased = mustdrop.method.registry()[self.method].unbiased() if self.attention == fake_flash.NAME else {}
+        return {"method": self.method, "keep": share(self.method, self.name), **unbiased}
+
+    @property
+    def maskable(self) -> dict[str, Any]:
+        """As :attr:`knobs`, in the form that a mask can imitate."""
+        return self.knobs | mustdrop.method.registry()[self.method].unmerged()
+
+    def unpatched(self) -> Any:
+        """An independent unpatched model that runs this backend."""
+        if self.attention == fake_flash.NAME:
+            return fake_flash.use(clone(self.name))
+        return clone(self.name, self.attention)
+
+    def patched(self, **knobs: Any) -> Any:
+        """An independent model, patched with :attr:`knobs` and what else is given."""
+        return mustdrop.patch(self.unpatched(), **self.knobs | knobs)
+
+
+POSSIBLE = [
+    Case(name, kind, method, attention)
     for name, kind in FAMILIES
     for method in BUDGETED
     for attention in BACKENDS
     if not (attention == fake_flash.NAME and registry()[name].refuses_flash)
 ]
+CASES = [case for case in POSSIBLE if not case.lacks_a_stage]
+REFUSED = [case for case in POSSIBLE if case.lacks_a_stage]
+#: Tests besides the comparison with the oracle, in the order in which they take turns.
+FURTHER = (
+    "test_keep_all_is_bit_identical",
+    "test_padded_row_equals_single_row",
+    "test_cache_really_shrinks",
+    "test_trace_names_the_right_patches",
+    "test_beams",
+    "test_sampling",
+    "test_second_turn",
+    "test_unpatch_restores",
+)
 
 
-def its_turn(name, kind, method, attention):
-    """Whether a case is in the default run."""
-    known = [case[3] for case in CASES if case[:3] == (name, kind, method)]
-    return attention == known[(FAMILIES.index((name, kind)) + BUDGETED.index(method)) % len(known)]
+@functools.cache
+def backends_of(name):
+    return [
+        attention for attention in BACKENDS if not (attention == fake_flash.NAME and registry()[name].refuses_flash)
+    ]
+
+
+def runs(case, test, breadth):
+    """Whether a test runs for a case."""
+    known = backends_of(case.name)
+    its_backend = case.attention == known[case.turn % len(known)]
+    if breadth == "product" or test not in FURTHER:
+        return breadth != "turns" or its_backend
+    return its_backend and (breadth == "pairs" or FURTHER[case.turn // len(known) % len(FURTHER)] == test)
 
 
 def pytest_generate_tests(metafunc):
-    every = metafunc.config.getoption("--every-backend")
-    chosen = [case for case in CASES if every or its_turn(*case)]
-    metafunc.parametrize(("name", "kind", "method", "attention"), chosen, ids=map("-".join, chosen))
+    test = metafunc.function.__name__
+    of = REFUSED if test == "test_a_missing_stage_is_refused" else CASES
+    chosen = [case for case in of if runs(case, test, metafunc.config.getoption("--breadth"))]
+    metafunc.parametrize("case", chosen, ids=map(str, chosen))
 
 
-def test_dropping_equals_masking(name, kind, method, attention, flash):
-    recipe = mustdrop.method.registry()[method]
-    knobs = {"keep": share(method, name), **recipe.unmerged()}
-    if attention == fake_flash.NAME:
-        knobs |= recipe.unbiased()
-    if "vision" in registry()[name].lacks and mustdrop.method.find(method, **knobs).vision is not None:
-        with pytest.raises(UnsupportedModelError, match="no vision stage"):
-            mustdrop.patch(clone(name), method, **knobs)
-        return
-    assert_dropping_equals_masking(name, ((kind,), (), (kind, kind)), attention, steps=8, method=method, **knobs)
+@functools.lru_cache(maxsize=8)
+def unpruned(name, kind, attention, rows, cache=False):
+    """What the unpatched model answers."""
+    model = Case(name, kind, BUDGETED[0], attention).unpatched()
+    options = {"past_key_values": DynamicCache()} if cache else {}
+    return answer(model, batch(registry()[name], model, rows), 2, **options)
+
+
+def test_a_missing_stage_is_refused(case, flash, record_property):
+    record_property(
+        "refused", f"refused: the family has no vision stage, because {registry()[case.name].lacks['vision']}"
+    )
+    with pytest.raises(UnsupportedModelError, match="no vision stage"):
+        case.patched()
+
+
+def test_dropping_equals_masking(case, flash):
+    """At the prefill and over 8 decode steps."""
+    assert_dropping_equals_masking(case.name, case.rows, case.attention, steps=8, **case.maskable)
+
+
+@pytest.mark.filterwarnings("ignore::mustdrop.errors.NothingDroppedWarning")
+def test_keep_all_is_bit_identical(case, flash):
+    model = case.patched(keep=1.0)
+    ours = answer(model, batch(registry()[case.name], model, case.rows), 2)
+    theirs = unpruned(case.name, case.kind, case.attention, case.rows)
+    assert torch.equal(ours.logits, theirs.logits)
+    assert torch.equal(ours.sequences, theirs.sequences)
+
+
+def test_padded_row_equals_single_row(case, flash):
+    model, adapter = case.patched(), registry()[case.name]
+    together = answer(model, batch(adapter, model, case.rows), 2)
+    kept = mustdrop.trace(model)
+    assert kept.dropped_anything
+    for r, row in enumerate(case.rows):
+        alone = answer(model, batch(adapter, model, (row,), first=r), 2)
+        trace = mustdrop.trace(model)
+        same = all(torch.equal(trace.kept(layer), kept.kept(layer, r)) for layer in range(len(kept.tokens) + 1))
+        if not same and families.counts_padding(case.name, case.kind):
+            pytest.skip("the unpatched model counts padding as positions, on which what this method reads depends")
+        assert same
+        assert (alone.logits[0] - together.logits[r]).abs().max() <= 1e-5
+
+
+def test_cache_really_shrinks(case, flash):
+    model = case.patched()
+    cache = answer(model, batch(registry()[case.name], model, ((case.kind,),)), 2).cache
+    trace, whole = mustdrop.trace(model), unpruned(case.name, case.kind, case.attention, ((case.kind,),), cache=True)
+    for layer, own, full in zip(trace.kv_lengths[:, 0].tolist(), cache.layers, whole.cache.layers, strict=False):
+        assert own.keys.shape[2] == layer
+        assert own.keys.untyped_storage().nbytes() * full.keys.shape[2] == full.keys.nbytes * layer
+        assert own.values.untyped_storage().nbytes() * full.values.shape[2] == full.values.nbytes * layer
+    assert trace.kv_bytes.actual < trace.kv_bytes.unpruned
+
+
+def test_trace_names_the_right_patches(case, flash):
+    """Paint what a token shows and follow it through the encoder and through every decoder layer."""
+    adapter, model, oracle = registry()[case.name], case.unpatched(), case.unpatched()
+    for either in (model, oracle):
+        if "vision" not in adapter.lacks:
+            following.hush(adapter.tower(either, case.kind).blocks)
+        following.hush(adapter.decoder_layers(either))
+    mustdrop.patch(model, **case.maskable)
+    following.follow_through_the_layers(adapter, model, oracle, case.kind)
+
+
+def test_beams(case, flash):
+    options = {"num_beams": 3, "num_return_sequences": 2}
+    expanded(case, options)
+
+
+def test_sampling(case, flash):
+    options = {"do_sample": True, "num_return_sequences": 2, "temperature": 0.8}
+    expanded(case, options)
+
+
+def expanded(case, options):
+    """Several answers per prompt, those of the masked oracle."""
+    families.skip_where_transformers_fails(case.name, case.kind, **options)
+    rows = families.for_beams(case.name, case.kind)
+    assert_dropping_equals_masking(case.name, rows, case.attention, steps=4, generation=options, **case.maskable)
+
+
+def test_second_turn(case, flash):
+    """The conversation goes on over the pruned cache."""
+    turns.skip_where_backends_differ(case.name, case.kind, case.unpatched)
+    both = turns.compare_two_turns(case.name, case.kind, case.attention, **case.maskable)
+    assert both.hidden.anything
+    assert (both.ours.logits - both.oracle.logits).abs().max() <= 1e-5
+    assert torch.equal(both.ours.sequences, both.oracle.sequences)
+
+
+def test_unpatch_restores(case, flash):
+    model = case.unpatched()
+    inputs = batch(registry()[case.name], model, case.rows)
+    answer(model, inputs, 2)  # transformers itself leaves things behind at the first run
+    before = families.lasting(model, lambda: answer(model, inputs, 2))
+    answer(mustdrop.patch(model, **case.knobs), inputs, 2)
+    mustdrop.unpatch(model)
+    assert families.lasting(model) == before
+    assert torch.equal(
+        answer(model, inputs, 2).logits, unpruned(case.name, case.kind, case.attention, case.rows).logits
+    )

@@ -188,6 +188,7 @@ class Answer:
     sequences: Tensor  # (B, S + steps + 1)
     logits: Tensor  # (B, steps + 1, V): row 0 is the prefill, then one per decode step
     cache: Any
+    scores: Tensor | None = None  # (B,) of the returned beams
 
 
 def answer(model: Any, inputs: dict[str, Any], steps: int = 8, **options: Any) -> Answer:
@@ -199,9 +200,12 @@ def answer(model: Any, inputs: dict[str, Any], steps: int = 8, **options: Any) -
             max_new_tokens=steps + 1,
             return_dict_in_generate=True,
             output_logits=True,
+            output_scores=options.get("num_beams", 1) > 1,  # the scores of whole beams come with them
             **options,
         )
-    return Answer(out.sequences, torch.stack(out.logits, 1), out.past_key_values)
+    return Answer(
+        out.sequences, torch.stack(out.logits, 1), out.past_key_values, getattr(out, "sequences_scores", None)
+    )
 
 
 def anatomy(model: Any) -> dict[str, Any]:

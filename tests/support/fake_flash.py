@@ -5,10 +5,13 @@ Only the kernels are replaced: unpadding, packing detection and the 2-D masks ar
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 import transformers.modeling_flash_attention_utils as glue
 from torch import Tensor, nn
@@ -18,7 +21,11 @@ calls: Counter[str] = Counter()
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, window: tuple[int, int]) -> Tensor:
-    """q (Sq, H, D), k and v (Sk, G, D) -> (Sq, H, D); causal masks are aligned bottom right (>= 2.1)."""
+    """q (Sq, H, D), k and v (Sk, G, D) -> (Sq, H, D); causal masks are aligned bottom right (>= 2.1).
+
+    In float64, as :func:`exact_sdpa` is: the two add up in another order, which must not show.
+    """
+    dtype, q, k, v = q.dtype, q.double(), k.double(), v.double()
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scores = torch.einsum("qhd,khd->hqk", q, k) * (scale or q.shape[-1] ** -0.5)
@@ -30,7 +37,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, 
     if window[0] >= 0:
         seen &= key >= query - window[0]
     weights = scores.masked_fill(~seen, float("-inf")).softmax(-1).nan_to_num(0.0)
-    return torch.einsum("hqk,khd->qhd", weights, v)
+    return torch.einsum("hqk,khd->qhd", weights, v).to(dtype)
 
 
 def flash_attn_func(
@@ -77,6 +84,22 @@ def flash_attn_varlen_func(
     for (q0, k0), (q1, k1) in itertools.pairwise(ends):
         out[q0:q1] = _attend(q[q0:q1], k[k0:k1], v[k0:k1], causal, softmax_scale, window_size)
     return out
+
+
+@contextlib.contextmanager
+def exact_sdpa(exact: bool = True) -> Iterator[None]:
+    """While it lasts, torch's own attention computes in float64: what the stand-ins are compared with."""
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def upcast(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        if attn_mask is not None and attn_mask.dtype != torch.bool:
+            attn_mask = attn_mask.double()
+        return plain(q.double(), k.double(), v.double(), attn_mask=attn_mask, **kwargs).to(q.dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if exact:
+            patch.setattr(torch.nn.functional, "scaled_dot_product_attention", upcast)
+        yield
 
 
 def install(monkeypatch: Any) -> None:

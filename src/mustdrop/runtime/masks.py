@@ -91,7 +91,7 @@ def physical_mask(mask: Tensor | None, layout: Layout, implementation: str, dtyp
     if known.dtype == torch.bool:
         return torch.where(alone, itself, known & ~hidden)
     lowest = torch.finfo(known.dtype).min
-    closed = torch.where(itself, 0.0, lowest).to(known.dtype)
+    closed = torch.zeros_like(itself, dtype=known.dtype).masked_fill(~itself, lowest)
     return torch.where(alone, closed, known.masked_fill(hidden, lowest))
 
 
