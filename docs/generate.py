@@ -28,6 +28,7 @@ from typing import Any
 import evaluation_tables
 import kernel_table
 import method_cards
+import product_table
 import quality_table
 import speed_table
 import support_table
@@ -62,6 +63,12 @@ def renderer(name: str) -> Callable[[Renderer], Renderer]:
 def support(results: Results) -> str:
     """Which family passed which conformance test."""
     return support_table.render(results["support"], table)
+
+
+@renderer("product")
+def product(results: Results) -> str:
+    """How many conformance tests each method passed on each family."""
+    return product_table.render(results["product"], table)
 
 
 @renderer("versions")
