@@ -34,6 +34,7 @@ FOLLOWERS = {
 }
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 EVERY_FAMILY = "tests/methods/test_every_family.py"
+FAMILIES = ("tests/conformance", EVERY_FAMILY)
 # The evaluation tools of others, and what of their many requirements our tests run. They are installed without the
 # rest, which would bring another torch.
 LMMS_EVAL = ("lmms-eval==0.7.3", "datasets", "evaluate", "loguru", "numexpr", "pytablewriter", "python-dotenv")
@@ -123,7 +124,7 @@ def minimums(session: nox.Session) -> None:
     test_tools = tools("hypothesis", "pytest", "pytest-xdist")
     session.install("-c", constraints_without(session, released), "-e", ".", *lowest, *test_tools)
     session.run("python", "-m", "pip", "list")
-    session.run("pytest", "-n", "2", "tests/conformance", *posargs, env=OFFLINE)
+    session.run("pytest", "-n", "2", *FAMILIES, *posargs, env=OFFLINE)
 
 
 @nox.session
@@ -176,7 +177,7 @@ def conform(session: nox.Session, transformers: str) -> None:
     """Run the conformance tests on a transformers of choice, everything else at its committed version."""
     constraints = constraints_without(session, {"transformers"} | FOLLOWERS)
     session.install("-c", constraints, "--upgrade", "-e", ".[dev]", transformers)
-    session.run("pytest", "-n", "2", "tests/conformance", *session.posargs, env=OFFLINE)
+    session.run("pytest", "-n", "2", *FAMILIES, *session.posargs, env=OFFLINE)
 
 
 def tools(*names: str) -> list[str]:

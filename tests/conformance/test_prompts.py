@@ -105,6 +105,21 @@ def test_a_mask_of_the_callers_own_is_obeyed(setup, attn):
         assert distance(ours, model(**inputs).logits[:, -1]) > 1e-3
 
 
+def test_an_additive_mask_in_float64_hides_what_a_mask_of_rows_hides():
+    """float64's lowest number does not fit into the float32 that torch makes of a plain number."""
+    model, inputs = patched(LLAMA, **THRESHOLDS).double(), batch(LLAMA, (1, 2), seed=4)
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    rows = inputs["attention_mask"].bool()
+    seen = rows[:, None, None] & torch.ones(rows.shape[1], rows.shape[1], dtype=torch.bool).tril()
+    additive = torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, torch.finfo(torch.float64).min)
+    places = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        expected = model(**inputs, position_ids=places).logits[:, -1]
+        assert mustdrop.trace(model).dropped_anything
+        ours = model(**{**inputs, "attention_mask": additive}, position_ids=places).logits[:, -1]
+    assert distance(ours, expected) <= 1e-12
+
+
 def test_an_image_token_among_the_generated_ones_is_text():
     """Without pixels in the call an image id is only a word; nothing is dropped for it."""
     model, inputs = patched(**ALL_THREE), row_alone(batch(LLAMA, seed=5), 0)
