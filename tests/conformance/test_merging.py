@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import mustdrop
 from mustdrop import PrefillPruner, VisionStagePruner
-from support.builders import LLAMA, MISTRAL, QWEN2, SIGLIP, answer, batch, plain
+from support.builders import LLAMA, MISTRAL, QWEN2, SIGLIP, answer, batch, plain, row_alone
 from support.checks import TOLERANCE, distance, patched
 from support.reference_tower import encode
 
@@ -106,3 +107,19 @@ def test_a_key_layer_is_the_layer_whose_attention_is_read():
         assert kept == expected.best(8)
         chosen.add(tuple(kept))
     assert len(chosen) == 3
+
+
+def test_an_image_in_which_nothing_merges_is_scored_as_when_it_is_alone():
+    """Beside one that merges it is not cut, and the other one's padding must not be seen."""
+    inputs = batch(LLAMA, (1, 1), seed=3)
+    noise = torch.randn(inputs["pixel_values"][1].shape, generator=torch.Generator().manual_seed(0))
+    inputs["pixel_values"][1] = 3 * noise
+    inputs["pixel_values"][0] = inputs["pixel_values"][0].mean((1, 2), keepdim=True)
+    model = patched(LLAMA, vision=VisionStagePruner(window=2, threshold=0.97, keep=20))
+    answer(model, inputs, steps=0)
+    together = mustdrop.trace(model)
+    assert (together.assignment(0) >= 0).sum() > len(together.kept(0, 0))  # windows merged
+    assert (together.assignment(1) >= 0).sum() == len(together.kept(0, 1)) == 20  # none did
+    for row in range(2):
+        answer(model, row_alone(inputs, row), steps=0)
+        assert torch.equal(mustdrop.trace(model).assignment(), together.assignment(row))

@@ -88,3 +88,19 @@ def test_flash_attention_has_no_place_for_sizes(flash):
 def test_settings_that_contradict(knobs, message):
     with pytest.raises(ConfigError, match=message):
         mustdrop.method.find("tome", **knobs)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"proportional": False}], ids=str)
+def test_images_of_one_batch_merge_as_much_as_each_alone(knobs):
+    """A budget in tokens leaves each of two images half of what it leaves the only one of another prompt."""
+    adapter, model = registry()["llava"], mustdrop.patch(clone("llava"), "tome", keep=12, **knobs)
+    rows = (("image",), (), ("image", "image"))
+    lengths = []
+    block = adapter.tower(model).blocks[-1]
+    block.register_forward_hook(lambda _, args, out: lengths.append(args[0].shape[1]))
+    together, trace = answer(model, batch(adapter, model, rows), 2), mustdrop.trace(model)
+    for r, row in enumerate(rows):
+        alone = answer(model, batch(adapter, model, (row,), first=r), 2)
+        assert torch.equal(mustdrop.trace(model).assignment(), trace.assignment(r))
+        assert (alone.logits[0] - together.logits[r]).abs().max() <= 1e-5
+    assert lengths[0] == lengths[1] > lengths[2]  # beside the longer one, the two were padded

@@ -170,18 +170,20 @@ class Chooser:
         return of_features(self.run, read, stacked(self.layouts).to(device))
 
 
-def patches_left(layouts: Sequence[Layout], most: Sequence[int], item: int) -> int:
-    """Patches that each item of the encoder's batch must have after merging, for every medium to have `most` features.
+def patches_left(layouts: Sequence[Layout], most: Sequence[int], item: int) -> list[int]:
+    """Patches that each item of the encoder's batch must have after merging, for its medium to have `most` features.
 
-    Patches that become no feature (what a model cuts away from tiles) may stay unmerged, so they do not count.
+    Patches that become no feature (what a model cuts away from tiles) may stay unmerged, so they do not count. Items
+    that become no feature need none; those behind the last one that does are left out.
     """
-    left = 0
+    left: dict[int, int] = {}
     for layout, number in zip(layouts, most, strict=True):
-        _, counts = torch.unique(layout.patches[~layout.structural, 0] // item, return_counts=True)
+        items, counts = torch.unique(layout.patches[~layout.structural, 0] // item, return_counts=True)
         room = max(0, min(number, layout.size) - int(layout.structural.sum()))
         parts = share_out(min(room, int(counts.sum())), counts.tolist())
-        left = max([left, *(part + item - n for part, n in zip(parts, counts.tolist(), strict=True))])
-    return left
+        for i, part, n in zip(items.tolist(), parts, counts.tolist(), strict=True):
+            left[i] = part + item - n
+    return [left.get(i, 0) for i in range(max(left, default=-1) + 1)]
 
 
 def of_features(run: EncoderRun, read: Read, patches: Tensor) -> Tensor:

@@ -190,12 +190,13 @@ class EncoderStage:
 
     def _mask(self, run: EncoderRun, given: Tensor | None, hidden: Tensor, module: nn.Module) -> Tensor | None:
         """The mask that hides padding, and what the mask that came hides; made once per mask that comes."""
+        merged, prefix = run.merged, self.tower.prefix
+        assert merged is not None
+        visible = nn.functional.pad(merged.valid, (prefix, 0), value=True)
         if run.inside is not None:
-            return run.inside.bias(given, hidden.dtype)
+            bias = run.inside.bias(hidden.dtype)
+            return encoder_mask(visible, implementation_of(module), hidden.dtype) if bias is None else bias
         if id(given) not in run.masks:
-            merged, prefix = run.merged, self.tower.prefix
-            assert merged is not None
-            visible = nn.functional.pad(merged.valid, (prefix, 0), value=True)
             if given is None:
                 run.masks[id(given)] = encoder_mask(visible, implementation_of(module), hidden.dtype)
             else:
@@ -224,7 +225,7 @@ class EncoderStage:
                 pieces += reading.of_segments(read, q, k, mask, kwargs, scaling)
                 continue
             visible = torch.ones(q.shape[0], k.shape[2], dtype=torch.bool, device=q.device)
-            if run.merged is not None and k.shape[2] != run.item + self.tower.prefix:
+            if run.merged is not None:
                 visible = nn.functional.pad(run.merged.valid, (self.tower.prefix, 0), value=True).to(q.device)
             elif mask is not None:  # patches that nobody sees are padding
                 visible = attended_keys(mask).expand(q.shape[0], -1)

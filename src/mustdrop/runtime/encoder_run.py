@@ -57,7 +57,7 @@ class EncoderRun:
 
         A merged patch has what its window has.
         """
-        if self.merged is None or self.merged.merge_into is None or found.shape[1] == self.item:
+        if self.merged is None or self.merged.merge_into is None:
             return found
         slot = self.merged.merge_into.to(found.device)
         return found.gather(1, slot.view(*slot.shape, *[1] * (found.ndim - 2)).expand(-1, -1, *found.shape[2:]))

@@ -153,8 +153,9 @@ class FeaturesWrapper:
         if rule is None or runtime.adapter.pool(runtime.model, kind, arguments) != 1:
             return None
         rows, columns = runtime.adapter.encoder_grid(runtime.model, kind, arguments)
-        target = patches_left(layouts, most, rows * columns)
-        return Inside.of(rule, rule.amounts(rows * columns, target, stage.last + 1), stage.tower)
+        targets = patches_left(layouts, most, rows * columns)
+        amounts = [rule.amounts(rows * columns, target, stage.last + 1) for target in targets]
+        return Inside.of(rule, amounts, stage.tower)
 
     def _chooser(
         self,

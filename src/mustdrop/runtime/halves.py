@@ -7,7 +7,8 @@ layer's code is repeated here, and only the sum of the second half is made twice
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,13 +25,36 @@ from mustdrop.selection import Selection
 
 
 @dataclass
+class Group:
+    """Items that merge as many tokens as each other in every layer.
+
+    Attributes:
+        amounts: tokens that merge in each layer.
+        items: their numbers in the encoder's batch; None: all.
+        tokens: tokens that each still has; None before anything has merged.
+    """
+
+    amounts: Sequence[int]
+    items: list[int] | None = None
+    tokens: int | None = None
+
+    def here(self, layer: int) -> int:
+        """Tokens that merge in one layer."""
+        return self.amounts[layer] if layer < len(self.amounts) else 0
+
+
+@dataclass
 class Inside:
     """State of merging in one pass through an encoder.
 
+    Each item has amounts of its own, so that an image becomes the same tokens in every batch. Items with fewer tokens
+    than others are padded at the end; nobody sees the padding.
+
     Attributes:
         rule: what merges.
-        amounts: tokens that merge in each layer.
+        amounts: per item, tokens that merge in each layer. Items that become no feature may be missing.
         prefix: tokens before the patches.
+        groups: of items with the same amounts.
         size: (items, tokens) float, patches that each token stands for; None before anything has merged.
         keys: (items, tokens, D) of the layer that is running.
         mid: its tokens between the halves.
@@ -38,51 +62,78 @@ class Inside:
     """
 
     rule: InnerRule
-    amounts: list[int]
+    amounts: Sequence[Sequence[int]]
     prefix: int
+    groups: list[Group] = field(default_factory=list)
     size: Tensor | None = None
     keys: Tensor | None = None
     mid: Tensor | None = None
     out: Tensor | None = None
 
     @classmethod
-    def of(cls, rule: InnerRule, amounts: list[int], tower: Tower) -> Inside:
+    def of(cls, rule: InnerRule, amounts: Sequence[Sequence[int]], tower: Tower) -> Inside:
         """Merging of `amounts` tokens in the layers of a tower.
 
         Raises:
             UnsupportedOptionError: the rule weighs merged tokens, and the tower's attention takes no bias.
         """
         attention = implementation_of(tower.blocks[0])
-        if rule.weighs and any(amounts) and ("flash" in attention or "flex" in attention):
+        if rule.weighs and any(map(any, amounts)) and ("flash" in attention or "flex" in attention):
             raise UnsupportedOptionError(
                 f"merged tokens weigh by their size, and the encoder's attention {attention!r} takes no bias: use "
                 'attn_implementation="sdpa" or "eager" for the encoder, or give proportional=False.'
             )
         return cls(rule, amounts, tower.prefix)
 
-    def bias(self, given: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """(items, 1, 1, tokens) logarithm of the sizes, for the attention of the next layer."""
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """(items, 1, 1, tokens) logarithm of the sizes, for the attention of the next layer; padding is hidden.
+
+        None where merged tokens weigh like others.
+        """
         if self.size is None or not self.rule.weighs:
-            return given
-        return self.size.log()[:, None, None].to(dtype)
+            return None
+        return self.size.log().clamp(min=torch.finfo(dtype).min)[:, None, None].to(dtype)
 
     def merge(self, index: int, hidden: Tensor, merged: Selection | None) -> Selection | None:
         """Merge the tokens (items, tokens, C) of one layer; they wait in `mid`. None if none merge here."""
-        if index >= len(self.amounts) or not self.amounts[index] or self.keys is None:
+        groups = self._grouped(len(hidden))
+        if self.keys is None or not any(group.here(index) for group in groups):
             return None
-        tokens = hidden.shape[1]
-        slot, slots = self.rule.join(self.keys, self.amounts[index], self.prefix)
-        size = hidden.new_ones(hidden.shape[:2], dtype=torch.float32) if self.size is None else self.size
+        device, (items, tokens, _) = hidden.device, hidden.shape
+        slot = torch.full((items, tokens), -1, device=device)
+        counts = torch.zeros(items, dtype=torch.long, device=device)
+        for group in groups:
+            mine = slice(None) if group.items is None else torch.tensor(group.items, device=device)
+            own = tokens if group.tokens is None else group.tokens
+            slot[mine, :own], group.tokens = self.rule.join(self.keys[mine, :own], group.here(index), self.prefix)
+            counts[mine] = group.tokens
+        slots = int(counts.max())
+        size = hidden.new_ones(items, tokens, dtype=torch.float32) if self.size is None else self.size
         self.mid = kernels.merge_tokens(hidden, slot, slots, size)
-        self.size = torch.zeros(len(size), slots, device=size.device).scatter_add_(1, slot, size)
-        slot = slot[:, self.prefix :] - self.prefix  # the tokens before the patches stay where they are
-        before = torch.arange(tokens - self.prefix, device=slot.device).expand_as(slot)
-        into = slot if merged is None or merged.merge_into is None else slot.gather(1, merged.merge_into)
-        names = before if merged is None else merged.keep
+        # padding has no slot: its size, which is 0, goes anywhere
+        self.size = size.new_zeros(items, slots).scatter_add_(1, slot.clamp(min=0), size)
+        patches = slot[:, self.prefix :] - self.prefix  # the tokens before the patches stay where they are
+        before = torch.arange(tokens - self.prefix, device=device).expand_as(patches)
+        into = patches if merged is None or merged.merge_into is None else patches.gather(1, merged.merge_into)
+        names = before if merged is None else merged.keep.masked_fill(~merged.valid, into.shape[1])
         # each slot is named by the first of its patches
-        keep = torch.full((len(slot), slots - self.prefix), into.shape[1], device=slot.device)
-        keep = keep.scatter_reduce(1, slot, names, "amin")
-        return Selection(keep, torch.ones_like(keep, dtype=torch.bool), into)
+        keep = torch.full((items, slots - self.prefix), into.shape[1], device=device)
+        keep = keep.scatter_reduce(1, patches.clamp(min=0), names, "amin")
+        valid = torch.arange(slots - self.prefix, device=device) < (counts - self.prefix)[:, None]
+        return Selection(keep.masked_fill(~valid, 0), valid, into)
+
+    def _grouped(self, items: int) -> list[Group]:
+        """The groups of so many items; those that nobody asked for merge like the items with the fewest tokens left."""
+        if self.groups:
+            return self.groups
+        amounts = [tuple(own) for own in self.amounts] or [()]
+        amounts += [max(amounts, key=sum)] * (items - len(amounts))
+        found: dict[tuple[int, ...], list[int]] = {}
+        for item, own in enumerate(amounts):
+            found.setdefault(own, []).append(item)
+        several = len(found) > 1
+        self.groups = [Group(own, members if several else None) for own, members in found.items()]
+        return self.groups
 
 
 @dataclass
