@@ -77,7 +77,7 @@ def one_way(model):
 
     A masked pass rounds otherwise than a pruned one, and in half types that alone sends a token to another expert.
     """
-    for path, experts in model.named_modules():
+    for path, _ in model.named_modules():
         if path.endswith(".experts"):
             parent = model.get_submodule(path.rpartition(".")[0])
             (router,) = [child for name, child in parent.named_children() if name in ("gate", "router")]

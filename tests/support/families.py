@@ -306,16 +306,21 @@ def skip_where_transformers_fails(name: str, kind: str, **options: Any) -> None:
 
 
 def counts_padding(name: str, kind: str) -> bool:
-    """Whether the unpatched model leaves the positions of padded rows to its decoder, which then counts padding."""
+    """Whether padding counts in the positions that the unpatched model's decoder works with.
+
+    It does where a model hands no positions on, or those of the padded row as they are.
+    """
     model, given = plain(name), []
     handle = (
         find(model)
         .text(model)
         .register_forward_pre_hook(lambda _, args, kwargs: given.append(kwargs.get("position_ids")), with_kwargs=True)
     )
-    answer(model, batch(registry()[name], model, ((), (kind,))), 0)
+    for rows in (((), (kind,)), ((),)):
+        answer(model, batch(registry()[name], model, rows), 0)
     handle.remove()
-    return given[0] is None
+    padded, alone = given
+    return padded is None or not torch.equal(padded[..., :1, -1], alone[..., :1, -1])
 
 
 def lasting(model: Any, run: Callable[[], object] | None = None) -> dict[str, Any]:

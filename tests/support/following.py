@@ -180,7 +180,7 @@ def follow_through_the_layers(adapter: Adapter, model: Any, oracle: Any, kind: s
         held.append(tokens[left])
         assert got.shape == expected[left].shape
         as_they_were = held[-1] < 0 if blends.any else left[left]
-        assert (got - expected[left])[as_they_were].abs().max() <= 1e-5
+        assert (got - expected[left])[as_they_were].abs().max() <= max(1e-5, rounding(got))
     assert trace.dropped_anything
     if "vision" in adapter.lacks:  # features that read the whole picture have no place in it
         return
@@ -199,10 +199,16 @@ def follow_through_the_layers(adapter: Adapter, model: Any, oracle: Any, kind: s
         for tokens, got, before in zip(held, ours, rows, strict=True):
             shows = (tokens >= 0) & (together & changed).any(1)[tokens]
             effect = (got - before).abs().amax(-1)
-            assert effect[tokens < 0].max() <= 1e-6
-            assert effect[shows].min() > 1e-4
-            assert blends.more_than_named or effect[~shows].max() <= 1e-6
+            noise = rounding(got)
+            assert effect[tokens < 0].max() <= noise
+            assert effect[shows].min() > max(1e-4, 2 * noise)
+            assert blends.more_than_named or effect[~shows].max() <= noise
     assert followed, "any paint changes what is kept: nothing was followed"
+
+
+def rounding(rows: Tensor) -> float:
+    """What float32 makes of the same rows in another company: experts multiply whatever is sent to them at once."""
+    return 1e-6 * max(1.0, float(rows.abs().max()))
 
 
 def painted_thinly(
