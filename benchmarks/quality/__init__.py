@@ -3,6 +3,7 @@
     python -m benchmarks quality                       # development: scenes of the selection split, printed only
     python -m benchmarks quality --split heldout       # the reported run: writes benchmarks/results/quality.json
     python -m benchmarks quality --family qwen2_5_vl   # fidelity alone, tiny random-weight model; "all": every family
+    python -m benchmarks quality --variants search     # what was tried for mustdrop+; "ablations": what it owes to what
 
 All methods answer the same questions, batch by batch. Every (method, budget, batch) is one line of a journal, so a run
 that was killed goes on where it stopped. `docs/quality.md` says what the figures mean.
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import RESULTS, ROOT, origin, save
-from benchmarks.quality import cells, measure, subjects, summary
+from benchmarks.quality import cells, measure, subjects, summary, variants
 from benchmarks.quality.journal import Journal
 from mustdrop.demo.scenes import SPLITS
 from mustdrop.method import DEFAULT_METHOD
@@ -25,9 +26,10 @@ SEEDS = (1001, 1002, 1003)  # none of them is used by the demo, the documents or
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--split", choices=SPLITS, default="selection", help="heldout is for the reported run alone")
+    parser.add_argument("--split", choices=SPLITS, help="default: selection; heldout is for the reported run alone")
     parser.add_argument("--family", action="append", help="tiny random model instead of the demo model, or 'all'")
     parser.add_argument("--method", action="append", help="default: every method that is registered")
+    parser.add_argument("--variants", choices=variants.SETS, help="compositions in place of registered methods")
     parser.add_argument("--keep", action="append", type=float, help="share; default: 1/2, 1/3, 2/9, 1/9, 1/18")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--scenes", type=int, default=40, help="per seed, a question of each type about each")
@@ -41,22 +43,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
-    found = cells.plan(options.method, options.keep)
-    references = options.reference or [DEFAULT_METHOD]
-    for name in references:
-        cells.check(name)
+    if options.variants:
+        found, references = variants.plan(options.variants, options.keep), options.reference or ["mustdrop+"]
+    else:
+        found, references = cells.plan(options.method, options.keep), options.reference or [DEFAULT_METHOD]
+        for name in references:
+            cells.check(name)
+    split = options.split or variants.SPLITS.get(options.variants, "selection")
     if options.family:
         subject: subjects.Subject = subjects.Families(options.family, options.seeds, options.device)
     else:
-        subject = subjects.Scenes(options.split, options.seeds, options.scenes, options.batch, options.device)
-    path = options.journal or ROOT / "build" / f"quality-{subject.name}.jsonl"
+        subject = subjects.Scenes(split, options.seeds, options.scenes, options.batch, options.device)
+    name = "-".join(["quality", *([options.variants] if options.variants else []), subject.name])
+    path = options.journal or ROOT / "build" / f"{name}.jsonl"
     device = torch.device(options.device)
     journal = Journal(path, {"setting": subject.setting, "commit": origin(device, 0)["commit"]})
     measure.measure(subject, found, journal)
     result = origin(device, options.seeds[0]) | {"seeds": options.seeds} | subject.setting
     result |= summary.summary(journal.lines, found, references)
     summary.show(result)
-    out = options.out or (RESULTS / "quality.json" if options.split == "heldout" and not options.family else None)
+    published = "quality" if split == "heldout" and not options.family else None
+    published = f"quality_{options.variants}" if options.variants else published
+    out = options.out or (RESULTS / f"{published}.json" if published else None)
     if out is not None:
         save(out, result)
         print(f"wrote {out}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,10 @@ class Cell:
         """Settings for `patch`: the budget, and the seed where the method draws."""
         fields = registry()[self.method].model_fields
         return ({} if self.keep is None else {"keep": self.keep}) | ({"seed": seed} if "seed" in fields else {})
+
+    def patched(self, model: Any, seed: int) -> AbstractContextManager[Any]:
+        """The model with this method while the context lasts."""
+        return mustdrop.patched(model, self.method, **self.knobs(seed))
 
 
 def plan(methods: Sequence[str] | None, budgets: Sequence[float] | None) -> list[Cell]:

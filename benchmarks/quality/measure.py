@@ -135,7 +135,7 @@ def _one(cell: Cell, batch: Batch, place: int, part: Asked) -> tuple[mustdrop.Tr
     Methods that draw do so anew for every part: one draw decides for all of its prompts.
     """
     draw = zlib.crc32(f"{batch.name}/{place}".encode())
-    with _quiet(), mustdrop.patched(batch.model, cell.method, **cell.knobs(draw)):
+    with _quiet(), cell.patched(batch.model, draw):
         logits = fidelity.forced_logits(batch.model, part.inputs, part.tokens)
         trace = mustdrop.trace(batch.model)
     close = fidelity.compare(part.logits[part.own], logits[part.own], part.lengths[part.own])

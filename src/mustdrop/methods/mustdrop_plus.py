@@ -1,47 +1,120 @@
-"""mustdrop+: diverse features enter, the text filters them early, and the cache follows the answer."""
+"""mustdrop+: likeness merges in the encoder, question and diversity filter together, the cache follows the answer."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from pydantic import Field
+from torch import Tensor
 
+from mustdrop.errors import ConfigError
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.methods.divprune import MaxMinDiversity
-from mustdrop.pruners import DecodeCachePruner, PrefillPruner, VisionStagePruner
+from mustdrop.methods.tome import SoftMatching
+from mustdrop.pruners import DecodeCachePruner, PrefillPruner, Seen, TextScorer, VisionStagePruner
 from mustdrop.pruners.base import Budget
+from mustdrop.rules.diversity import greedy_determinant
+from mustdrop.rules.ranking import keep_best
+from mustdrop.rules.text_attention import dual_score, dual_statistics
 
-# One filter, this early in a decoder of 32 layers: what passes it is paid for in all layers behind.
-LAYERS = (4,)
+# Of 32 layers; early, because what passes them is paid for in all layers behind.
+LAYERS = (4, 8)
+# A pinned token outweighs every other one: a quality is at most 1, and what a pick leaves unexplained is at least 1e-5.
+PINNED = 1e3
+
+
+class AttendedAndDiverse(TextScorer):
+    """Tokens that the text attends to and that differ from each other: a determinantal process over dual attention.
+
+    A ranking takes the best token and then its neighbours, which say the same. Here each pick multiplies the
+    determinant of quality x cosine x quality by as much as possible (`mustdrop.rules.diversity.greedy_determinant`),
+    where the quality is MustDrop's dual attention as a share of the row's highest, to a power, and cosines are those of
+    the hidden states. So eight digits that a question counts keep a token each.
+
+    Attributes:
+        power: of the quality: 0 is diversity alone, a large one the ranking.
+    """
+
+    reads: ClassVar[frozenset[str]] = frozenset({"hidden"})
+
+    power: float = Field(0.5, ge=0)
+
+    def score(self, seen: Seen) -> Tensor:
+        """(B, n) dual attention."""
+        return dual_score(dual_statistics(seen.attention, seen.alive))
+
+    def choose(
+        self, seen: Seen, count: Tensor, pinned: Tensor | None = None, importance: Tensor | None = None
+    ) -> Tensor:
+        """See `TextScorer.choose`. Rows with as many tokens, of which as many stay, are chosen from in one go."""
+        if seen.hidden is None:
+            raise ConfigError("AttendedAndDiverse compares hidden states: call filter() with Seen(hidden=...).")
+        score = self.score(seen)
+        stay = torch.zeros_like(seen.alive)
+        first = stay if pinned is None else keep_best(score, count, seen.alive & pinned, pinned, importance)
+        groups: dict[tuple[int, int], list[int]] = {}
+        for row, pair in enumerate(zip(seen.alive.sum(1).tolist(), count.tolist(), strict=True)):
+            groups.setdefault(pair, []).append(row)
+        for (n, wanted), rows in groups.items():
+            if wanted in (0, n) or wanted > n:
+                stay[rows] = seen.alive[rows] & (wanted > 0)
+                continue
+            place = seen.alive[rows].nonzero()[:, 1].view(len(rows), n)
+            own, must = score[rows].gather(1, place), first[rows].gather(1, place)
+            quality = (own / own.amax(1, keepdim=True).clamp(min=1e-30)).clamp(min=1e-6) ** self.power
+            values = seen.hidden[rows].gather(1, place[..., None].expand(-1, -1, seen.hidden.shape[2]))
+            picks = greedy_determinant(values, quality.masked_fill(must, PINNED), wanted)
+            # earlier picks rank higher; pinned tokens that others explain wholly stay all the same
+            rank = torch.zeros_like(own).scatter(
+                1, picks, torch.arange(wanted, 0, -1.0, device=own.device).expand_as(picks)
+            )
+            best = keep_best(rank, torch.full_like(picks[:, 0], wanted), torch.ones_like(must), must)
+            stay[rows] = torch.zeros_like(stay[rows]).scatter(1, place, best)
+        return stay
 
 
 class MustDropPlus(Recipe):
-    """Diversity at the vision stage, dual attention in the prefill, output-aware eviction while decoding.
+    """Bipartite merging in the encoder, an attended and diverse choice in the prefill, output-aware eviction.
 
-    The split of the budget is a first choice, made on a few scenes of the bundled model's selection split. It has not
-    been shown to be better than diversity alone.
+    The split between the stages was searched on scenes of the bundled model's selection split (docs/quality.md).
 
     Attributes:
         keep: equal-token budget, int or share.
-        taper: share of the tokens that enter which the text filter leaves, in (0, 1].
-        layers: filter layers; None is (4,) of 32, scaled to the model.
+        taper: share of the tokens that enter which the last filter leaves, in (0, 1].
+        merge: largest share of its tokens that an encoder layer merges, in (0, 1/2]; what is left over merges behind
+            the encoder.
+        power: of the attention in the filter's choice; 0 is diversity alone.
+        layers: filter layers; None is (4, 8) of 32, scaled to the model.
         key_share: share of the tokens that the filter may not drop, by encoder attention.
+        proportional: whether a merged token's attention in the encoder is weighed with its size; it takes an encoder
+            without flash attention.
         decode_keep: vision entries per layer that stay in the cache while decoding; None keeps what the filter left.
         interval: decode steps between two evictions.
     """
 
     called: ClassVar[str | None] = "mustdrop+"
     keep: Budget = DEFAULT_KEEP
-    taper: float = Field(0.5, gt=0, le=1)
+    taper: float = Field(0.2, gt=0, le=1)
+    merge: float = Field(0.3, gt=0, le=0.5)
+    power: float = Field(0.5, ge=0)
     layers: tuple[int, ...] | None = None
     key_share: float = Field(0.0, ge=0, le=1)
+    proportional: bool = True
     decode_keep: Budget | None = None
     interval: int = Field(8, ge=1)
 
+    @classmethod
+    def unbiased(cls) -> dict[str, Any]:
+        """Merged tokens weigh like others."""
+        return {"proportional": False}
+
     def build(self) -> Method:
         """Fill all three sockets."""
+        merging = SoftMatching(share=self.merge, weighs=self.proportional)
         return Method(
-            vision=VisionStagePruner(window=None, key_share=self.key_share, taper=self.taper, score=MaxMinDiversity()),
-            prefill=PrefillPruner(layers=self.layers, paper_layers=LAYERS, keep=self.keep),
+            vision=VisionStagePruner(window=None, key_share=self.key_share, taper=self.taper, score=merging),
+            prefill=PrefillPruner(
+                layers=self.layers, paper_layers=LAYERS, keep=self.keep, score=AttendedAndDiverse(power=self.power)
+            ),
             decode=DecodeCachePruner(keep=self.decode_keep, interval=self.interval),
         )

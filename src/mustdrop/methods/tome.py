@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, NonNegativeInt
@@ -22,12 +22,15 @@ class SoftMatching(InnerRule):
     Attributes:
         weighs: whether a merged token's attention is weighed with its size.
         number: tokens that merge in each layer (one for all, or one per layer, none in the layers behind); None spreads
-            what the budget asks for evenly.
+            what the budget asks for.
+        share: how it is spread: "even", as many in each layer, or a number: the same share of each layer's tokens,
+            at most this one, up to 1/2. What is left over merges behind the encoder.
         slope: with one number, -1 to 1: from (1 - slope) times it in the first layer to (1 + slope) in the last.
     """
 
     space: ClassVar[Literal["encoder", "language"]] = "encoder"
     number: int | tuple[int, ...] | None = None
+    share: Literal["even"] | Annotated[float, Field(gt=0, le=0.5)] = "even"
     slope: float = 0.0
 
     def amounts(self, patches: int, target: int, layers: int) -> list[int]:
@@ -36,7 +39,9 @@ class SoftMatching(InnerRule):
             return bipartite.of_list(self.number, layers)
         if self.number is not None:
             return bipartite.linear_amounts(self.number, self.slope, layers)
-        return bipartite.amounts(patches, target, layers)
+        if self.share == "even":
+            return bipartite.amounts(patches, target, layers)
+        return bipartite.geometric_amounts(patches, target, layers, self.share)
 
     def join(self, keys: Tensor, number: int, protected: int) -> tuple[Tensor, int]:
         """See `InnerRule.join`."""

@@ -1,0 +1,90 @@
+"""mustdrop+: the filter's choice by hand, and how the encoder's merging is spread."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import mustdrop
+from mustdrop.errors import ConfigError
+from mustdrop.methods.mustdrop_plus import AttendedAndDiverse
+from mustdrop.pruners import PrefillPruner, Seen
+from mustdrop.rules import bipartite
+
+# three things of two tokens each, one after the other, then a token of text
+THINGS = torch.eye(4).repeat_interleave(2, 0)[:7]
+ATTENTION = torch.tensor([0.30, 0.29, 0.10, 0.11, 0.02, 0.01, 0.17])
+
+
+def seen(rows=1, attention=ATTENTION):
+    alive = torch.ones(rows, 7, dtype=torch.bool)
+    alive[:, 6] = False
+    return Seen(attention.expand(rows, 1, 7), alive, hidden=THINGS.expand(rows, 7, 4))
+
+
+def chosen(scorer, given, *counts, **options):
+    return [row.nonzero()[:, 0].tolist() for row in scorer.choose(given, torch.tensor(counts), **options)]
+
+
+def test_each_thing_keeps_its_most_attended_token_before_any_keeps_two():
+    assert chosen(AttendedAndDiverse(), seen(), 3) == [[0, 3, 4]]
+    assert chosen(AttendedAndDiverse(), seen(), 2) == [[0, 3]]
+
+
+def test_the_power_lies_between_diversity_and_the_ranking():
+    attention = torch.tensor([0.30, 0.29, 0.02, 0.01, 0.01, 0.01, 0.36])
+    hidden = THINGS.clone()
+    hidden[1] = torch.tensor([0.8, 0.6, 0, 0])  # not quite what 0 is: 0.36 of it is its own
+    given = Seen(attention.expand(1, 1, 7), seen().alive, hidden=hidden[None])
+    assert chosen(AttendedAndDiverse(power=1), given, 2) == [[0, 1]]  # 0.36 (29/30)^2 against (2/30)^2
+    assert chosen(AttendedAndDiverse(power=0), given, 2) == [[0, 2]]  # 0.36 against 1
+
+
+def test_pinned_tokens_stay_and_are_what_others_differ_from():
+    pinned = torch.zeros(1, 7, dtype=torch.bool)
+    pinned[0, [4, 5]] = True
+    assert chosen(AttendedAndDiverse(), seen(), 3, pinned=pinned) == [[0, 4, 5]]
+    assert chosen(AttendedAndDiverse(), seen(), 1, pinned=pinned, importance=torch.arange(7.0)[None]) == [[5]]
+
+
+def test_rows_are_chosen_from_alone():
+    attention = torch.rand(3, 1, 7, generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(3, 7, 4, generator=torch.Generator().manual_seed(1))
+    alive = seen(3).alive.clone()
+    alive[1, :2] = False
+    together = chosen(AttendedAndDiverse(), Seen(attention, alive, hidden=hidden), 3, 3, 2)
+    alone = [
+        chosen(AttendedAndDiverse(), Seen(attention[[r]], alive[[r]], hidden=hidden[[r]]), count)[0]
+        for r, count in enumerate((3, 3, 2))
+    ]
+    assert together == alone
+    assert [len(row) for row in together] == [3, 3, 2]
+    given = Seen(attention, alive, hidden=hidden)
+    assert chosen(AttendedAndDiverse(), given, 0, 9, 6) == [[], [2, 3, 4, 5], [*range(6)]]
+
+
+def test_it_needs_the_hidden_states():
+    pruner = PrefillPruner(keep=3, score=AttendedAndDiverse())
+    with pytest.raises(ConfigError, match="hidden"):
+        pruner(ATTENTION[None, None, :6], count=3)
+
+
+@pytest.mark.parametrize(("tokens", "target", "layers"), [(576, 192, 23), (576, 75, 4), (36, 35, 3), (9, 9, 4)])
+def test_layers_merge_the_same_share(tokens, target, layers):
+    made = bipartite.geometric_amounts(tokens, target, layers)
+    assert sum(made) == tokens - target
+    left = torch.tensor([tokens, *made]).double()
+    left[1:] = tokens - left[1:].cumsum(0)
+    wanted = tokens * (target / tokens) ** (torch.arange(layers + 1) / layers)
+    assert (left - wanted).abs().max() <= 0.5
+
+
+def test_no_layer_merges_more_than_half_by_share():
+    assert bipartite.geometric_amounts(16, 1, 2) == [8, 4]
+    assert bipartite.geometric_amounts(16, 0, 2) == [8, 4]
+    assert bipartite.geometric_amounts(100, 10, 2, 0.3) == [30, 21]
+
+
+def test_the_preset_fills_all_three_sockets():
+    method = mustdrop.method.find("mustdrop+", keep=64)
+    assert None not in (method.vision, method.prefill, method.decode)
