@@ -174,15 +174,18 @@ def kernels_aot(results: Results) -> str:
     return sentence + "\n\n" + table(header, rows)
 
 
-def of_quality(part: Callable[..., str]) -> Renderer:
+def of_quality(part: Callable[..., str], record: str = "quality") -> Renderer:
     """A renderer of one of the tables of quality."""
-    return lambda results: part(results["quality"], table)
+    return lambda results: part(results[record], table)
 
 
 renderer("quality")(of_quality(quality_table.overview))
 renderer("quality-details")(of_quality(quality_table.details))
 renderer("quality-types")(of_quality(quality_table.types))
 renderer("quality-differences")(of_quality(quality_table.differences))
+renderer("quality-plus")(of_quality(quality_table.against_the_best))
+renderer("quality-search")(of_quality(quality_table.variants, "quality_search"))
+renderer("quality-ablations")(of_quality(quality_table.variants, "quality_ablations"))
 
 
 @renderer("published-scores")

@@ -91,6 +91,61 @@ def differences(record: Record, table: Table) -> str:
     return table(header, lines) if lines else "This run compares no methods."
 
 
+def against_the_best(record: Record, table: Table) -> str:
+    """mustdrop+ minus the method that is the best other one at each budget, by accuracy and by likelihood."""
+    lines = []
+    rows = {(row["method"], row["keep"]): row for row in record["rows"] if "cannot" not in row}
+    for keep in _budgets(record):
+        # budgets of the cache alone let the decoder process everything: they are no rivals at equal tokens
+        rivals = [
+            row
+            for row in record["differences"]
+            if (row["reference"], row["keep"]) == ("mustdrop+", keep)
+            and rows[row["method"], keep]["equal_share"] <= keep * 1.01
+        ]
+        for measure, words, digits in (("correct", "accuracy", 3), ("loglik", "log-likelihood", 2)):
+            if rivals:
+                best = max(rivals, key=lambda row: rows[row["method"], keep][measure]["mean"])
+                apart, own = best[measure], rows["mustdrop+", keep][measure]
+                verdict = "better" if apart["low"] > 0 else "worse" if apart["high"] < 0 else "no difference shown"
+                lines.append(
+                    [f"{keep:.0%}", words, _interval(own, digits), f"`{best['method']}`"]
+                    + [_interval(apart, digits, sign="+"), verdict, f"{best['cost']['flops']:+.1%}"]
+                )
+    header = ["`keep`", "measure", "`mustdrop+`", "best other method", "difference", "it is", "FLOPs"]
+    return table(header, lines) if lines else "This run does not compare mustdrop+."
+
+
+def variants(record: Record, table: Table) -> str:
+    """One row per composition: means over the budgets, and FLOPs at each. The best likelihood comes first."""
+    budgets = _budgets(record)
+    by_name: dict[str, list[Record]] = {}
+    for row in record["rows"]:
+        if row["keep"] is not None and "cannot" not in row:
+            by_name.setdefault(row["method"], []).append(row)
+    whole = {name: rows for name, rows in by_name.items() if len(rows) == len(budgets)}
+    lines = []
+
+    def mean(rows: Sequence[Record], measure: str) -> float:
+        return sum(row[measure]["mean"] for row in rows) / len(rows)
+
+    for name, rows in sorted(whole.items(), key=lambda item: -mean(item[1], "loglik")):
+        costs = " / ".join(f"{row['flops']:.0%}" for row in sorted(rows, key=lambda row: -row["keep"]))
+        each = " / ".join(f"{row['correct']['mean']:.3f}" for row in sorted(rows, key=lambda row: -row["keep"]))
+        lines.append([name, each, *(f"{mean(rows, measure):.3f}" for measure in ("correct", "loglik", "kl")), costs])
+    first = next(row for row in record["rows"] if "cannot" not in row)
+    versions, commit = record["versions"], str(record["commit"])[:10] + (" (dirty tree)" if record["dirty"] else "")
+    head = (
+        f"{first['questions']} questions about {first['scenes']} scenes of the split {record['split']} (seeds "
+        f"{', '.join(map(str, record['seeds']))}), at {', '.join(f'{keep:.0%}' for keep in budgets)} of the tokens; means "
+        f"are over the budgets. {record['hardware']}, torch {versions['torch']}, commit {commit}."
+    )
+    left_out = [name for name in by_name if name not in whole]
+    note = f"\n\nNot at every budget: {'; '.join(left_out)}." if left_out else ""
+    header = ["composition", "accuracy at each", "accuracy", "log-likelihood", "KL", "FLOPs at each"]
+    return head + "\n\n" + table(header, lines) + note
+
+
 def _methods(record: Record) -> list[str]:
     return list(dict.fromkeys(row["method"] for row in record["rows"]))
 
