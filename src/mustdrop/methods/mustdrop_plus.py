@@ -18,7 +18,7 @@ from mustdrop.rules.ranking import keep_best
 from mustdrop.rules.text_attention import dual_score, dual_statistics
 
 # Of 32 layers; early, because what passes them is paid for in all layers behind.
-LAYERS = (4, 8)
+LAYERS = (4, 12)
 # A pinned token outweighs every other one: a quality is at most 1, and what a pick leaves unexplained is at least 1e-5.
 PINNED = 1e3
 
@@ -76,7 +76,7 @@ class AttendedAndDiverse(TextScorer):
 class MustDropPlus(Recipe):
     """Bipartite merging in the encoder, an attended and diverse choice in the prefill, output-aware eviction.
 
-    The split between the stages was searched on scenes of the bundled model's selection split (docs/quality.md).
+    The split between the stages was searched on training scenes of the bundled model (docs/quality.md).
 
     Attributes:
         keep: equal-token budget, int or share.
@@ -84,7 +84,7 @@ class MustDropPlus(Recipe):
         merge: largest share of its tokens that an encoder layer merges, in (0, 1/2]; what is left over merges behind
             the encoder.
         power: of the attention in the filter's choice; 0 is diversity alone.
-        layers: filter layers; None is (4, 8) of 32, scaled to the model.
+        layers: filter layers; None is (4, 12) of 32, scaled to the model.
         key_share: share of the tokens that the filter may not drop, by encoder attention.
         proportional: whether a merged token's attention in the encoder is weighed with its size; it takes an encoder
             without flash attention.
