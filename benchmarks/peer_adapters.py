@@ -6,6 +6,7 @@ prune a LLaVA, `Skipped` says why in words that the result file keeps.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 from collections.abc import Callable, Iterator
@@ -127,12 +128,37 @@ def press(name: str, eager: bool = False) -> Apply:
 
 @contextmanager
 def sparsevlm_hooks(sparsevlm: Any, model: Any, keep: int) -> Iterator[None]:
-    """The hooks of the package's quick start."""
-    state = sparsevlm.apply_sparsevlm(model, n_vis=VISION, min_keep=keep)
+    """The hooks of the package's quick start, which ask for eager attention."""
+    with attention(model, "eager"):
+        state = sparsevlm.apply_sparsevlm(model, n_vis=VISION, min_keep=keep)
+        try:
+            yield
+        finally:
+            sparsevlm.remove_hooks(state)
+
+
+@contextmanager
+def adaptive_cache(adaptivekv: Any, model: Any, keep: int) -> Iterator[None]:
+    """Its cache in every `generate`, evicting to the budget and storing whole numbers, since bits are not compared."""
+    _, cache = adaptivekv.apply_adaptive_kv(
+        model, enable_token_eviction=True, max_cache_tokens=TEXT + keep, enable_quantization=False
+    )
+    model.generate = functools.partial(model.generate, past_key_values=cache)
     try:
         yield
     finally:
-        sparsevlm.remove_hooks(state)
+        del model.generate
+
+
+@contextmanager
+def proactive_cache(package: Any, model: Any, keep: int) -> Iterator[None]:
+    """Its `generate` in place of the model's, without prototypes: the first and the last entries stay."""
+    package.ProactiveCache.apply(model, budget=TEXT + keep)
+    try:
+        yield
+    finally:
+        package.ProactiveCache.remove(model)
+        vars(model).pop("generate", None)
 
 
 BRIDGE = (
@@ -154,6 +180,24 @@ PEERS = (
     kvpress("ObservedAttentionPress", "It needs eager attention, which is part of its time", eager=True),
     kvpress("ExpectedAttentionPress"),
     kvpress("KnormPress"),
+    Peer(
+        "adaptivekv",
+        "adaptivekv",
+        "adaptivekv",
+        "text and vision",
+        "cache",
+        adaptive_cache,
+        remark="it takes text models of seven families",
+    ),
+    Peer(
+        "proactive-cache",
+        "proactive-cache",
+        "proactive_cache",
+        "text and vision",
+        "cache",
+        proactive_cache,
+        remark="its prefill gets the token ids and not the picture",
+    ),
     Peer(
         "angelslim token compressor",
         "angelslim",

@@ -28,7 +28,7 @@ def render(record: Mapping[str, Any], table: Table) -> str:
         parts.append(f"**{title}.**\n\n" + (table(HEADER, rows) if rows else "Nothing ran."))
     remarks = _grouped((row["remark"], _name(row)) for row in record["rows"] if row["remark"])
     parts += [_bullets("About the rows", remarks)] if remarks else []
-    reasons = _grouped((_reason(row), row["name"]) for row in record["skipped"])
+    reasons = _grouped((_reason(row), _name(row)) for row in record["skipped"])
     parts += [_bullets("Skipped", reasons)] if reasons else []
     return "\n\n".join(parts) + f"\n\nThe command: `{record['command']}`."
 
@@ -49,7 +49,7 @@ def _setting(record: Mapping[str, Any]) -> str:
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    return f"`{row['name']}`" if row["package"] == "mustdrop" else f"{row['name']} {row['version']}"
+    return f"`{row['name']}`" if row["package"] == "mustdrop" else f"{row['name']} {row['version']}".strip()
 
 
 def _row(row: Mapping[str, Any]) -> tuple[object, ...]:
@@ -67,8 +67,7 @@ def _row(row: Mapping[str, Any]) -> tuple[object, ...]:
 
 
 def _reason(row: Mapping[str, Any]) -> str:
-    keep = f" (`keep={row['keep']}`)" if "keep" in row else ""
-    return row["skipped"] + keep + (f" ({row['remark']})" if row["remark"] else "")
+    return row["skipped"].rstrip(".") + (f" ({row['remark']})" if row["remark"] else "")
 
 
 def _grouped(pairs: Any) -> dict[str, list[str]]:
