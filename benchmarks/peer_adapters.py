@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -115,6 +116,7 @@ def press(name: str, eager: bool = False) -> Apply:
     @contextmanager
     def apply(kvpress: Any, model: Any, keep: int) -> Iterator[None]:
         whole = TEXT + VISION
+        logging.getLogger("kvpress").setLevel(logging.ERROR)  # else a warning per run: no LLaVA is on its list
         made = getattr(kvpress, name)(compression_ratio=1 - (TEXT + keep + 0.5) / whole)  # it rounds down
         try:
             with cache_positions(model), attention(model, "eager") if eager else nullcontext(), made(model):

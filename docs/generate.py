@@ -171,7 +171,7 @@ def speed_cpu_hardware(results: Results) -> str:
 @renderer("peers-cpu")
 def peers_cpu(results: Results) -> str:
     """Time and bytes beside what a user could install instead, on the CPU."""
-    return peer_table.render(results["peers_cpu"], table)
+    return peer_table.render(results.get("peers_cpu"), table)
 
 
 @renderer("kernels-aot")
