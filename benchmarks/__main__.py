@@ -14,6 +14,7 @@ BENCHMARKS = {
     "gpu": "everything that needs a GPU, inside ten minutes, on a machine with nothing but torch on it",
     "kernels": "time, bandwidth, FLOP/s and share of the roofline of every operation, beside eager PyTorch",
     "kernels_aot": "registers, spills and shared memory of every kernel, compiled for GPUs that need not be there",
+    "peers": "speed and KV bytes beside what pip can install instead, in one run",
     "quality": "accuracy on scenes and fidelity to the unpruned model, of every method at every budget",
 }
 

@@ -1,8 +1,8 @@
 """Everything that needs a GPU, in one command and inside ten minutes, on a machine with nothing but torch on it.
 
-Four parts, each in a process of its own: `checks` (what every kernel must do, without pytest), `kernels`, `end_to_end`,
-and the tests marked `gpu` where pytest is installed. A part that takes too long is ended and the next one starts; each
-writes its own result file, and `gpu.json` says how each part ended.
+Five parts, each in a process of its own: `checks` (what every kernel must do, without pytest), `kernels`, `end_to_end`,
+the tests marked `gpu` where pytest is installed, and `peers` where time is left. A part that takes too long is ended
+and the next one starts; each writes its own result file, and `gpu.json` says how each part ended.
 
 Without a GPU the same command runs: the references take the place of the kernels, sizes are tiny, every result says so.
 """
@@ -23,13 +23,16 @@ import torch
 
 from benchmarks.common import RESULTS, ROOT, origin, save, significant
 
-PARTS = ("checks", "kernels", "end_to_end", "tests")
+PARTS = ("checks", "kernels", "end_to_end", "tests", "peers")
 SHARES = {
     "checks": 0.3,
     "kernels": 0.45,
     "end_to_end": 0.8,
-    "tests": 1.0,
+    "tests": 0.9,
+    "peers": 1.0,
 }  # of the budget that may be gone after a part
+PEERS_SECONDS = 45  # then it begins no further pair; building the model and the first pairs take some time more
+PEERS_LEAST = 60  # with less than that left, it is not started
 
 
 def checks(device: str) -> list[dict[str, Any]]:
@@ -70,6 +73,8 @@ def commands(options: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
         "end_to_end": [*python, "benchmarks", "end_to_end", "--device", device, *quick, *rounds,
                        "--out", out["end_to_end"]],
         "tests": [*python, "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"],
+        "peers": [*python, "benchmarks", "peers", "--device", device, *quick, "--pairs", "5" if cuda else "1",
+                  "--seconds", str(PEERS_SECONDS), "--out", out["peers"]],
     }  # fmt: skip
 
 
@@ -90,6 +95,9 @@ def conduct(options: argparse.Namespace) -> dict[str, Any]:
             continue
         start = time.perf_counter()
         left = options.budget * SHARES[part] - (start - began)
+        if part == "peers" and left < PEERS_LEAST:
+            outcomes.append({"part": part, "outcome": f"left out: {left:.0f} s left"})
+            continue
         try:
             done = subprocess.run(command, cwd=ROOT, env=environment, timeout=max(10.0, left), check=False)
             outcome = "done" if done.returncode == 0 else f"exit status {done.returncode}"

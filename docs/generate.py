@@ -28,6 +28,7 @@ from typing import Any
 import evaluation_tables
 import kernel_table
 import method_cards
+import peer_table
 import product_table
 import quality_table
 import speed_table
@@ -165,6 +166,12 @@ def speed_cpu_plain(results: Results) -> str:
 def speed_cpu_hardware(results: Results) -> str:
     """What fewer rows cost the hardware, and what is left of the speed-up after pruning took its share."""
     return speed_table.hardware(results["end_to_end_cpu"], table)
+
+
+@renderer("peers-cpu")
+def peers_cpu(results: Results) -> str:
+    """Time and bytes beside what a user could install instead, on the CPU."""
+    return peer_table.render(results.get("peers_cpu"), table)
 
 
 @renderer("kernels-aot")
