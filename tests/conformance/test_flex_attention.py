@@ -41,12 +41,14 @@ EVICTION = {
 SETUPS = {"select": SELECT, "merge": MERGE, "prefill": PREFILL, "thresholds": THRESHOLDS, "all": ALL, "evict": EVICTION}
 
 #: Families whose text model transformers runs with flex attention.
-FAMILIES = [
+KNOWN = [
     (name, kind)
     for name, adapter in registry().items()
-    if adapter.available() and not adapter.lacks and adapter.text(families.plain(name))._supports_flex_attn
+    if adapter.available() and adapter.text(families.plain(name))._supports_flex_attn
     for kind in adapter.media
 ]
+FAMILIES = [(name, kind) for name, kind in KNOWN if not registry()[name].lacks]
+LACKING = [pair for pair in KNOWN if pair not in FAMILIES]
 each = pytest.mark.parametrize(("name", "kind"), FAMILIES, ids=map("-".join, FAMILIES))
 
 
@@ -123,7 +125,7 @@ def test_the_cache_holds_what_the_trace_counts_and_no_more():
 
 def test_the_order_of_the_released_code():
     """There positions and causality follow the order in which the tokens stand; sdpa says what that means."""
-    settings = {"compat": "released", "keep": 0.4}
+    settings = {"compat": "released", "global_threshold": 0.02, "individual_threshold": 0.02}
     ours = answer(patched(LLAMA, FLEX, "mustdrop", **settings), batch(LLAMA, (1, 2)))
     sdpa = answer(patched(LLAMA, "sdpa", "mustdrop", **settings), batch(LLAMA, (1, 2)))
     assert torch.equal(ours.sequences, sdpa.sequences)
@@ -202,6 +204,13 @@ def test_a_family_evicts_while_decoding(name, kind):
     )
 
 
+@pytest.mark.parametrize(("name", "kind"), LACKING, ids=map("-".join, LACKING))
+def test_the_stages_that_a_family_has(name, kind):
+    setup = {"prefill": PrefillPruner(keep=0.6), "decode": DecodeCachePruner(keep=4, interval=3, full_layers=1)}
+    left = {stage: pruner for stage, pruner in setup.items() if stage not in registry()[name].lacks}
+    families.assert_dropping_equals_masking(name, ((kind,), (), (kind, kind)), FLEX, **left)
+
+
 # -- masks ------------------------------------------------------------------------------------------------------------
 
 
@@ -254,7 +263,8 @@ def test_masks_of_somebodys_own_are_refused():
 def test_other_kinds_of_flex_attention_are_refused():
     model = patched(LLAMA, **PREFILL)
     model.model.language_model.config._attn_implementation_internal = "my_flex_attention"
-    refused(model, batch(LLAMA), "'my_flex_attention'.*sdpa")
+    with pytest.raises(UnsupportedOptionError, match=r"'my_flex_attention'.*sdpa"):
+        answer(model, batch(LLAMA), 1)
 
 
 def test_weighing_merged_tokens_is_refused_in_the_encoder():

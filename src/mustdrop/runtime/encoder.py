@@ -142,7 +142,7 @@ class EncoderStage:
         pruner = self.pruner
         if index in self.reads or (run.inside is not None and index <= self.last):
             self.local.capture = (self.key, index)
-        if index == 0 and block_masks.hides(_given_mask(args, kwargs)):
+        if index == 0 and run.inside is not None and block_masks.hides(_given_mask(args, kwargs)):
             run.inside = None  # padding must not merge with patches: the rule is asked behind
         if not run.item and not self.tower.packed and args[0].ndim == 3:
             run.item = args[0].shape[1] - self.tower.prefix - self.tower.suffix
