@@ -17,6 +17,7 @@ SUPPORT = {
     "mixed": ("test_several_kinds_in_one_prompt",),
     "eager": ("test_eager_attention",),
     "flash": ("test_flash_attention",),
+    "flex": ("test_flex_attention",),
     "beams": ("test_beams",),
     "sampling": ("test_sampling",),
     "no cache": ("test_without_cache",),

@@ -29,3 +29,12 @@ def flash(monkeypatch):
 
     fake_flash.install(monkeypatch)
     return fake_flash.calls
+
+
+@pytest.fixture
+def flex(monkeypatch):
+    """transformers' flex-attention glue without a compiler; counts the calls of the kernel."""
+    from support import eager_flex
+
+    eager_flex.install(monkeypatch)
+    return eager_flex.calls

@@ -285,17 +285,11 @@ def test_an_offloaded_cache_object_is_named_before_any_work():
     assert_refused(model, {**batch(), "past_key_values": cache}, errors.UnsupportedOptionError, "offload")
 
 
-def test_flex_attention_is_named_before_any_work():
-    model = clone()
-    for module in model.modules():
-        if getattr(module, "config", None) is not None:
-            module.config._attn_implementation_internal = "flex_attention"
-    try:
-        mustdrop.patch(model, prefill=THRESHOLDS)
-    except errors.UnsupportedOptionError as error:
-        assert "flex" in str(error)  # noqa: PT017
-        return
-    assert_refused(model, batch(), errors.UnsupportedOptionError, "flex")
+def test_flex_attention_in_a_text_model_that_has_none_is_named_before_any_work():
+    model = patched(prefill=THRESHOLDS)
+    model.model.language_model._supports_flex_attn = False
+    model.model.language_model.config._attn_implementation_internal = "flex_attention"
+    assert_refused(model, batch(), errors.UnsupportedOptionError, "flex_attention.*LlamaModel")
 
 
 def test_gradient_checkpointing_in_training_is_refused_and_in_eval_it_is_fine():

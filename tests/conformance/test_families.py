@@ -15,7 +15,7 @@ from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from mustdrop.adapters import registry
 from mustdrop.errors import UnsupportedOptionError
 from mustdrop.runtime.encoder import EncoderStage
-from support import fake_flash, families, following, turns
+from support import eager_flex, fake_flash, families, following, turns
 from support.builders import answer
 from support.families import assert_dropping_equals_masking, batch, clone, plain
 
@@ -112,6 +112,19 @@ def test_flash_attention(name, kind, flash, record_property):
         return
     assert_dropping_equals_masking(name, ragged(kind), fake_flash.NAME, **ALL)
     assert sum(flash.values()) > 0
+
+
+@each
+def test_flex_attention(name, kind, flex, record_property):
+    text = registry()[name].text(plain(name))
+    if not text._supports_flex_attn:
+        record_property("refused", "Flex attention is refused: transformers does not support it in the text model.")
+        model = eager_flex.force(clone(name))
+        with pytest.raises(UnsupportedOptionError, match=f"{name}.*flex_attention.*{type(text).__name__}"):
+            mustdrop.patch(model)
+        return
+    assert_dropping_equals_masking(name, ragged(kind), eager_flex.NAME, **ALL)
+    assert flex["masked"] > 0
 
 
 # -- generation -------------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import mustdrop
 
-from . import fake_flash
 from .builders import IMAGE, LLAMA, Answer, Variant, answer, batch, clone, plain
+from .families import STAND_INS, oracles
 from .oracle import CacheWatch, Hidden, MaskedOracle, hidden_by
 from .reference_tower import encode
 
@@ -19,11 +19,10 @@ TOLERANCE = 1e-5  # float32
 
 
 def patched(variant: Variant = LLAMA, attn: str = "sdpa", method: str | None = None, **settings: Any) -> Any:
-    """A patched clone. ``attn="flash_attention_2"`` needs the ``flash`` fixture."""
-    flash = attn == fake_flash.NAME
-    model = clone(variant, "sdpa" if flash else attn)
-    if flash:
-        fake_flash.use(model)
+    """A patched clone. Flash and flex attention need the ``flash`` and the ``flex`` fixture."""
+    model = clone(variant, oracles(attn))
+    if attn in STAND_INS:
+        STAND_INS[attn].use(model)
     return mustdrop.patch(model, method, **settings) if method else mustdrop.patch(model, **settings)
 
 
@@ -96,7 +95,7 @@ def compare(
 
     ``oracle_model`` is an unpatched model with the weights of ``model``, if these are not the variant's.
     """
-    oracle_model = oracle_model or plain(variant, "sdpa" if attn == fake_flash.NAME else attn)
+    oracle_model = oracle_model or plain(variant, oracles(attn))
     # the oracle masks logical positions in a growing cache, whatever cache the patched model is given
     plainly = {
         k: v for k, v in options.items() if k not in ("cache_implementation", "past_key_values", "compile_config")

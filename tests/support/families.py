@@ -23,12 +23,15 @@ from mustdrop.compat import attention_function
 from mustdrop.layout import Layout
 from mustdrop.runtime.tap import attention_of
 
-from . import fake_flash
+from . import eager_flex, fake_flash
 from .builders import Answer, anatomy, answer
 from .oracle import CacheWatch, Hidden, MaskedOracle, _gone
 from .versions import BEAMS_MIX_IMAGES
 
 PAD, BOS = 0, 1
+
+#: Backends whose kernels do not run everywhere -> what takes their place.
+STAND_INS = {fake_flash.NAME: fake_flash, eager_flex.NAME: eager_flex}
 
 Row = tuple[str, ...]
 
@@ -40,8 +43,15 @@ def plain(name: str, attention: str = "sdpa") -> Any:
 
 
 def clone(name: str, attention: str = "sdpa") -> Any:
-    """An independent copy of :func:`plain`."""
+    """An independent copy of :func:`plain`; the backends with a stand-in need the fixture that installs it."""
+    if attention in STAND_INS:
+        return STAND_INS[attention].use(copy.deepcopy(plain(name)))
     return copy.deepcopy(plain(name, attention))
+
+
+def oracles(attention: str) -> str:
+    """The backend of the oracle: a stand-in is compared with torch's own attention."""
+    return "sdpa" if attention in STAND_INS else attention
 
 
 def picture(shape: Sequence[int], seed: int) -> Tensor:
@@ -236,12 +246,9 @@ def compare(
     ``change`` is done to the weights of both: it takes an unpatched model and returns it.
     """
     flash = attention == fake_flash.NAME
-    oracle_model = plain(name, "sdpa" if flash else attention)
-    model = clone(name, "sdpa" if flash else attention)
+    oracle_model, model = plain(name, oracles(attention)), clone(name, attention)
     if change is not None:
         model, oracle_model = change(model), change(copy.deepcopy(oracle_model))
-    if flash:
-        fake_flash.use(model)
     mustdrop.patch(model, **settings)
     adapter, options = registry()[name], generation or {}
     inputs = cast(batch(adapter, model, rows, seed), model.dtype) if inputs is None else inputs

@@ -17,7 +17,7 @@ from mustdrop.adapters.base import Adapter
 
 from . import fake_flash
 from .builders import answer
-from .families import Compared, FamilyOracle, Recorder, batch, clone, hidden_by, plain, vision_positions
+from .families import Compared, FamilyOracle, Recorder, batch, clone, hidden_by, oracles, plain, vision_positions
 from .oracle import CacheWatch, Hidden, _gone
 
 
@@ -91,10 +91,7 @@ def compare_two_turns(name: str, kind: str, attention: str = "sdpa", **settings:
     Returned are the second answers.
     """
     flash = attention == fake_flash.NAME
-    oracle_model = plain(name, "sdpa" if flash else attention)
-    model = clone(name, "sdpa" if flash else attention)
-    if flash:
-        fake_flash.use(model)
+    oracle_model, model = plain(name, oracles(attention)), clone(name, attention)
     mustdrop.patch(model, **settings)
     decode = vars(model)["_mustdrop"].method.decode
     adapter = registry()[name]

@@ -70,7 +70,8 @@ def attention() -> dict[str, str]:
     for name, installed in flash.items():
         missing = "its package is not installed" if gpu else "needs a GPU"
         found[name] = "available, not for every family" if gpu and installed else f"not available: {missing}"
-    return found | {"flex_attention": "refused: its masks have no rows and columns"}
+    flex = import_utils.is_torch_flex_attn_available()
+    return found | {"flex_attention": "available, not for every family" if flex else "not available"}
 
 
 def kernels() -> dict[str, Any]:

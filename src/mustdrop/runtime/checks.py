@@ -12,6 +12,7 @@ from mustdrop.adapters.base import Modality
 from mustdrop.compat import checkpoints_activations
 from mustdrop.errors import CacheStateError, ConfigError, UnsupportedOptionError
 from mustdrop.runtime import parallel, tap
+from mustdrop.runtime.block_masks import FLEX
 
 if TYPE_CHECKING:
     from mustdrop.runtime.core import Runtime
@@ -37,9 +38,15 @@ def model(runtime: Runtime) -> None:
         )
 
 
-def call(runtime: Runtime) -> None:
+def call(runtime: Runtime, kwargs: dict[str, Any]) -> None:
     """Raise `UnsupportedOptionError` for a call that cannot be pruned; settings may have changed since `patch`."""
     backend(runtime)
+    mask = kwargs.get("attention_mask")
+    if runtime.implementation == FLEX and mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        raise UnsupportedOptionError(
+            f"attn_implementation={FLEX!r} with an attention mask of somebody's own ({type(mask).__name__}) cannot be "
+            "pruned: nothing says which tokens are padding. Pass a mask of (rows, tokens)."
+        )
     if (runtime.model.training or torch.is_grad_enabled()) and checkpoints_activations(runtime.base):
         raise UnsupportedOptionError(
             "training a patched model with gradient checkpointing is not supported: the layers would run twice. "
@@ -50,10 +57,15 @@ def call(runtime: Runtime) -> None:
 def backend(runtime: Runtime) -> None:
     """Raise `UnsupportedOptionError` for an attention implementation of the text model that cannot be pruned."""
     name = runtime.implementation
-    if name.startswith("paged") or "flex" in name:
+    if name.startswith("paged") or ("flex" in name and name != FLEX):
         raise UnsupportedOptionError(
             f"attn_implementation={name!r} cannot be pruned (its masks have no rows and columns): "
             f"use model.set_attn_implementation('sdpa')."
+        )
+    if name == FLEX and not getattr(runtime.text, "_supports_flex_attn", False):
+        raise UnsupportedOptionError(
+            f"{runtime.adapter.name} with attn_implementation={name!r} cannot be pruned: transformers does not support "
+            f"it in {type(runtime.text).__name__}. Use model.set_attn_implementation('sdpa')."
         )
     if runtime.flash and runtime.adapter.refuses_flash:
         raise UnsupportedOptionError(
@@ -73,6 +85,11 @@ def no_static(runtime: Runtime) -> str | None:
     if runtime.flash:
         return (
             f"attn_implementation={runtime.implementation!r} has no mask that could hide the room for later tokens. "
+            "Use model.set_attn_implementation('sdpa'), or a DynamicCache."
+        )
+    if runtime.implementation == FLEX:
+        return (
+            f"attn_implementation={FLEX!r} makes a new mask for every step, which a compiled step cannot. "
             "Use model.set_attn_implementation('sdpa'), or a DynamicCache."
         )
     return None

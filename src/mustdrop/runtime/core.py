@@ -185,7 +185,7 @@ class Runtime:
             ids: (B, S) prompt ids that the cache does not hold yet, or None.
             kwargs: the call's arguments: embeddings, attention mask and media are looked up here.
         """
-        checks.call(self)
+        checks.call(self, kwargs)
         call = Call(owner)
         kinds = self.placeholders(ids, kwargs.get("inputs_embeds"), kwargs) if self._has_media(kwargs) else None
         if kinds is not None:

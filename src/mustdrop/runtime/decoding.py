@@ -12,6 +12,7 @@ from mustdrop import kernels, kv
 from mustdrop.errors import MustDropError
 from mustdrop.pruners import CacheScorer, DecodeCachePruner, Received
 from mustdrop.runtime import parallel
+from mustdrop.runtime.block_masks import Mask
 from mustdrop.runtime.masks import visible_keys
 from mustdrop.runtime.rows import PAD, pack
 from mustdrop.runtime.state import Forward
@@ -40,18 +41,18 @@ class Asked:
 
     q: Tensor
     k: Tensor
-    mask: Tensor | None
+    mask: Mask
     scaling: float
     softcap: float | None
     group: ProcessGroup | None = None
 
     @classmethod
     def of(
-        cls, module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None, kwargs: dict[str, Any], stored: int | None
+        cls, module: nn.Module, q: Tensor, k: Tensor, mask: Mask, kwargs: dict[str, Any], stored: int | None
     ) -> Asked:
         """From the arguments of the function; `stored` slots of `k` are filled (None: all)."""
         if stored is not None:  # a static cache hands out room for later tokens too
-            k, mask = k[:, :, :stored], mask if mask is None else mask[..., :stored]
+            k, mask = k[:, :, :stored], mask[..., :stored] if isinstance(mask, Tensor) else mask
         scaling = kwargs.get("scaling") or getattr(module, "scaling", None) or q.shape[-1] ** -0.5
         return cls(q, k, mask, scaling, kwargs.get("softcap"), parallel.group_of(module))
 

@@ -18,7 +18,8 @@ from mustdrop.adapters.base import Tower
 from mustdrop.compat import eager
 from mustdrop.errors import ConfigError
 from mustdrop.pruners import InnerRule, Read, VisionStagePruner
-from mustdrop.runtime import parallel, reading
+from mustdrop.runtime import block_masks, parallel, reading
+from mustdrop.runtime.block_masks import Mask
 from mustdrop.runtime.encoder_run import EncoderRun
 from mustdrop.runtime.masks import attended_keys, cut_encoder_mask, encoder_mask
 from mustdrop.runtime.state import Local
@@ -46,7 +47,7 @@ class EncoderCapture:
     stage: EncoderStage
     index: int
 
-    def __call__(self, module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, q: Tensor, k: Tensor, mask: Mask, kwargs: dict[str, Any]) -> None:
         """See `EncoderStage.capture`."""
         self.stage.capture(self.index, module, q, k, mask, kwargs)
 
@@ -141,7 +142,7 @@ class EncoderStage:
         pruner = self.pruner
         if index in self.reads or (run.inside is not None and index <= self.last):
             self.local.capture = (self.key, index)
-        if index == 0 and _given_mask(args, kwargs) is not None:
+        if index == 0 and run.inside is not None and block_masks.hides(_given_mask(args, kwargs)):
             run.inside = None  # padding must not merge with patches: the rule is asked behind
         if not run.item and not self.tower.packed and args[0].ndim == 3:
             run.item = args[0].shape[1] - self.tower.prefix - self.tower.suffix
@@ -188,7 +189,7 @@ class EncoderStage:
             return hidden
         return torch.cat([hidden[:, :prefix], run.merged.apply(patches)], 1)
 
-    def _mask(self, run: EncoderRun, given: Tensor | None, hidden: Tensor, module: nn.Module) -> Tensor | None:
+    def _mask(self, run: EncoderRun, given: Mask, hidden: Tensor, module: nn.Module) -> Mask:
         """The mask that hides padding, and what the mask that came hides; made once per mask that comes."""
         merged, prefix = run.merged, self.tower.prefix
         assert merged is not None
@@ -206,9 +207,7 @@ class EncoderStage:
         return run.masks[id(given)]
 
     @eager
-    def capture(
-        self, index: int, module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
-    ) -> None:
+    def capture(self, index: int, module: nn.Module, q: Tensor, k: Tensor, mask: Mask, kwargs: dict[str, Any]) -> None:
         """Read what is wanted of one layer from its queries and keys."""
         run: EncoderRun | None = self.local.encoder
         if run is None:
@@ -222,7 +221,7 @@ class EncoderStage:
         for read in self.reads.get(index, ()):
             pieces = run.readings.setdefault(read, [])
             if self.tower.packed:
-                pieces += reading.of_segments(read, q, k, mask, kwargs, scaling)
+                pieces += reading.of_segments(read, q, k, block_masks.dense(mask), kwargs, scaling)
                 continue
             visible = torch.ones(q.shape[0], k.shape[2], dtype=torch.bool, device=q.device)
             if run.merged is not None:
@@ -265,5 +264,5 @@ def takes_mask(block: nn.Module) -> bool:
     return "attention_mask" in inspect.signature(type(block).forward).parameters
 
 
-def _given_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def _given_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mask:
     return args[1] if len(args) > 1 else kwargs.get("attention_mask")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mustdrop.adapters.base import Tower
 from mustdrop.pruners import Read
+from mustdrop.runtime.block_masks import Mask
 from mustdrop.runtime.halves import Inside
 from mustdrop.selection import Selection
 
@@ -38,7 +39,7 @@ class EncoderRun:
     pool: int = 1
     at_least: Tensor | None = None
     merged: Selection | None = None
-    masks: dict[int, Tensor | None] = field(default_factory=dict)
+    masks: dict[int, Mask] = field(default_factory=dict)
     readings: dict[Read, list[Tensor]] = field(default_factory=dict)
     item: int = 0
     leave: Callable[[Any], Any] | None = None

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from mustdrop import kernels
 from mustdrop.errors import UnsupportedOptionError
+from mustdrop.runtime import block_masks
+from mustdrop.runtime.block_masks import FLEX, BlockMask, Mask
 from mustdrop.runtime.rows import PAD, take
 
 
@@ -42,12 +44,12 @@ class Layout:
         return ((self.slots != PAD)[:, None] & before) | (there == here[:, None]) & (self.queries == PAD)[..., None]
 
 
-def physical_mask(mask: Tensor | None, layout: Layout, implementation: str, dtype: torch.dtype) -> Tensor | None:
+def physical_mask(mask: object, layout: Layout, implementation: str, dtype: torch.dtype) -> Mask:
     """The mask one layer needs.
 
     Args:
-        mask: what transformers passed: None, (B, keys) for flash attention, or (B or 1, 1, queries, keys), bool
-            or additive.
+        mask: what transformers passed: None, (B, keys) for flash attention, a block mask for flex attention, or
+            (B or 1, 1, queries, keys), bool or additive.
         layout: rows and slots of this layer.
         implementation: attention implementation of the text model.
         dtype: dtype of an additive mask, for eager attention.
@@ -56,11 +58,15 @@ def physical_mask(mask: Tensor | None, layout: Layout, implementation: str, dtyp
         None where a plain causal pattern is right, else a mask of the same kind over (n, k).
 
     Raises:
-        UnsupportedOptionError: a mask that is not a tensor (flex attention).
+        UnsupportedOptionError: any other mask, or one that its attention implementation does not come with.
     """
-    if mask is not None and not isinstance(mask, Tensor):
+    if isinstance(mask, BlockMask):
+        return block_masks.causal(layout) if layout.reordered else block_masks.cut(mask, layout)
+    foreign = implementation == FLEX and getattr(mask, "ndim", 0) != 2
+    if foreign or (mask is not None and not isinstance(mask, Tensor)):
         raise UnsupportedOptionError(
-            f"attention masks of type {type(mask).__name__} cannot be pruned: use attn_implementation='sdpa'."
+            f"attention masks of type {type(mask).__name__} cannot be pruned with attn_implementation="
+            f"{implementation!r}: use attn_implementation='sdpa'."
         )
     flash = "flash" in implementation
     fresh = layout.slots.shape[1] == layout.queries.shape[1]
@@ -122,23 +128,27 @@ def fixed_mask(mask: object, positions: Tensor, padded: bool) -> Tensor:
     return known & ~hidden if known.dtype == torch.bool else known.masked_fill(hidden, torch.finfo(known.dtype).min)
 
 
-def encoder_mask(visible: Tensor, implementation: str, dtype: torch.dtype) -> Tensor | None:
+def encoder_mask(visible: Tensor, implementation: str, dtype: torch.dtype) -> Mask:
     """The mask for encoder layers over ragged tokens: `visible` (B, N) bool; None if all are."""
     if bool(visible.all()):
         return None
+    if implementation == FLEX:
+        return block_masks.of_keys(visible)
     return (
         visible if "flash" in implementation else _cast(visible[:, None, None], visible.shape[1], implementation, dtype)
     )
 
 
-def cut_encoder_mask(mask: Tensor, slots: Tensor, visible: Tensor) -> Tensor:
+def cut_encoder_mask(mask: Tensor | BlockMask, slots: Tensor, visible: Tensor) -> Tensor | BlockMask:
     """A mask of transformers over patches, cut to the tokens that merging left.
 
     Args:
-        mask: (items, N), or (items or 1, 1, N, N), bool or additive.
+        mask: (items, N), or (items or 1, 1, N, N), bool or additive, or a block mask.
         slots: (items, M) long, the patch that names each remaining token.
         visible: (items, M) bool, tokens that are not padding.
     """
+    if isinstance(mask, BlockMask):
+        return block_masks.cut_items(mask, slots, visible)
     if mask.ndim == 2:
         return take(mask, slots, 1) & visible.to(mask.dtype)
     known = mask.expand(slots.shape[0], -1, -1, -1)
@@ -148,8 +158,10 @@ def cut_encoder_mask(mask: Tensor, slots: Tensor, visible: Tensor) -> Tensor:
     return known.masked_fill(~visible[:, None, None], torch.finfo(known.dtype).min)
 
 
-def attended_keys(mask: Tensor) -> Tensor:
-    """(items or 1, keys) bool, the keys that any query sees by a mask of transformers (2-D or 4-D)."""
+def attended_keys(mask: Tensor | BlockMask) -> Tensor:
+    """(items or 1, keys) bool, the keys that any query sees by a mask of transformers (2-D, 4-D or of blocks)."""
+    if isinstance(mask, BlockMask):
+        return block_masks.whole(mask)[:, 0].any(1)
     if mask.ndim == 2:
         return mask.bool()
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
@@ -164,18 +176,21 @@ def _cast(visible: Tensor, rows: int | None, implementation: str, dtype: torch.d
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
 
 
-def visible_keys(rows: Tensor, mask: Tensor | None, queries: int, keys: int) -> tuple[Tensor, Tensor | None]:
+def visible_keys(rows: Tensor, mask: Mask, queries: int, keys: int) -> tuple[Tensor, Tensor | None]:
     """Which keys a few query rows see.
 
     Args:
         rows: (B, R) long, query rows.
-        mask: what the attention call got: None (causal), (B, keys), or (B or 1, 1, queries, keys), bool or additive.
+        mask: what the attention call got: None (causal), (B, keys), (B or 1, 1, queries, keys), bool or additive, or
+            a block mask.
         queries: query rows of the call.
         keys: key slots of the call.
 
     Returns:
         (B, R, keys) bool, and the additive mask of these rows, (B, 1, R, keys), if there is one.
     """
+    if isinstance(mask, BlockMask):
+        return block_masks.seen_by(mask, rows, keys), None
     if mask is None or mask.ndim == 2:
         causal = torch.arange(keys, device=rows.device) <= (rows + keys - queries)[..., None]
         return (causal if mask is None else causal & mask[:, None, :keys].bool()), None

@@ -15,6 +15,7 @@ from mustdrop.errors import MustDropError, UnsupportedOptionError
 from mustdrop.pruners import DecodeCachePruner
 from mustdrop.pruners.prefill import needs_rows
 from mustdrop.runtime import checks, decoding, entry, scores
+from mustdrop.runtime.block_masks import Mask
 from mustdrop.runtime.compiled import compiled_step, outside_steps
 from mustdrop.runtime.decoding import Asked
 from mustdrop.runtime.entry import Media
@@ -56,7 +57,7 @@ class AttentionCapture:
     stage: TextStage
     index: int
 
-    def __call__(self, module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, q: Tensor, k: Tensor, mask: Mask, kwargs: dict[str, Any]) -> None:
         """See `TextStage.capture`."""
         self.stage.capture(self.index, module, q, k, mask, kwargs)
 
@@ -217,9 +218,7 @@ class TextStage:
         return i in filters and not scores.skips(media, filters.index(i))
 
     @eager
-    def capture(
-        self, i: int, module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
-    ) -> None:
+    def capture(self, i: int, module: nn.Module, q: Tensor, k: Tensor, mask: Mask, kwargs: dict[str, Any]) -> None:
         """Attention of the rows that matter: text rows at a filter layer, what the cache policy asks for in each."""
         forward = self.runtime.local.forward
         if forward is None:
