@@ -11,6 +11,7 @@ from eval import folders
 from mustdrop.adapters import registry
 from mustdrop.adapters.tiny import build
 from mustdrop.demo.model import load
+from mustdrop.errors import ConfigError
 from mustdrop.eval import engine
 from mustdrop.eval.benchmark import Source
 from mustdrop.eval.benchmarks import find
@@ -80,6 +81,12 @@ def test_a_broken_video_fails_alone(model, tmp_path):
     result = evaluate(whole)
     assert [failure.name for failure in result.failed] == ["v_0"]
     assert result.tokens.items == 1
+
+
+def test_a_model_of_images_is_not_asked_about_videos_that_it_cannot_see(tmp_path):
+    root = folders.msvd(tmp_path / "data")
+    with pytest.raises(ConfigError, match=r"msvd asks about videos, and --model bundled .* takes images"):
+        evaluate(Settings("msvd", data=root, out=tmp_path / "run", workers=0))
 
 
 def test_videos_have_the_names_of_their_sets(tmp_path):
