@@ -75,6 +75,41 @@ def test_from_files_to_the_judges_file(model, tmp_path):
     assert "<video>" in result.prompt.example
 
 
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with a tiny Video-LLaVA and a processor of the real classes."""
+    pytest.importorskip("torchvision")
+    from transformers import CLIPImageProcessor, VideoLlavaProcessor, VideoLlavaVideoProcessor
+
+    tokenizer = load()[1].tokenizer
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<video>"]})
+    tiny = build(registry()["video_llava"], "sdpa")
+    tiny.config.image_token_id, tiny.config.video_token_id = tokenizer.convert_tokens_to_ids(["<image>", "<video>"])
+    side = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
+    processor = VideoLlavaProcessor(
+        CLIPImageProcessor(**side),
+        VideoLlavaVideoProcessor(**side),
+        tokenizer,
+        patch_size=tiny.config.vision_config.patch_size,
+        chat_template=(
+            "{% for c in messages[0]['content'] %}"
+            "{% if c['type'] == 'text' %}{{ c['text'] }}{% else %}<{{ c['type'] }}> {% endif %}"
+            "{% endfor %} ASSISTANT:"
+        ),
+    )
+    for part in (tiny, processor):
+        part.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_the_processor_of_the_family_itself(saved, tmp_path):
+    result = evaluate(settings(saved, tmp_path, method="mustdrop", knobs={"keep": 0.5}, batch_size=2))
+    assert result.failed == []
+    assert result.tokens.total.mean == FRAMES * PATCHES
+    assert FRAMES * PATCHES / 2 - 1 < result.tokens.equal.mean <= FRAMES * PATCHES / 2
+    assert "<video>" in result.prompt.example
+
+
 def test_a_broken_video_fails_alone(model, tmp_path):
     whole = settings(model, tmp_path, method="none")
     (whole.data / "videos" / "vid0.gif").write_bytes(b"GIF89a")
