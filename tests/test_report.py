@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -111,6 +112,21 @@ def test_share_of_the_unpruned_run_and_the_published_number_beside_it(run, saved
     assert cells["unpruned"][-1] == "1862 (100.0%) [1]"
     assert "[1] Published score" in out
     assert "2502.11494" in out
+
+
+def test_a_narrow_terminal_breaks_no_word(saved, monkeypatch, capsys):
+    folder = saved(made("mustdrop", 64, 1530.0), made())
+    monkeypatch.setattr(sys, "argv", ["mustdrop", "report", str(folder)])
+    monkeypatch.setattr(cli.common.console, "_width", 80)
+    cli.app(standalone_mode=False)
+    table = capsys.readouterr().out.split("There is")[0]
+    assert all(len(line.rstrip()) <= 80 for line in table.splitlines())
+    words = table.split()
+    for word in ("setting", "retained", "tokens", "FLOPs", "prefill", "decode", "published", "mustdrop", "keep=64"):
+        assert word in words
+    assert {"1530", "85.0%", "64.0", "±\u00a00.2", "11.1%", "1612", "(86.6%)", "[1]"} <= set(table.split(" ")) | set(
+        words
+    )
 
 
 def test_without_an_unpruned_run_no_share_is_given_and_it_is_said(run, saved):

@@ -190,6 +190,54 @@ def run_only(name, root):
     return find(name).items(source, find(name).place(source))
 
 
+def test_a_file_in_place_of_its_folder(tmp_path):
+    root = folders.gqa(tmp_path)
+    with pytest.raises(DataFileError, match="is a file: give the folder"):
+        run_only("gqa", root / "llava_gqa_testdev_balanced.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ({"question_id": "9", "image": None, "text": "q"}, "image is a NoneType"),
+        ({"question_id": "9", "image": 7, "text": ["q"]}, "image is a int, text is a list"),
+        ({"question_id": ["9"], "image": "x", "text": "q"}, "question_id is a list"),
+    ],
+)
+def test_a_line_with_values_of_other_types_is_named(broken, reason, tmp_path):
+    root = folders.gqa(tmp_path)
+    path = root / "llava_gqa_testdev_balanced.jsonl"
+    path.write_text(json.dumps(broken) + "\n" + path.read_text())
+    folder = find("gqa").place(Source(root))
+    assert len(find("gqa").items(Source(root), folder)) == 4
+    assert [(failure.name, failure.reason) for failure in folder.broken] == [(f"{path.name} line 1", reason)]
+
+
+def test_scienceqa_names_an_answer_that_is_no_choice(tmp_path):
+    root = folders.scienceqa(tmp_path)
+    problems = json.loads((root / "problems.json").read_text())
+    problems["1"]["answer"], problems["2"]["answer"] = 7, "B"
+    folders.value(root / "problems.json", problems)
+    folder = find("scienceqa").place(Source(root))
+    assert [item.id for item in find("scienceqa").items(Source(root), folder)] == ["0", "3", "4"]
+    assert [failure.name for failure in folder.broken] == ["1", "2"]
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_a_limit_takes_what_is_scored_as_one_together(seed, tmp_path):
+    pytest.importorskip("openpyxl")
+    result = run("mme", tmp_path / "mme", limit=5, seed=seed)
+    said = [json.loads(line)["question_id"] for line in (tmp_path / "mme/out/answers.jsonl").read_text().splitlines()]
+    assert said[0::2] == said[1::2]  # two pictures, each with both of its questions
+    assert result.data.asked == len(said) == 4
+    run("mmbench", tmp_path / "bench", limit=4, seed=seed)
+    lines = [json.loads(line) for line in (tmp_path / "bench/out/answers.jsonl").read_text().splitlines()]
+    turns = [line["question_id"] % 1_000_000 for line in lines]
+    assert len(turns) == 4
+    assert len(set(turns)) == 2
+    assert run("mme", tmp_path / "one", limit=1, seed=seed).data.asked == 1  # no picture has less than two
+
+
 def test_no_such_split_or_benchmark(tmp_path):
     with pytest.raises(ConfigError, match="no split 'dev'"):
         run("vqav2", tmp_path, split="dev")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +40,21 @@ def test_broken_pictures_say_which(tmp_path):
         Picture(path).load()
     with pytest.raises(MediaError, match=r"there is no image .*gone\.jpg"):
         Picture(tmp_path / "gone.jpg").load()
-    for text in ("no base64!", base64.b64encode(b"no picture").decode()):
+    for text in ("no base64!", "a", base64.b64encode(b"no picture").decode()):
         with pytest.raises(MediaError, match="inside the line"):
             Encoded(text).load()
+
+
+def test_whatever_a_decoder_raises_is_a_broken_picture(tmp_path, monkeypatch):
+    def opened(source):
+        raise struct.error("unpack requires a buffer of 4 bytes")
+
+    (tmp_path / "x.tif").touch()
+    monkeypatch.setattr(Image, "open", opened)
+    sources = (Picture(tmp_path / "x.tif"), Encoded("eA=="), Column([{"image": {"bytes": b"x"}}], 0, "image"))
+    for source in (*sources, Clip(tmp_path / "x.tif", 2)):
+        with pytest.raises(MediaError, match="cannot decode"):
+            source.load()
 
 
 def test_a_folder_of_frames(tmp_path):

@@ -50,6 +50,8 @@ def test_mme_pairs_and_sums():
     assert scores["perception"] == 125.0
     assert scores["cognition"] == scores["code_reasoning"] == 200.0
     assert scores["total"] == 325.0
+    # a picture with one question, because the other line is broken, has not both right
+    assert find("mme").scores(answers(*rows[:3]))["existence/accuracy+"] == 50.0
     # a failed question is wrong, and its picture with it
     assert find("mme").scores(answers(*rows, failed=(7,)))["code_reasoning"] == 50.0 + 0.0
 
@@ -129,7 +131,8 @@ def test_gqa_splits_open_from_binary():
     [
         ("A", "A"), ("E", "E"), ("F", None), ("B. because", "B"), ("B.", None), ("b", None), ("", None), ("AB", None),
         ("I think. The answer is C.", "C"), ("The answer is C", None), ("The answer is A. The answer is B.", None),
-        ("The answer is Z.", "Z"), ("(A)", None), (" A", None),
+        ("The answer is Z.", "Z"), ("(A)", None), (" A", None), ("The answer is D, I think", "D"),
+        ("The answer is C because it barks.", "C"), ("the answer is C.", None), ("A.\nbecause", None), ("A. B. C", "A"),
     ],
 )  # fmt: skip
 def test_scienceqa_reads(said, letter):
@@ -150,14 +153,23 @@ def test_scienceqa_reports_the_questions_with_a_picture():
 
 @pytest.mark.parametrize(
     ("said", "letter"),
-    [("A", "A"), (" B ", "B"), ("C. red", "C"), ("D) x", "D"), ("A: x", "A"), ("All", None), ("E", None), ("", None)],
-)
+    [
+        ("A", "A"), (" B ", "B"), ("C. red", "C"), ("C) x", "C"), ("A: x", "A"), ("(B)", "B"), ("All", None),
+        ("b", None), ("", None), ("D", None), ("A or B", None), ("The answer is B.", "B"), ("Answer: C", "C"),
+        ("B it is, since I can see it in the picture", None),  # too far from the end
+        ("A dog and a house", "C"), ("Is it A or not?", None),  # the article, so the texts decide
+        ("a cat", "A"), ("The cat.", "A"), ("cat or red bus", None), ("I see something else there, but what?", None),
+        ("cat" + " and nothing" * 9, None),  # longer than twice the choices
+    ],
+)  # fmt: skip
 def test_mmbench_reads(said, letter):
-    assert mmbench.parse(said) == letter
+    assert mmbench.parse(said, ["cat", "red bus", "house"]) == letter
 
 
 def test_mmbench_needs_every_turn():
-    rows = [(1, "A", "A", "", {}), (1_000_001, "B", "B", "", {}), (2, "A", "A", "", {}), (2_000_002, "no", "B", "", {})]
+    more = {"options": ["x", "y"]}
+    rows = [(1, "A", "A"), (1_000_001, "B", "B"), (2, "A", "A"), (2_000_002, "no", "B")]
+    rows = [(*row, "", more) for row in rows]
     scores = find("mmbench").scores(answers(*rows))
     assert scores == {"circular": 50.0, "accuracy": 75.0, "unreadable": 25.0}
 
@@ -222,7 +234,8 @@ def test_answer_files(tmp_path):
     assert json.loads(upload.read_text()) == [{"question_id": 5, "answer": ""}, {"question_id": 1, "answer": "2"}]
     (_, upload) = find("vizwiz").write(answers((1, "A Cup", None, "", {"file": "1.jpg"})), tmp_path, "model")
     assert json.loads(upload.read_text()) == [{"image": "1.jpg", "answer": "cup"}]
-    (_, own) = find("scienceqa").write(answers(("1", "B", "B", "", {}), ("2", "?", "B", "", {})), tmp_path, "model")
-    assert json.loads(own.read_text())["results"] == {"1": 1, "2": -1}
+    said = answers(*((str(i), text, "B", "", {"choices": 3}) for i, text in enumerate("B?D")))
+    (_, own) = find("scienceqa").write(said, tmp_path, "model")
+    assert json.loads(own.read_text())["results"] == {"0": 1, "1": -1, "2": -1}  # there is no fourth choice
     (merged,) = find("tgif").write(answers(("1", "dog", "cat", "", {})), tmp_path, "model")
     assert json.loads(merged.read_text()) == {"id": "1", "question": "q", "answer": "cat", "pred": "dog"}

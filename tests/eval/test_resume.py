@@ -15,6 +15,7 @@ import pytest
 
 from eval import folders
 from mustdrop.errors import ConfigError
+from mustdrop.eval.processes import Share, share
 from mustdrop.eval.result import EvalResult
 from mustdrop.eval.run import evaluate
 from mustdrop.eval.settings import Settings
@@ -23,12 +24,12 @@ NUMBER = 24
 SRC = Path(__file__).parents[2] / "src"
 
 
-def command(out, *more, **environment):
-    """Start `mustdrop eval` in a process of its own."""
+def command(out, *more, launcher=(), **environment):
+    """Start `mustdrop eval` in a process of its own, or in those of a launcher."""
     arguments = ["eval", "scenes", "--keep", "128", "--limit", str(NUMBER), "--batch-size", "2", "--out", str(out)]
     settings = os.environ | {"PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"} | environment
     return subprocess.Popen(
-        [sys.executable, "-m", "mustdrop", *arguments, *more],
+        [sys.executable, *launcher, "-m", "mustdrop", *arguments, "--dtype", "float32", *more],
         env=settings,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -45,7 +46,7 @@ def finish(process):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed")
-    evaluate(Settings("scenes", knobs={"keep": 128}, limit=NUMBER, batch_size=2, workers=0, out=out))
+    evaluate(Settings("scenes", dtype="float32", knobs={"keep": 128}, limit=NUMBER, batch_size=2, workers=0, out=out))
     return out
 
 
@@ -67,7 +68,9 @@ def lines(out):
 def test_killed_again_and_again(undisturbed, tmp_path):
     """The processes are forks of this one, which spares them the imports."""
     rng, kills, journal = random.Random(1), 0, tmp_path / "journal-0000.jsonl"
-    settings = Settings("scenes", knobs={"keep": 128}, limit=NUMBER, batch_size=2, workers=1, out=tmp_path)
+    settings = Settings(
+        "scenes", dtype="float32", knobs={"keep": 128}, limit=NUMBER, batch_size=2, workers=1, out=tmp_path
+    )
     for _ in range(4):
         child = os.fork()
         if child == 0:
@@ -102,8 +105,44 @@ def test_two_processes_share_the_questions(undisturbed, tmp_path):
     assert EvalResult.read(tmp_path).time.processes == 2
 
 
+def test_accelerate_launch_gives_the_file_of_one_process(undisturbed, tmp_path):
+    """The real launcher. `--multi_gpu` starts its processes on a machine without GPUs too; `--cpu` would start one."""
+    pytest.importorskip("accelerate")
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    printed = finish(command(tmp_path, "--json", launcher=launcher, CUDA_VISIBLE_DEVICES=""))
+    assert json.loads(printed) == json.loads((tmp_path / "result.json").read_text())  # one process tells
+    assert all(
+        any("item" in json.loads(line) for line in (tmp_path / f"journal-{rank:04}.jsonl").read_text().splitlines())
+        for rank in range(2)
+    )
+    same(tmp_path, undisturbed)
+    assert EvalResult.read(tmp_path).time.processes == 2
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, Share(0, 1, 0)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, Share(3, 4, 1)),  # torchrun, accelerate launch
+        ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1"}, Share(1, 2, 1)),  # Intel MPI
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, Share(1, 2, 0)),  # MPICH
+        ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}, Share(2, 3, 0)),
+        ({"MV2_COMM_WORLD_RANK": "1", "MV2_COMM_WORLD_SIZE": "2", "MV2_COMM_WORLD_LOCAL_RANK": "1"}, Share(1, 2, 1)),
+        ({"RANK": "1", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}, Share(0, 2, 0)),  # a pair counts
+    ],
+)
+def test_every_launcher_says_which_process_this_is(environment, place, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PMI_RANK", "PMI_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert share() == place
+
+
 def test_more_processes_finish_what_one_began(undisturbed, tmp_path, monkeypatch):
-    settings = Settings("scenes", knobs={"keep": 128}, limit=NUMBER, batch_size=2, workers=0, out=tmp_path)
+    settings = Settings(
+        "scenes", dtype="float32", knobs={"keep": 128}, limit=NUMBER, batch_size=2, workers=0, out=tmp_path
+    )
     stop_after(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         evaluate(settings)
@@ -132,22 +171,26 @@ def stop_after(monkeypatch, calls):
 
 
 def test_batches_answer_as_single_questions(undisturbed, tmp_path):
-    settings = Settings("scenes", knobs={"keep": 128}, limit=NUMBER, batch_size=7, workers=0, out=tmp_path)
+    settings = Settings(
+        "scenes", dtype="float32", knobs={"keep": 128}, limit=NUMBER, batch_size=7, workers=0, out=tmp_path
+    )
     evaluate(settings)
     same(tmp_path, undisturbed)
 
 
 def test_the_run_of_other_settings_is_refused(undisturbed):
     with pytest.raises(ConfigError, match=r"keep.*128.*64"):
-        evaluate(Settings("scenes", knobs={"keep": 64}, limit=NUMBER, workers=0, out=undisturbed))
+        evaluate(Settings("scenes", dtype="float32", knobs={"keep": 64}, limit=NUMBER, workers=0, out=undisturbed))
     with pytest.raises(ConfigError, match=r"limit: 24 there, 25 now"):
-        evaluate(Settings("scenes", knobs={"keep": 128}, limit=NUMBER + 1, workers=0, out=undisturbed))
+        evaluate(Settings("scenes", dtype="float32", knobs={"keep": 128}, limit=NUMBER + 1, workers=0, out=undisturbed))
 
 
 def test_a_finished_run_is_only_scored_again(undisturbed, monkeypatch):
     stop_after(monkeypatch, 0)
     before = (undisturbed / "answers.jsonl").read_text()
-    result = evaluate(Settings("scenes", knobs={"keep": 128}, limit=NUMBER, workers=0, out=undisturbed))
+    result = evaluate(
+        Settings("scenes", dtype="float32", knobs={"keep": 128}, limit=NUMBER, workers=0, out=undisturbed)
+    )
     assert result.data.asked == NUMBER
     assert (undisturbed / "answers.jsonl").read_text() == before
 

@@ -11,6 +11,7 @@ from eval import folders
 from mustdrop.adapters import registry
 from mustdrop.adapters.tiny import build
 from mustdrop.demo.model import load
+from mustdrop.errors import ConfigError
 from mustdrop.eval import engine
 from mustdrop.eval.benchmark import Source
 from mustdrop.eval.benchmarks import find
@@ -74,12 +75,53 @@ def test_from_files_to_the_judges_file(model, tmp_path):
     assert "<video>" in result.prompt.example
 
 
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with a tiny Video-LLaVA and a processor of the real classes."""
+    pytest.importorskip("torchvision")
+    from transformers import CLIPImageProcessor, VideoLlavaProcessor, VideoLlavaVideoProcessor
+
+    tokenizer = load()[1].tokenizer
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<video>"]})
+    tiny = build(registry()["video_llava"], "sdpa")
+    tiny.config.image_token_id, tiny.config.video_token_id = tokenizer.convert_tokens_to_ids(["<image>", "<video>"])
+    side = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
+    processor = VideoLlavaProcessor(
+        CLIPImageProcessor(**side),
+        VideoLlavaVideoProcessor(**side),
+        tokenizer,
+        patch_size=tiny.config.vision_config.patch_size,
+        chat_template=(
+            "{% for c in messages[0]['content'] %}"
+            "{% if c['type'] == 'text' %}{{ c['text'] }}{% else %}<{{ c['type'] }}> {% endif %}"
+            "{% endfor %} ASSISTANT:"
+        ),
+    )
+    for part in (tiny, processor):
+        part.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_the_processor_of_the_family_itself(saved, tmp_path):
+    result = evaluate(settings(saved, tmp_path, method="mustdrop", knobs={"keep": 0.5}, batch_size=2))
+    assert result.failed == []
+    assert result.tokens.total.mean == FRAMES * PATCHES
+    assert FRAMES * PATCHES / 2 - 1 < result.tokens.equal.mean <= FRAMES * PATCHES / 2
+    assert "<video>" in result.prompt.example
+
+
 def test_a_broken_video_fails_alone(model, tmp_path):
     whole = settings(model, tmp_path, method="none")
     (whole.data / "videos" / "vid0.gif").write_bytes(b"GIF89a")
     result = evaluate(whole)
     assert [failure.name for failure in result.failed] == ["v_0"]
     assert result.tokens.items == 1
+
+
+def test_a_model_of_images_is_not_asked_about_videos_that_it_cannot_see(tmp_path):
+    root = folders.msvd(tmp_path / "data")
+    with pytest.raises(ConfigError, match=r"msvd asks about videos, and --model bundled .* takes images"):
+        evaluate(Settings("msvd", data=root, out=tmp_path / "run", workers=0))
 
 
 def test_videos_have_the_names_of_their_sets(tmp_path):

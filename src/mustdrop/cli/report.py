@@ -48,7 +48,7 @@ def report(
         typer.echo(render.markdown(groups, means), nl=False)
         return
     for group in groups:
-        table, notes = render.rich_table(group)
+        table, notes = render.rich_table(group, console.width)
         console.print(table, markup=False)
         for note in notes:
             console.print(note, markup=False, highlight=False)

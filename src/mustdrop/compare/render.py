@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from mustdrop.compare.groups import Average, Group, Row
@@ -11,6 +13,7 @@ from mustdrop.compare.groups import Average, Group, Row
 HEADER = ("setting", "score", "retained", "equal tokens", "FLOPs", "KV", "prefill ms", "decode ms", "published")
 AVERAGES = ("model", "setting", "mean retained", "benchmarks")
 _NOTHING = "-"
+_FRAME = 3  # what a column takes beside its cells: a blank on both sides, and a line
 
 
 def cells(row: Row, sources: list[str]) -> tuple[str, ...]:
@@ -56,14 +59,24 @@ def footnotes(group: Group, sources: Sequence[str]) -> list[str]:
     return [*group.notes, *marks]
 
 
-def rich_table(group: Group) -> tuple[Table, list[str]]:
-    """A group for the terminal, and what stands below it."""
+def rich_table(group: Group, width: int) -> tuple[Table, list[str]]:
+    """A group for the terminal, and what stands below it.
+
+    Args:
+        group: the runs.
+        width: of the terminal; in a narrow one every word of a cell gets a line of its own.
+    """
     sources: list[str] = []
-    table = Table(title=group.title, title_justify="left")
-    for i, name in enumerate(HEADER):
-        table.add_column(name, justify="right" if i else "left", overflow="fold")
-    for row in group.rows:
-        table.add_row(*cells(row, sources))
+    rows = [HEADER, *(cells(row, sources) for row in group.rows)]
+    narrow = sum(max(map(len, column)) + _FRAME for column in zip(*rows, strict=True)) >= width
+    if narrow:
+        rows = [tuple(cell.replace("± ", "±\u00a0").replace(" ", "\n") for cell in row) for row in rows]
+    look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": 0, "pad_edge": False} if narrow else {}
+    table = Table(title=group.title, title_justify="left", **look)
+    for i, name in enumerate(rows[0]):
+        table.add_column(name, justify="right" if i else "left", overflow="fold", no_wrap=narrow and i > 0)
+    for row in rows[1:]:
+        table.add_row(*row)
     return table, footnotes(group, sources)
 
 

@@ -6,12 +6,12 @@ import hashlib
 import json
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mustdrop.errors import ConfigError, did_you_mean
+from mustdrop.errors import ConfigError, DataFileError, did_you_mean
 from mustdrop.eval.files import GUIDE, Folder, Row
 from mustdrop.eval.media import Medium
 
@@ -109,10 +109,16 @@ class Benchmark(ABC):
     guide: ClassVar[str] = GUIDE
 
     def place(self, source: Source) -> Folder:
-        """The folder of the files."""
+        """The folder of the files.
+
+        Raises:
+            DataFileError: the user named a file.
+        """
         if source.data is None:
             roots: tuple[Path, ...] = (Path("playground/data/eval") / self.folder,)
         else:  # the benchmark's own folder, or one that holds all benchmarks as the guide has them
+            if source.data.is_file():
+                raise DataFileError(f"--data {source.data} is a file: give the folder that holds it.")
             roots = (source.data, source.data / self.folder)
         return Folder(roots, f"{self.guide}#{self.section}")
 
@@ -135,6 +141,15 @@ class Benchmark(ABC):
     @abstractmethod
     def scores(self, answers: Sequence[Answer]) -> dict[str, float]:
         """All scores, the headline among them unless only a server can compute it."""
+
+    def unit(self, item: Item, place: int) -> Hashable:
+        """What is scored as one: `--limit` takes items of the same unit together, so that its scores mean the same.
+
+        Args:
+            item: a question.
+            place: its place among all.
+        """
+        return place
 
     def credit(self, answer: Answer) -> float | None:
         """How right one answer is, 0 to 1, for the progress display; None where only a server knows."""

@@ -56,6 +56,11 @@ class Bar:
         self.progress.start()
         self.answered(answers)
 
+    def end(self) -> None:
+        """Leave the bar as it is; nothing where none was shown."""
+        if self.progress.tasks:
+            self.progress.stop()
+
     def answered(self, answers: Sequence[tuple[Item, Line]]) -> None:
         """Move the bar."""
         for item, line in answers:
@@ -112,7 +117,7 @@ def eval_command(
     ] = None,
     split: Annotated[str | None, typer.Option(help="Split of the benchmark or data set.")] = None,
     batch_size: Annotated[int, typer.Option(help="Questions to a call of the model.")] = 8,
-    limit: Annotated[int | None, typer.Option(help="Ask this many questions only.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Ask at most this many questions.")] = None,
     seed: Annotated[
         int | None, typer.Option(help="Choose them at random (default: the first ones). scenes: seed of the scenes.")
     ] = None,
@@ -131,8 +136,8 @@ def eval_command(
     """Score a model on a benchmark, with pruning or without, in the formats of LLaVA's evaluation guide.
 
     Writes answers for the original scorer and result.json into the folder of the run. Give the same command again after
-    an interruption: it goes on where it stopped. `accelerate launch -m mustdrop eval ...` shares the questions among
-    several processes.
+    an interruption: it goes on where it stopped. `accelerate launch --multi_gpu --num_processes 2 -m mustdrop eval ...`
+    shares the questions among several processes.
 
     Exit codes: 0 done; 1 done, but more than --max-failed of the questions failed; 2 wrong settings, or a missing file.
 
@@ -179,8 +184,10 @@ def eval_command(
         retry_failed=retry_failed,
     )
     bar = Bar()
-    with bar.progress:
+    try:
         result = evaluate(settings, bar)
+    finally:
+        bar.end()
     if result is None:  # another process shows it
         return
     if as_json:

@@ -15,6 +15,7 @@ from mustdrop.adapters import find as find_adapter
 from mustdrop.errors import ConfigError, MustDropError, UnsupportedModelError
 from mustdrop.eval.journal import digest
 from mustdrop.eval.loading import Batch
+from mustdrop.eval.processes import share
 from mustdrop.trace import Trace
 
 BUNDLED = "bundled"
@@ -89,6 +90,11 @@ class Engine:
     def attention(self) -> str:
         """Attention implementation of the text model."""
         return str(self.model.config.get_text_config()._attn_implementation or "eager")
+
+    @property
+    def media(self) -> tuple[str, ...]:
+        """Kinds of media that the model takes: "image", "video" or both."""
+        return tuple(modality.name for modality in find_adapter(self.model).modalities(self.model))
 
     @property
     def layers(self) -> int:
@@ -204,7 +210,7 @@ def _device(wanted: str) -> torch.device:
     except RuntimeError as error:
         raise ConfigError(f"--device {wanted!r}: {error}") from None
     if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", share().local)
     return device
 
 

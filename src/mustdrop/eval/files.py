@@ -16,6 +16,8 @@ from mustdrop.eval.result import Failure
 
 GUIDE = "https://github.com/haotian-liu/LLaVA/blob/main/docs/Evaluation.md"
 Row = dict[str, Any]
+_TEXTS = ("image", "image_path", "text", "question", "category", "label", "video_name")  # keys whose values are texts
+_PLAIN = ("question_id", "image_id", "id")  # keys whose values are texts or numbers
 
 
 @dataclass
@@ -147,4 +149,14 @@ def lacks(row: Any, required: Sequence[str]) -> str:
     if not isinstance(row, dict):
         return f"a JSON object was expected, got {type(row).__name__}"
     absent = [key for key in required if key not in row]
-    return f"no {', '.join(absent)}" if absent else ""
+    if absent:
+        return f"no {', '.join(absent)}"
+    wrong = [f"{key} is a {type(row[key]).__name__}" for key in required if not _fits(key, row[key])]
+    return f"{', '.join(wrong)}" if wrong else ""
+
+
+def _fits(key: str, value: Any) -> bool:
+    """Whether a value has the type that the guide's files have under a key."""
+    if key in _TEXTS:
+        return isinstance(value, str)
+    return not isinstance(value, list | dict) or key not in _PLAIN

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +35,7 @@ class Picture:
         """
         if not self.path.is_file():
             raise MediaError(f"there is no image {self.path}")
-        try:
-            return Image.open(self.path).convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise MediaError(f"cannot decode {self.path}: {error}") from None
+        return _decoded(self.path, str(self.path))
 
 
 @dataclass(frozen=True)
@@ -56,9 +52,10 @@ class Encoded:
             MediaError: broken.
         """
         try:
-            return Image.open(io.BytesIO(base64.b64decode(self.text))).convert("RGB")
-        except (OSError, SyntaxError, ValueError, binascii.Error) as error:
-            raise MediaError(f"cannot decode the image inside the line: {error}") from None
+            content = base64.b64decode(self.text)
+        except ValueError as error:
+            raise MediaError(f"the image inside the line is not base64: {error}") from None
+        return _decoded(io.BytesIO(content), "the image inside the line")
 
 
 @dataclass(frozen=True)
@@ -76,15 +73,12 @@ class Column:
         Raises:
             MediaError: no picture there, or broken.
         """
-        try:
-            value = self.rows[self.index][self.name]
-            if isinstance(value, dict):
-                value = Image.open(io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"])
-            if not isinstance(value, Image.Image):
-                raise MediaError(f"row {self.index} has no image in {self.name!r}")
-            return value.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            raise MediaError(f"cannot decode {self.name!r} of row {self.index}: {error}") from None
+        value = self.rows[self.index][self.name]
+        if isinstance(value, dict):
+            value = io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"]
+        if value is None:
+            raise MediaError(f"row {self.index} has no image in {self.name!r}")
+        return _decoded(value, f"{self.name!r} of row {self.index}")
 
 
 @dataclass(frozen=True)
@@ -140,7 +134,7 @@ class Clip:
                     for i, frame in enumerate(ImageSequence.Iterator(image))
                     if i in chosen
                 }
-        except (OSError, SyntaxError, ValueError) as error:
+        except Exception as error:  # see `_decoded`
             raise MediaError(f"cannot decode {self.path}: {error}") from None
         return [frames[i] for i in chosen]
 
@@ -160,11 +154,24 @@ class Clip:
                         frames[i] = frame.to_ndarray(format="rgb24")
                     if i == chosen[-1]:
                         break
-        except (OSError, ValueError, IndexError) as error:  # PyAV's errors are kinds of these
+        except Exception as error:  # see `_decoded`
             raise MediaError(f"cannot decode {self.path}: {error}") from None
         if not frames:
             raise MediaError(f"{self.path} has no frames")
         return [frames.get(i, frames[max(frames)]) for i in chosen]  # containers may promise more than they hold
+
+
+def _decoded(source: Any, name: str) -> Image.Image:
+    """A picture in colours, from a path, an open file or a picture.
+
+    Raises:
+        MediaError: it is broken. Decoders of broken files raise anything: `OSError`, `SyntaxError`, `struct.error`,
+            `zlib.error`, ...; one picture must not end a run of thousands.
+    """
+    try:
+        return (source if isinstance(source, Image.Image) else Image.open(source)).convert("RGB")
+    except Exception as error:
+        raise MediaError(f"cannot decode {name}: {error}") from None
 
 
 Medium = Picture | Encoded | Column | Drawn | Clip

@@ -83,6 +83,7 @@ def prepare(settings: Settings) -> Prepared:
     engine = Engine(
         settings.model, settings.method, dict(settings.knobs), settings.device, settings.dtype, settings.attention
     )
+    _check_media(benchmark, items, engine)
     ask = prompter(engine.processor, engine.model.config, settings.template)
     prompt = PromptInfo(
         template=ask.name,
@@ -100,6 +101,17 @@ def _require(benchmark: Benchmark) -> None:
             raise ConfigError(f"{benchmark.name} needs {module}: pip install 'mustdrop[eval]'.")
 
 
+def _check_media(benchmark: Benchmark, items: Sequence[Item], engine: Engine) -> None:
+    """Processors leave out media that their model does not know, and it would answer without having seen them."""
+    foreign = sorted({item.medium.kind for item in items if item.medium is not None} - set(engine.media))
+    if foreign:
+        raise ConfigError(
+            f"{benchmark.name} asks about {' and '.join(foreign)}s, and --model {engine.name} "
+            f"({type(engine.model).__name__}) takes {' and '.join(engine.media) or 'no medium'}s: give a model that "
+            "takes them. `python -m mustdrop adapters` lists which families do."
+        )
+
+
 def _questions(settings: Settings, benchmark: Benchmark) -> tuple[list[Item], DataInfo, Folder]:
     """The questions to ask, what the result says about them, and the folder with what was broken."""
     rows, split = None, ""
@@ -110,7 +122,7 @@ def _questions(settings: Settings, benchmark: Benchmark) -> tuple[list[Item], Da
     source = Source(settings.data, rows, settings.split, settings.seed or 0, settings.limit, settings.frames)
     folder = benchmark.place(source)
     every = benchmark.items(source, folder)
-    chosen = _chosen(settings, len(every))
+    chosen = _chosen(settings, benchmark, every)
     if not chosen:
         broken = f" {folder.broken[0].name}: {folder.broken[0].reason}." if folder.broken else ""
         raise ConfigError(f"{benchmark.name}: no question is left to ask, {len(folder.broken)} are broken.{broken}")
@@ -129,10 +141,19 @@ def _questions(settings: Settings, benchmark: Benchmark) -> tuple[list[Item], Da
     return items, data, folder
 
 
-def _chosen(settings: Settings, number: int) -> Sequence[int]:
-    """Places of the questions that `--limit` leaves."""
-    if settings.limit is None or settings.limit >= number:
-        return range(number)
-    if settings.seed is None:
-        return range(settings.limit)
-    return sorted(random.Random(settings.seed).sample(range(number), settings.limit))
+def _chosen(settings: Settings, benchmark: Benchmark, every: Sequence[Item]) -> Sequence[int]:
+    """Places of the questions that `--limit` leaves; what is scored as one stays together where the limit allows it."""
+    if settings.limit is None or settings.limit >= len(every):
+        return range(len(every))
+    units: dict[Any, list[int]] = {}
+    for place, item in enumerate(every):
+        units.setdefault(benchmark.unit(item, place), []).append(place)
+    order = list(units.values())
+    if settings.seed is not None:
+        random.Random(settings.seed).shuffle(order)
+    chosen: list[int] = []
+    for unit in order:
+        if len(chosen) + len(unit) > settings.limit:
+            break
+        chosen += unit
+    return sorted(chosen or order[0][: settings.limit])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -11,6 +10,7 @@ from mustdrop.eval.benchmark import Answer, Item
 from mustdrop.eval.journal import Journal, Line
 from mustdrop.eval.loading import plan
 from mustdrop.eval.prepare import Prepared, prepare
+from mustdrop.eval.processes import share
 from mustdrop.eval.result import EvalResult
 from mustdrop.eval.settings import Settings
 from mustdrop.eval.summary import summarise
@@ -32,8 +32,8 @@ class Watcher(Protocol):
 def evaluate(settings: Settings, watcher: Watcher | None = None) -> EvalResult | None:
     """Run an evaluation, or go on with one that was interrupted.
 
-    Started several times at once with RANK and WORLD_SIZE set, as `accelerate launch` and `torchrun` do, the processes
-    share the questions. The first one puts the result together.
+    Started several times at once by `accelerate launch`, `torchrun` or MPI, the processes share the questions. The
+    first one puts the result together.
 
     Args:
         settings: what to do.
@@ -47,7 +47,8 @@ def evaluate(settings: Settings, watcher: Watcher | None = None) -> EvalResult |
         ConfigError: settings that contradict each other, or that differ from those of the run in the folder.
         MustDropError: what the model or the method does not support.
     """
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    place = share()
+    rank, world = place.rank, place.world
     settings.check(world)
     ready = prepare(settings)
     journal = Journal(settings.folder, rank)

@@ -13,18 +13,32 @@ from mustdrop.eval.media import Column, Encoded
 _LETTERS = "ABCD"
 _ROTATIONS = 1_000_000  # questions whose index is the same modulo this are one question with its choices turned
 _DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")  # columns that the upload does not have
+_MARKS = ".()[],:;!*#{}"  # stand for blanks where a letter is looked for
+_LAST_WORDS = 4  # the letter must be among these
+_ARTICLE = 3  # words of an answer, up to which "A" is a letter
 _PLACE = 6  # where the upload has its predictions
 
 
-def parse(text: str) -> str | None:
-    """The letter of an answer that is a letter, or starts with one and ".", ")" or ":"; else None.
+def parse(text: str, options: Sequence[str]) -> str | None:
+    """The letter that the rules of MMBench's evaluator read off an answer; None where it would ask a language model.
 
-    The server reads answers of other forms with the help of a language model.
+    One letter of the options among the last words, and no other letter anywhere; "A" in a sentence may be the article.
+    Failing that, the text of one option inside the answer, and of no other.
+
+    Args:
+        text: what the model said.
+        options: the choices.
     """
-    said = text.strip()
-    if said[:1] in _LETTERS and (len(said) == 1 or said[1:2] in (".", ")", ":")):
-        return said[:1] or None
-    return None
+    letters = _LETTERS[: len(options)]
+    words = "".join(" " if mark in _MARKS else mark for mark in text).split()
+    said = [letter for letter in letters if letter in words]
+    article = said == ["A"] and len(words) > _ARTICLE
+    if len(said) == 1 and not article and words.index(said[0]) >= len(words) - _LAST_WORDS:
+        return said[0]
+    if len(text) > 2 * sum(map(len, options)):
+        return None
+    inside = [letter for letter, option in zip(letters, options, strict=True) if option.lower() in text.lower()]
+    return inside[0] if len(inside) == 1 else None
 
 
 class MMBench(Benchmark):
@@ -37,7 +51,10 @@ class MMBench(Benchmark):
     suffix = LETTER
     max_new_tokens = 1024
     headline = "circular"
-    metric = "accuracy with all turned copies of a question right; letters are read by rule, the server also asks GPT"
+    metric = (
+        "accuracy with all turned copies of a question right; letters are read by the evaluator's rules, where these "
+        "fail the server asks GPT"
+    )
     requires = ("openpyxl",)
     file: ClassVar[str] = "mmbench_dev_20230712"
     columns: ClassVar[Columns] = {
@@ -83,11 +100,15 @@ class MMBench(Benchmark):
             },
         )
 
+    def unit(self, item: Item, place: int) -> int:
+        """The question with its turned copies."""
+        return int(item.id) % _ROTATIONS
+
     def credit(self, answer: Answer) -> float | None:
         """Whether the answer names the right letter; None where only the server knows."""
         if answer.item.truth is None:
             return None
-        return float(not answer.failed and parse(answer.text) == answer.item.truth)
+        return float(not answer.failed and _said(answer) == answer.item.truth)
 
     def scores(self, answers: Sequence[Answer]) -> dict[str, float]:
         """Accuracy of the rows, and of the questions with all their copies; nothing where only the server can say."""
@@ -100,7 +121,7 @@ class MMBench(Benchmark):
         return {
             "circular": percent([float(all(copies)) for copies in questions.values()]),
             "accuracy": percent([credit for _, credit in known]),
-            "unreadable": percent([float(parse(answer.text) is None) for answer, _ in known]),
+            "unreadable": percent([float(_said(answer) is None) for answer, _ in known]),
         }
 
     def write(self, answers: Sequence[Answer], out: Path, model: str) -> list[Path]:
@@ -134,6 +155,10 @@ class MMBenchCN(MMBench):
     section = "mmbench-cn"
     suffix = LETTER_CN
     file = "mmbench_dev_cn_20231003"
+
+
+def _said(answer: Answer) -> str | None:
+    return parse(answer.text, answer.item.extra["options"])
 
 
 def _absent(value: Any) -> bool:

@@ -17,6 +17,7 @@ PERCEPTION = (
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 _RELEASE = "MME_Benchmark_release_version"
 _YES_NO = "Please answer yes or no."
+_PAIR = 2  # questions to a picture
 
 
 def parse(text: str) -> str:
@@ -84,19 +85,26 @@ class MME(Benchmark):
             {"file": name.rpartition("/")[2]},
         )
 
+    def unit(self, item: Item, place: int) -> tuple[str, str]:
+        """The picture."""
+        return item.category, str(item.extra["file"])
+
     def credit(self, answer: Answer) -> float:
         """Whether the answer says what is true."""
         return float(not answer.failed and parse(answer.text) == answer.item.truth)
 
     def scores(self, answers: Sequence[Answer]) -> dict[str, float]:
-        """Per category accuracy, accuracy+ and their sum; perception, cognition and total."""
+        """Per category accuracy, accuracy+ and their sum; perception, cognition and total.
+
+        A picture of which only one question could be read or asked has not both right.
+        """
         found: dict[str, float] = {}
         for category, group in by_category(answers).items():
             pairs: dict[str, list[float]] = {}
             for answer in group:
                 pairs.setdefault(str(answer.item.extra["file"]), []).append(self.credit(answer))
             accuracy = percent([self.credit(answer) for answer in group])
-            plus = percent([float(all(pair)) for pair in pairs.values()])
+            plus = percent([float(len(pair) >= _PAIR and all(pair)) for pair in pairs.values()])
             found |= {f"{category}/accuracy": accuracy, f"{category}/accuracy+": plus, category: accuracy + plus}
         found["perception"] = sum(found.get(category, 0.0) for category in PERCEPTION)
         found["cognition"] = sum(found.get(category, 0.0) for category in COGNITION)
@@ -133,7 +141,7 @@ def _truths(release: Path) -> dict[tuple[str, str, str], str]:
     for category in sorted(path for path in release.iterdir() if path.is_dir()):
         own = category / "questions_answers_YN"
         for path in sorted((own if own.is_dir() else category).glob("*.txt")):
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 question, _, truth = line.rpartition("\t")
                 if question and truth.strip().lower() in ("yes", "no"):
                     found[category.name, path.stem, _bare(question)] = truth.strip().lower()

@@ -14,13 +14,13 @@ from mustdrop.eval.result import Failure
 
 LETTERS = "ABCDE"
 _IMAGE = "<image>"
-_SENTENCE = re.compile(r"The answer is ([A-Z])\.")
+_SENTENCE = re.compile(r"The answer is ([A-Z]).")  # any character may follow: so the script has it
 
 
 def parse(text: str) -> str | None:
     """The letter that LLaVA's script reads off an answer; None if it reads none.
 
-    The text is a letter, starts with "X. ", or says "The answer is X." exactly once.
+    The text is a letter, starts with "X. ", or says "The answer is X" and something after it, exactly once.
     """
     if text in LETTERS and len(text) == 1:
         return text
@@ -77,7 +77,7 @@ class ScienceQA(Benchmark):
 
     def _item(self, row: Row, problem: Any, images: Path) -> Item | str:
         """The question, or what is wrong with it."""
-        if not isinstance(problem, dict) or "answer" not in problem:
+        if not isinstance(problem, dict) or problem.get("answer") not in range(len(LETTERS)):
             return "problems.json has no answer to this question"
         try:
             bare = row["conversations"][0]["value"].replace(_IMAGE, "").strip()
@@ -86,7 +86,8 @@ class ScienceQA(Benchmark):
         asked = bare + self.suffix
         medium = Picture(images / row["image"]) if row.get("image") else None
         text = asked if medium is None else f"{_IMAGE}\n{asked}"
-        return Item(row["id"], text, medium, asked, LETTERS[int(problem["answer"])], extra={"file": row["id"]})
+        choices = problem.get("choices", LETTERS)
+        return Item(row["id"], text, medium, asked, LETTERS[int(problem["answer"])], extra={"choices": len(choices)})
 
     def _from_row(self, source: Source, i: int, row: Row) -> Item:
         lines = [f"({letter}) {choice}" for letter, choice in zip(LETTERS, self.cell(row, "choices"), strict=False)]
@@ -96,7 +97,7 @@ class ScienceQA(Benchmark):
         medium = Column(source.rows, i, name) if row[name] is not None else None
         number = next((row[key] for key in self.columns["id"] if key in row), i)
         text = asked if medium is None else f"{_IMAGE}\n{asked}"
-        return Item(number, text, medium, asked, LETTERS[int(self.cell(row, "truth"))])
+        return Item(number, text, medium, asked, LETTERS[int(self.cell(row, "truth"))], extra={"choices": len(lines)})
 
     def credit(self, answer: Answer) -> float:
         """Whether the answer names the right letter."""
@@ -115,7 +116,7 @@ class ScienceQA(Benchmark):
 
     def write(self, answers: Sequence[Answer], out: Path, model: str) -> list[Path]:
         """LLaVA's answer file, and ScienceQA's own result file."""
-        results = {str(answer.item.id): LETTERS.find(parse(answer.text) or "?") for answer in answers}
+        results = {str(answer.item.id): _index(answer) for answer in answers}
         outputs = {str(answer.item.id): answer.text for answer in answers}
         right = sum(self.credit(answer) for answer in answers)
         own = {
@@ -126,3 +127,9 @@ class ScienceQA(Benchmark):
             "outputs": outputs,
         }
         return [write_answers(answers, out, model), write_json(out / "scienceqa_result.json", own)]
+
+
+def _index(answer: Answer) -> int:
+    """The place of the choice that an answer names; -1 if it names none that there is."""
+    letter = parse(answer.text)
+    return -1 if letter is None else LETTERS[: answer.item.extra["choices"]].find(letter)
