@@ -109,8 +109,10 @@ def against_the_best(record: Record, table: Table) -> str:
                 apart, own = best[measure], rows["mustdrop+", keep][measure]
                 verdict = "better" if apart["low"] > 0 else "worse" if apart["high"] < 0 else "no difference shown"
                 lines.append(
-                    [f"{keep:.0%}", words, _interval(own, digits), f"`{best['method']}`"]
-                    + [_interval(apart, digits, sign="+"), verdict, f"{best['cost']['flops']:+.1%}"]
+                    [
+                        *(f"{keep:.0%}", words, _interval(own, digits), f"`{best['method']}`"),
+                        *(_interval(apart, digits, sign="+"), verdict, f"{best['cost']['flops']:+.1%}"),
+                    ]
                 )
     header = ["`keep`", "measure", "`mustdrop+`", "best other method", "difference", "it is", "FLOPs"]
     return table(header, lines) if lines else "This run does not compare mustdrop+."
@@ -137,8 +139,8 @@ def variants(record: Record, table: Table) -> str:
     versions, commit = record["versions"], str(record["commit"])[:10] + (" (dirty tree)" if record["dirty"] else "")
     head = (
         f"{first['questions']} questions about {first['scenes']} scenes of the split {record['split']} (seeds "
-        f"{', '.join(map(str, record['seeds']))}), at {', '.join(f'{keep:.0%}' for keep in budgets)} of the tokens; means "
-        f"are over the budgets. {record['hardware']}, torch {versions['torch']}, commit {commit}."
+        f"{', '.join(map(str, record['seeds']))}), at {', '.join(f'{keep:.0%}' for keep in budgets)} of the tokens; "
+        f"means are over the budgets. {record['hardware']}, torch {versions['torch']}, commit {commit}."
     )
     left_out = [name for name in by_name if name not in whole]
     note = f"\n\nNot at every budget: {'; '.join(left_out)}." if left_out else ""
