@@ -162,6 +162,12 @@ def speed_cpu_plain(results: Results) -> str:
     return speed_table.rows(results["end_to_end_cpu_plain"], table)
 
 
+@renderer("speed-cpu-xeon")
+def speed_cpu_xeon(results: Results) -> str:
+    """The same on another processor."""
+    return speed_table.rows(results["end_to_end_cpu_xeon"], table)
+
+
 @renderer("speed-cpu-hardware")
 def speed_cpu_hardware(results: Results) -> str:
     """What fewer rows cost the hardware, and what is left of the speed-up after pruning took its share."""

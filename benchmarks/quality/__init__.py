@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variants", choices=variants.SETS, help="compositions in place of registered methods")
     parser.add_argument("--keep", action="append", type=float, help="share; default: 1/2, 1/3, 2/9, 1/9, 1/18")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--scenes", type=int, default=40, help="per seed, a question of each type about each")
+    parser.add_argument("--scenes", type=int, default=20, help="per seed, a question of each type about each")
     parser.add_argument("--batch", type=int, default=20, help="scenes at a time")
     parser.add_argument("--reference", action="append", help="method that the others are compared with, scene by scene")
     parser.add_argument("--threads", type=int, default=2)
