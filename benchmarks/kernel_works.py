@@ -84,8 +84,8 @@ def works(size: Size, device: torch.device, dtype: torch.dtype) -> list[Work]:
     place = torch.arange(total, device=device)[None]
     window = size.side**2
     index = torch.randperm(n, device=device)[: n // window * window].view(-1, window).sort(1).values
-    slots = n - n // 4
-    slot = torch.arange(n, device=device).clamp(max=slots - 1)[None]
+    slots = n - n // 4  # a quarter of the tokens merge, each into any of the others
+    slot = torch.cat([torch.arange(slots, device=device), torch.randint(0, slots, (n - slots,), device=device)])[None]
     weight = torch.ones(1, n, device=device)
     metric = torch.randn(1, n, size.dim, device=device, dtype=dtype)
     cache = [torch.randn_like(k) for _ in range(2 * size.layers)]

@@ -2,8 +2,8 @@
 
 Three variants of each operation: what the library runs on the device (`kernel`: Triton on a GPU), the PyTorch reference
 (`eager`) and `torch.compile` of the reference (`compiled`). Two clocks: `device` is the time on the GPU alone, with its
-cache flushed before every call; `call` is the time per call of many calls in a row, launches from Python included. The
-variants take turns, and the ratio of neighbours is what is compared.
+cache flushed before every call and the launches queued before it starts; `call` is the time per call of many calls in a
+row, launches from Python included. The variants take turns, and the ratio of neighbours is what is compared.
 
 Bytes and FLOPs are those that the operation cannot do without (every input read once, every output written once, one
 product of queries and keys), so the share of the roofline charges a kernel for what it does twice. The ceilings, a copy
@@ -28,6 +28,7 @@ from benchmarks.common import RESULTS, Clock, origin, ratios, save, significant,
 from benchmarks.kernel_works import SIZES, TINY, Size, Work, scoring, works
 from mustdrop import kernels
 
+HEAD_START = 4_000_000  # cycles, some two milliseconds
 GROWTH = (576, 1152, 2304, 4608, 9216, 18432, 32768)
 
 
@@ -47,11 +48,12 @@ class Timer:
         return (self.clock() - start) / times
 
     def on_device(self, function: Callable[[], Any]) -> float | None:
-        """Seconds on the GPU with a cold cache; flushing also gives the host a head start on the launches."""
+        """Seconds on the GPU with a cold cache. It sleeps first, so that the host is through with all launches."""
         if self.flush is None:
             return None
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.flush.zero_()
+        torch.cuda._sleep(HEAD_START)  # type: ignore[no-untyped-call]
         start.record()
         function()
         end.record()

@@ -6,9 +6,10 @@ positions. Up to 5.17, beams over rows with different image counts are mixed up 
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import transformers
@@ -79,8 +80,17 @@ def checkpoints_activations(module: nn.Module) -> bool:
 
 
 def eager(function: F) -> F:
-    """Keep `function` out of `torch.compile`: the shapes of its tensors depend on data, and it keeps state."""
-    return torch.compiler.disable(function)  # type: ignore[no-any-return, no-untyped-call]
+    """Keep `function` out of `torch.compile`: the shapes of its tensors depend on data, and it keeps state.
+
+    Where nothing compiles it is called as it is: asking the compiler to look away takes longer than many a hook.
+    """
+    kept_out = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+
+    @functools.wraps(function)
+    def either(*args: Any, **kwargs: Any) -> Any:
+        return kept_out(*args, **kwargs) if torch.compiler.is_compiling() else function(*args, **kwargs)
+
+    return cast(F, either)
 
 
 def static_cache(config: Any, length: int) -> Any:

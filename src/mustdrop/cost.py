@@ -275,10 +275,30 @@ def embedding_flops(encoder: nn.Module, blocks: nn.ModuleList) -> int:
     return 0
 
 
-def encoder_flops(blocks: nn.ModuleList, config: Any, lengths: Sequence[Sequence[int]]) -> int:
-    """An encoder's layers. `lengths` are, per layer, those of the sequences that attend to themselves."""
-    width = int(config.hidden_size if not hasattr(config, "embed_dim") else config.embed_dim)
-    return sum(
-        linear_flops(block) * sum(own) + 4 * width * sum(n * n for n in own)
-        for block, own in zip(blocks, lengths, strict=True)
-    )
+@dataclass(frozen=True)
+class EncoderCost:
+    """Cost of an encoder.
+
+    Attributes:
+        embedding: FLOPs per patch of what turns pixels into patches.
+        linear: FLOPs per token of each layer's linear layers.
+        width: heads * head_dim.
+    """
+
+    embedding: int
+    linear: tuple[int, ...]
+    width: int
+
+    @classmethod
+    def of(cls, encoder: nn.Module, blocks: nn.ModuleList) -> EncoderCost:
+        """Read the sizes off an encoder and its layers."""
+        config: Any = encoder.config
+        width = int(config.hidden_size if not hasattr(config, "embed_dim") else config.embed_dim)
+        return cls(embedding_flops(encoder, blocks), tuple(linear_flops(block) for block in blocks), width)
+
+    def layers(self, lengths: Sequence[Sequence[int]]) -> int:
+        """The encoder's layers. `lengths` are, per layer, those of the sequences that attend to themselves."""
+        return sum(
+            linear * sum(own) + 4 * self.width * sum(n * n for n in own)
+            for linear, own in zip(self.linear, lengths, strict=True)
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -164,7 +165,7 @@ class Adapter(ABC):
         The layers sit one level deeper before transformers 5.6, hence the search.
         """
         depth = module.config.num_hidden_layers
-        found = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+        found = [blocks for blocks in _lists(module) if len(blocks) == depth]
         if len(found) != 1:
             raise UnsupportedModelError(
                 f"{self.name}: expected one list of {depth} layers in {type(module).__name__}, found {len(found)}."
@@ -243,3 +244,12 @@ class Adapter(ABC):
     def tiny_sizes(self, modality: str) -> tuple[tuple[int, ...], ...]:
         """Shapes of media that `tiny_media` takes, for tests to draw from."""
         return ((3, 24, 24),)
+
+
+def _lists(module: nn.Module) -> Iterator[nn.ModuleList]:
+    """The lists of modules inside a module, without those inside other lists."""
+    for part in module.children():
+        if isinstance(part, nn.ModuleList):
+            yield part
+        else:
+            yield from _lists(part)

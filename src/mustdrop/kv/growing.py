@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from mustdrop.compat import crop_length
 from mustdrop.errors import CacheStateError
-from mustdrop.kv.slots import Slots
+from mustdrop.kv.slots import Slots, reordering
 from mustdrop.runtime.eviction import Cut
 
 _SLIDE = 64  # tokens after which a sliding layer with gaps looks for entries that have left its window
@@ -42,7 +42,7 @@ class PrunedLayer(Slots, DynamicLayer):
             new.keys, new.values = layer.keys, layer.values
             new.dtype, new.device, new.is_initialized = layer.keys.dtype, layer.keys.device, True
             if new.slots != new.logical:  # a sliding layer that has forgotten its oldest entries
-                newest = torch.arange(new.logical - new.slots, new.logical, device=new.keys.device)
+                newest = torch.arange(new.logical - new.slots, new.logical)
                 new.positions = newest.expand(new.keys.shape[0], -1)
                 new.vision = torch.zeros_like(new.positions, dtype=torch.bool)
         return new
@@ -52,11 +52,12 @@ class PrunedLayer(Slots, DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append entries; the arrival set by the layer hook says which logical positions they have."""
         arrival = self.expect_hook()
+        reordering.index = None  # the next one will be another
         if arrival is None:
             self.logical += key_states.shape[-2]
             self.steps += 1
         else:
-            arrival = arrival.on(key_states.device)
+            arrival = arrival.on(self.home)
             known = self.slot_positions()
             marks = self.slot_vision()
             self.positions = arrival.positions if known is None else torch.cat([known, arrival.positions], 1)
@@ -90,7 +91,9 @@ class PrunedLayer(Slots, DynamicLayer):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select batch rows for beam search."""
         if self.slots:
-            self._rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
+            place = beam_idx.to(self.keys.device)
+            self.keys, self.values = self.keys.index_select(0, place), self.values.index_select(0, place)
+            self.reorder_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every batch row."""
@@ -100,7 +103,7 @@ class PrunedLayer(Slots, DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the batch rows `indices`."""
         if self.slots:
-            self._rows(lambda t: t[indices, ...])
+            self._rows(lambda t: t[indices.to(t.device), ...])
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens.
@@ -113,7 +116,7 @@ class PrunedLayer(Slots, DynamicLayer):
             return
         known = self.slot_positions()
         if known is not None:
-            newest = torch.arange(self.logical - remove, self.logical, device=known.device)
+            newest = torch.arange(self.logical - remove, self.logical)
             if known.shape[1] < remove or not bool((known[:, -remove:] == newest).all()):
                 raise CacheStateError(
                     f"cannot crop {remove} tokens from a pruned cache: vision tokens were dropped in that range."
@@ -137,9 +140,8 @@ class PrunedLayer(Slots, DynamicLayer):
         """(B, slots + extra) logical position per slot, PAD on padding; `extra` counts tokens about to arrive."""
         if not self.slots:
             return None
-        batch, device = self.keys.shape[0], self.keys.device
         known = 0 if self.positions is None else self.positions.shape[1]
-        tail = torch.arange(self.logical - (self.slots - known), self.logical + extra, device=device).expand(batch, -1)
+        tail = torch.arange(self.logical - (self.slots - known), self.logical + extra).expand(self.keys.shape[0], -1)
         return tail if self.positions is None else torch.cat([self.positions, tail], 1)
 
     def storage_bytes(self) -> int:
@@ -158,8 +160,8 @@ class PrunedLayer(Slots, DynamicLayer):
     def slide(self) -> None:
         """Forget what no later token can see: entries that have left the sliding window.
 
-        Where nothing was dropped, exactly the entries stay that transformers would hold. With gaps it takes a look at
-        the device to know how many may go, so it waits until there are some.
+        Where nothing was dropped, exactly the entries stay that transformers would hold. With gaps it looks from time
+        to time how many may go.
         """
         if self.window is None or self.slots < self.window or not self.slots:
             return
@@ -171,9 +173,8 @@ class PrunedLayer(Slots, DynamicLayer):
             surplus = int((positions <= self.logical - self.window).sum(1).min())
         known = 0 if self.positions is None else self.positions.shape[1]
         if self.positions is None:  # from here on the layer has to say which positions it holds
-            batch, device = self.keys.shape[0], self.keys.device
-            self.positions = torch.zeros(batch, 0, dtype=torch.long, device=device)
-            self.vision = torch.zeros(batch, 0, dtype=torch.bool, device=device)
+            self.positions = torch.zeros(self.keys.shape[0], 0, dtype=torch.long)
+            self.vision = torch.zeros(self.keys.shape[0], 0, dtype=torch.bool)
         for name in _KNOWN:
             value = getattr(self, name)
             if value is not None:

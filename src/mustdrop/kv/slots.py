@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from mustdrop import kernels
 from mustdrop.errors import CacheStateError
 from mustdrop.runtime.eviction import Cut
-from mustdrop.runtime.rows import PAD, take
+from mustdrop.runtime.rows import HOST, PAD, on, take
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,18 @@ class Arrival:
             moved = (self.positions.to(device), self.vision.to(device), self.totals.to(device))
             self.memo[key] = Arrival(*moved, self.advance, self.whole)
         return self.memo[key]  # type: ignore[no-any-return]
+
+
+class _Reordering(threading.local):
+    """The last reordering of this thread: the layers of one cache are asked one after the other, for the same one."""
+
+    def __init__(self) -> None:
+        self.index: Tensor | None = None
+        self.moved: dict[torch.device, Tensor] = {}
+        self.done: dict[int, tuple[Tensor, Tensor]] = {}
+
+
+reordering = _Reordering()
 
 
 class Slots:
@@ -80,7 +93,7 @@ class Slots:
 
     def apply(self, cut: Cut) -> None:
         """Store only the slots that a cut leaves."""
-        keys, values = kernels.compact(self.entries(), cut.index.to(self.keys.device))
+        keys, values = kernels.compact(self.entries(), on(cut.index, self.keys.device))
         self.store(cut, keys, values)
 
     def evict(self, keep: Tensor) -> None:
@@ -92,7 +105,7 @@ class Slots:
         positions, vision = self.slot_positions(), self.slot_vision()
         if positions is None or vision is None:
             return
-        cut = Cut.of(positions, vision, keep)
+        cut = Cut.of(positions, vision, keep.to(positions.device))
         if cut is not None:
             self.apply(cut)
 
@@ -102,7 +115,7 @@ class Slots:
             value = getattr(self, name)
             if value is not None:
                 padded = torch.nn.functional.pad(value, (0, self.slots - value.shape[1]))
-                setattr(self, name, take(padded, cut.index, 1))
+                setattr(self, name, take(padded, on(cut.index, value.device), 1))
 
     def storage_bytes(self) -> int:
         """Bytes of the tensors that hold keys and values."""
@@ -132,6 +145,11 @@ class Slots:
         """Physical entries stored."""
         raise NotImplementedError
 
+    @property
+    def home(self) -> torch.device:
+        """Where `positions`, `vision` and `totals` lie: on the host, unless compiled code reads them."""
+        return HOST
+
     def slot_positions(self, extra: int = 0) -> Tensor | None:
         """(B, slots + extra) logical position per slot, PAD on padding; `extra` counts tokens about to arrive."""
         raise NotImplementedError
@@ -142,8 +160,15 @@ class Slots:
         if not slots:
             return None
         known = 0 if self.vision is None else self.vision.shape[1]
-        tail = torch.zeros(self.keys.shape[0], slots - known, dtype=torch.bool, device=self.keys.device)
+        tail = torch.zeros(self.keys.shape[0], slots - known, dtype=torch.bool, device=self.home)
         return tail if self.vision is None else torch.cat([self.vision, tail], 1)
+
+    def same_entries(self, other: Slots) -> bool:
+        """Whether another layer holds the entries of the same tokens in the same slots."""
+        a, b = (self.positions, self.vision), (other.positions, other.vision)
+        return self.slots == other.slots and all(
+            x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in zip(a, b, strict=True)
+        )
 
     def lengths(self, start: int, valid: Tensor) -> Tensor:
         """(B,) long, stored entries per row without padding.
@@ -190,6 +215,21 @@ class Slots:
 
     def slide(self) -> None:
         """Forget what has left a sliding window; most layers have none."""
+
+    def reorder_rows(self, index: Tensor) -> None:
+        """Select batch rows of the bookkeeping. Layers that shared a tensor share what becomes of it."""
+        last = reordering
+        if last.index is not index:
+            last.index, last.moved, last.done = index, {}, {}
+
+        def select(t: Tensor) -> Tensor:
+            if id(t) not in last.done:
+                if t.device not in last.moved:
+                    last.moved[t.device] = index.to(t.device)
+                last.done[id(t)] = t, t.index_select(0, last.moved[t.device])  # holding it keeps its id its own
+            return last.done[id(t)][1]
+
+        self.select_rows(select)
 
     def select_rows(self, select: Callable[[Tensor], Tensor]) -> None:
         """Apply `select` to the batch rows of the bookkeeping."""

@@ -84,7 +84,7 @@ class PrunedStaticLayer(Slots, StaticLayer):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select batch rows for beam search."""
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        self.select_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        self.reorder_rows(beam_idx)
 
     # -- what the runtime asks ----------------------------------------------------------------------------------------
 
@@ -106,6 +106,11 @@ class PrunedStaticLayer(Slots, StaticLayer):
     def logical(self) -> int:
         """Logical length (waits for the device)."""
         return self.slots + self.dropped
+
+    @property
+    def home(self) -> torch.device:
+        """The device of the entries, where compiled code looks."""
+        return self.keys.device  # type: ignore[no-any-return]
 
     def slot_positions(self, extra: int = 0) -> Tensor | None:
         """(B, slots + extra) logical position per slot, PAD on padding; `extra` counts tokens about to arrive."""

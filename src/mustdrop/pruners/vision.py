@@ -127,9 +127,22 @@ class VisionStagePruner(Settings):
         """
         if self.window is None:
             return Selection.from_mask(torch.ones(features.shape[:2], dtype=torch.bool, device=features.device))
-        window = (self.temporal_window, self.window * scale, self.window * scale)
-        similarity = window_similarity(features, grid, window)
-        return merge_windows(similarity, grid, window, self.threshold, at_least, released=self.compat == "released")
+        return self.merge_by(self.similarity(features, grid, scale), grid, at_least, scale)
+
+    def similarity(self, features: Tensor, grid: tuple[int, ...], scale: int = 1) -> Tensor:
+        """(B, windows) float32, how alike the tokens of each window are; arguments as for `merge`."""
+        return window_similarity(features, grid, self._window(scale))
+
+    def merge_by(
+        self, similarity: Tensor, grid: tuple[int, ...], at_least: Tensor | None = None, scale: int = 1
+    ) -> Selection:
+        """The second half of `merge`, from what `similarity` found; on the device where that lies."""
+        released = self.compat == "released"
+        return merge_windows(similarity, grid, self._window(scale), self.threshold, at_least, released=released)
+
+    def _window(self, scale: int) -> tuple[int, int, int]:
+        assert self.window is not None  # asked only where windows merge
+        return self.temporal_window, self.window * scale, self.window * scale
 
     def select(
         self, importance: Tensor, alive: Tensor, count: Tensor | None = None, structural: Tensor | None = None

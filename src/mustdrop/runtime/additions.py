@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from mustdrop.runtime.rows import take
+from mustdrop.runtime.rows import HOST, on, take
 from mustdrop.runtime.state import Local
 
 
@@ -23,7 +23,8 @@ class AdditionWrapper:
         forward = self.local.forward
         if forward is None or forward.rows is None:
             return self.function(hidden, mask, rows)
-        here = forward.current(mask.to(forward.rows.device))
+        mask = mask.to(HOST)
+        here = forward.current(mask)
         ordinal = mask.flatten().cumsum(0).view(mask.shape) - 1
-        index = take(ordinal.to(forward.rows.device), forward.rows, 1)[here]
-        return self.function(hidden, here, rows[index.to(rows.device)])
+        index = take(ordinal, forward.rows, 1)[here]
+        return self.function(hidden, on(here, hidden.device), rows[on(index, rows.device)])

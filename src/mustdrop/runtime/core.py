@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from mustdrop import kv
-from mustdrop.adapters.base import Adapter, Modality
+from mustdrop.adapters.base import Adapter, Modality, Tower
 from mustdrop.compat import require_supported_transformers
-from mustdrop.cost import TextCost
+from mustdrop.cost import EncoderCost, TextCost
 from mustdrop.errors import ConfigError, NothingDroppedWarning, UnsupportedModelError
 from mustdrop.method import Method
 from mustdrop.runtime import checks, tap
@@ -25,9 +25,12 @@ from mustdrop.runtime.generate import GenerateWrapper
 from mustdrop.runtime.halves import HalfHooks
 from mustdrop.runtime.plan import RowPlan, plan_row
 from mustdrop.runtime.record import record
+from mustdrop.runtime.rows import HOST
 from mustdrop.runtime.state import Call, Local
 from mustdrop.runtime.text import AttentionCapture, LayerHook, TextStage
 from mustdrop.trace import Trace
+
+T = TypeVar("T")
 
 
 class Runtime:
@@ -57,6 +60,7 @@ class Runtime:
         self.stage = TextStage(self)
         self.last: Trace | None = None
         self.warned = False
+        self.sizes: dict[object, Any] = {}
         self.plans: dict[int, RowPlan] = {}  # per runtime: keep=1 and keep=1.0 are equal and mean different things
         self.handles: list[Any] = []
         self.tapped: list[nn.Module] = []
@@ -86,8 +90,28 @@ class Runtime:
 
     @property
     def text_cost(self) -> TextCost:
-        """Sizes of the text model, as it is now: adapters may be added, switched and merged."""
-        return TextCost.of(self.layers, self.text.config, self.model, self.adapter.experts_of)
+        """Sizes of the text model, as it is now."""
+        return self._sizes(
+            "text", lambda: TextCost.of(self.layers, self.text.config, self.model, self.adapter.experts_of)
+        )
+
+    def encoder_cost(self, tower: Tower) -> EncoderCost:
+        """Sizes of an encoder, as it is now."""
+        return self._sizes(id(tower.module), lambda: EncoderCost.of(tower.module, tower.blocks))
+
+    def _measure(self) -> None:
+        """Read all sizes off the model."""
+        _ = self.text_cost
+        for stage in self.encoders.values():
+            self.encoder_cost(stage.tower)
+
+    def _sizes(self, key: object, read: Callable[[], T]) -> T:
+        """What `read` finds in the modules: once, for it takes a while, unless adapters may be switched and merged."""
+        if getattr(self.model, "peft_config", None):
+            return read()
+        if key not in self.sizes:
+            self.sizes[key] = read()
+        return cast(T, self.sizes[key])
 
     @property
     def implementation(self) -> str:
@@ -151,6 +175,7 @@ class Runtime:
             self._override(self.text, name, AdditionWrapper(self.local, getattr(self.text, name)))
         if hasattr(self.model, "generate"):
             self._override(self.model, "generate", GenerateWrapper(self, cast(Any, self.model).generate))
+        self._measure()  # now, and not in the first call
 
     def uninstall(self) -> None:
         """Undo `install`; the model is as it was."""
@@ -226,20 +251,20 @@ class Runtime:
             )
 
     def placeholders(self, ids: Tensor | None, embeds: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
-        """(B, S) long, index of the modality that each position stands for, -1 for text."""
+        """(B, S) long on the host, index of the modality that each position stands for, -1 for text."""
         if ids is None and embeds is None:
             return None
-        device = ids.device if ids is not None else cast(Tensor, embeds).device
         tokens = [modality.token for modality in self.modalities]
         # of kinds that share a token, the one that came with the call
         kinds = [i for i, m in enumerate(self.modalities) if tokens.count(m.token) == 1 or _came(m, kwargs)]
-        wanted = torch.tensor([tokens[i] for i in kinds], device=device)
+        wanted = torch.tensor([tokens[i] for i in kinds])
         if ids is not None:
-            same = ids[..., None] == wanted
+            same = ids.to(HOST)[..., None] == wanted
         else:
-            rows = self.text.get_input_embeddings()(wanted)
-            same = (cast(Tensor, embeds)[:, :, None] == rows.to(cast(Tensor, embeds))).all(-1)
-        return torch.where(same, torch.tensor(kinds, device=device), -1).amax(-1)
+            given = cast(Tensor, embeds)
+            rows = self.text.get_input_embeddings()(wanted.to(given.device))
+            same = (given[:, :, None] == rows.to(given)).all(-1).to(HOST)
+        return torch.where(same, torch.tensor(kinds), -1).amax(-1)
 
     def _has_media(self, kwargs: dict[str, Any]) -> bool:
         return any(_came(modality, kwargs) for modality in self.modalities)

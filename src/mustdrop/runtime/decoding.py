@@ -14,7 +14,7 @@ from mustdrop.pruners import CacheScorer, DecodeCachePruner, Received
 from mustdrop.runtime import parallel
 from mustdrop.runtime.block_masks import Mask
 from mustdrop.runtime.masks import visible_keys
-from mustdrop.runtime.rows import PAD, pack
+from mustdrop.runtime.rows import PAD, on, pack
 from mustdrop.runtime.state import Forward
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def read_prompt(scorer: CacheScorer, layer: kv.Slots, forward: Forward, media: M
         (B, R) rows that were read, -1 on padding.
     """
     prompt = forward.current(media.prompt)
-    rows = pack(scorer.rows(forward.current(media.text) & prompt, prompt)).to(asked.q.device)
+    rows = on(pack(scorer.rows(forward.current(media.text) & prompt, prompt)), asked.q.device)
     if scorer.by_row:
         arguments = asked.arguments(rows)
         attention = asked.over_heads(kernels.row_probabilities(*arguments))
@@ -115,7 +115,7 @@ def read_prompt(scorer: CacheScorer, layer: kv.Slots, forward: Forward, media: M
     if scorer.by_layer:
         vision = layer.slot_vision()
         assert vision is not None  # the rows of this pass are there
-        forward.masses.append((mass * vision.to(mass.device)).sum(1))
+        forward.masses.append((mass * on(vision, mass.device)).sum(1))
     return rows
 
 
@@ -166,8 +166,9 @@ def after_prompt(decode: DecodeCachePruner | None, forward: Forward, depth: int)
 def _evict(decode: DecodeCachePruner, layer: Any, count: Tensor) -> None:
     vision, pad = layer.slot_vision(), (0, layer.slots - layer.attended.shape[1])
     read = Received(nn.functional.pad(layer.attended, pad), nn.functional.pad(layer.queries, pad))
+    vision = on(vision, read.given.device)
     score = decode.scorer.score(read, vision)
-    layer.evict(decode(score, vision, count.to(score.device)).mask(layer.slots))
+    layer.evict(decode(score, vision, on(count, score.device)).mask(layer.slots))
 
 
 def _sums(asked: Asked, rows: Tensor) -> Received:

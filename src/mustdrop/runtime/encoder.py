@@ -7,7 +7,9 @@ and the marks survive concatenation, casts and re-grouping.
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,7 @@ from mustdrop.runtime import block_masks, parallel, reading
 from mustdrop.runtime.block_masks import Mask
 from mustdrop.runtime.encoder_run import EncoderRun
 from mustdrop.runtime.masks import attended_keys, cut_encoder_mask, encoder_mask
+from mustdrop.runtime.rows import HOST, on
 from mustdrop.runtime.state import Local
 from mustdrop.runtime.tap import implementation_of
 from mustdrop.selection import Selection
@@ -64,7 +67,7 @@ class BlockHook:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """See `EncoderStage.before_block`. Hidden states that come by name are handed on by position."""
         if not args:
-            name = list(inspect.signature(type(module).forward).parameters)[1]
+            name = _parameters(type(module).forward)[1]
             args, kwargs = (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
         return self.stage.before_block(self.index, module, args, kwargs)
 
@@ -171,7 +174,9 @@ class EncoderStage:
     def _lengths(self, run: EncoderRun, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Lengths of the sequences that attend to themselves in one layer."""
         if run.merged is not None:
-            return run.merged.counts + self.tower.prefix
+            if run.counted is None or run.counted[0] is not run.merged:
+                run.counted = run.merged, run.merged.counts + self.tower.prefix
+            return run.counted[1]
         borders = kwargs.get("cu_seqlens")
         if isinstance(borders, Tensor):
             return borders.diff()
@@ -183,28 +188,31 @@ class EncoderStage:
         patches = hidden[:, prefix:]
         assert self.pruner is not None
         assert run.grid is not None
-        run.merged = self.pruner.merge(patches, run.grid, run.at_least, scale=run.pool)
+        similarity = self.pruner.similarity(patches, run.grid, run.pool).to(HOST)
+        run.merged = self.pruner.merge_by(similarity, run.grid, run.at_least, run.pool)
         if bool(run.merged.valid.all()) and run.merged.keep.shape[1] == patches.shape[1]:
             run.merged = None  # no window is similar enough: the tensors stay as they are, bit for bit
             return hidden
-        return torch.cat([hidden[:, :prefix], run.merged.apply(patches)], 1)
+        return torch.cat([hidden[:, :prefix], run.merged.to(hidden.device).apply(patches)], 1)
 
     def _mask(self, run: EncoderRun, given: Mask, hidden: Tensor, module: nn.Module) -> Mask:
         """The mask that hides padding, and what the mask that came hides; made once per mask that comes."""
         merged, prefix = run.merged, self.tower.prefix
         assert merged is not None
-        visible = nn.functional.pad(merged.valid, (prefix, 0), value=True)
-        if run.inside is not None:
-            bias = run.inside.bias(hidden.dtype)
-            return encoder_mask(visible, implementation_of(module), hidden.dtype) if bias is None else bias
-        if id(given) not in run.masks:
-            if given is None:
-                run.masks[id(given)] = encoder_mask(visible, implementation_of(module), hidden.dtype)
+        bias = None if run.inside is None else run.inside.bias(hidden.dtype)
+        if bias is not None:
+            return bias
+        key = (id(given), id(merged))
+        if key not in run.masks:
+            visible = nn.functional.pad(merged.valid, (prefix, 0), value=True)
+            if given is None or run.inside is not None:
+                made = encoder_mask(visible, implementation_of(module), hidden)
             else:
                 slots = nn.functional.pad(merged.keep + prefix, (prefix, 0))
                 slots[:, :prefix] = torch.arange(prefix, device=slots.device)
-                run.masks[id(given)] = cut_encoder_mask(given, slots, visible)
-        return run.masks[id(given)]
+                made = cut_encoder_mask(given, on(slots, hidden.device), on(visible, hidden.device))
+            run.masks[key] = (merged, made)  # holding what it is made of keeps its id from being used again
+        return run.masks[key][1]
 
     @eager
     def capture(self, index: int, module: nn.Module, q: Tensor, k: Tensor, mask: Mask, kwargs: dict[str, Any]) -> None:
@@ -239,29 +247,43 @@ class EncoderStage:
         run: EncoderRun | None = self.local.encoder
         if run is None or output is None:
             return output
-        if run.merged is not None:
+        if run.merged is not None and run.merged.merge_into is not None:
+            whole = _Whole(run.merged, run.merged.merge_into, self.tower.prefix)
             for name in ("last_hidden_state", "hidden_states"):
                 value = getattr(output, name, None)
-                if isinstance(value, tuple):
-                    output[name] = tuple(_whole(run.merged, state, self.tower.prefix) for state in value)
-                elif value is not None:
-                    output[name] = _whole(run.merged, value, self.tower.prefix)
+                if value is not None:
+                    output[name] = tuple(map(whole, value)) if isinstance(value, tuple) else whole(value)
         return output if run.leave is None else run.leave(output)
 
 
-def _whole(merged: Selection, state: Tensor | None, prefix: int) -> Tensor | None:
-    """A hidden state in which every patch has the value of what it became part of; one that has all patches as is."""
-    if state is None or merged.merge_into is None:
-        return state
-    if state.ndim != 3 or state.shape[1] != merged.keep.shape[1] + prefix:
-        return state
-    patches = merged.to(state.device).expand(state[:, prefix:], merged.merge_into.shape[1])
-    return torch.cat([state[:, :prefix], patches], 1)
+class _Whole:
+    """Gives hidden states all patches: each has the value of what it became part of, zero if it is gone."""
+
+    def __init__(self, merged: Selection, into: Tensor, prefix: int) -> None:
+        front = torch.arange(prefix, device=into.device).expand(len(into), -1)
+        self.row = torch.cat([front, into.clamp(min=0) + prefix], 1)
+        gone = into < 0
+        self.gone = nn.functional.pad(gone, (prefix, 0)) if bool(gone.any()) else None
+        self.length = merged.keep.shape[1] + prefix
+
+    def __call__(self, state: Tensor | None) -> Tensor | None:
+        """(items, prefix + patches, C) of a hidden state; one that has all patches as it is."""
+        if state is None or state.ndim != 3 or state.shape[1] != self.length:
+            return state
+        self.row = on(self.row, state.device)
+        out = state.gather(1, self.row[..., None].expand(-1, -1, state.shape[2]))
+        return out if self.gone is None else out.masked_fill(on(self.gone, state.device)[..., None], 0)
 
 
 def takes_mask(block: nn.Module) -> bool:
     """Whether an encoder layer hands a mask on to its attention."""
-    return "attention_mask" in inspect.signature(type(block).forward).parameters
+    return "attention_mask" in _parameters(type(block).forward)
+
+
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the parameters of a forward; finding them takes longer than what is done with them."""
+    return tuple(inspect.signature(function).parameters)
 
 
 def _given_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mask:

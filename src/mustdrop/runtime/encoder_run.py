@@ -26,12 +26,13 @@ class EncoderRun:
         pool: patches per side of a feature.
         at_least: (items,) long, patches that merging must leave, or None.
         merged: what merging decided.
-        masks: attention masks of the layers after merging, by the mask that came.
+        masks: attention masks of the layers after merging, by the mask that came and the tokens that are left.
         readings: what was read from the layers, a value or vector per patch, in the pieces in which they ran.
         item: patches of one item of a dense tower; 0 where all items lie in one sequence, or before it has run.
         leave: called with the encoder's output, all of whose patches are there again, before the model goes on with it.
         inside: merging between the halves of its layers, or None.
         lengths: per encoder layer, the lengths of the sequences that attended to themselves.
+        counted: the last of them after merging, and what merging had left then.
     """
 
     tower: Tower
@@ -39,12 +40,13 @@ class EncoderRun:
     pool: int = 1
     at_least: Tensor | None = None
     merged: Selection | None = None
-    masks: dict[int, Mask] = field(default_factory=dict)
+    masks: dict[tuple[int, int], tuple[Selection, Mask]] = field(default_factory=dict)
     readings: dict[Read, list[Tensor]] = field(default_factory=dict)
     item: int = 0
     leave: Callable[[Any], Any] | None = None
     inside: Inside | None = None
     lengths: list[Tensor] = field(default_factory=list)
+    counted: tuple[Selection, Tensor] | None = None
 
     def reading(self, read: Read) -> Tensor | None:
         """(patches,) or (patches, D), what was read of every patch of all items; None if the layer did not run."""

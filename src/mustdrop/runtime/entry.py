@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mustdrop import budget
+from mustdrop.runtime.rows import HOST, on
 from mustdrop.runtime.state import Call, Marks, Medium
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Media:
-    """Vision tokens of one pass through the text model, (B, length) each, in logical order.
+    """Vision tokens of one pass through the text model, (B, length) each, in logical order. All on the host.
 
     Attributes:
         vision: bool, vision tokens.
@@ -64,24 +65,26 @@ def read(runtime: Runtime, embeds: Tensor, kinds: Tensor, mask: Tensor | None) -
     Args:
         runtime: of the patched model.
         embeds: (B, length, C) input of the text model; dropped features are rows of NaN.
-        kinds: (B, length) long, index of each token's modality, -1 for text.
+        kinds: (B, length) long, index of each token's modality, -1 for text. On the host.
         mask: (B, length or more) attention mask, or None.
     """
     call = runtime.local.call
-    kinds = kinds.to(embeds.device)
     forward = runtime.local.forward
     valid = valid_tokens(kinds, mask, forward.start if forward is not None else 0)
     vision = (kinds >= 0) & valid
-    alive = ~(vision & embeds[..., 0].isnan()) if runtime.method.vision is not None else torch.ones_like(vision)
+    alive = torch.ones_like(vision)
+    if runtime.method.vision is not None:
+        alive = ~(vision & embeds[..., 0].isnan().to(HOST))
     totals = vision.sum(1).tolist()
     prompt = _prompt(valid, call)
     raters = text = _raters(vision, prompt, call)
     prefill = runtime.method.prefill
     if prefill is not None and prefill.score is not None:
-        raters = prefill.score.raters(embeds.nan_to_num(0.0), vision & alive, raters)
+        entering, given = on(vision & alive, embeds.device), on(raters, embeds.device)
+        raters = prefill.score.raters(embeds.nan_to_num(0.0), entering, given).to(HOST)
     names = [modality.name for modality in runtime.modalities]
     found = _media(call, names, kinds.masked_fill(~valid, -1))
-    marks = _marks(call, found, embeds.device) if found else []
+    marks = _marks(call, found) if found else []
     media = Media(vision, valid, alive, prompt, text, raters, totals, not bool(valid.all()), marks, found)
     if media.marks:
         _spread_marks(media, reorder=runtime.method.renumber)
@@ -184,7 +187,7 @@ def _media(call: Call | None, names: list[str], kinds: Tensor) -> list[list[Medi
         return []
     times = len(kinds) // prompts
     out = []
-    for row, own in enumerate(kinds.cpu()):
+    for row, own in enumerate(kinds):
         own = own[own >= 0]
         media = []
         for i, name in enumerate(names):
@@ -198,7 +201,7 @@ def _media(call: Call | None, names: list[str], kinds: Tensor) -> list[list[Medi
     return out
 
 
-def _marks(call: Call | None, media: list[list[Medium]], device: torch.device) -> list[Marks]:
+def _marks(call: Call | None, media: list[list[Medium]]) -> list[Marks]:
     """What the vision stage decided, per batch row over its vision tokens; empty without one."""
     if call is None or not call.marks:
         return []
@@ -210,14 +213,14 @@ def _marks(call: Call | None, media: list[list[Medium]], device: torch.device) -
     }
     rows = []
     for own in media:
-        pairs = [(medium.index.to(device), by_layout[id(medium.layout)].to(device)) for medium in own]
+        pairs = [(medium.index, by_layout[id(medium.layout)].to(HOST)) for medium in own]
         n = sum(len(index) for index, _ in pairs)
         row = Marks(
-            alive=torch.ones(n, dtype=torch.bool, device=device),
-            pinned=torch.zeros(n, dtype=torch.bool, device=device),
-            importance=torch.zeros(n, device=device),
-            order=torch.arange(n, device=device),
-            assignment=torch.arange(n, device=device),
+            alive=torch.ones(n, dtype=torch.bool),
+            pinned=torch.zeros(n, dtype=torch.bool),
+            importance=torch.zeros(n),
+            order=torch.arange(n),
+            assignment=torch.arange(n),
         )
         for index, mark in pairs:
             row.alive[index], row.pinned[index] = mark.alive, mark.pinned
@@ -230,10 +233,9 @@ def _marks(call: Call | None, media: list[list[Medium]], device: torch.device) -
 
 def _spread_marks(media: Media, reorder: bool) -> None:
     """Write the marks of each row to the positions of its vision tokens."""
-    device = media.vision.device
     media.pinned = torch.zeros_like(media.vision)
-    media.importance = torch.zeros(media.vision.shape, device=device)
-    order = torch.arange(media.vision.shape[1], device=device).expand_as(media.vision).clone()
+    media.importance = torch.zeros(media.vision.shape)
+    order = torch.arange(media.vision.shape[1]).expand_as(media.vision).clone()
     for b, row in enumerate(media.marks):
         place = media.vision[b].nonzero()[:, 0]
         media.pinned[b, place], media.importance[b, place] = row.pinned, row.importance
@@ -258,6 +260,6 @@ def _counts(runtime: Runtime, media: Media) -> list[Tensor]:
     counts = []
     for k in range(len(runtime.filters)):
         wanted = [row[k] for row in rows]
-        counts.append(torch.tensor(wanted if wanted != present else [], dtype=torch.long, device=media.vision.device))
+        counts.append(torch.tensor(wanted if wanted != present else [], dtype=torch.long))
         present = wanted
     return counts

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mustdrop import kernels
-from mustdrop.runtime.rows import PAD, has_padding, pack, take
+from mustdrop.runtime.rows import HOST, PAD, has_padding, on, pack, take
 
 if TYPE_CHECKING:
     from mustdrop.kv import Slots
@@ -69,6 +69,23 @@ def evict_dropped(layers: list[Slots], start: int, here: Tensor) -> None:
         assert cut is not None  # only layers that lose something are collected
         while some:  # as many layers at once as may exist twice for a moment
             part = [some.pop() for _ in range(min(len(some), max(1, AT_ONCE // some[-1].storage_bytes())))]
-            stored = kernels.compact([t for layer in part for t in layer.entries()], cut.index.to(device))
+            stored = kernels.compact([t for layer in part for t in layer.entries()], on(cut.index, device))
             for layer, keys, values in zip(part, stored[::2], stored[1::2], strict=True):
                 layer.store(cut, keys, values)
+    _share(layers)
+
+
+def _share(layers: list[Slots]) -> None:
+    """Let layers that hold the same entries now, by whatever way they lost the others, share what describes them."""
+    known: list[Slots] = []
+    for layer in layers:
+        positions = layer.positions
+        if positions is None or layer.home != HOST or any(positions is one.positions for one in known):
+            continue
+        same = next((one for one in known if one.same_entries(layer)), None)
+        if same is None:
+            known.append(layer)
+            continue
+        for other in layers:
+            if other.positions is positions:
+                other.positions, other.vision, other.padded = same.positions, same.vision, same.padded

@@ -92,7 +92,7 @@ class Inside:
         """
         if self.size is None or not self.rule.weighs:
             return None
-        return self.size.log().clamp(min=torch.finfo(dtype).min)[:, None, None].to(dtype)
+        return self.size.log().to(dtype).clamp(min=torch.finfo(dtype).min)[:, None, None]
 
     def merge(self, index: int, hidden: Tensor, merged: Selection | None) -> Selection | None:
         """Merge the tokens (items, tokens, C) of one layer; they wait in `mid`. None if none merge here."""

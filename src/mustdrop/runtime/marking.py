@@ -13,6 +13,7 @@ from mustdrop.layout import Layout
 from mustdrop.pruners import VisionStagePruner
 from mustdrop.runtime.choosing import Choice, Chooser, of_features, owners, stacked
 from mustdrop.runtime.encoder_run import EncoderRun
+from mustdrop.runtime.rows import HOST, on
 from mustdrop.runtime.state import Marks
 
 
@@ -37,8 +38,10 @@ class Decided:
             features = means(features, self.merge)
         if self.choice is not None:
             features = self.choice.blend(features)
-        alive = torch.cat([mark.alive for mark in self.marks]).to(features.device)
-        return features if bool(alive.all()) else features.masked_fill(~alive[:, None], torch.nan)
+        alive = torch.cat([mark.alive for mark in self.marks])
+        if bool(alive.all()):
+            return features
+        return features.masked_fill(on(~alive, features.device)[:, None], torch.nan)
 
     def merged(self, features: Tensor) -> Tensor:
         """As `write`, with zeros instead of NaN: for features that are added to tokens and not looked at."""
@@ -99,8 +102,7 @@ def decide(
         chooser: asks the pruner's rule, if it has one.
         choice: what the rule has decided already, as the features left the encoder.
     """
-    device = features.device
-    patches = stacked(layouts).to(device)
+    patches = stacked(layouts)
     importance = _importance(pruner, run, patches)
     behind = run.grid is None and pruner.window is not None
     owner = _merge_behind(pruner, layouts, features, least) if behind else owners(run, patches)
@@ -111,16 +113,16 @@ def decide(
         return _by_rule(pruner, chooser, choice, layouts, features, importance, owner if behind else None, owner)
     order = None
     if pruner.compat == "released" and run.merged is not None and run.merged.merge_into is not None:
-        slots = run.merged.merge_into.flatten().to(device)
+        slots = run.merged.merge_into.flatten().to(HOST)
         order = torch.where(patches[:, 0] < 0, -1, slots[patches[:, 0].clamp(min=0)])
     marks: list[Marks | None] = [None] * len(layouts)
     for size in {layout.size for layout in layouts}:
         group = [i for i, layout in enumerate(layouts) if layout.size == size]
         part = _Group(
-            structural=torch.stack([layouts[i].structural for i in group]).to(device),
+            structural=torch.stack([layouts[i].structural for i in group]),
             importance=torch.stack([importance[starts[i] : starts[i + 1]] for i in group]),
             owner=torch.stack([owner[starts[i] : starts[i + 1]] - starts[i] for i in group]),
-            most=torch.tensor([most[i] for i in group], device=device),
+            most=torch.tensor([most[i] for i in group]),
             last=[group.index(i) for i in last if i in group],
         )
         for i, mark in zip(group, part.marks(pruner), strict=True):
@@ -128,7 +130,7 @@ def decide(
             if order is not None:
                 own = order[starts[i] : starts[i + 1]]
                 front = int((own < 0).sum())
-                marks[i] = replace(mark, order=torch.where(own < 0, torch.arange(size, device=device), own + front))
+                marks[i] = replace(mark, order=torch.where(own < 0, torch.arange(size), own + front))
     done = [mark for mark in marks if mark is not None]
     if not behind:
         return Decided(done, None)
@@ -149,13 +151,14 @@ def _by_rule(
     """Marks of what a rule chooses; the key set are the most important of what it keeps."""
     done = choice is not None
     if choice is None:
-        choice = chooser(features if merge is None else means(features, merge), owner)
+        choice = chooser(features if merge is None else means(features, merge), on(owner, features.device))
+    kept, became, ordered = choice.keep.to(HOST), choice.into.to(HOST), choice.order.to(HOST)
     marks, start = [], 0
     for layout in layouts:
         mine = slice(start, start + layout.size)
-        keep, into = choice.keep[mine], choice.into[mine]
-        picture = keep & ~layout.structural.to(keep.device)
-        order = choice.order[mine] - start if pruner.compat == "released" else torch.arange(layout.size).to(into)
+        keep, into = kept[mine], became[mine]
+        picture = keep & ~layout.structural
+        order = ordered[mine] - start if pruner.compat == "released" else torch.arange(layout.size)
         marks.append(
             Marks(
                 alive=keep,
@@ -201,7 +204,7 @@ class _Group:
 def _importance(pruner: VisionStagePruner, run: EncoderRun, patches: Tensor) -> Tensor:
     """(F,) mean encoder attention of each feature's patches; 0 for structural rows."""
     if not pruner.needs_attention:
-        return torch.zeros(len(patches), device=patches.device)
+        return torch.zeros(len(patches))
     return of_features(run, pruner.importance, patches)
 
 
@@ -209,18 +212,18 @@ def _merge_behind(
     pruner: VisionStagePruner, layouts: Sequence[Layout], features: Tensor, least: Sequence[int]
 ) -> Tensor:
     """(F,) long as `owners`, for windows over the cells of each grid of features."""
-    owner = torch.arange(len(features), device=features.device)
+    owner = torch.arange(len(features))
     start = 0
     for layout, fewest in zip(layouts, least, strict=True):
-        cells = layout.cells.to(features.device)
-        place = torch.empty(layout.offsets[-1], dtype=torch.long, device=features.device)
+        cells = layout.cells
+        place = torch.empty(layout.offsets[-1], dtype=torch.long)
         place[cells[cells >= 0]] = (cells >= 0).nonzero()[:, 0] + start  # cell -> feature
         sizes = [b - a for a, b in zip(layout.offsets[:-1], layout.offsets[1:], strict=True)]
         gone = share_out(min(max(0, layout.size - fewest), sum(sizes)), sizes)
         for grid, first, size, n in zip(layout.grids, layout.offsets, sizes, gone, strict=False):
             mine = place[first : first + size]
             limit = torch.tensor([size - n], device=features.device) if pruner.selects else None
-            merged = pruner.merge(features[mine][None].float(), grid, limit)
+            merged = pruner.merge(features[mine][None].float(), grid, limit).to(HOST)
             if merged.merge_into is not None:
                 owner[mine] = mine[merged.keep[0, merged.merge_into[0]]]
         start += layout.size

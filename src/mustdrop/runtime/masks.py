@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from mustdrop import kernels
 from mustdrop.errors import UnsupportedOptionError
 from mustdrop.runtime import block_masks
 from mustdrop.runtime.block_masks import FLEX, BlockMask, Mask
-from mustdrop.runtime.rows import PAD, take
+from mustdrop.runtime.rows import PAD, on, take
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,16 @@ class Layout:
     slots: Tensor
     padded: bool
     reordered: bool = False
+    memo: dict[torch.device, Layout] = field(default_factory=dict, repr=False, compare=False)
+
+    def on(self, device: torch.device) -> Layout:
+        """The same on another device; sent there once."""
+        if self.rows.device == device:
+            return self
+        if device not in self.memo:
+            rows, queries, slots = (on(x, device) for x in (self.rows, self.queries, self.slots))
+            self.memo[device] = Layout(rows, queries, slots, self.padded, self.reordered)
+        return self.memo[device]
 
     def causal(self) -> Tensor:
         """(B, n, k) bool: slot exists and does not come after the query.
@@ -44,7 +54,7 @@ class Layout:
         return ((self.slots != PAD)[:, None] & before) | (there == here[:, None]) & (self.queries == PAD)[..., None]
 
 
-def physical_mask(mask: object, layout: Layout, implementation: str, dtype: torch.dtype) -> Mask:
+def physical_mask(mask: object, layout: Layout, implementation: str, hidden: Tensor) -> Mask:
     """The mask one layer needs.
 
     Args:
@@ -52,7 +62,7 @@ def physical_mask(mask: object, layout: Layout, implementation: str, dtype: torc
             (B or 1, 1, queries, keys), bool or additive.
         layout: rows and slots of this layer.
         implementation: attention implementation of the text model.
-        dtype: dtype of an additive mask, for eager attention.
+        hidden: (B, n, C) input of the layer: device of a new mask and, for eager attention, type of an additive one.
 
     Returns:
         None where a plain causal pattern is right, else a mask of the same kind over (n, k).
@@ -61,6 +71,7 @@ def physical_mask(mask: object, layout: Layout, implementation: str, dtype: torc
         UnsupportedOptionError: any other mask, or one that its attention implementation does not come with.
     """
     if isinstance(mask, BlockMask):
+        layout = layout.on(mask.kv_num_blocks.device)
         return block_masks.causal(layout) if layout.reordered else block_masks.cut(mask, layout)
     foreign = implementation == FLEX and getattr(mask, "ndim", 0) != 2
     if foreign or (mask is not None and not isinstance(mask, Tensor)):
@@ -71,23 +82,23 @@ def physical_mask(mask: object, layout: Layout, implementation: str, dtype: torc
     flash = "flash" in implementation
     fresh = layout.slots.shape[1] == layout.queries.shape[1]
     if mask is not None and mask.ndim == 2:
-        visible = take(mask, layout.slots, 1).bool() & (layout.slots != PAD)
+        slots = layout.on(mask.device).slots
+        visible = take(mask, slots, 1).bool() & (slots != PAD)
         return None if bool(visible.all()) else visible
     if flash:
-        return (layout.slots != PAD) if layout.padded else None
+        return (layout.on(hidden.device).slots != PAD) if layout.padded else None
     if layout.reordered or mask is None:
         single = layout.queries.shape[1] == 1
         if not layout.padded and (single or (fresh and implementation == "sdpa")):
             return None
-        return _cast(layout.causal()[:, None], None, implementation, dtype)
+        return _cast(layout.on(hidden.device).causal()[:, None], None, implementation, hidden.dtype)
+    layout = layout.on(mask.device)
     known = mask if mask.shape[0] == layout.rows.shape[0] else mask.expand(layout.rows.shape[0], -1, -1, -1)
-    known = kernels.cut_mask(
-        known, layout.rows.to(known.device), layout.slots.clamp(max=mask.shape[-1] - 1).to(known.device)
-    )
+    known = kernels.cut_mask(known, layout.rows, layout.slots.clamp(max=mask.shape[-1] - 1))
     if not layout.padded:
         return known
-    hidden = (layout.slots == PAD)[:, None, None].to(known.device)  # the mask may come from another device
-    alone = (layout.queries == PAD)[:, None, :, None].to(known.device)
+    gone = (layout.slots == PAD)[:, None, None]
+    alone = (layout.queries == PAD)[:, None, :, None]
     n, k = layout.queries.shape[1], layout.slots.shape[1]
     itself = (
         torch.eye(n, k, dtype=torch.bool, device=known.device).roll(k - n, 1)
@@ -95,10 +106,10 @@ def physical_mask(mask: object, layout: Layout, implementation: str, dtype: torc
         else torch.eye(n, dtype=torch.bool, device=known.device)
     )
     if known.dtype == torch.bool:
-        return torch.where(alone, itself, known & ~hidden)
+        return torch.where(alone, itself, known & ~gone)
     lowest = torch.finfo(known.dtype).min
     closed = torch.zeros_like(itself, dtype=known.dtype).masked_fill(~itself, lowest)
-    return torch.where(alone, closed, known.masked_fill(hidden, lowest))
+    return torch.where(alone, closed, known.masked_fill(gone, lowest))
 
 
 def fixed_mask(mask: object, positions: Tensor, padded: bool) -> Tensor:
@@ -128,14 +139,20 @@ def fixed_mask(mask: object, positions: Tensor, padded: bool) -> Tensor:
     return known & ~hidden if known.dtype == torch.bool else known.masked_fill(hidden, torch.finfo(known.dtype).min)
 
 
-def encoder_mask(visible: Tensor, implementation: str, dtype: torch.dtype) -> Mask:
-    """The mask for encoder layers over ragged tokens: `visible` (B, N) bool; None if all are."""
+def encoder_mask(visible: Tensor, implementation: str, hidden: Tensor) -> Mask:
+    """The mask for encoder layers over ragged tokens: `visible` (B, N) bool; None if all are.
+
+    Device and, for eager attention, type are those of `hidden`, the input of the layer.
+    """
     if bool(visible.all()):
         return None
+    visible = on(visible, hidden.device)
     if implementation == FLEX:
         return block_masks.of_keys(visible)
     return (
-        visible if "flash" in implementation else _cast(visible[:, None, None], visible.shape[1], implementation, dtype)
+        visible
+        if "flash" in implementation
+        else _cast(visible[:, None, None], visible.shape[1], implementation, hidden.dtype)
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mustdrop import kv
-from mustdrop.cost import Compared, embedding_flops, encoder_flops, total
+from mustdrop.cost import Compared, total
 from mustdrop.runtime.rows import PAD, take
 from mustdrop.runtime.state import Call, Prefill
 from mustdrop.trace import Trace
@@ -31,16 +31,13 @@ def record(runtime: Runtime, call: Call) -> Trace:
     valid = prefill.valid
     if cache is not None and isinstance(cache.layers[0], kv.PrunedStaticLayer):  # compiled steps count nothing
         call.steps = cache.layers[0].logical - prefill.start - valid.shape[1]
-    lengths = [layer.lengths(prefill.start, valid).cpu() for layer in cache.layers[:depth]] if cache is not None else []
-    held = [layer.held(prefill.start, prefill.vision).cpu() for layer in cache.layers[:depth]] if lengths else []
-    nothing = torch.zeros(depth, len(alive[0]), dtype=torch.long)
-    kv_lengths = torch.stack(lengths) if lengths else nothing
+    kv_lengths, held = _entries(cache, prefill, depth, len(alive[0]))
     return Trace(
         method=runtime.method.name,
         total=prefill.vision.sum(1).cpu(),
         tokens=tokens,
         kv_lengths=kv_lengths,
-        kv_vision=torch.stack(held) if held else nothing,
+        kv_vision=held,
         flops=_flops(runtime, call, prefill, rows, tokens, kv_lengths),
         kv_bytes=_kv_bytes(cache, depth),
         backend=runtime.implementation,
@@ -51,6 +48,24 @@ def record(runtime: Runtime, call: Call) -> Trace:
         _alive=alive,
         _marks=[row.to("cpu") for row in prefill.marks],
     )
+
+
+def _entries(cache: Any, prefill: Prefill, depth: int, batch: int) -> tuple[Tensor, Tensor]:
+    """(L, B) long: entries of each cache layer, and those of this prompt's vision tokens.
+
+    Layers with the same entries share the result.
+    """
+    if cache is None:
+        nothing = torch.zeros(depth, batch, dtype=torch.long)
+        return nothing, nothing
+    done: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    layers = cache.layers[:depth]
+    for layer in layers:
+        if layer.layout_key not in done:
+            lengths = layer.lengths(prefill.start, prefill.valid)
+            done[layer.layout_key] = lengths.cpu(), layer.held(prefill.start, prefill.vision).cpu()
+    lengths, held = zip(*(done[layer.layout_key] for layer in layers), strict=True)
+    return torch.stack(lengths), torch.stack(held)
 
 
 def _alive(prefill: Prefill, rows: list[Tensor | None]) -> list[list[Tensor]]:
@@ -100,7 +115,7 @@ def _flops(
     scoring = sum(text.scoring(i, rows, new[b][i] + past[i]) for b in range(batch) for i, rows in prefill.scored)
     logical = [int(n) for n in (torch.tensor(whole) + prefill.start + call.steps)]
     parts = {
-        "vision": _encoder_cost(call),
+        "vision": _encoder_cost(runtime, call),
         "projector": _projector_cost(runtime, call),
         "scoring": Compared(scoring, 0),
         "prefill": Compared(
@@ -115,20 +130,22 @@ def _flops(
     return total(parts, ("vision", "projector", "scoring", "prefill"))
 
 
-def _encoder_cost(call: Call) -> Compared:
+def _encoder_cost(runtime: Runtime, call: Call) -> Compared:
     """Of every pass through an encoder, merged and as long as it came in."""
     actual = unpruned = 0
     for run in call.encoded:
         if not run.lengths:
             continue
-        lengths = [length.tolist() for length in run.lengths]
+        distinct = {id(length): length for length in run.lengths}
+        known = {key: length.tolist() for key, length in distinct.items()}
+        lengths = [known[id(length)] for length in run.lengths]
         tower, merged = run.tower, run.merged is not None
-        patches = sum(lengths[0]) - tower.prefix * len(lengths[0])
-        embedding = embedding_flops(tower.module, tower.blocks) * patches
-        actual += embedding + encoder_flops(tower.blocks, tower.module.config, lengths)
+        cost = runtime.encoder_cost(tower)
+        embedding = cost.embedding * (sum(lengths[0]) - tower.prefix * len(lengths[0]))
+        actual += embedding + cost.layers(lengths)
         # before windows merge, every layer sees what the first one sees
         whole = [lengths[0]] * len(lengths) if merged else lengths
-        unpruned += embedding + encoder_flops(tower.blocks, tower.module.config, whole)
+        unpruned += embedding + cost.layers(whole)
     return Compared(actual, unpruned)
 
 

@@ -11,7 +11,7 @@ from mustdrop import kernels, kv
 from mustdrop.errors import UnsupportedOptionError
 from mustdrop.runtime.entry import Media
 from mustdrop.runtime.masks import Layout, fixed_mask, physical_mask
-from mustdrop.runtime.rows import PAD
+from mustdrop.runtime.rows import HOST, PAD, on
 from mustdrop.runtime.state import Forward
 
 if TYPE_CHECKING:
@@ -33,29 +33,37 @@ class Rewriter:
         """Positions, masks and whatever else has one entry per row, for the rows that are left."""
         layout = self._layout(layer, forward, media)
         self._map_mask(layout, forward, hidden, kwargs)
+        cut: dict[str, int] = {}  # what has rows to cut, and its dimensions where there are several axes of positions
         for name, value in kwargs.items():
-            if name.startswith("position_embeddings") and value is not None:
-                kwargs[name] = self._rotary(layout, forward, hidden, value)
-            elif name in self.runtime.adapter.row_arguments and value is not None:
-                kwargs[name] = kernels.gather_rows([value], layout.rows.to(value.device))[0]
-            elif name == "position_ids" and value is not None:
-                # flash attention takes gaps between positions for the borders of packed samples
-                kwargs[name] = None if self.runtime.flash else self._positions(layout, forward, value)
+            if value is None:
+                continue
+            if name.startswith("position_embeddings"):
+                if self.runtime.method.renumber:
+                    kwargs[name] = self._renumbered(layout, forward, hidden)
+                else:
+                    cut[name] = 4
+            elif name in self.runtime.adapter.row_arguments:
+                cut[name] = 0
+            elif name == "position_ids":
+                cut[name] = 3
+                if forward.flash:  # it takes gaps between positions for the borders of packed samples
+                    kwargs[name] = None
+                    del cut[name]
             elif name not in _HANDLED and isinstance(value, Tensor) and forward.length in value.shape:
                 raise UnsupportedOptionError(
                     f"decoder layers of {type(self.runtime.text).__name__} take {name} with one entry per token, "
                     "which mustdrop does not know how to cut."
                 )
+        self._cut(layout, forward, kwargs, cut)
 
     def _layout(self, layer: kv.Slots | None, forward: Forward, media: Media) -> Layout:
         key = ("layout", layer.layout_key if layer is not None else None)
         if key not in forward.memo:
             new = arrival(forward, media)
             before = layer.slot_positions() if layer is not None else None
-            slots = new.positions if before is None else torch.cat([before.to(new.positions.device), new.positions], 1)
+            slots = new.positions if before is None else torch.cat([before.to(HOST), new.positions], 1)
             padded = forward.padded if layer is None else layer.padded
-            rows = forward.index(slots.device)
-            forward.memo[key] = Layout(rows, new.positions, slots, padded, self.runtime.method.renumber)
+            forward.memo[key] = Layout(forward.index, new.positions, slots, padded, self.runtime.method.renumber)
         return forward.memo[key]  # type: ignore[no-any-return]
 
     def extend(self, layer: kv.Slots, forward: Forward, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
@@ -65,24 +73,23 @@ class Rewriter:
             Whether `kwargs` were changed.
         """
         mask, renumber = kwargs.get("attention_mask"), self.runtime.method.renumber
-        if mask is None and not layer.padded and forward.length == 1 and not renumber and not self.runtime.flash:
+        if mask is None and not layer.padded and forward.length == 1 and not renumber and not forward.flash:
             return False  # one query that sees every slot: nothing to map
         key = ("extend", layer.layout_key)
         if key not in forward.memo:
             slots = layer.slot_positions(extra=forward.length)
             assert slots is not None  # positions are known, so there are slots
-            slots = slots.to((mask if isinstance(mask, Tensor) else hidden).device)  # the cache may lie elsewhere
-            new = slots[:, -forward.length :]
-            layout = Layout(forward.index(slots.device), new, slots, layer.padded, renumber)
+            slots = slots.to(HOST)
+            layout = Layout(forward.index, slots[:, -forward.length :], slots, layer.padded, renumber)
             forward.memo[key] = (layer.layout, layout)
         layout = forward.memo[key][1]
         self._map_mask(layout, forward, hidden, kwargs)
-        if self.runtime.flash:
+        if forward.flash:
             kwargs["position_ids"] = None
         if renumber:
             for name, value in kwargs.items():
                 if name.startswith("position_embeddings") and value is not None:
-                    kwargs[name] = self._rotary(layout, forward, hidden, value)
+                    kwargs[name] = self._renumbered(layout, forward, hidden)
         return True
 
     def step(
@@ -122,48 +129,50 @@ class Rewriter:
         mask = kwargs.get("attention_mask")
         key = ("mask", id(mask), id(layout))
         if key not in forward.memo:
-            made = physical_mask(mask, layout, self.runtime.implementation, hidden.dtype)
+            made = physical_mask(mask, layout, self.runtime.implementation, hidden)
             forward.memo[key] = (mask, made)  # holding the mask keeps its id from being used again
         kwargs["attention_mask"] = forward.memo[key][1]
 
-    def _positions(self, layout: Layout, forward: Forward, value: Tensor) -> Tensor:
-        key = ("positions", id(value), id(layout))
-        if key not in forward.memo:
-            axes = [value] if value.ndim == 2 else list(value)  # (B, S), or (axes, B, S)
-            cut = kernels.gather_rows(axes, layout.rows.to(value.device))
-            forward.memo[key] = (value, cut[0] if value.ndim == 2 else torch.stack(cut))
-        return forward.memo[key][1]  # type: ignore[no-any-return]
+    def _cut(self, layout: Layout, forward: Forward, kwargs: dict[str, Any], cut: dict[str, int]) -> None:
+        """Only the layout's rows of what `cut` names, with one launch for all that this layer is the first to ask for.
 
-    def _rotary(
-        self, layout: Layout, forward: Forward, hidden: Tensor, value: Tensor | tuple[Tensor, ...]
-    ) -> Tensor | tuple[Tensor, ...]:
-        key = ("rotary", id(value), id(layout))
+        A value is a tensor, (B, S, ...), or several. With as many dimensions as `cut` says, it has axes of positions
+        in front, as in multi-axis rotary embeddings.
+        """
+        keys = {name: ("cut", id(kwargs[name]), id(layout)) for name in cut}
+        flat: dict[torch.device, list[Tensor]] = {}
+        new = {name: kwargs[name] for name, key in keys.items() if key not in forward.memo}
+        for name, value in new.items():
+            for table in value if isinstance(value, tuple) else (value,):
+                flat.setdefault(table.device, []).extend(table if table.ndim == cut[name] else [table])
+        made = {place: iter(kernels.gather_rows(some, layout.on(place).rows)) for place, some in flat.items()}
+
+        def back(table: Tensor, axes: int) -> Tensor:
+            own = made[table.device]
+            return torch.stack([next(own) for _ in table]) if table.ndim == axes else next(own)
+
+        for name, value in new.items():
+            several = isinstance(value, tuple)
+            found = tuple(back(table, cut[name]) for table in value) if several else back(value, cut[name])
+            forward.memo[keys[name]] = (value, found)  # holding the value keeps its id from being used again
+        for name, key in keys.items():
+            kwargs[name] = forward.memo[key][1]
+
+    def _renumbered(self, layout: Layout, forward: Forward, hidden: Tensor) -> Any:
+        """Rotary tables of the places of tokens in what is stored, as in the released code's shorter sequence."""
+        key = ("renumbered", id(layout))
         if key not in forward.memo:
-            if self.runtime.method.renumber:
-                # position = how many stored tokens come before: what the released code's shorter sequence amounts to
-                place = (layout.slots != PAD).cumsum(1)[:, -layout.queries.shape[1] :] - 1
-                made = self.runtime.text.rotary_emb(hidden, place.clamp(min=0).to(hidden.device))
-            elif isinstance(value, Tensor):  # one table of complex numbers
-                (made,) = _cut_rows([value], layout.rows)
-            else:
-                made = tuple(_cut_rows(list(value), layout.rows))
-            forward.memo[key] = (value, made)
-        return forward.memo[key][1]  # type: ignore[no-any-return]
+            place = (layout.slots != PAD).cumsum(1)[:, -layout.queries.shape[1] :] - 1
+            made = self.runtime.text.rotary_emb(hidden, on(place.clamp(min=0), hidden.device))
+            forward.memo[key] = (layout, made)
+        return forward.memo[key][1]
 
 
 def arrival(forward: Forward, media: Media) -> kv.Arrival:
     """Logical positions of the current rows, for the cache layers."""
     if "arrival" not in forward.memo:
-        index = forward.index(media.vision.device)
-        positions = (index + forward.start).masked_fill(~forward.current(media.valid), PAD)
+        positions = (forward.index + forward.start).masked_fill(~forward.current(media.valid), PAD)
         vision, totals, whole = forward.current(media.vision), media.vision.sum(1), forward.rows is None
         made = kv.Arrival(positions, vision, totals, forward.length, whole)
         forward.memo["arrival"] = made
     return forward.memo["arrival"]  # type: ignore[no-any-return]
-
-
-def _cut_rows(tables: list[Tensor], rows: Tensor) -> list[Tensor]:
-    """Rows of rotary tables, each (B, S, D), or (axes, B, S, D) for multi-axis rotary embeddings."""
-    flat = [axis for table in tables for axis in (table if table.ndim == 4 else [table])]
-    cut = iter(kernels.gather_rows(flat, rows.to(tables[0].device)))
-    return [torch.stack([next(cut) for _ in table]) if table.ndim == 4 else next(cut) for table in tables]

@@ -1,4 +1,8 @@
-"""Ragged rows: gathering a different number of tokens per batch row, padded on the left."""
+"""Ragged rows: gathering a different number of tokens per batch row, padded on the left.
+
+Which tokens are where is known to the host: a few hundred small operations on indices would each be a launch on a
+device, and a question about one of them a wait. Only the finished indices go to the device, once.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,15 @@ from torch import Tensor
 
 from mustdrop.kernels.reference_tokens import take
 
-__all__ = ["PAD", "has_padding", "pack", "take"]
+__all__ = ["HOST", "PAD", "has_padding", "on", "pack", "take"]
 
 PAD = -1
+HOST = torch.device("cpu")
+
+
+def on(x: Tensor, device: torch.device) -> Tensor:
+    """`x` on another device. The host does not wait where it only sends."""
+    return x if x.device == device else x.to(device, non_blocking=x.device.type == "cpu")
 
 
 def pack(keep: Tensor, order: Tensor | None = None) -> Tensor:
@@ -26,5 +36,5 @@ def pack(keep: Tensor, order: Tensor | None = None) -> Tensor:
 
 
 def has_padding(index: Tensor) -> bool:
-    """Whether `index` holds PAD anywhere (waits for the device)."""
+    """Whether `index` holds PAD anywhere (waits for its device)."""
     return bool((index < 0).any())

@@ -11,7 +11,7 @@ from mustdrop.pruners import PrefillPruner, Seen
 from mustdrop.pruners.prefill import needs_rows
 from mustdrop.runtime import parallel
 from mustdrop.runtime.entry import Media
-from mustdrop.runtime.rows import pack, take
+from mustdrop.runtime.rows import HOST, on, pack, take
 from mustdrop.runtime.state import Forward
 from mustdrop.selection import Selection
 
@@ -61,11 +61,11 @@ def seen(
     elif prefill.recycle is not None:
         features = hidden.detach()
     text = forward.current(media.raters & media.valid)
-    here = vision.device
+    here = attention.device
     return Seen(
-        attention.to(here),
-        vision,
-        text,
+        attention,
+        on(vision, here),
+        on(text, here),
         None if keys is None else keys.to(here),
         None if features is None else features.to(here),
     )
@@ -90,22 +90,27 @@ def choose(
         hidden: (B, n, C) output of the layer.
         attention: (B, R, n) of the rows that score, or (B, 2, n), their sum and maximum, where that is enough.
         k: number of the filter.
+
+    Returns:
+        The selection, where its rule worked: on the host where sums and maxima decide, else on the device.
     """
     vision = forward.current(media.vision)
     options: dict[str, Any] = {
         "count": None if media.counts is None else media.counts[k],
         "pinned": None if media.pinned is None else forward.current(media.pinned),
-        "importance": None if media.importance is None else take(media.importance, forward.index(hidden.device), 1),
+        "importance": None if media.importance is None else take(media.importance, forward.index, 1),
     }
     if not needs_rows(prefill):
-        return prefill.from_statistics(attention.to(vision.device), vision, **options)
+        return prefill.from_statistics(attention.to(HOST), vision, **options)
+    options = {name: None if value is None else on(value, attention.device) for name, value in options.items()}
     if type(prefill).__call__ is not PrefillPruner.__call__:  # a rule of somebody's own
-        return prefill(attention.to(vision.device), vision, **options)
+        return prefill(attention, on(vision, attention.device), **options)
     return prefill.filter(seen(runtime, prefill, forward, media, hidden, attention), **options)
 
 
 def merged(selection: Selection, hidden: Tensor) -> Tensor:
     """Hidden states (B, n, C) with each cluster's mean in the row of the token that stands for it."""
+    selection = selection.to(hidden.device)
     index = selection.keep[..., None].expand(-1, -1, hidden.shape[2])
     several = (selection.sizes() > 1) & selection.valid
     values = torch.where(several[..., None], selection.apply(hidden), hidden.gather(1, index))

@@ -1,4 +1,7 @@
-"""Run state: one `Call` per generate or forward and thread, one `Forward` per pass through the text model."""
+"""Run state: one `Call` per generate or forward and thread, one `Forward` per pass through the text model.
+
+What it says about tokens lies on the host (see `mustdrop.runtime.rows`).
+"""
 
 from __future__ import annotations
 
@@ -143,6 +146,8 @@ class Forward:
         keys: (B, n, G * D) likewise, if the scorer reads them.
         masses: per decoder layer, (B,) attention that the rows read for the cache gave to its vision entries.
         memo: masks and positions shared by layers of one layout.
+        flash: whether the text model runs a flash-attention kernel.
+        idle: whether layers have at most a mask to map: one token, over growing caches of which nothing is read.
     """
 
     length: int
@@ -157,12 +162,15 @@ class Forward:
     keys: Tensor | None = None
     masses: list[Tensor] = field(default_factory=list)
     memo: dict[Any, Any] = field(default_factory=dict)
+    flash: bool = False
+    idle: bool = False
 
-    def index(self, device: torch.device) -> Tensor:
+    @property
+    def index(self) -> Tensor:
         """(B, n) chunk index of each current row."""
         if self.rows is not None:
             return self.rows
-        return torch.arange(self.length, device=device).expand(self.batch, -1)
+        return torch.arange(self.length).expand(self.batch, -1)
 
     def current(self, x: Tensor) -> Tensor:
         """(B, n) values of a (B, length) bool tensor at the current rows, False on padding."""

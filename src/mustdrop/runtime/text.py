@@ -21,7 +21,7 @@ from mustdrop.runtime.decoding import Asked
 from mustdrop.runtime.entry import Media
 from mustdrop.runtime.eviction import evict_dropped
 from mustdrop.runtime.rewrite import Rewriter, arrival
-from mustdrop.runtime.rows import PAD, has_padding, pack, take
+from mustdrop.runtime.rows import HOST, PAD, has_padding, on, pack, take
 from mustdrop.runtime.state import Call, Forward, Local, Prefill
 
 if TYPE_CHECKING:
@@ -42,8 +42,12 @@ class LayerHook:
 
         What comes by position beside the hidden states gets its name.
         """
-        if compiled_step(self.stage.local, args, kwargs):
+        local = self.stage.local
+        if compiled_step(local, args, kwargs):
             return self.stage.compiled_layer(self.index, args, kwargs)
+        forward = local.forward
+        if forward is not None and forward.idle:
+            return self.stage.idle_layer(self.index, forward, args, kwargs)
         if len(args) > 1:
             names = list(inspect.signature(type(module).forward).parameters)[2:]
             args, kwargs = args[:1], {**dict(zip(names, args[1:], strict=False)), **kwargs}
@@ -93,7 +97,7 @@ class TextStage:
         if cache is not None:
             kwargs["past_key_values"] = cache
         start = int(cache.get_seq_length()) if cache is not None else 0
-        forward = local.forward = Forward(embeds.shape[1], start, embeds.shape[0], cache)
+        forward = local.forward = Forward(embeds.shape[1], start, embeds.shape[0], cache, flash=runtime.flash)
         mask = kwargs.get("attention_mask")
         mask = mask if local.mask is None else local.mask  # the base model may have made 4-D masks of it
         if kinds is None or not bool((kinds >= 0).any()):
@@ -103,24 +107,53 @@ class TextStage:
                     "and pixel_values instead, or compute the features while the model is not patched."
                 )
             decoding.before_step(runtime.method.decode, forward.cache)
-            nothing = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-            self._begin_record(forward, Prefill(nothing, start, entry.valid_tokens(nothing, mask, start)))
+            forward.idle = self._idle(forward)
+            if self._is_recorded(forward):
+                nothing = torch.zeros(embeds.shape[:2], dtype=torch.bool)
+                self._record(forward, Prefill(nothing, start, entry.valid_tokens(nothing, mask, start)))
             return args, kwargs
         media = forward.media = entry.read(runtime, embeds, kinds, mask)
-        self._begin_record(forward, Prefill(media.vision, start, media.valid, marks=media.marks, media=media.media))
-        if runtime.method.vision is not None:
-            kwargs["inputs_embeds"] = embeds.masked_fill(~media.alive[..., None], 0.0)
+        if self._is_recorded(forward):
+            self._record(forward, Prefill(media.vision, start, media.valid, marks=media.marks, media=media.media))
+        if runtime.method.vision is not None and not bool(media.alive.all()):
+            kwargs["inputs_embeds"] = embeds.masked_fill(on(~media.alive, embeds.device)[..., None], 0.0)
+        forward.idle = self._keeps_all(forward, media)
+        if forward.idle and forward.record is not None:
+            forward.record.rows, forward.record.past = [None] * runtime.depth, [start] * runtime.depth
         return args, kwargs
 
-    def _begin_record(self, forward: Forward, prefill: Prefill) -> None:
-        """The first pass of a call is the one that the trace describes."""
+    def _idle(self, forward: Forward) -> bool:
+        """See `Forward.idle`. The layers' hooks do next to nothing then, so the cache is told here that they ran."""
+        if forward.length > 1 or forward.flash or self.runtime.method.renumber or self._decode.reads_steps:
+            return False
+        layers = [] if forward.cache is None else forward.cache.layers
+        if not all(isinstance(layer, kv.PrunedLayer) for layer in layers):
+            return False
+        for layer in layers:
+            layer.prepared = True
+        return True
+
+    def _keeps_all(self, forward: Forward, media: Media) -> bool:
+        """Whether it is certain before the first layer that all tokens stay, in their order, and no layer is read."""
+        reads = self._decode.reads_prompt or self._decode.reads_steps
+        if reads or media.reordered or not bool(media.alive.all()):
+            return False
+        if not all(scores.skips(media, k) for k in range(len(self.runtime.filters))):
+            return False
+        layers = [] if forward.cache is None else forward.cache.layers
+        return all(isinstance(layer, kv.PrunedLayer) and layer.positions is None for layer in layers)
+
+    def _is_recorded(self, forward: Forward) -> bool:
+        """Whether the trace describes this pass, the first of its call. Of others only the tokens are counted."""
         call = self.runtime.local.call
-        if call is None:
-            return
-        if call.prefill is None:
-            call.prefill = forward.record = prefill
-        else:
+        if call is not None and call.prefill is not None:
             call.steps += forward.length
+        return call is not None and call.prefill is None
+
+    def _record(self, forward: Forward, prefill: Prefill) -> None:
+        call = self.runtime.local.call
+        assert call is not None  # as `_is_recorded` has found
+        call.prefill = forward.record = prefill
 
     # -- layers -------------------------------------------------------------------------------------------------------
 
@@ -155,6 +188,19 @@ class TextStage:
             self._extend(i, layer, forward, hidden, kwargs)
         return (hidden,), kwargs
 
+    def idle_layer(self, i: int, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A decode step in which only the mask may have to be mapped; layers with the same entries map it once."""
+        layer = None if forward.cache is None else forward.cache.layers[i]
+        mask = kwargs.get("attention_mask")
+        if layer is None or layer.positions is None or (mask is None and not layer.padded):
+            return None
+        key = ("step", id(mask), layer.layout_key)
+        if key not in forward.memo:
+            self.rewriter.extend(layer, forward, args[0], kwargs)
+            forward.memo[key] = (mask, kwargs["attention_mask"])
+        kwargs["attention_mask"] = forward.memo[key][1]
+        return args, kwargs
+
     def compiled_layer(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A decode step over a static cache: only the mask is mapped to the slots."""
         layer = kwargs["past_key_values"].layers[i]
@@ -173,13 +219,13 @@ class TextStage:
             )
         vision = forward.current(media.vision)
         selection = scores.choose(self.runtime, prefill, forward, media, hidden, attention, k)
-        keep = selection.mask(vision.shape[1]) | ~vision
+        keep = selection.mask(vision.shape[1]).to(HOST) | ~vision
         reorders = selection.merge_into is not None and self.runtime.method.renumber
         if bool(keep.all()) and not reorders:
             return hidden
         if selection.merge_into is not None:
-            hidden = scores.merged(selection.to(hidden.device), hidden)
-        order = scores.released_order(selection, vision.shape[1]) if reorders else None
+            hidden = scores.merged(selection, hidden)
+        order = scores.released_order(selection.to(HOST), vision.shape[1]) if reorders else None
         return self._gather(forward, media, hidden, keep, order)
 
     def _gather(
@@ -189,9 +235,9 @@ class TextStage:
         if order is None and forward.rows is None:
             order = media.order
         place = pack(keep & forward.current(media.valid), order)
-        forward.rows = take(forward.index(place.device), place, 1).masked_fill(place == PAD, PAD)
+        forward.rows = take(forward.index, place, 1).masked_fill(place == PAD, PAD)
         forward.padded, forward.memo = has_padding(place), {}
-        return kernels.gather_rows([hidden], place.to(hidden.device), zero=forward.padded)[0]
+        return kernels.gather_rows([hidden], on(place, hidden.device), zero=forward.padded)[0]
 
     def _extend(self, i: int, layer: kv.Slots | None, forward: Forward, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
         """Nothing is dropped in this pass: only a cache that has been pruned before needs its mask mapped."""
@@ -231,7 +277,7 @@ class TextStage:
             return
         if self._filters_after(i, media):
             prefill = self.runtime.method.prefill
-            rows = scores.rows(prefill, forward, media, asked).to(q.device)
+            rows = on(scores.rows(prefill, forward, media, asked), q.device)
             score = asked.probabilities if needs_rows(prefill) else asked.statistics
             forward.attention = score(rows, asked.k.shape[2] - q.shape[2])
             self._note(forward, i, rows)
@@ -277,9 +323,8 @@ class TextStage:
 
     def _scatter(self, forward: Forward, rows: Tensor, call: Call | None, output: Any) -> Any:
         """Hidden states at the logical length again; caches cut to what the last layer processed."""
-        rows = rows.to(output.last_hidden_state.device)
         target = rows.masked_fill(rows == PAD, forward.length)  # padding goes to one row too many, cut off below
-        here = torch.zeros(forward.batch, forward.length + 1, dtype=torch.bool, device=rows.device)
+        here = torch.zeros(forward.batch, forward.length + 1, dtype=torch.bool)
         here = here.scatter(1, target, True)[:, :-1]
         if forward.cache is not None and self._decode.cascade:
             evict_dropped(forward.cache.layers[self._decode.full_layers :], forward.start, here)
@@ -288,5 +333,6 @@ class TextStage:
             call.labels[:, 1:].masked_fill_(~here[:, :-1].to(call.labels.device), -100)
         hidden = output.last_hidden_state
         full = hidden.new_zeros(hidden.shape[0], forward.length + 1, hidden.shape[2])
-        output.last_hidden_state = full.scatter(1, target[..., None].expand_as(hidden), hidden)[:, :-1]
+        place = on(target, hidden.device)[..., None].expand_as(hidden)
+        output.last_hidden_state = full.scatter(1, place, hidden)[:, :-1]
         return output

@@ -75,16 +75,16 @@ def _cut(
 
 @triton.jit
 def _compact(
-    like, sources, outs, index, M, G, sxb, sxg, sxn, sib, sim, D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
+    like, table, index, M, G, sxb, sxg, sxn, sib, sim, D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """BR entries of one head of one tensor, which a table of addresses names: all layers in one launch."""
+    """BR entries of one head of one tensor: all layers in one launch. `table` has the addresses of old and new ones."""
     which = tl.program_id(2)
     b = (tl.program_id(1) // G).to(tl.int64)
     g = (tl.program_id(1) % G).to(tl.int64)
     kind = tl.pointer_type(like.dtype.element_ty)
-    x = tl.load(sources + which).to(kind)
-    out = tl.load(outs + which).to(kind)
+    x = tl.load(table + which).to(kind)
+    out = tl.load(table + tl.num_programs(2) + which).to(kind)
     if ALIGNED:  # the compiler cannot see it, and copies 16 bytes at a time only where it knows
         x = tl.multiple_of(x, 16)
         out = tl.multiple_of(out, 16)
@@ -151,7 +151,7 @@ def compact(tensors: list[Tensor], index: Tensor) -> list[Tensor]:
             alike.setdefault((x.shape[1:], x.stride(), x.shape[0], x.dtype), []).append(t)
     for group in alike.values():
         for part in _parts(group, outs[group[0]].nbytes):
-            _launch_compact([_integers(sources[t]) for t in part], [_integers(outs[t]) for t in part], index)
+            _launch_compact([sources[t] for t in part], [outs[t] for t in part], index)
     return outs
 
 
@@ -166,19 +166,15 @@ def _launch_compact(xs: list[Tensor], outs: list[Tensor], index: Tensor) -> None
     batch, m = index.shape
     heads, dim = x.shape[1], x.shape[3]
     block = p2(dim, 16)
-    aligned = all(t.data_ptr() % 16 == 0 for t in (*xs, *outs))
+    addresses = [t.data_ptr() for t in (*xs, *outs)]
+    aligned = all(address % 16 == 0 for address in addresses)
+    # so small a table is copied before the call returns; the host does not wait for the device
+    table = torch.tensor(addresses, dtype=torch.long).to(x.device, non_blocking=True)
     rows = max(4, 4096 // block)
     _compact[(triton.cdiv(m, rows), batch * heads, len(xs))](
-        x, _addresses(xs), _addresses(outs), index, m, heads, 0 if x.shape[0] == 1 else x.stride(0), x.stride(1),
-        x.stride(2), *index.stride(), D=dim, BD=block, BR=rows, ALIGNED=aligned, num_warps=4, **FUSED,
+        _integers(x), table, index, m, heads, 0 if x.shape[0] == 1 else x.stride(0), x.stride(1), x.stride(2),
+        *index.stride(), D=dim, BD=block, BR=rows, ALIGNED=aligned, num_warps=4, **FUSED,
     )  # fmt: skip
-
-
-def _addresses(tensors: list[Tensor]) -> Tensor:
-    """A table of where tensors begin, on their device. Copied from pinned memory, so that the host does not wait."""
-    table = torch.tensor([t.data_ptr() for t in tensors], dtype=torch.long)
-    device = tensors[0].device
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
 
 
 def _as_rows(x: Tensor) -> Tensor:
