@@ -15,6 +15,7 @@ BENCHMARKS = {
     "kernels": "time, bandwidth, FLOP/s and share of the roofline of every operation, beside eager PyTorch",
     "kernels_aot": "registers, spills and shared memory of every kernel, compiled for GPUs that need not be there",
     "peers": "speed and KV bytes beside what pip can install instead, in one run",
+    "serving": "time to the first token by parts, decoding and memory, by model, attention, batch and budget",
     "quality": "accuracy on scenes and fidelity to the unpruned model, of every method at every budget",
 }
 

@@ -13,16 +13,17 @@ from benchmarks.common import Clock, significant, spread
 from mustdrop.cost import linear_flops
 
 
-def bare(model: LlavaForConditionalGeneration, lengths: Sequence[int], clock: Clock, batch: int = 1) -> float:
+def bare(model: Any, lengths: Sequence[int], clock: Clock, batch: int = 1) -> float:
     """Seconds of the decoder layers alone, layer i on `lengths[i]` tokens: no scoring, no gathering, no hooks."""
     text = model.model.language_model
     hidden = torch.randn(batch, lengths[0], text.config.hidden_size, device=model.device, dtype=model.dtype)
     position_ids = torch.arange(lengths[0], device=model.device)[None]
     cache = DynamicCache(config=text.config)
-    rotary = text.rotary_emb(hidden, position_ids)
+    axes = hasattr(text.config, "rope_parameters") and "mrope_section" in text.config.rope_parameters
+    rotary = text.rotary_emb(hidden, position_ids.expand(3, 1, -1) if axes else position_ids)
     start = clock()
     for layer, n in zip(text.layers, lengths, strict=True):
-        cut = tuple(table[:, :n] for table in rotary)
+        cut = tuple(table[..., :n, :] for table in rotary)
         hidden = layer(
             hidden[:, :n],
             position_ids=position_ids[:, :n],

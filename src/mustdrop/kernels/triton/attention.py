@@ -23,6 +23,7 @@ from mustdrop.kernels.triton.common import (
     p2,
     plain,
     precision,
+    roomy,
     scales,
     unit,
 )
@@ -149,8 +150,10 @@ def _scores(
 
 
 @triton.jit
-def _finish(parts, out, R, width, splits, BT: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr):
-    """Add the parts of the splits of the heads."""
+def _finish(
+    parts, out, R, width, splits, BS: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """Add the parts of the splits of the heads, all of them at once: one after the other, each load would wait."""
     column = tl.program_id(0) * BN + tl.arange(0, BN)
     inside = column < width
     b = tl.program_id(1)
@@ -160,10 +163,11 @@ def _finish(parts, out, R, width, splits, BT: tl.constexpr, BN: tl.constexpr, RO
     for t0 in range(0, R, BT):
         t = t0 + tl.arange(0, BT)
         both = (t < R)[:, None] & inside[None, :]
-        mean = tl.zeros((BT, BN), tl.float32)
-        for s in range(splits):
-            start = parts + ((s * batch + b).to(tl.int64) * R) * width
-            mean += tl.load(start + t[:, None].to(tl.int64) * width + column[None, :], mask=both, other=0.0)
+        s = tl.arange(0, BS)
+        first = (s * batch + b).to(tl.int64) * R * width
+        place = first[:, None, None] + t[None, :, None] * width + column[None, None, :]
+        each = tl.load(parts + place, mask=(s < splits)[:, None, None] & both[None, :, :], other=0.0)
+        mean = tl.sum(each, 0)
         if ROWS:
             start = out + b.to(tl.int64) * R * width
             tl.store(start + t[:, None].to(tl.int64) * width + column[None, :], mean, mask=both)
@@ -252,39 +256,46 @@ def launch(
     per_group = heads // groups
     bd = p2(dim, 16)
     exact = q.dtype == torch.float32
-    # smaller tiles where larger ones would spill registers
+    # smaller tiles where larger ones would spill registers; the sizes of the others were measured on an H200
     wide = exact or bd > 128 or bd != dim
     widest = bd * q.element_size() > 512 or (exact and bd > 64)
-    bn = 16 if widest else 32 if wide else 64
-    bm = min(bn, p2(per_group * count, 16))
-    pair_blocks, key_blocks = triton.cdiv(per_group * count, bm), triton.cdiv(width, bn)
-    want = 2 * cores(q.device)
+    small = 16 if widest else 32 if wide else 64
+    bm = min(small, p2(per_group * count, 16))
+    pair_blocks = triton.cdiv(per_group * count, bm)
+    many = cores(q.device)
+    want = 2 * many
+    long = small if wide else 128
     if key_splits is None:
-        key_splits = max(1, min(8, triton.cdiv(keys, 4 * bn), want // (pair_blocks * batch * groups)))
+        key_splits = max(1, min(16, triton.cdiv(keys, 2 * long), want // (pair_blocks * batch * groups)))
+    bn = 128 if not wide and roomy(q.device) and triton.cdiv(width, 128) * batch * groups >= 3 * many else small
+    key_blocks = triton.cdiv(width, bn)
     if head_splits is None:
         # the parts are rows x keys in size: only where that is little, and so are the programs without them
         head_splits = max(1, min(groups, want // (key_blocks * batch), PARTS // (batch * count * width)))
     groups_per = triton.cdiv(groups, head_splits)
     head_splits = triton.cdiv(groups, groups_per)
     common = {
-        "G": per_group, "D": dim, "BD": bd, "BN": bn, "UNIT": step, "CAPPED": capped,
+        "G": per_group, "D": dim, "BD": bd, "UNIT": step, "CAPPED": capped,
         "BIASED": bias is not None, "PRECISION": precision(q), "num_stages": 2, **FUSED,
     }  # fmt: skip
     lse = q.new_empty(key_splits, batch, heads, count, dtype=torch.float32)
     _lse[(pair_blocks, key_splits, batch * groups)](
-        q, k, rows, seen, added, lse, scale, cap, count, keys, *strides, groups, BM=bm, num_warps=4, **common
-    )
+        q, k, rows, seen, added, lse, scale, cap, count, keys, *strides, groups,
+        BM=bm, BN=long, num_warps=4 if wide else 8, **common,
+    )  # fmt: skip
     out = q.new_empty(shape, dtype=torch.float32)
     split = head_splits > 1
     parts = q.new_empty(head_splits, batch, count, width, dtype=torch.float32) if split else out
-    bt = min(16 if widest else bn, p2(count, 16))
+    bt = min(16 if widest else small, p2(count, 16))
     _scores[(key_blocks, head_splits, batch)](
         q, k, rows, seen, added, lse, parts, scale, cap, count, keys, first, key_splits, groups_per, *strides, groups,
-        BT=bt, ROWS=as_rows or split, STAGES=2 if per_group > 1 else 1,
+        BT=bt, BN=bn, ROWS=as_rows or split, STAGES=2 if per_group > 1 else 1,
         num_warps=8 if exact and bd > 64 else 4, **common,
     )  # fmt: skip
     if split:
-        _finish[(triton.cdiv(width, 32), batch)](
-            parts, out, count, width, head_splits, BT=min(64, p2(count, 16)), BN=32, ROWS=as_rows, num_warps=4, **FUSED
-        )
+        bs, bn = p2(head_splits), 32 if triton.cdiv(width, 32) * batch >= many else 8
+        _finish[(triton.cdiv(width, bn), batch)](
+            parts, out, count, width, head_splits, BS=bs, BT=max(1, min(p2(count), 8192 // (bs * bn))), BN=bn,
+            ROWS=as_rows, num_warps=4, **FUSED,
+        )  # fmt: skip
     return out

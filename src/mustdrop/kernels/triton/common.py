@@ -37,6 +37,20 @@ def cores(device: torch.device) -> int:
     return _cores(device.index or 0) if device.type == "cuda" else 132
 
 
+@functools.cache
+def _roomy(index: int) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(index) >= (9, 0)
+
+
+#: What `roomy` says where there is no device; compilation ahead of time sets it to what it compiles for.
+assumed = {"roomy": True}
+
+
+def roomy(device: torch.device) -> bool:
+    """Whether the largest tiles fit into registers: on NVIDIA from compute capability 9.0; before it, they spill."""
+    return _roomy(device.index or 0) if device.type == "cuda" else assumed["roomy"]
+
+
 def precision(x: Tensor) -> str:
     """How `tl.dot` multiplies: float32 stays float32, since TF32 would change which tokens are kept."""
     return "ieee" if x.dtype == torch.float32 else "tf32"
