@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command and inside ten minutes, on a machine with nothing but torch on it.
 
-Five parts, each in a process of its own: `checks` (what every kernel must do, without pytest), `kernels`, `end_to_end`,
+Five parts, each in a process of its own: `checks` (what every kernel must do, without pytest), `kernels`, `serving`,
 the tests marked `gpu` where pytest is installed, and `peers` where time is left. A part that takes too long is ended
 and the next one starts; each writes its own result file, and `gpu.json` says how each part ended.
 
@@ -23,11 +23,11 @@ import torch
 
 from benchmarks.common import RESULTS, ROOT, origin, save, significant
 
-PARTS = ("checks", "kernels", "end_to_end", "tests", "peers")
+PARTS = ("checks", "kernels", "serving", "tests", "peers")
 SHARES = {
-    "checks": 0.3,
-    "kernels": 0.45,
-    "end_to_end": 0.8,
+    "checks": 0.2,
+    "kernels": 0.5,
+    "serving": 0.8,
     "tests": 0.9,
     "peers": 1.0,
 }  # of the budget that may be gone after a part
@@ -64,15 +64,17 @@ def commands(options: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
     device, cuda = options.device, options.device.startswith("cuda")
     quick = [] if cuda and not options.quick else ["--quick"]
     suffix = "cuda" if cuda else "cpu_tiny"
-    rounds = ["--pairs", "3", "--whole-pairs", "6", "--decode-pairs", "2"] if cuda else ["--pairs", "1"]
+    seconds = {part: str(round(options.budget * share)) for part, share in (("kernels", 0.1), ("serving", 0.22))}
+    workers = ["-n", "auto"] if importlib.util.find_spec("xdist") else []
     out = {part: str(folder / f"{part}_{suffix}.json") for part in PARTS}
     return {
         "checks": [*python, "benchmarks", "gpu", "--device", device, "--part", "checks", "--out", out["checks"]],
-        "kernels": [*python, "benchmarks", "kernels", "--device", device, "--seconds", "90", *quick,
+        "kernels": [*python, "benchmarks", "kernels", "--device", device, "--seconds", seconds["kernels"],
+                    *quick,
                     "--out", out["kernels"]],
-        "end_to_end": [*python, "benchmarks", "end_to_end", "--device", device, *quick, *rounds,
-                       "--out", out["end_to_end"]],
-        "tests": [*python, "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"],
+        "serving": [*python, "benchmarks", "serving", "--device", device, "--seconds", seconds["serving"], *quick,
+                    "--pairs", "4" if cuda else "1", "--out", out["serving"]],
+        "tests": [*python, "pytest", "-q", "-m", "gpu", *workers, "tests/test_gpu.py"],
         "peers": [*python, "benchmarks", "peers", "--device", device, *quick, "--pairs", "5" if cuda else "1",
                   "--seconds", str(PEERS_SECONDS), "--out", out["peers"]],
     }  # fmt: skip

@@ -26,10 +26,12 @@ class Size:
     side: int  # tokens per side of a window
     dim: int = 128
     text: int = 64
+    batch: int = 1
 
 
 SIZES = (
     Size("LLaVA-1.5-7B", 576, 32, 32, 4096, 32, 3),
+    Size("LLaVA-1.5-7B, batch 8", 576, 32, 32, 4096, 32, 3, batch=8),
     Size("LLaVA-NeXT", 2880, 32, 32, 4096, 32, 3),
     Size("Qwen2.5-VL-7B, image", 1296, 28, 4, 3584, 28, 2),
     Size("Qwen2.5-VL-7B, video", 16384, 28, 4, 3584, 28, 2),
@@ -57,9 +59,9 @@ def nbytes(*tensors: Tensor) -> int:
 def attention(size: Size, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Queries, keys, text rows (the last ones) and causal visibility."""
     total = size.vision + size.text
-    q = torch.randn(1, size.heads, total, size.dim, device=device, dtype=dtype)
-    k = torch.randn(1, size.groups, total, size.dim, device=device, dtype=dtype)
-    rows = torch.arange(size.vision, total, device=device)[None]
+    q = torch.randn(size.batch, size.heads, total, size.dim, device=device, dtype=dtype)
+    k = torch.randn(size.batch, size.groups, total, size.dim, device=device, dtype=dtype)
+    rows = torch.arange(size.vision, total, device=device).expand(size.batch, -1)
     return q, k, rows, torch.arange(total, device=device) <= rows[..., None]
 
 
@@ -67,27 +69,29 @@ def scoring(size: Size, device: torch.device, dtype: torch.dtype) -> Work:
     """The statistics that a filter layer needs."""
     q, k, rows, visible = attention(size, device, dtype)
     given = (q, k, rows, visible, size.dim**-0.5)
-    needed = size.heads * size.text * size.dim * dtype.itemsize + nbytes(k, visible) + 8 * k.shape[2]
-    flops = 2 * size.heads * size.text * k.shape[2] * size.dim
+    read = size.batch * size.heads * size.text * size.dim * dtype.itemsize + nbytes(k, visible)
+    needed = read + 8 * size.batch * k.shape[2]
+    flops = 2 * size.batch * size.heads * size.text * k.shape[2] * size.dim
     return Work("text statistics", size.name, lambda: kernels.text_statistics(*given), reference.text_statistics,
                 given, needed, flops)  # fmt: skip
 
 
 def works(size: Size, device: torch.device, dtype: torch.dtype) -> list[Work]:
     """All operations at one size, on random numbers."""
-    n, total, c = size.vision, size.vision + size.text, size.hidden
-    keep = torch.rand(1, total, device=device).argsort(1)[:, : total // 4].sort(1).values
+    n, total, c, b = size.vision, size.vision + size.text, size.hidden, size.batch
+    keep = torch.rand(b, total, device=device).argsort(1)[:, : total // 4].sort(1).values
     q, k, _, visible = attention(size, device, dtype)
     one = (q[:, :, -1], k, visible[:, -1], size.dim**-0.5)
-    hidden = torch.randn(1, total, c, device=device, dtype=dtype)
-    tables = list(torch.randn(2, 1, total, size.dim, device=device, dtype=dtype))
-    place = torch.arange(total, device=device)[None]
+    hidden = torch.randn(b, total, c, device=device, dtype=dtype)
+    tables = list(torch.randn(2, b, total, size.dim, device=device, dtype=dtype))
+    place = torch.arange(total, device=device).repeat(b, 1)
     window = size.side**2
     index = torch.randperm(n, device=device)[: n // window * window].view(-1, window).sort(1).values
     slots = n - n // 4  # a quarter of the tokens merge, each into any of the others
-    slot = torch.cat([torch.arange(slots, device=device), torch.randint(0, slots, (n - slots,), device=device)])[None]
-    weight = torch.ones(1, n, device=device)
-    metric = torch.randn(1, n, size.dim, device=device, dtype=dtype)
+    into = torch.randint(0, slots, (b, n - slots), device=device)
+    slot = torch.cat([torch.arange(slots, device=device).expand(b, -1), into], 1)
+    weight = torch.ones(b, n, device=device)
+    metric = torch.randn(b, n, size.dim, device=device, dtype=dtype)
     cache = [torch.randn_like(k) for _ in range(2 * size.layers)]
     x = hidden[:, :n]
     gathered, compacted, merged = [hidden, *tables, place], (cache, keep), (x, slot, slots, weight)
@@ -100,10 +104,10 @@ def works(size: Size, device: torch.device, dtype: torch.dtype) -> list[Work]:
 
     return [
         scoring(size, device, dtype),
-        work("key_scores", one, nbytes(k) + 5 * total, 2 * size.heads * total * size.dim, reference),
-        work("window_similarity", (x, index), nbytes(x, index) + 4 * len(index)),
-        work("merge_tokens", merged, nbytes(x, slot, weight) + slots * c * dtype.itemsize),
-        work("best_match", (metric[:, ::2], metric[:, 1::2]), nbytes(metric) + 6 * n, n * n // 2 * size.dim),
+        work("key_scores", one, nbytes(k) + 5 * b * total, 2 * b * size.heads * total * size.dim, reference),
+        work("window_similarity", (x, index), nbytes(x, index) + 4 * b * len(index)),
+        work("merge_tokens", merged, nbytes(x, slot, weight) + b * slots * c * dtype.itemsize),
+        work("best_match", (metric[:, ::2], metric[:, 1::2]), nbytes(metric) + 6 * b * n, b * n * n // 2 * size.dim),
         work("gather_rows", (gathered, keep), 2 * kept * (c + 2 * size.dim) * dtype.itemsize + 24 * kept),
         work("compact", compacted, 2 * len(cache) * kept * size.groups * size.dim * dtype.itemsize),
     ]

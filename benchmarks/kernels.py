@@ -6,8 +6,8 @@ cache flushed before every call and the launches queued before it starts; `call`
 row, launches from Python included. The variants take turns, and the ratio of neighbours is what is compared.
 
 Bytes and FLOPs are those that the operation cannot do without (every input read once, every output written once, one
-product of queries and keys), so the share of the roofline charges a kernel for what it does twice. The ceilings, a copy
-and a matrix product, are measured in the same run.
+product of queries and keys), so the share of the roofline charges a kernel for what it does twice. The ceilings (a copy,
+a matrix product, an empty launch) are measured in the same run.
 
 On a CPU there is no kernel to measure: the references run at tiny sizes, and every row says so.
 """
@@ -62,7 +62,7 @@ class Timer:
 
 
 def ceilings(timer: Timer, dtype: torch.dtype, rounds: int) -> dict[str, float]:
-    """Bytes per second of a copy (read and written) and FLOP/s of a matrix product."""
+    """Bytes per second of a copy (read and written), FLOP/s of a matrix product, seconds of a launch for one byte."""
     size, side = (1 << 30, 8192) if timer.cuda else (1 << 24, 256)
     source = torch.empty(size, dtype=torch.uint8, device=timer.device)
     target = torch.empty_like(source)
@@ -71,8 +71,12 @@ def ceilings(timer: Timer, dtype: torch.dtype, rounds: int) -> dict[str, float]:
     def best(function: Callable[[], Any]) -> float:
         return min(timer.on_device(function) or timer.call(function, 1) for _ in range(rounds + 3))
 
-    copied, multiplied = best(lambda: target.copy_(source)), best(lambda: a @ b)
-    return {"bytes_per_second": significant(2 * size / copied), "flops": significant(2 * side**3 / multiplied)}
+    copied, multiplied, one = best(lambda: target.copy_(source)), best(lambda: a @ b), source[:1]
+    return {
+        "bytes_per_second": significant(2 * size / copied),
+        "flops": significant(2 * side**3 / multiplied),
+        "launch_seconds": significant(best(lambda: one.zero_())),
+    }
 
 
 def compiled(work: Work) -> Callable[[], Any] | str:
@@ -124,6 +128,8 @@ def measure(work: Work, timer: Timer, roof: dict[str, float], rounds: int, compi
             "gbytes_per_second": significant(work.bytes / middle / 1e9),
             "tflops": significant(work.flops / middle / 1e12),
             "share_of_roofline": significant(bound / middle, 3),
+            # small operations take no less than a launch, whatever they move
+            "share_of_roofline_and_launch": significant((bound + roof["launch_seconds"]) / middle, 3),
             "speed_up_over_eager": ratios(seen["eager"], seen[name]),
             "call_speed_up_over_eager": ratios(calls["eager"], calls[name]),
         }
@@ -164,7 +170,7 @@ def benchmark(options: argparse.Namespace, step: Callable[[str], None]) -> dict[
         for work in works(size, device, dtype):
             step(f"{work.operation}, {size.name}")
             spare = options.seconds is None or time.perf_counter() - start < options.seconds
-            compile_too = timer.cuda and spare and size.name in ("tiny", SIZES[0].name, SIZES[-1].name)
+            compile_too = timer.cuda and spare and size.name in ("tiny", SIZES[0].name, SIZES[1].name, SIZES[-1].name)
             rows += measure(work, timer, roof, options.rounds, compile_too)
     step("growth")
     return {

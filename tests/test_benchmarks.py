@@ -89,7 +89,7 @@ def test_without_a_gpu_the_kernels_benchmark_says_that_it_measures_none(tmp_path
 
 
 def test_the_gpu_command_runs_without_a_gpu_and_says_so(tmp_path):
-    left_out = [word for part in ("kernels", "end_to_end", "peers") for word in ("--skip", part)]
+    left_out = [word for part in ("kernels", "serving", "peers") for word in ("--skip", part)]
     assert command.main(["gpu", "--device", "cpu", "--out", str(tmp_path), *left_out]) == 0
     record = json.loads((tmp_path / "gpu.json").read_text())
     assert not record["valid"]
@@ -97,3 +97,18 @@ def test_the_gpu_command_runs_without_a_gpu_and_says_so(tmp_path):
     checks = json.loads((tmp_path / "checks_cpu_tiny.json").read_text())
     assert len(checks["rows"]) > 50
     assert all(row["passed"] for row in checks["rows"])
+
+
+def test_the_parts_of_the_first_token_add_up(tmp_path):
+    out, threads = tmp_path / "serving.json", str(torch.get_num_threads())
+    assert command.main(["serving", "--quick", "--attention", "sdpa", "--steps", "2", "--threads", threads,
+                         "--out", str(out)]) == 0  # fmt: skip
+    record = json.loads(out.read_text())
+    assert [model["model"] for model in record["models"]] == ["tiny", "qwen2.5-vl-tiny"]
+    for model in record["models"]:
+        assert [row["share"] for row in model["rows"]] == pytest.approx([1, 1 / 3, 2 / 9, 1 / 9], abs=0.01)
+        for row in model["rows"]:
+            assert row["equal_tokens"] <= row["keep"]
+            parts = sum(row["parts"][name]["median"] for name in ("vision", "prefill", "pruning", "rest"))
+            assert parts == pytest.approx(row["first_token"]["seconds_patched"]["median"], rel=1e-3)
+            assert row["kv_bytes"]["patched"] <= row["kv_bytes"]["unpatched"]

@@ -84,7 +84,8 @@ def same_on_both(name, kind, method, steps=3, **options):
     for layer in range(ours.tokens.shape[0] + 1):
         for sample in range(ours.tokens.shape[1]):
             assert ours.kept(layer, sample).tolist() == theirs.kept(layer, sample).tolist(), (layer, sample)
-    assert distance(answers[0].logits, answers[1].logits.cpu()) <= 1e-6
+    # logits come out in float32
+    assert distance(answers[0].logits, answers[1].logits.cpu()) <= 1e-5
 
 
 def batch_of(adapter, model, kind):
@@ -106,7 +107,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize("options", WAYS, ids=str)
-@pytest.mark.parametrize("method", ["mustdrop", "mustdrop+", "h2o", "snapkv"])
+@pytest.mark.parametrize("method", ["mustdrop", "fastv", "h2o", "snapkv"])
 def test_every_way_of_generating_decides_as_on_the_cpu(method, options):
     same_on_both("llava", "image", method, **options)
 
@@ -128,10 +129,11 @@ def test_the_kernels_keep_as_much_as_the_references(method):
     assert torch.equal(traces[0].kv_lengths, traces[1].kv_lengths)
 
 
-def test_nothing_is_asked_of_a_device_while_it_decodes(monkeypatch):
+def test_nothing_is_asked_of_a_device_while_it_decodes():
     """Decode steps over a pruned cache launch what an unpatched model launches, and wait for nothing more."""
     model = families.clone("llava").to("cuda")
-    inputs = {name: value.to("cuda") for name, value in batch_of(registry()["llava"], model, "image").items()}
+    made = families.batch(registry()["llava"], model, (("image",),))  # rows of different lengths need a mask per step
+    inputs = {name: value.to("cuda") for name, value in made.items()}
     launches = {}
     for name in ("unpatched", "patched"):
         if name == "patched":
