@@ -6,8 +6,8 @@ cache flushed before every call and the launches queued before it starts; `call`
 row, launches from Python included. The variants take turns, and the ratio of neighbours is what is compared.
 
 Bytes and FLOPs are those that the operation cannot do without (every input read once, every output written once, one
-product of queries and keys), so the share of the roofline charges a kernel for what it does twice. The ceilings (a copy,
-a matrix product, an empty launch) are measured in the same run.
+product of queries and keys), so the share of the roofline charges a kernel for what it does twice. The ceilings, those
+of a copy, a matrix product and an empty launch, are measured in the same run.
 
 On a CPU there is no kernel to measure: the references run at tiny sizes, and every row says so.
 """
