@@ -64,7 +64,7 @@ def commands(options: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
     device, cuda = options.device, options.device.startswith("cuda")
     quick = [] if cuda and not options.quick else ["--quick"]
     suffix = "cuda" if cuda else "cpu_tiny"
-    seconds = {part: str(round(options.budget * share)) for part, share in (("kernels", 0.1), ("serving", 0.22))}
+    seconds = {part: str(round(options.budget * share)) for part, share in (("kernels", 0.13), ("serving", 0.22))}
     workers = ["-n", "auto"] if importlib.util.find_spec("xdist") else []
     out = {part: str(folder / f"{part}_{suffix}.json") for part in PARTS}
     return {
