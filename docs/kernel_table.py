@@ -17,7 +17,7 @@ def launches(record: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]
     spilled = sum(row["spills"] > 0 for row in record["rows"])
     sentence = (
         f"Registers per thread / KiB of shared memory per program ({versions}); {len(record['rows'])} compilations, "
-        f"of which {spilled or 'none'} spills."
+        f"of which {spilled or 'none'} spills. – : not launched there, the program before it does the work."
     )
-    rows = [[case, f"`{kernel}`", *(by[t] for t in targets)] for (case, kernel), by in cells.items()]
+    rows = [[case, f"`{kernel}`", *(by.get(t, "–") for t in targets)] for (case, kernel), by in cells.items()]
     return sentence, ["operation and size", "kernel", *targets], rows

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from mustdrop.adapters import find
 
@@ -23,18 +24,24 @@ from .builders import vision_positions
 class Hidden:
     """Which sequence positions are hidden, for every decoder layer, row and step (step 0 is the prefill).
 
-    ``prefill`` and ``decode`` are bool (L, B, S); ``steps`` overrides single decode steps.
+    ``prefill`` and ``decode`` are bool (L, B, S); ``steps`` overrides single decode steps. ``beams`` says, for a step
+    whose rows were reordered, which row of the prompt each row goes on with (B,).
     """
 
     prefill: Tensor
     decode: Tensor
     steps: dict[int, Tensor] = field(default_factory=dict)
+    beams: dict[int, Tensor] = field(default_factory=dict)
 
     def at(self, step: int, layer: int) -> Tensor:
         """(B, S) True = hidden."""
-        if step == 0:
-            return self.prefill[layer]
-        return self.steps.get(step, self.decode)[layer]
+        return self.prefill[layer] if step == 0 else self.of(step)[layer]
+
+    def of(self, step: int) -> Tensor:
+        """(L, B, S) True = hidden at a decode step."""
+        if step in self.steps:
+            return self.steps[step]
+        return self.decode[:, self.beams[step]] if step in self.beams else self.decode
 
     @property
     def anything(self) -> bool:
@@ -140,6 +147,25 @@ class MaskedOracle:
         return self.features.repeat_interleave(times, 0).to(out.dtype)
 
 
+class Beams:
+    """Which row of the prompt every row goes on with, per decode step: the reorderings of a cache, composed."""
+
+    def __enter__(self) -> dict[int, Tensor]:
+        self.rows: dict[int, Tensor] = {}
+        self.plain = Cache.reorder_cache
+
+        def recorded(cache: Any, beam_idx: Tensor) -> None:
+            step = len(self.rows)
+            self.rows[step + 1] = self.rows[step][beam_idx] if step else beam_idx.clone()
+            self.plain(cache, beam_idx)
+
+        Cache.reorder_cache = recorded
+        return self.rows
+
+    def __exit__(self, *_: object) -> None:
+        Cache.reorder_cache = self.plain
+
+
 class CacheWatch:
     """Records the keys that every decoder layer of a model attends to, at every step (0 = prefill)."""
 
@@ -171,9 +197,12 @@ class CacheWatch:
 
         ``prompt_keys[layer]`` (B, G, S, D) are the oracle's keys of the prompt: a stored key is the one it equals.
         """
-        later = enumerate(self.keys[1:], start=1)
-        steps = {step: self.hidden_at(layers, prompt_keys, ids, base, where) for step, layers in later}
-        return Hidden(base.prefill, base.decode, steps)
+        steps = {}
+        for step, layers in enumerate(self.keys[1:], start=1):
+            rows = base.beams.get(step, torch.arange(len(ids)))
+            keys = {layer: of_all[rows] for layer, of_all in prompt_keys.items()}
+            steps[step] = self.hidden_at(layers, keys, ids[rows], Hidden(base.prefill, base.of(step)), where)
+        return Hidden(base.prefill, base.decode, steps, base.beams)
 
     @staticmethod
     def hidden_at(
