@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command and inside ten minutes, on a machine with nothing but torch on it.
 
-Five parts, each in a process of its own: `checks` (what every kernel must do, without pytest), `kernels`, `serving`,
+Five parts, each in a process of its own: `kernels`, `serving`, `checks` (what every kernel must do, without pytest),
 the tests marked `gpu` where pytest is installed, and `peers` where time is left. A part that takes too long is ended
 and the next one starts; each writes its own result file, and `gpu.json` says how each part ended.
 
@@ -23,14 +23,9 @@ import torch
 
 from benchmarks.common import RESULTS, ROOT, origin, save, significant
 
-PARTS = ("checks", "kernels", "serving", "tests", "peers")
-SHARES = {
-    "checks": 0.2,
-    "kernels": 0.5,
-    "serving": 0.8,
-    "tests": 0.9,
-    "peers": 1.0,
-}  # of the budget that may be gone after a part
+PARTS = ("kernels", "serving", "checks", "tests", "peers")
+# Of the budget that may be gone after a part: what was measured is worth more than what is only tested again.
+SHARES = {"kernels": 0.25, "serving": 0.65, "checks": 0.85, "tests": 0.95, "peers": 1.0}
 PEERS_SECONDS = 45  # then it begins no further pair; building the model and the first pairs take some time more
 PEERS_LEAST = 60  # with less than that left, it is not started
 
@@ -64,16 +59,16 @@ def commands(options: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
     device, cuda = options.device, options.device.startswith("cuda")
     quick = [] if cuda and not options.quick else ["--quick"]
     suffix = "cuda" if cuda else "cpu_tiny"
-    seconds = {part: str(round(options.budget * share)) for part, share in (("kernels", 0.13), ("serving", 0.22))}
+    seconds = {part: str(round(options.budget * share)) for part, share in (("kernels", 0.13), ("serving", 0.3))}
     workers = ["-n", "auto"] if importlib.util.find_spec("xdist") else []
     out = {part: str(folder / f"{part}_{suffix}.json") for part in PARTS}
     return {
-        "checks": [*python, "benchmarks", "gpu", "--device", device, "--part", "checks", "--out", out["checks"]],
         "kernels": [*python, "benchmarks", "kernels", "--device", device, "--seconds", seconds["kernels"],
                     *quick,
                     "--out", out["kernels"]],
         "serving": [*python, "benchmarks", "serving", "--device", device, "--seconds", seconds["serving"], *quick,
                     "--pairs", "4" if cuda else "1", "--out", out["serving"]],
+        "checks": [*python, "benchmarks", "gpu", "--device", device, "--part", "checks", "--out", out["checks"]],
         "tests": [*python, "pytest", "-q", "-m", "gpu", *workers, "tests/test_gpu.py"],
         "peers": [*python, "benchmarks", "peers", "--device", device, *quick, "--pairs", "5" if cuda else "1",
                   "--seconds", str(PEERS_SECONDS), "--out", out["peers"]],

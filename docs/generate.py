@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import evaluation_tables
+import gpu_tables
 import kernel_table
 import method_cards
 import peer_table
@@ -185,6 +186,36 @@ def kernels_aot(results: Results) -> str:
     """Registers and shared memory of every kernel."""
     sentence, header, rows = kernel_table.launches(results["kernels_aot"])
     return sentence + "\n\n" + table(header, rows)
+
+
+@renderer("kernels-cuda")
+def kernels_cuda(results: Results) -> str:
+    """Every kernel on a GPU: time, rate, share of the roofline, against eager and compiled."""
+    return gpu_tables.kernels(results["kernels_cuda"], table)
+
+
+@renderer("kernels-growth")
+def kernels_growth(results: Results) -> str:
+    """What scoring costs as vision tokens grow."""
+    return gpu_tables.growth(results["kernels_cuda"], table)
+
+
+@renderer("serving-cuda")
+def serving_cuda(results: Results) -> str:
+    """Whole models on a GPU: first token by parts, decoding, memory."""
+    return gpu_tables.serving(results["serving_cuda"], table)
+
+
+@renderer("gpu-targets")
+def gpu_targets(results: Results) -> str:
+    """What was promised of a GPU, what came out."""
+    return gpu_tables.targets(results, table)
+
+
+@renderer("peers-cuda")
+def peers_cuda(results: Results) -> str:
+    """Time and bytes beside what a user could install instead, on a GPU."""
+    return peer_table.render(results.get("peers_cuda"), table)
 
 
 def of_quality(part: Callable[..., str], record: str = "quality") -> Renderer:
