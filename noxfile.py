@@ -51,7 +51,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def backends(session: nox.Session) -> None:
-    """Run every method on every family: against the masked oracle under every attention backend, all else under one."""
+    """Run every method on every family: under every attention backend against the oracle, half of the rest under one."""
     install(session, "-e", ".[dev]")
     session.run("pytest", "-n", "2", EVERY_FAMILY, "--breadth", "pairs", *session.posargs, env=OFFLINE)
 

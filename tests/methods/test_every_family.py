@@ -4,8 +4,8 @@ How much of the product runs is a matter of time, and ``--breadth`` says it:
 
 * ``turns`` (the default tests): every pair of family and method, under one backend, in one comparison with the masked
   oracle and one further test. Backends and tests take turns, so that each meets every family and every method.
-* ``pairs`` (`nox -s backends`): the comparison with the oracle under every backend; all other tests for every pair,
-  whose backends take turns.
+* ``pairs`` (`nox -s backends`): the comparison with the oracle under every backend; of the other tests every second
+  one, in turn, under one backend for every pair.
 * ``product`` (`nox -s product`): every test for every pair under every backend.
 """
 
@@ -118,7 +118,8 @@ def runs(case, test, breadth):
     its_backend = case.attention == known[case.turn % len(known)]
     if breadth == "product" or test not in FURTHER:
         return breadth != "turns" or its_backend
-    return its_backend and (breadth == "pairs" or FURTHER[case.turn // len(known) % len(FURTHER)] == test)
+    apart = (FURTHER.index(test) - case.turn // len(known)) % len(FURTHER)
+    return its_backend and (apart % 2 == 0 if breadth == "pairs" else apart == 0)
 
 
 def pytest_generate_tests(metafunc):
