@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers.utils
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -41,6 +42,13 @@ from mustdrop.errors import NothingDroppedWarning
 
 SHARES = (1.0, 1 / 3, 2 / 9, 1 / 9)
 PARTS = ("first_token", "vision", "text")
+FLASH = ("flash_attention_2", "flash_attention_3")
+FLEX = "flex_attention: it compiles for every new length, so its first calls are long; name it with --attention"
+
+
+def usable(attention: str, cuda: bool) -> bool:
+    """Whether flash attention of a version is installed, and there is a device for it."""
+    return cuda and bool(getattr(transformers.utils, f"is_flash_attn_{attention[-1]}_available")())
 
 
 @dataclass
@@ -254,7 +262,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = [*SIZES, *QWEN_SIZES]
     parser.add_argument("--device", default="cpu", help="cpu, or cuda")
     parser.add_argument("--model", choices=names, action="append", help="default: both of 7 B on a GPU, small on a CPU")
-    parser.add_argument("--attention", action="append", help="an attention implementation (default: sdpa and eager)")
+    parser.add_argument(
+        "--attention",
+        action="append",
+        help="an attention implementation (default: sdpa, eager, flash attention where installed)",
+    )
     parser.add_argument("--batch", type=int, action="append", help="prompts at a time (default: 1 and 8; 1 on a CPU)")
     parser.add_argument("--quick", action="store_true", help="tiny models and one pair: does it run?")
     parser.add_argument("--pairs", type=int, help="pairs of runs per row (default 5)")
@@ -270,7 +282,11 @@ def run(options: argparse.Namespace) -> int:
     cuda = options.device.startswith("cuda")
     usual = ["llava-1.5-7b", "qwen2.5-vl-7b"] if cuda else ["small"]
     options.model = options.model or (["tiny", "qwen2.5-vl-tiny"] if options.quick else usual)
-    options.attention = options.attention or ["sdpa", "eager"]
+    missing: list[str] = []
+    if not options.attention:
+        flash = [name for name in FLASH if usable(name, cuda)]
+        options.attention = ["sdpa", *flash, "eager"]
+        missing = [*(f"{name}: not installed" for name in FLASH if name not in flash), FLEX]
     options.batch = options.batch or ([1, 8] if cuda else [1])
     options.pairs = options.pairs or (1 if options.quick else 5)
     console = Console()
@@ -279,6 +295,7 @@ def run(options: argparse.Namespace) -> int:
         each = len(options.attention) * len(options.batch) * len(SHARES) * (options.pairs + 1) + 1
         task = progress.add_task("", total=len(options.model) * each)
         result = benchmark(options, lambda text: progress.update(task, advance=1, description=text))
+    result["left_out"] += missing
     report(result, console)
     default = None if options.quick else RESULTS / f"serving_{options.device.split(':')[0]}.json"
     out = options.out or default
