@@ -16,7 +16,7 @@ import pytest
 def pytest_addoption(parser):
     parser.addoption(
         "--breadth",
-        choices=("turns", "pairs", "product"),
+        choices=("turns", "more", "product"),
         default="turns",
         help="how much of family x method x attention backend runs: see tests/methods/test_every_family.py",
     )

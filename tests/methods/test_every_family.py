@@ -4,8 +4,8 @@ How much of the product runs is a matter of time, and ``--breadth`` says it:
 
 * ``turns`` (the default tests): every pair of family and method, under one backend, in one comparison with the masked
   oracle and one further test. Backends and tests take turns, so that each meets every family and every method.
-* ``pairs`` (`nox -s backends`): the comparison with the oracle under every backend; of the other tests every second
-  one, in turn, under one backend for every pair.
+* ``more`` (`nox -s backends`): what the turns leave out of the comparison with the oracle under every backend, and of
+  every second other test, in turn, under one backend.
 * ``product`` (`nox -s product`): every test for every pair under every backend.
 """
 
@@ -116,10 +116,11 @@ def runs(case, test, breadth):
     """Whether a test runs for a case."""
     known = backends_of(case.name)
     its_backend = case.attention == known[case.turn % len(known)]
-    if breadth == "product" or test not in FURTHER:
-        return breadth != "turns" or its_backend
-    apart = (FURTHER.index(test) - case.turn // len(known)) % len(FURTHER)
-    return its_backend and (apart % 2 == 0 if breadth == "pairs" else apart == 0)
+    apart = (FURTHER.index(test) - case.turn // len(known)) % len(FURTHER) if test in FURTHER else 0
+    in_turn = its_backend and apart == 0
+    if breadth == "more":
+        return not in_turn and (test not in FURTHER or (its_backend and apart % 2 == 0))
+    return breadth == "product" or in_turn
 
 
 def pytest_generate_tests(metafunc):
