@@ -9,14 +9,17 @@ the pass serves for both, and elsewhere the prompt is asked a second time.
 from __future__ import annotations
 
 import time
+import traceback
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from queue import Empty
 from typing import Any
 
 import torch
+import torch.multiprocessing
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
@@ -63,21 +66,69 @@ class Asked:
     own: Tensor
 
 
-def measure(subject: Subject, found: Sequence[Cell], journal: Journal) -> None:
-    """Fill the journal with every cell on every batch that it lacks."""
+Missing = Mapping[str, Sequence[Cell]]  # name of a batch -> the cells that are not measured on it
+
+
+def measure(subject: Subject, found: Sequence[Cell], journal: Journal, jobs: int = 1) -> None:
+    """Fill the journal with every cell on every batch that it lacks; `jobs` processes share the batches."""
     missing = {name: [cell for cell in found if (*cell.key, name) not in journal] for name in subject.names()}
-    wanted = [name for name, cells in missing.items() if cells]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         total = len(found) * len(missing)
         task = progress.add_task("asking", total=total, completed=total - sum(map(len, missing.values())))
-        for batch in subject.batches(wanted):
-            asked = [ask(batch.model, part) for part in batch.parts]
-            for cell in missing[batch.name]:
-                budget = "" if cell.keep is None else f" {cell.keep:.1%}"
-                progress.update(task, description=f"{batch.name} {cell.method}{budget}")
-                journal.add(line(cell, batch, asked))
-                progress.advance(task)
+        wanted = {name: cells for name, cells in missing.items() if cells}
+        for done in _shared(subject, wanted, jobs) if min(jobs, len(wanted)) > 1 else lines(subject, wanted):
+            journal.add(done)
+            budget = "" if done["keep"] is None else f" {done['keep']:.1%}"
+            progress.update(task, advance=1, description=f"{done['batch']} {done['method']}{budget}")
+
+
+def lines(subject: Subject, missing: Missing) -> Iterator[dict[str, Any]]:
+    """The journal's lines of these cells, in this process."""
+    for batch in subject.batches(list(missing)):
+        asked = [ask(batch.model, part) for part in batch.parts]
+        for cell in missing[batch.name]:
+            yield line(cell, batch, asked)
+
+
+def _shared(subject: Subject, missing: Missing, jobs: int) -> Iterator[dict[str, Any]]:
+    """As :func:`lines`, from several processes: every batch is measured by one of them."""
+    context = torch.multiprocessing.get_context("spawn")
+    queue, names = context.Queue(), list(missing)
+    shares = [{name: missing[name] for name in names[job::jobs]} for job in range(min(jobs, len(names)))]
+    threads = torch.get_num_threads()
+    workers = [context.Process(target=_work, args=(subject, own, queue, threads), daemon=True) for own in shares]
+    for worker in workers:
+        worker.start()
+    try:
+        left = len(workers)
+        while left:
+            try:
+                said = queue.get(timeout=1)
+            except Empty:
+                if dead := [worker.exitcode for worker in workers if worker.exitcode]:
+                    raise RuntimeError(f"a process ended with {dead[0]}; what was measured is in the journal") from None
+                continue
+            if isinstance(said, str):
+                raise RuntimeError(f"a process failed; what was measured is in the journal\n{said}")
+            if said is None:
+                left -= 1
+            else:
+                yield said
+    finally:
+        for worker in workers:
+            worker.terminate()
+
+
+def _work(subject: Subject, missing: Missing, queue: Any, threads: int) -> None:
+    """What one process does: its lines, then None; the text of an error in their place."""
+    torch.set_num_threads(threads)
+    try:
+        for done in lines(subject, missing):
+            queue.put(done)
+        queue.put(None)
+    except Exception:
+        queue.put(traceback.format_exc())
 
 
 def ask(model: Any, part: Part) -> Asked:

@@ -16,7 +16,8 @@ import mustdrop
 from mustdrop.errors import ConfigError, UnknownMethodError, UnsupportedModelError
 from mustdrop.method import registry
 
-SMALL = ["--seeds", "5", "--scenes", "2", "--batch", "1", "--keep", "0.2", "--method", "none", "--method", "random"]
+QUESTIONS = ["--seeds", "5", "--scenes", "2", "--batch", "1", "--keep", "0.2", "--method", "none", "--method", "random"]
+SMALL = [*QUESTIONS, "--jobs", "1"]
 
 
 def test_intervals_against_known_values():
@@ -68,6 +69,22 @@ def rerun(folder, journal):
     files = ["--journal", str(journal), "--out", str(folder / "again.json")]
     assert command.main(["quality", *SMALL, "--threads", str(torch.get_num_threads()), *files]) == 0
     return json.loads((folder / "again.json").read_text())
+
+
+def test_two_processes_measure_what_one_does(whole, tmp_path):
+    files = ["--journal", str(tmp_path / "journal.jsonl"), "--out", str(tmp_path / "quality.json")]
+    assert command.main(["quality", *QUESTIONS, "--jobs", "2", *files]) == 0
+    of_two, of_one = (json.loads((folder / "quality.json").read_text()) for folder in (tmp_path, whole))
+    for row in (*of_two["rows"], *of_one["rows"]):
+        row.pop("seconds")
+    assert of_two["rows"] == of_one["rows"]
+    assert of_two["differences"] == of_one["differences"]
+
+
+def test_a_process_that_fails_ends_the_run(tmp_path):
+    found, subject = cells.plan(["none"], None), subjects.Scenes("selection", [5], 2, 1, "no such device")
+    with pytest.raises(RuntimeError, match="a process failed; what was measured is in the journal"):
+        measure.measure(subject, found, Journal(tmp_path / "journal.jsonl", {}), jobs=2)
 
 
 def test_the_result_says_what_was_measured_and_where(whole):
