@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", action="append", help="default: every method that is registered")
     parser.add_argument("--variants", choices=variants.SETS, help="compositions in place of registered methods")
     parser.add_argument("--keep", action="append", type=float, help="share; default: 1/2, 1/3, 2/9, 1/9, 1/18")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--seeds", type=int, nargs="+", help="of the scenes")
     parser.add_argument("--scenes", type=int, default=20, help="per seed, a question of each type about each")
     parser.add_argument("--batch", type=int, default=20, help="scenes at a time")
     parser.add_argument("--reference", action="append", help="method that the others are compared with, scene by scene")
@@ -45,8 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
+    options.seeds = options.seeds or list(variants.SEEDS.get(options.variants, SEEDS))
     if options.variants:
-        found, references = variants.plan(options.variants, options.keep), options.reference or ["mustdrop+"]
+        found, references = variants.plan(options.variants, options.keep), options.reference or ["mustdrop+", "tome"]
     else:
         found, references = cells.plan(options.method, options.keep), options.reference or [DEFAULT_METHOD]
         for name in references:

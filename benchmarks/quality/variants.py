@@ -1,9 +1,10 @@
 """Compositions beside the registered methods: what was searched for mustdrop+, and what is left of it without a stage.
 
     python -m benchmarks quality --variants search     # scenes of the split that the model was trained on
+    python -m benchmarks quality --variants taper      # the same scenes, larger budgets: what may the filters cost?
     python -m benchmarks quality --variants ablations  # scenes of the selection split
 
-Both write a result file of their own, and neither looks at held-out scenes.
+Each writes a result file of its own, and none looks at held-out scenes.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import mustdrop
+import mustdrop.method
 from benchmarks.quality.cells import Cell
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from mustdrop.methods.mustdrop_plus import LAYERS, AttendedAndDiverse, MustDropPlus
 from mustdrop.methods.tome import SoftMatching
 
-BUDGETS = (2 / 9, 1 / 9, 1 / 18)
-SPLITS = {"search": "train", "ablations": "selection"}
+BUDGETS = {"search": (2 / 9, 1 / 9, 1 / 18), "taper": (1 / 2, 1 / 3, 2 / 9), "ablations": (2 / 9, 1 / 9, 1 / 18)}
+SPLITS = {"search": "train", "taper": "train", "ablations": "selection"}
+SEEDS = {"search": (2001, 2002), "taper": (2001, 2002), "ablations": (3001, 3002)}
 
 Stages = Mapping[str, Any]
 
@@ -43,7 +46,7 @@ def plan(which: str, budgets: Sequence[float] | None) -> list[Cell]:
     found = SETS[which]()
     return [
         Cell("none", None),
-        *(Variant(name, keep, stages) for name, stages in found.items() for keep in budgets or BUDGETS),
+        *(Variant(name, keep, stages) for name, stages in found.items() for keep in budgets or BUDGETS[which]),
     ]
 
 
@@ -57,6 +60,23 @@ def search() -> dict[str, Callable[[float], Stages]]:
         )
         for layers, taper, merge, power in grid
     }
+
+
+def taper() -> dict[str, Callable[[float], Stages]]:
+    """What the last filter leaves of what enters, beside `tome`, which has no filters and costs the least there."""
+    grid = [(LAYERS, taper) for taper in (0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)]
+    grid += [((4, 8), 0.5), ((4, 8), 0.7), ((4,), 0.5), ((4,), 0.7)]
+    settings = MustDropPlus()
+    found = {
+        f"filters {', '.join(map(str, layers))}; taper {taper:g}": _with(layers, taper, settings.merge, settings.power)
+        for layers, taper in grid
+    }
+    return {"tome": _tome} | found
+
+
+def _tome(keep: float) -> dict[str, Any]:
+    method = mustdrop.method.find("tome", keep=keep)
+    return {"vision": method.vision, "prefill": method.prefill, "decode": method.decode}
 
 
 def _with(layers: tuple[int, ...], taper: float, merge: float, power: float) -> Callable[[float], Stages]:
@@ -102,4 +122,8 @@ def _whole(keep: float) -> dict[str, Any]:
     return {"vision": method.vision, "prefill": method.prefill, "decode": method.decode}
 
 
-SETS: dict[str, Callable[[], dict[str, Callable[[float], Stages]]]] = {"search": search, "ablations": ablations}
+SETS: dict[str, Callable[[], dict[str, Callable[[float], Stages]]]] = {
+    "search": search,
+    "taper": taper,
+    "ablations": ablations,
+}
