@@ -229,6 +229,7 @@ renderer("quality-types")(of_quality(quality_table.types))
 renderer("quality-differences")(of_quality(quality_table.differences))
 renderer("quality-plus")(of_quality(quality_table.against_the_best))
 renderer("quality-search")(of_quality(quality_table.variants, "quality_search"))
+renderer("quality-taper")(of_quality(quality_table.variants, "quality_taper"))
 renderer("quality-ablations")(of_quality(quality_table.variants, "quality_ablations"))
 
 

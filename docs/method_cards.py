@@ -27,13 +27,20 @@ def card(name: str, results: Mapping[str, Mapping[str, Any]], table: Table) -> s
     tree = ast.parse((METHODS / f"{name}.py").read_text(encoding="utf-8"))
     (recipe,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and _bases(node) & {"Recipe"}]
     facts = [_paper(ast.get_docstring(tree) or ""), f"Stages: {', '.join(_stages(recipe))}."]
+    constants = {
+        node.targets[0].id: ast.unparse(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
     meanings = _attributes(ast.get_docstring(recipe) or "")
     knobs = [
-        (f"`{_named(node)}`", f"`{_default(node)}`", meanings.get(_named(node), ""))
+        (f"`{_named(node)}`", f"`{_default(node, constants)}`", meanings.get(_named(node), ""))
         for node in recipe.body
         if isinstance(node, ast.AnnAssign) and "ClassVar" not in ast.unparse(node.annotation)
     ]
-    called = next((_default(n) for n in recipe.body if isinstance(n, ast.AnnAssign) and _named(n) == "called"), name)
+    called = next(
+        (_default(n, constants) for n in recipe.body if isinstance(n, ast.AnnAssign) and _named(n) == "called"), name
+    )
     parts = [" ".join(fact for fact in facts if fact)]
     if knobs:
         parts.append(table(("knob", "default", "meaning"), knobs))
@@ -69,12 +76,13 @@ def _attributes(docstring: str) -> dict[str, str]:
     return {name: " ".join(text.split()).replace("|", "\\|") for name, text in entries}
 
 
-def _default(node: ast.AnnAssign) -> str:
+def _default(node: ast.AnnAssign, constants: Mapping[str, str]) -> str:
+    """The default of a knob as it is written; a constant of the method's file by its value."""
     value = node.value
     if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "Field" and value.args:
         value = value.args[0]
     text = "" if value is None else ast.unparse(value)
-    return {"DEFAULT_KEEP": "1/3", "CONTEXTUAL": "10/64"}.get(text, text)
+    return {"DEFAULT_KEEP": "1/3"}.get(text, constants.get(text, text))
 
 
 def _measured(name: str, record: Mapping[str, Any] | None, table: Table) -> str:

@@ -22,8 +22,15 @@ def setting(record: Record) -> str:
         f"Bundled model, {first['questions']} questions about {first['scenes']} {kind} scenes (seeds "
         f"{', '.join(map(str, record['seeds']))}), one of each type about each; intervals are 95 %, bootstrapped over "
         f"scenes. {record['hardware']}, {record['threads']} threads, torch {versions['torch']}, transformers "
-        f"{versions['transformers']}, commit {commit}."
+        f"{versions['transformers']}, commit {commit}." + _command(record)
     )
+
+
+def _command(record: Record) -> str:
+    """How long one command took, where the record says it and nothing had been measured before."""
+    if "minutes" not in record or record.get("resumed"):
+        return ""
+    return f" One command, {record['jobs']} processes, {record['minutes']:.0f} minutes."
 
 
 def overview(record: Record, table: Table) -> str:

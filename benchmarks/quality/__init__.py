@@ -62,8 +62,9 @@ def run(options: argparse.Namespace) -> int:
     device = torch.device(options.device)
     journal = Journal(path, {"setting": subject.setting, "commit": origin(device, 0)["commit"]})
     came_from, start = origin(device, options.seeds[0]), time.perf_counter()
+    resumed = bool(journal.lines)
     measure.measure(subject, found, journal, options.jobs)
-    result = came_from | {"seeds": options.seeds, "jobs": options.jobs} | subject.setting
+    result = came_from | {"seeds": options.seeds, "jobs": options.jobs, "resumed": resumed} | subject.setting
     result["minutes"] = significant((time.perf_counter() - start) / 60, 3)
     result |= summary.summary(journal.lines, found, references)
     summary.show(result)

@@ -6,10 +6,13 @@ import pytest
 import torch
 
 import mustdrop
+import mustdrop.method
+from mustdrop import VisionStagePruner, budget
 from mustdrop.errors import ConfigError
 from mustdrop.methods.mustdrop_plus import AttendedAndDiverse
 from mustdrop.pruners import PrefillPruner, Seen
 from mustdrop.rules import bipartite
+from mustdrop.runtime.plan import plan_row
 
 # three things of two tokens each, one after the other, then a token of text
 THINGS = torch.eye(4).repeat_interleave(2, 0)[:7]
@@ -88,3 +91,32 @@ def test_no_layer_merges_more_than_half_by_share():
 def test_the_preset_fills_all_three_sockets():
     method = mustdrop.method.find("mustdrop+", keep=64)
     assert None not in (method.vision, method.prefill, method.decode)
+
+
+@pytest.mark.parametrize(
+    ("share", "taper"),
+    [(0.01, 0.2), (1 / 9, 0.2), (1 / 6, 0.36), (2 / 9, 0.52), (5 / 12, 0.815), (1 / 2, 0.9), (1.0, 0.9)],
+)
+def test_what_the_filters_leave_of_what_enters_grows_with_the_budget(share, taper):
+    vision = mustdrop.method.find("mustdrop+", keep=share).vision
+    assert vision.taper_at(share) == pytest.approx(taper)
+    if share < 1:  # one number is the same at every budget
+        assert mustdrop.method.find("mustdrop+", keep=share, taper=0.3).vision.taper_at(share) == 0.3
+
+
+@pytest.mark.parametrize("keep", [32, 64, 128, 192, 288])
+def test_the_budget_is_split_at_that_taper(keep):
+    method = mustdrop.method.find("mustdrop+", keep=keep)
+    layers = method.prefill.filter_layers(32)
+    taper = method.vision.taper_at(keep / 576)
+    entering = budget.entry(576, 32, layers, keep, taper)
+    assert budget.spread(entering, 32, layers, keep)[-1] >= taper * entering - 1e-6
+    plan = plan_row(method, 576, 32, layers)
+    assert plan.at_most == entering
+
+
+def test_points_that_do_not_ascend_are_refused():
+    with pytest.raises(ConfigError, match="must ascend"):
+        VisionStagePruner(taper=((0.5, 0.2), (0.5, 0.9)))
+    with pytest.raises(ConfigError, match="taper"):
+        VisionStagePruner(taper=((0.5, 1.2),))

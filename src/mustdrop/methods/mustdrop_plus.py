@@ -13,12 +13,16 @@ from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.methods.tome import SoftMatching
 from mustdrop.pruners import DecodeCachePruner, PrefillPruner, Seen, TextScorer, VisionStagePruner
 from mustdrop.pruners.base import Budget
+from mustdrop.pruners.vision import Taper
 from mustdrop.rules.diversity import greedy_determinant
 from mustdrop.rules.ranking import keep_best
 from mustdrop.rules.text_attention import dual_score, dual_statistics
 
 # Of 32 layers; early, because what passes them is paid for in all layers behind.
 LAYERS = (4, 12)
+# What the last filter leaves of what enters, by budget: searched at and below 1/9; above, as little as keeps the FLOPs
+# at those of merging alone (docs/quality.md).
+TAPER = ((1 / 9, 0.2), (2 / 9, 0.52), (1 / 3, 0.73), (1 / 2, 0.9))
 # A pinned token outweighs every other one: a quality is at most 1, and what a pick leaves unexplained is at least 1e-5.
 PINNED = 1e3
 
@@ -80,7 +84,8 @@ class MustDropPlus(Recipe):
 
     Attributes:
         keep: equal-token budget, int or share.
-        taper: share of the tokens that enter which the last filter leaves, in (0, 1].
+        taper: share of the tokens that enter which the last filter leaves, in (0, 1], or points (budget as a share,
+            that share). The larger the budget, the less a choice for the question can win.
         merge: largest share of its tokens that an encoder layer merges, in (0, 1/2]; what is left over merges behind
             the encoder.
         power: of the attention in the filter's choice; 0 is diversity alone.
@@ -94,7 +99,7 @@ class MustDropPlus(Recipe):
 
     called: ClassVar[str | None] = "mustdrop+"
     keep: Budget = DEFAULT_KEEP
-    taper: float = Field(0.2, gt=0, le=1)
+    taper: Taper = TAPER
     merge: float = Field(0.3, gt=0, le=0.5)
     power: float = Field(0.5, ge=0)
     layers: tuple[int, ...] | None = None

@@ -5,11 +5,12 @@ Merge similar neighbours inside the encoder, pin what the encoder finds critical
 
 from __future__ import annotations
 
+import itertools
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from mustdrop.budget import tokens_of
@@ -20,6 +21,9 @@ from mustdrop.rules.encoder_attention import random_scores, uniform_scores
 from mustdrop.rules.ranking import keep_best
 from mustdrop.rules.windows import merge_windows, window_similarity
 from mustdrop.selection import Selection
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Taper = Share | Annotated[tuple[tuple[Share, Share], ...], Field(min_length=1)]
 
 
 class VisionStagePruner(Settings):
@@ -41,6 +45,7 @@ class VisionStagePruner(Settings):
         keep: tokens that enter the language model at most: int, share of the prompt's vision tokens, "auto" (as many as
             the prefill budget can use; no limit where the prefill stage has no budget), or "rule" (`score` decides).
         taper: with keep="auto", share of the tokens that enter which the last filter of the prefill leaves, in (0, 1];
+            or points (budget as a share of the prompt's vision tokens, that share) with straight lines between them;
             None lets in as many as leave a quarter of the budget after it.
         score: what selects when `keep` asks for fewer: "attention", the baselines "random" and "uniform" (a grid), or a
             `VisionRule`, which may also merge.
@@ -59,7 +64,7 @@ class VisionStagePruner(Settings):
     key_share: float = Field(0.08, ge=0, le=1)
     key_layer: int = -1
     keep: Literal["auto", "rule"] | Budget = "auto"
-    taper: float | None = Field(None, gt=0, le=1)
+    taper: Taper | None = None
     score: Literal["attention", "random", "uniform"] | VisionRule = "attention"
     seed: int = 0
     compat: Compat = "paper"
@@ -81,6 +86,22 @@ class VisionStagePruner(Settings):
                 f"got keep={self.keep}. Leave keep out."
             )
         return self
+
+    @field_validator("taper")
+    @classmethod
+    def _ascending(cls, taper: Taper | None) -> Taper | None:
+        if isinstance(taper, tuple) and any(b[0] <= a[0] for a, b in itertools.pairwise(taper)):
+            raise ConfigError(f"VisionStagePruner.taper={taper}: the budgets of its points must ascend.")
+        return taper
+
+    def taper_at(self, share: float) -> float | None:
+        """`taper` at a budget of `share` of the prompt's vision tokens; beyond its points it stays what it is there."""
+        if not isinstance(self.taper, tuple):
+            return self.taper
+        for (before, low), (after, high) in itertools.pairwise(self.taper):
+            if before <= share <= after:
+                return low + (high - low) * (share - before) / (after - before)
+        return self.taper[0][1] if share < self.taper[0][0] else self.taper[-1][1]
 
     @property
     def rule(self) -> VisionRule | None:

@@ -50,7 +50,7 @@ def plan_row(method: Method, total: int, n_layers: int, layers: tuple[int, ...])
             at_most = math.floor(budget.tokens_of(vision.keep, total, "VisionStagePruner.keep") + 1e-6)
             at_least = at_most
         elif tokens is not None and vision.keep == "auto":
-            at_most = budget.entry(total, n_layers, layers, tokens, vision.taper)
+            at_most = budget.entry(total, n_layers, layers, tokens, vision.taper_at(tokens / total))
     if tokens is not None:
         # the counts depend on how many tokens merging leaves; the most that can come must be possible
         budget.spread(
