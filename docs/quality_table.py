@@ -28,6 +28,8 @@ def setting(record: Record) -> str:
 
 def _command(record: Record) -> str:
     """How long one command took, where the record says it and nothing had been measured before."""
+    if "note" in record:
+        return f" {record['note']}"
     if "minutes" not in record or record.get("resumed"):
         return ""
     return f" One command, {record['jobs']} processes, {record['minutes']:.0f} minutes."
