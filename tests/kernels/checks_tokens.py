@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import torch
 from torch import Tensor
 
 from kernels.checks import BFLOAT, CASES, FLOAT, HALF, case, close, made
 from mustdrop import kernels
+from mustdrop.kernels.triton import merging
 
 __all__ = ["CASES"]
 
@@ -34,8 +37,12 @@ def check_window_similarity(device: str, windows: int, n: int, channels: int, dt
     *({"tokens": n, "slots": s, "channels": c, "dtype": t, "weighted": w} for n, s, c, t, w in (
         (1, 1, 3, FLOAT, False), (63, 20, 40, BFLOAT, True), (576, 100, 64, HALF, True), (577, 576, 16, FLOAT, False),
         (2880, 7, 16, BFLOAT, False), (10, 0, 16, FLOAT, False), (0, 3, 16, FLOAT, True), (20, 5, 1100, HALF, False))),
+    {"tokens": 577, "slots": 100, "channels": 16, "dtype": FLOAT, "weighted": False, "compared": 576},
 )  # fmt: skip
-def check_merge_tokens(device: str, tokens: int, slots: int, channels: int, dtype: torch.dtype, weighted: bool) -> None:
+def check_merge_tokens(
+    device: str, tokens: int, slots: int, channels: int, dtype: torch.dtype, weighted: bool, compared: int | None = None
+) -> None:
+    """`compared` stands in for the number of tokens above which they are sorted."""
     x = torch.randn(2, tokens, 2 * channels, device=device, dtype=dtype)[..., :channels]
     slot = torch.randint(-1, max(1, slots), (2, tokens), device=device)
     if not slots:
@@ -44,7 +51,11 @@ def check_merge_tokens(device: str, tokens: int, slots: int, channels: int, dtyp
     each = torch.ones(2, tokens, device=device).double() if weight is None else weight.double()
     member = (slot[:, None] == torch.arange(slots, device=device)[:, None]).double() * each[:, None]
     expected = member @ x.double() / member.sum(-1, keepdim=True).clamp(min=1e-9)
-    close(kernels.merge_tokens(x, slot, slots, weight), expected, "mean", dtype)
+    # every other number of a wider tensor: the slots lie apart in memory
+    apart = slot.repeat_interleave(2, 1)[:, ::2]
+    with mock.patch.object(merging, "COMPARED", compared or merging.COMPARED):
+        for given in (slot, apart):
+            close(kernels.merge_tokens(x, given, slots, weight), expected, "mean", dtype)
 
 
 @case(
