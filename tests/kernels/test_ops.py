@@ -9,6 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mustdrop
 from kernels import checks
@@ -90,6 +91,45 @@ def test_the_reference_matches_in_chunks(monkeypatch):
     whole = reference_tokens.best_match(a, b)
     monkeypatch.setattr(reference_tokens, "_CHUNK", 1)
     torch.testing.assert_close(reference_tokens.best_match(a, b), whole)
+
+
+class Largest(TorchDispatchMode):
+    """The most bytes of any tensor that was made."""
+
+    def __init__(self):
+        super().__init__()
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+        self.nbytes = max([self.nbytes, *(t.untyped_storage().nbytes() for t in made)])
+        return out
+
+
+def test_no_reference_makes_anything_larger_than_its_inputs_or_its_result():
+    q, k = torch.randn(2, 8, 640, 16), torch.randn(2, 8, 640, 16)
+    rows, tokens = torch.arange(512).expand(2, -1), torch.randn(2, 900, 16)
+    visible = torch.ones(2, 512, 640, dtype=torch.bool)
+    slot = torch.arange(900).expand(2, -1) // 3
+    calls = {
+        "row_probabilities": (q, k, rows, visible, 0.3),
+        "text_statistics": (q, k, rows, visible, 0.3),
+        "key_scores": (q[:, :, 0], k, visible[:, 0], 0.3),
+        "received_attention": (q, k, visible[:, 0], 0.3),
+        "window_similarity": (tokens, torch.arange(900).view(100, 9)),
+        "merge_tokens": (tokens, slot, 300, None),
+        "best_match": (tokens[:, ::2], tokens[:, 1::2]),
+        "gather_rows": ([tokens], slot),
+        "cut_mask": (visible[:, None], rows, rows),
+        "compact": ([q, k], rows),
+    }
+    assert set(calls) == set(arguments())
+    for name, given in calls.items():
+        inputs = [t for t in torch.utils._pytree.tree_leaves(given) if isinstance(t, torch.Tensor)]
+        with Largest() as largest:
+            made = torch.utils._pytree.tree_leaves(getattr(ops, name)(*given))
+        assert largest.nbytes <= max(sum(t.nbytes for t in inputs), *(t.nbytes for t in made)), name
 
 
 # -- choice -----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Attention statistics, readable: only the query rows that are needed meet the keys, chunk by chunk.
 
-Nothing is queries x keys in size, on any path. The Triton kernels beside it have the same signatures.
+Nothing is queries x keys in size, on any path, and nothing has more elements than the inputs together. The Triton
+kernels beside it have the same signatures.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def key_scores(
 def received_attention(q: Tensor, k: Tensor, visible: Tensor, scaling: float) -> Tensor:
     """See `mustdrop.kernels.received_attention`."""
     batch, heads, length, _ = q.shape
-    step = max(1, _CHUNK // max(1, batch * heads * length))
+    step = _at_once(batch * heads * length, q, k)
     total = q.new_zeros(batch, length, dtype=torch.float32)
     keys = rearrange(k.float(), "b h s d -> b h d s")
     for start in range(0, length, step):
@@ -92,7 +93,7 @@ def _rows(
     groups = k.shape[1]
     index = rows.clamp(min=0)
     keys = rearrange(k.float(), "b g k d -> b g d k")
-    step = max(1, _CHUNK // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
+    step = _at_once(q.shape[0] * q.shape[1] * k.shape[2], q, k)
     for start in range(0, rows.shape[1], step):
         part = index[:, start : start + step]
         query = q.gather(2, part[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])).float()
@@ -106,6 +107,11 @@ def _rows(
         probability = logits.softmax(-1)[..., first:].mean(1)
         hidden = (rows[:, start : start + step] < 0)[..., None]
         yield start, probability.nan_to_num(0.0).masked_fill(hidden, 0.0)
+
+
+def _at_once(products: int, *inputs: Tensor) -> int:
+    """Query rows that may meet the keys at once, each of which makes so many products."""
+    return max(1, min(_CHUNK, sum(x.numel() for x in inputs)) // max(1, products))
 
 
 def _empty(q: Tensor, k: Tensor, first: int) -> Tensor:

@@ -31,7 +31,8 @@ def merge_tokens(x: Tensor, slot: Tensor, slots: int, weight: Tensor | None = No
 def best_match(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """See `mustdrop.kernels.best_match`."""
     to = torch.nn.functional.normalize(b.float(), dim=-1).mT
-    step = max(1, _CHUNK // max(1, a.shape[0] * b.shape[1]))
+    most = min(_CHUNK, a.numel() + b.numel())  # nothing is larger than the inputs
+    step = max(1, most // max(1, a.shape[0] * b.shape[1]))
     parts = [a[:, start : start + step] for start in range(0, a.shape[1], step)]
     best = [torch.nn.functional.normalize(part.float(), dim=-1).matmul(to).max(-1) for part in parts]
     if not best:

@@ -6,12 +6,14 @@ device, and a question about one of them a wait. Only the finished indices go to
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from mustdrop.kernels.reference_tokens import take
 
-__all__ = ["HOST", "PAD", "has_padding", "on", "pack", "take"]
+__all__ = ["HOST", "PAD", "Sent", "has_padding", "on", "pack", "take"]
 
 PAD = -1
 HOST = torch.device("cpu")
@@ -20,6 +22,35 @@ HOST = torch.device("cpu")
 def on(x: Tensor, device: torch.device) -> Tensor:
     """`x` on another device. The host does not wait where it only sends."""
     return x if x.device == device else x.to(device, non_blocking=x.device.type == "cpu")
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A tensor on its way to the host.
+
+    What a device is asked to do later runs meanwhile: who waits for the tensor does not wait for that.
+
+    Attributes:
+        tensor: on the host, complete when `arrived` says so; on other devices than CUDA's and ROCm's, still there.
+        arrived: what marks the end of the copy, None where there is nothing to wait for.
+    """
+
+    tensor: Tensor
+    arrived: torch.cuda.Event | None = None
+
+    @classmethod
+    def off(cls, x: Tensor) -> Sent:
+        """`x`, sent off now."""
+        if x.device.type != "cuda":
+            return cls(x)
+        copy = x.to(HOST, non_blocking=True)  # into pinned memory
+        return cls(copy, torch.cuda.current_stream(x.device).record_event())
+
+    def received(self) -> Tensor:
+        """The tensor on the host."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.tensor.to(HOST)
 
 
 def pack(keep: Tensor, order: Tensor | None = None) -> Tensor:

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from mustdrop.pruners import PrefillPruner, Seen
-from mustdrop.pruners.prefill import needs_rows
 from mustdrop.runtime import parallel
 from mustdrop.runtime.entry import Media
-from mustdrop.runtime.rows import HOST, on, pack, take
+from mustdrop.runtime.rows import Sent, on, pack, take
 from mustdrop.runtime.state import Forward
 from mustdrop.selection import Selection
 
@@ -77,7 +76,7 @@ def choose(
     forward: Forward,
     media: Media,
     hidden: Tensor,
-    attention: Tensor,
+    attention: Tensor | Sent,
     k: int,
 ) -> Selection:
     """What the prefill stage keeps at its k-th filter.
@@ -88,7 +87,8 @@ def choose(
         forward: the pass.
         media: its vision tokens.
         hidden: (B, n, C) output of the layer.
-        attention: (B, R, n) of the rows that score, or (B, 2, n), their sum and maximum, where that is enough.
+        attention: (B, R, n) of the rows that score, or (B, 2, n), their sum and maximum on the way to the host, where
+            that is enough.
         k: number of the filter.
 
     Returns:
@@ -100,8 +100,8 @@ def choose(
         "pinned": None if media.pinned is None else forward.current(media.pinned),
         "importance": None if media.importance is None else take(media.importance, forward.index, 1),
     }
-    if not needs_rows(prefill):
-        return prefill.from_statistics(attention.to(HOST), vision, **options)
+    if isinstance(attention, Sent):
+        return prefill.from_statistics(attention.received(), vision, **options)
     options = {name: None if value is None else on(value, attention.device) for name, value in options.items()}
     if type(prefill).__call__ is not PrefillPruner.__call__:  # a rule of somebody's own
         return prefill(attention, on(vision, attention.device), **options)

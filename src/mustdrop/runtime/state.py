@@ -15,7 +15,7 @@ from torch import Tensor
 from mustdrop.kernels.dispatch import fresh_log
 from mustdrop.layout import Layout
 from mustdrop.runtime.plan import RowPlan
-from mustdrop.runtime.rows import PAD, take
+from mustdrop.runtime.rows import PAD, Sent, take
 
 if TYPE_CHECKING:
     from mustdrop.runtime.encoder_run import EncoderRun
@@ -141,8 +141,8 @@ class Forward:
         rows: (B, n) long, chunk index of each current row, PAD on padding; None while all rows are there.
         padded: whether `rows` holds PAD.
         record: what the trace learns about this pass, None if it describes another one.
-        attention: captured at the last filter layer: (B, T, n), or (B, 2, n) where the pruner needs no more than the
-            sum and the maximum over the text rows.
+        attention: captured at the last filter layer: (B, T, n), or (B, 2, n), on its way to the host, where the pruner
+            needs no more than the sum and the maximum over the text rows.
         keys: (B, n, G * D) likewise, if the scorer reads them.
         masses: per decoder layer, (B,) attention that the rows read for the cache gave to its vision entries.
         memo: masks and positions shared by layers of one layout.
@@ -158,7 +158,7 @@ class Forward:
     rows: Tensor | None = None
     padded: bool = False
     record: Prefill | None = None
-    attention: Tensor | None = None
+    attention: Tensor | Sent | None = None
     keys: Tensor | None = None
     masses: list[Tensor] = field(default_factory=list)
     memo: dict[Any, Any] = field(default_factory=dict)

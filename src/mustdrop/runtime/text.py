@@ -21,7 +21,7 @@ from mustdrop.runtime.decoding import Asked
 from mustdrop.runtime.entry import Media
 from mustdrop.runtime.eviction import evict_dropped
 from mustdrop.runtime.rewrite import Rewriter, arrival
-from mustdrop.runtime.rows import HOST, PAD, has_padding, on, pack, take
+from mustdrop.runtime.rows import HOST, PAD, Sent, has_padding, on, pack, take
 from mustdrop.runtime.state import Call, Forward, Local, Prefill
 
 if TYPE_CHECKING:
@@ -278,8 +278,11 @@ class TextStage:
         if self._filters_after(i, media):
             prefill = self.runtime.method.prefill
             rows = on(scores.rows(prefill, forward, media, asked), q.device)
-            score = asked.probabilities if needs_rows(prefill) else asked.statistics
-            forward.attention = score(rows, asked.k.shape[2] - q.shape[2])
+            first = asked.k.shape[2] - q.shape[2]
+            if needs_rows(prefill):
+                forward.attention = asked.probabilities(rows, first)
+            else:  # the host decides while the device runs the rest of this layer
+                forward.attention = Sent.off(asked.statistics(rows, first))
             self._note(forward, i, rows)
         if layer is not None and decode.reads_prompt:
             self._note(forward, i, decoding.read_prompt(decode.scorer, layer, forward, media, asked))
