@@ -175,6 +175,18 @@ def speed_cpu_hardware(results: Results) -> str:
     return speed_table.hardware(results["end_to_end_cpu"], table)
 
 
+@renderer("cpu-targets")
+def cpu_targets(results: Results) -> str:
+    """What was aimed at on a CPU, what came out."""
+    return speed_table.targets(results["end_to_end_cpu"], table)
+
+
+@renderer("serving-cpu")
+def serving_cpu(results: Results) -> str:
+    """A whole model on a CPU: first token by parts, decoding, memory."""
+    return gpu_tables.serving(results["serving_cpu"], table)
+
+
 @renderer("peers-cpu")
 def peers_cpu(results: Results) -> str:
     """Time and bytes beside what a user could install instead, on the CPU."""

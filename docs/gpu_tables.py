@@ -1,4 +1,4 @@
-"""The tables of what a GPU run measured: the kernels, a whole model, and what was promised of both."""
+"""The tables of what a GPU run measured: the kernels, a whole model (on a CPU too), and what was promised of both."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ def serving(record: Record, table: Table) -> str:
             f"**{model['model']}**, {model['parameters'] / 1e9:.1f} B parameters with random values, {model['dtype']}; "
             f"{model['vision_tokens']} vision and {model['text_tokens']} text tokens"
         )
-        parts.append(title + "\n\n" + table(_SERVING, [_served(row) for row in model["rows"]]))
+        lines = [_served(row) for row in model["rows"]]
+        columns = len(_SERVING) if any(line[-1] for line in lines) else len(_SERVING) - 1  # no peak on a CPU
+        parts.append(title + "\n\n" + table(_SERVING[:columns], [line[:columns] for line in lines]))
     if record["left_out"]:
         parts.append("Left out: " + "; ".join(record["left_out"]) + ".")
     return "\n\n".join(parts)

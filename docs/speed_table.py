@@ -7,6 +7,9 @@ from typing import Any
 
 Table = Callable[..., str]
 
+# Aims for a CPU.
+SHARE_OF_FLOPS, MOST_OVERHEAD = 0.90, 0.01
+
 
 def rows(record: Mapping[str, Any], table: Table) -> str:
     """What was run in one sentence, then one row per method and budget."""
@@ -59,6 +62,23 @@ def hardware(record: Mapping[str, Any], table: Table) -> str:
         ("method", "keep", "batch", "prefill speed-up", "of the bare layers", "time that pruning takes"), shares
     )
     return f"{_setting(record)}\n\n{first}\n\n{second}"
+
+
+def targets(record: Mapping[str, Any], table: Table) -> str:
+    """What was aimed at on a CPU, what came out, and whether it is met."""
+    ours = [row for row in record["rows"] if row["method"] == "mustdrop"]
+    pruned, (whole,) = [row for row in ours if "bare" in row], [row for row in ours if "bare" not in row]
+    lines = []
+    for batch in sorted({row["batch"] for row in pruned}):
+        shares = [row["text"]["share_of_flops_ratio"] for row in pruned if row["batch"] == batch]
+        measured = f"{min(shares):.0%} to {max(shares):.0%}".replace("%", " %")
+        prompts = "one prompt" if batch == 1 else f"{batch} prompts at a time"
+        verdict = "met" if min(shares) >= SHARE_OF_FLOPS else "missed"
+        lines.append((f"prefill, {prompts}", "at least 90 % of the FLOPs ratio", measured, verdict))
+    overhead = 1 / whole["text"]["speed_up"]["median"] - 1
+    verdict = "met" if overhead <= MOST_OVERHEAD else "missed"
+    lines.append(("prefill where nothing is dropped", "at most 1 % slower", f"{100 * overhead:+.1f} %", verdict))
+    return table(("what", "aimed at", "measured", ""), lines)
 
 
 def _ratio(spread: Mapping[str, float]) -> str:
