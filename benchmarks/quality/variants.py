@@ -2,6 +2,7 @@
 
     python -m benchmarks quality --variants search     # scenes of the split that the model was trained on
     python -m benchmarks quality --variants taper      # the same scenes, larger budgets: what may the filters cost?
+    python -m benchmarks quality --variants smallest   # more such scenes, smallest budgets: can it be better there?
     python -m benchmarks quality --variants ablations  # scenes of the selection split
 
 Each writes a result file of its own, and none looks at held-out scenes.
@@ -19,34 +20,47 @@ import mustdrop
 import mustdrop.method
 from benchmarks.quality.cells import Cell
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
-from mustdrop.methods.mustdrop_plus import LAYERS, AttendedAndDiverse, MustDropPlus
+from mustdrop.methods.mustdrop_plus import LAYERS, TAPER, AttendedAndDiverse, MustDropPlus
 from mustdrop.methods.tome import SoftMatching
+from mustdrop.pruners.vision import Taper
 
-BUDGETS = {"search": (2 / 9, 1 / 9, 1 / 18), "taper": (1 / 2, 1 / 3, 2 / 9), "ablations": (2 / 9, 1 / 9, 1 / 18)}
-SPLITS = {"search": "train", "taper": "train", "ablations": "selection"}
-SEEDS = {"search": (2001, 2002), "taper": (2001, 2002), "ablations": (3001, 3002)}
+BUDGETS = {
+    "search": (2 / 9, 1 / 9, 1 / 18),
+    "taper": (1 / 2, 1 / 3, 2 / 9),
+    "smallest": (1 / 9, 1 / 18),
+    "ablations": (2 / 9, 1 / 9, 1 / 18),
+}
+SPLITS = {"search": "train", "taper": "train", "smallest": "train", "ablations": "selection"}
+SEEDS = {
+    "search": (2001, 2002),
+    "taper": (2001, 2002),
+    "smallest": (2001, 2002, 2003, 2004),
+    "ablations": (3001, 3002),
+}
 
 Stages = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Variant(Cell):
-    """A cell whose stages are built here; `method` is what its row is called."""
+    """A cell whose stages are built here, by its set and by `method`, which is what its row is called.
 
-    stages: Callable[[float], Stages] = dict
+    It holds names alone, since it goes to other processes.
+    """
+
+    which: str = ""
 
     def patched(self, model: Any, seed: int) -> AbstractContextManager[Any]:
         """See `Cell.patched`."""
         assert self.keep is not None
-        return mustdrop.patched(model, **self.stages(self.keep))
+        return mustdrop.patched(model, **SETS[self.which]()[self.method](self.keep))
 
 
 def plan(which: str, budgets: Sequence[float] | None) -> list[Cell]:
     """The cells of a set of variants, after the unpruned model."""
-    found = SETS[which]()
     return [
         Cell("none", None),
-        *(Variant(name, keep, stages) for name, stages in found.items() for keep in budgets or BUDGETS[which]),
+        *(Variant(name, keep, which) for name in SETS[which]() for keep in budgets or BUDGETS[which]),
     ]
 
 
@@ -71,15 +85,43 @@ def taper() -> dict[str, Callable[[float], Stages]]:
         f"filters {', '.join(map(str, layers))}; taper {taper:g}": _with(layers, taper, settings.merge, settings.power)
         for layers, taper in grid
     }
-    return {"tome": _tome} | found
+    return {"tome": _named("tome")} | found
 
 
-def _tome(keep: float) -> dict[str, Any]:
-    method = mustdrop.method.find("tome", keep=keep)
-    return {"vision": method.vision, "prefill": method.prefill, "decode": method.decode}
+def smallest() -> dict[str, Callable[[float], Stages]]:
+    """Single changes to `mustdrop+`, beside the methods that come closest to it."""
+    changes: dict[str, dict[str, Any]] = {
+        "mustdrop+": {},
+        "power 0.25": {"power": 0.25},
+        "power 0": {"power": 0.0},
+        "filters 4, 16": {"layers": (4, 16)},
+        "filters 12": {"layers": (12,)},
+        "filters 4, 12, 20": {"layers": (4, 12, 20)},
+        "taper 0.15": {"taper": 0.15},
+        "taper 0.35": {"taper": 0.35},
+        "merge 0.2": {"merge": 0.2},
+        "merge 0.15": {"merge": 0.15},
+        "merge 0.1": {"merge": 0.1},
+        "merge 0.15; power 0": {"merge": 0.15, "power": 0.0},
+    }
+    rivals = {name: _named(name) for name in ("vscan", "tome", "divprune")}
+    return rivals | {name: _with(**({"layers": LAYERS} | change)) for name, change in changes.items()}
 
 
-def _with(layers: tuple[int, ...], taper: float, merge: float, power: float) -> Callable[[float], Stages]:
+def _named(name: str) -> Callable[[float], Stages]:
+    def stages(keep: float) -> Stages:
+        method = mustdrop.method.find(name, keep=keep)
+        return {"vision": method.vision, "prefill": method.prefill, "decode": method.decode}
+
+    return stages
+
+
+def _with(
+    layers: tuple[int, ...],
+    taper: Taper = TAPER,
+    merge: float = MustDropPlus().merge,
+    power: float = MustDropPlus().power,
+) -> Callable[[float], Stages]:
     def stages(keep: float) -> Stages:
         method = MustDropPlus(keep=keep, taper=taper, merge=merge, power=power).build()
         filters = PrefillPruner(paper_layers=layers, keep=keep, score=AttendedAndDiverse(power=power))
@@ -125,5 +167,6 @@ def _whole(keep: float) -> dict[str, Any]:
 SETS: dict[str, Callable[[], dict[str, Callable[[float], Stages]]]] = {
     "search": search,
     "taper": taper,
+    "smallest": smallest,
     "ablations": ablations,
 }

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import numpy as np
 import pytest
 import torch
 from benchmarks import __main__ as command
-from benchmarks.quality import cells, intervals, measure, subjects
+from benchmarks.quality import cells, intervals, measure, subjects, variants
 from benchmarks.quality.journal import Journal
 
 import generate
 import mustdrop
+from mustdrop.demo.model import load
 from mustdrop.errors import ConfigError, UnknownMethodError, UnsupportedModelError
 from mustdrop.method import registry
 
@@ -79,6 +81,16 @@ def test_two_processes_measure_what_one_does(whole, tmp_path):
         row.pop("seconds")
     assert of_two["rows"] == of_one["rows"]
     assert of_two["differences"] == of_one["differences"]
+
+
+@pytest.mark.parametrize("which", variants.SETS)
+def test_compositions_travel_to_other_processes_and_can_be_built(which):
+    plan = variants.plan(which, None)
+    assert pickle.loads(pickle.dumps(plan)) == plan
+    model, _ = load()
+    for cell in plan[1 :: len(variants.BUDGETS[which])]:
+        with cell.patched(model, seed=0):
+            pass
 
 
 def test_a_process_that_fails_ends_the_run(tmp_path):
