@@ -10,6 +10,7 @@ from torch import nn
 from transformers import DynamicCache, LlavaForConditionalGeneration
 
 from benchmarks.common import Clock, significant, spread
+from mustdrop.compat import give_cache
 from mustdrop.cost import linear_flops
 
 
@@ -24,13 +25,9 @@ def bare(model: Any, lengths: Sequence[int], clock: Clock, batch: int = 1) -> fl
     start = clock()
     for layer, n in zip(text.layers, lengths, strict=True):
         cut = tuple(table[..., :n, :] for table in rotary)
-        hidden = layer(
-            hidden[:, :n],
-            position_ids=position_ids[:, :n],
-            past_key_values=cache,
-            use_cache=True,
-            position_embeddings=cut,
-        )
+        arguments: dict[str, Any] = {"position_ids": position_ids[:, :n], "position_embeddings": cut, "use_cache": True}
+        give_cache(layer, arguments, cache)
+        hidden = layer(hidden[:, :n], **arguments)
     return clock() - start
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from benchmarks.common import AFTER, BEFORE, VISION
+from mustdrop.compat import cache_of
 
 TEXT = BEFORE + AFTER
 Apply = Callable[[Any, nn.Module, int], AbstractContextManager[None]]  # (imported module, model, vision tokens to keep)
@@ -87,7 +88,7 @@ def cache_positions(model: Any) -> Iterator[None]:
     """
 
     def add(module: Any, arguments: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        past = named["past_key_values"].get_seq_length(module.layer_idx)
+        past = cache_of(named).get_seq_length(module.layer_idx)
         return arguments, {**named, "cache_position": torch.arange(past, past + named["hidden_states"].shape[1])}
 
     layers = model.model.language_model.layers

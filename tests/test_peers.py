@@ -13,6 +13,7 @@ from benchmarks import common, peer_adapters, peers
 from benchmarks.peer_adapters import PEERS, TEXT, Peer, Skipped
 
 import generate
+from mustdrop.compat import cache_of
 
 KEPT = 192
 
@@ -22,7 +23,7 @@ def cut_cache(module, model, keep):
     """A peer that works: after the prompt each layer's cache keeps its first entries."""
 
     def cut(attention, _, named, __):
-        layer = named["past_key_values"].layers[attention.layer_idx]
+        layer = cache_of(named).layers[attention.layer_idx]
         if named["hidden_states"].shape[1] > 1:
             layer.keys, layer.values = (t[:, :, : TEXT + keep].clone() for t in (layer.keys, layer.values))
 

@@ -1,14 +1,16 @@
 """What differs between transformers versions. The only file that may look at a version.
 
 Supported: transformers >= 5.4, where `cache_position` is gone, a cache layer owns its length and `generate` carries the
-positions. Up to 5.17, beams over rows with different image counts are mixed up by transformers itself.
+positions. Up to 5.17, beams over rows with different image counts are mixed up by transformers itself. From 5.24 on the
+argument `past_key_values` is called `cache`, and models rename the old name for whoever still uses it.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
@@ -64,6 +66,28 @@ def dynamic_cache(config: Any) -> Any:
     from transformers import DynamicCache
 
     return DynamicCache(config=config)
+
+
+CACHE_NAMES = ("cache", "past_key_values")
+
+
+def cache_of(kwargs: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a module, by its name of 5.24 or by the older one; None without one."""
+    cache = kwargs.get("cache")
+    return kwargs.get("past_key_values") if cache is None else cache
+
+
+def give_cache(module: nn.Module, kwargs: dict[str, Any], cache: Any) -> None:
+    """Hand `cache` to `module` by the name that is there already, else by the one that its forward has."""
+    kind: Any = type(module)
+    names = [name for name in CACHE_NAMES if name in kwargs] or [_cache_name(kind)]
+    kwargs[names[0]] = cache
+
+
+@functools.cache
+def _cache_name(kind: Any) -> str:
+    parameters = inspect.signature(kind.forward).parameters  # of what a decorator wraps, not of the decorator
+    return next((name for name in CACHE_NAMES if name in parameters), "past_key_values")
 
 
 def crop_length(tokens: int, logical: int) -> int:

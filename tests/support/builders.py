@@ -11,7 +11,10 @@ import torch
 import transformers
 from torch import Tensor
 
+from mustdrop.compat import older_than
+
 PAD, BOS, IMAGE, VOCAB = 0, 1, 200, 208
+CACHE = "past_key_values" if older_than("5.24") else "cache"  # as `generate` calls it
 
 
 @dataclass(frozen=True)
@@ -193,19 +196,19 @@ class Answer:
 
 def answer(model: Any, inputs: dict[str, Any], steps: int = 8, **options: Any) -> Answer:
     """One prefill and ``steps`` decode steps, greedy unless the options say otherwise."""
-    options = {"do_sample": False, **options}
+    given = {"do_sample": False, **inputs, **options}
+    if "past_key_values" in given:
+        given[CACHE] = given.pop("past_key_values")
     with torch.no_grad():
         out = model.generate(
-            **inputs,
             max_new_tokens=steps + 1,
             return_dict_in_generate=True,
             output_logits=True,
-            output_scores=options.get("num_beams", 1) > 1,  # the scores of whole beams come with them
-            **options,
+            output_scores=given.get("num_beams", 1) > 1,  # the scores of whole beams come with them
+            **given,
         )
-    return Answer(
-        out.sequences, torch.stack(out.logits, 1), out.past_key_values, getattr(out, "sequences_scores", None)
-    )
+    scores = getattr(out, "sequences_scores", None)
+    return Answer(out.sequences, torch.stack(out.logits, 1), getattr(out, CACHE), scores)
 
 
 def anatomy(model: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from mustdrop.adapters import find
+from mustdrop.compat import cache_of
 
 from .builders import vision_positions
 
@@ -119,7 +120,7 @@ class MaskedOracle:
         if not bool(hidden.any()):
             return given
         rows, queries = states.shape[:2]
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         past = 0 if cache is None else int(cache.get_seq_length(i))
         keys = past + queries
         if given is None:
@@ -136,7 +137,7 @@ class MaskedOracle:
 
     def _remember_keys(self, i: int) -> Callable[..., None]:
         def hook(_: object, args: object, kwargs: dict[str, Any], out: object) -> None:
-            cache = kwargs.get("past_key_values")
+            cache = cache_of(kwargs)
             if self.step == 0 and cache is not None:
                 self.prompt_keys[i] = cache.layers[i].keys.clone()
 
@@ -185,8 +186,8 @@ class CacheWatch:
 
     def _record(self, i: int) -> Callable[..., None]:
         def hook(_: object, args: object, kwargs: dict[str, Any], out: object) -> None:
-            if kwargs.get("past_key_values") is not None:
-                self.keys[-1][i] = kwargs["past_key_values"].layers[i].keys.clone()
+            if cache_of(kwargs) is not None:
+                self.keys[-1][i] = cache_of(kwargs).layers[i].keys.clone()
 
         return hook
 

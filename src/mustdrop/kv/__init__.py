@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-from mustdrop.compat import dynamic_cache
+from mustdrop.compat import cache_of, dynamic_cache
 from mustdrop.errors import UnsupportedOptionError
 from mustdrop.kv.growing import PrunedLayer
 from mustdrop.kv.slots import Arrival, Slots
@@ -34,7 +34,7 @@ def adopt(cache: Any, text_config: Any, n_layers: int, use_cache: bool, no_stati
     A new, growing cache if there is none and one is wanted.
 
     Args:
-        cache: `past_key_values` as it came, or None.
+        cache: as it came, or None.
         text_config: configuration of the text model.
         n_layers: decoder layers.
         use_cache: whether the caller wants a cache.
@@ -79,7 +79,7 @@ def check(cache: Any, no_static: str | None = None) -> None:
             raise UnsupportedOptionError(
                 f"the cache holds {type(layer).__name__} layers; mustdrop prunes growing and static caches of full "
                 f"attention and refuses {REFUSED_IMPLEMENTATIONS}. "
-                "Pass past_key_values=DynamicCache(config=model.config) or none at all."
+                "Pass a DynamicCache(config=model.config) or none at all."
             )
         if no_static is not None and isinstance(layer, StaticLayer):
             raise UnsupportedOptionError(f"a static cache cannot be used here: {no_static}")
@@ -96,7 +96,7 @@ def is_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         args: positional arguments of a top, base or text model.
         kwargs: its keyword arguments.
     """
-    cache = kwargs.get("past_key_values")
+    cache = cache_of(kwargs)
     layers = getattr(cache, "layers", None)
     if not layers or type(layers[0]) is not PrunedStaticLayer or not layers[0].ready:
         return False

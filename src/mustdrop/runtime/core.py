@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mustdrop import kv
 from mustdrop.adapters.base import Adapter, Modality, Tower
-from mustdrop.compat import require_supported_transformers
+from mustdrop.compat import cache_of, require_supported_transformers
 from mustdrop.cost import EncoderCost, TextCost
 from mustdrop.errors import ConfigError, NothingDroppedWarning, UnsupportedModelError
 from mustdrop.method import Method
@@ -214,7 +214,7 @@ class Runtime:
         call = Call(owner)
         kinds = self.placeholders(ids, kwargs.get("inputs_embeds"), kwargs) if self._has_media(kwargs) else None
         if kinds is not None:
-            cache = kwargs.get("past_key_values")
+            cache = cache_of(kwargs)
             start = 0 if cache is None else int(cache.get_seq_length())
             valid = valid_tokens(kinds, kwargs.get("attention_mask"), start)
             kinds = kinds.masked_fill(~valid, -1)
@@ -308,11 +308,11 @@ class Runtime:
             self.local.call.labels = None
         self.end(module, failed=output is None)
         if output is not None:
-            kv.settle(kwargs.get("past_key_values"))
+            kv.settle(cache_of(kwargs))
 
     def _begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if kwargs.get("past_key_values") is not None:
-            checks.cache(self, kwargs["past_key_values"])
+        if cache_of(kwargs) is not None:
+            checks.cache(self, cache_of(kwargs))
         self.begin(module, _ids(args, kwargs), kwargs)
 
 

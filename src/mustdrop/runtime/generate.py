@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from mustdrop import kv
-from mustdrop.compat import eager, static_cache
+from mustdrop.compat import cache_of, eager, static_cache
 from mustdrop.errors import UnsupportedOptionError
 from mustdrop.runtime import checks
 
@@ -84,13 +84,13 @@ class GenerateWrapper:
                 "the cache. Leave it out, or use a method without decode_keep (DecodeCachePruner.keep=None), or one "
                 "whose entries leave at the end of the prefill (DecodeCachePruner.after_prefill)."
             )
-        if kwargs.get("past_key_values") is not None:
-            checks.cache(self.runtime, kwargs["past_key_values"])
+        if cache_of(kwargs) is not None:
+            checks.cache(self.runtime, cache_of(kwargs))
 
     def _prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """Ids of the part of the prompt that the cache does not hold yet."""
         ids: Tensor | None = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        cache, mask = cache_of(kwargs), kwargs.get("attention_mask")
         past = int(cache.get_seq_length()) if cache is not None else 0
         if ids is not None and past and ids.shape[1] > past and (mask is None or mask.shape[1] == ids.shape[1]):
             ids = ids[:, past:]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mustdrop import kernels, kv
+from mustdrop.compat import CACHE_NAMES
 from mustdrop.errors import UnsupportedOptionError
 from mustdrop.runtime.entry import Media
 from mustdrop.runtime.masks import Layout, fixed_mask, physical_mask
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from mustdrop.runtime.core import Runtime
 
 #: `labels` come along in some families, and no layer reads them.
-_HANDLED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "labels"}
+_HANDLED = {"attention_mask", "position_ids", "use_cache", "labels", *CACHE_NAMES}
 
 
 class Rewriter:

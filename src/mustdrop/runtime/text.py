@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mustdrop import kernels, kv
-from mustdrop.compat import eager
+from mustdrop.compat import cache_of, eager, give_cache
 from mustdrop.errors import MustDropError, UnsupportedOptionError
 from mustdrop.pruners import DecodeCachePruner
 from mustdrop.pruners.prefill import needs_rows
@@ -91,11 +91,9 @@ class TextStage:
             return None
         wants = kwargs.get("use_cache")
         wants = module.config.use_cache if wants is None else wants
-        cache = kv.adopt(
-            kwargs.get("past_key_values"), module.config, runtime.depth, bool(wants), checks.no_static(runtime)
-        )
+        cache = kv.adopt(cache_of(kwargs), module.config, runtime.depth, bool(wants), checks.no_static(runtime))
         if cache is not None:
-            kwargs["past_key_values"] = cache
+            give_cache(module, kwargs, cache)
         start = int(cache.get_seq_length()) if cache is not None else 0
         forward = local.forward = Forward(embeds.shape[1], start, embeds.shape[0], cache, flash=runtime.flash)
         mask = kwargs.get("attention_mask")
@@ -203,7 +201,7 @@ class TextStage:
 
     def compiled_layer(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A decode step over a static cache: only the mask is mapped to the slots."""
-        layer = kwargs["past_key_values"].layers[i]
+        layer = cache_of(kwargs).layers[i]
         layer.prepared = True
         return (args, kwargs) if self.rewriter.step(layer, args[0], kwargs) else None
 
