@@ -243,6 +243,7 @@ renderer("quality-plus")(of_quality(quality_table.against_the_best))
 renderer("quality-plus-first")(of_quality(quality_table.against_the_best, "quality_first"))
 renderer("quality-search")(of_quality(quality_table.variants, "quality_search"))
 renderer("quality-taper")(of_quality(quality_table.variants, "quality_taper"))
+renderer("quality-smallest")(of_quality(quality_table.variants, "quality_smallest"))
 renderer("quality-ablations")(of_quality(quality_table.variants, "quality_ablations"))
 
 
