@@ -68,13 +68,19 @@ def dynamic_cache(config: Any) -> Any:
     return DynamicCache(config=config)
 
 
-CACHE_NAMES = ("cache", "past_key_values")
+CACHE_NAMES = ("past_key_values",) if older_than("5.24") else ("cache", "past_key_values")
+_PAGED = (
+    "PagedAttentionCache"  # of continuous batching, which takes texts alone: nothing is dropped, and it is left alone
+)
 
 
 def cache_of(kwargs: Mapping[str, Any]) -> Any:
     """The cache among the arguments of a module, by its name of 5.24 or by the older one; None without one."""
-    cache = kwargs.get("cache")
-    return kwargs.get("past_key_values") if cache is None else cache
+    for name in CACHE_NAMES:
+        cache = kwargs.get(name)
+        if cache is not None:
+            return None if name == "cache" and type(cache).__name__ == _PAGED else cache
+    return None
 
 
 def give_cache(module: nn.Module, kwargs: dict[str, Any], cache: Any) -> None:
