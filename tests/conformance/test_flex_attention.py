@@ -20,6 +20,7 @@ from mustdrop.runtime.rows import PAD
 from support import eager_flex, families, turns
 from support.builders import LLAMA, MISTRAL, QWEN2, SIGLIP, answer, batch, clone, row_alone
 from support.checks import TOLERANCE, assert_dropping_equals_masking, compare, distance, patched
+from support.versions import BEAMS_MIX_IMAGES
 
 FLEX = eager_flex.NAME
 pytestmark = pytest.mark.usefixtures("flex")
@@ -101,7 +102,7 @@ def test_a_padded_row_equals_the_same_row_alone(setup):
 
 
 def test_beams_samples_and_no_cache():
-    both = masked(LLAMA, (1, 2), ALL, steps=5, num_beams=3, num_return_sequences=2)
+    both = masked(LLAMA, (1, 1) if BEAMS_MIX_IMAGES else (1, 2), ALL, steps=5, num_beams=3, num_return_sequences=2)
     assert both.ours.sequences.shape[0] == 4
     masked(LLAMA, (1, 2), {**PREFILL, "decode": DecodeCachePruner()}, steps=0, use_cache=False)
     setup = {**ALL}

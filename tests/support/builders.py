@@ -11,10 +11,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from mustdrop.compat import older_than
+from .versions import CACHE
 
 PAD, BOS, IMAGE, VOCAB = 0, 1, 200, 208
-CACHE = "past_key_values" if older_than("5.24") else "cache"  # as `generate` calls it
 
 
 @dataclass(frozen=True)

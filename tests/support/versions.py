@@ -14,6 +14,16 @@ TRANSFORMERS = Version(transformers.__version__)
 #: image counts the *unpatched* library mixes the images up, so those tests use one image per row there.
 BEAMS_MIX_IMAGES = Version("5.18") > TRANSFORMERS
 
+#: What `generate` calls its cache.
+CACHE = "past_key_values" if Version("5.24") > TRANSFORMERS else "cache"
+
+#: Families whose unpatched model this version cannot run, and the cause.
+BROKEN = (
+    {"llama4": "its forward reads image_outputs of an output that has none"}
+    if Version("5.24.0") == TRANSFORMERS
+    else {}
+)
+
 #: From here on weights split over several processes are ``DTensor``s, which mustdrop asks for in tensor parallel.
 SPLITS_INTO_DTENSORS = find_spec("transformers.distributed.tensor_parallel") is not None
 
