@@ -7,7 +7,7 @@ A block stands between two comments, each alone on its line:
     <!-- end: versions -->
 
 Run `python docs/generate.py` to rewrite the blocks, and with `--check` to fail where one is out of date. A
-new kind of block is one function here, decorated with `@renderer("its name")`: result files in, Markdown out.
+new kind of block is one function here, registered with `renderer("its name")`: result files in, Markdown out.
 A result file is a JSON object; beside its own numbers it records `versions` (a mapping), `hardware`, `seed`,
 `commit` and `dirty`.
 """
@@ -61,16 +61,35 @@ def renderer(name: str) -> Callable[[Renderer], Renderer]:
     return register
 
 
-@renderer("support")
-def support(results: Results) -> str:
-    """Which family passed which conformance test."""
-    return support_table.render(results["support"], table)
+def part(function: Callable[..., str], record: str) -> Renderer:
+    """A renderer that gives `function` one result file and what makes a table."""
+    return lambda results: function(results[record], table)
 
 
-@renderer("product")
-def product(results: Results) -> str:
-    """How many conformance tests each method passed on each family."""
-    return product_table.render(results["product"], table)
+renderer("support")(part(support_table.render, "support"))
+renderer("product")(part(product_table.render, "product"))
+renderer("speed-cpu")(part(speed_table.rows, "end_to_end_cpu"))
+renderer("speed-cpu-plain")(part(speed_table.rows, "end_to_end_cpu_plain"))
+renderer("speed-cpu-xeon")(part(speed_table.rows, "end_to_end_cpu_xeon"))
+renderer("speed-cpu-hardware")(part(speed_table.hardware, "end_to_end_cpu"))
+renderer("cpu-targets")(part(speed_table.targets, "end_to_end_cpu"))
+renderer("serving-cpu")(part(gpu_tables.serving, "serving_cpu"))
+renderer("peers-cpu")(part(peer_table.render, "peers_cpu"))
+renderer("kernels-cuda")(part(gpu_tables.kernels, "kernels_cuda"))
+renderer("kernels-growth")(part(gpu_tables.growth, "kernels_cuda"))
+renderer("serving-cuda")(part(gpu_tables.serving, "serving_cuda"))
+renderer("peers-cuda")(part(peer_table.render, "peers_cuda"))
+renderer("evaluation")(part(evaluation_tables.scenes, "evaluation"))
+renderer("quality")(part(quality_table.overview, "quality"))
+renderer("quality-details")(part(quality_table.details, "quality"))
+renderer("quality-types")(part(quality_table.types, "quality"))
+renderer("quality-differences")(part(quality_table.differences, "quality"))
+renderer("quality-plus")(part(quality_table.against_the_best, "quality"))
+renderer("quality-plus-first")(part(quality_table.against_the_best, "quality_first"))
+renderer("quality-search")(part(quality_table.variants, "quality_search"))
+renderer("quality-taper")(part(quality_table.variants, "quality_taper"))
+renderer("quality-smallest")(part(quality_table.variants, "quality_smallest"))
+renderer("quality-ablations")(part(quality_table.variants, "quality_ablations"))
 
 
 @renderer("versions")
@@ -151,48 +170,6 @@ renderer("stack-decode")(example("cascade", "decode"))
 renderer("stack-run")(example(body_of="main"))
 
 
-@renderer("speed-cpu")
-def speed_cpu(results: Results) -> str:
-    """Speed and memory on the CPU: what was run in one sentence, then one row per method and budget."""
-    return speed_table.rows(results["end_to_end_cpu"], table)
-
-
-@renderer("speed-cpu-plain")
-def speed_cpu_plain(results: Results) -> str:
-    """The same where the weights are laid out for the processor at every call."""
-    return speed_table.rows(results["end_to_end_cpu_plain"], table)
-
-
-@renderer("speed-cpu-xeon")
-def speed_cpu_xeon(results: Results) -> str:
-    """The same on another processor."""
-    return speed_table.rows(results["end_to_end_cpu_xeon"], table)
-
-
-@renderer("speed-cpu-hardware")
-def speed_cpu_hardware(results: Results) -> str:
-    """What fewer rows cost the hardware, and what is left of the speed-up after pruning took its share."""
-    return speed_table.hardware(results["end_to_end_cpu"], table)
-
-
-@renderer("cpu-targets")
-def cpu_targets(results: Results) -> str:
-    """What was aimed at on a CPU, what came out."""
-    return speed_table.targets(results["end_to_end_cpu"], table)
-
-
-@renderer("serving-cpu")
-def serving_cpu(results: Results) -> str:
-    """A whole model on a CPU: first token by parts, decoding, memory."""
-    return gpu_tables.serving(results["serving_cpu"], table)
-
-
-@renderer("peers-cpu")
-def peers_cpu(results: Results) -> str:
-    """Time and bytes beside what a user could install instead, on the CPU."""
-    return peer_table.render(results.get("peers_cpu"), table)
-
-
 @renderer("kernels-aot")
 def kernels_aot(results: Results) -> str:
     """Registers and shared memory of every kernel."""
@@ -200,51 +177,10 @@ def kernels_aot(results: Results) -> str:
     return sentence + "\n\n" + table(header, rows)
 
 
-@renderer("kernels-cuda")
-def kernels_cuda(results: Results) -> str:
-    """Every kernel on a GPU: time, rate, share of the roofline, against eager and compiled."""
-    return gpu_tables.kernels(results["kernels_cuda"], table)
-
-
-@renderer("kernels-growth")
-def kernels_growth(results: Results) -> str:
-    """What scoring costs as vision tokens grow."""
-    return gpu_tables.growth(results["kernels_cuda"], table)
-
-
-@renderer("serving-cuda")
-def serving_cuda(results: Results) -> str:
-    """Whole models on a GPU: first token by parts, decoding, memory."""
-    return gpu_tables.serving(results["serving_cuda"], table)
-
-
 @renderer("gpu-targets")
 def gpu_targets(results: Results) -> str:
     """What was promised of a GPU, what came out."""
     return gpu_tables.targets(results, table)
-
-
-@renderer("peers-cuda")
-def peers_cuda(results: Results) -> str:
-    """Time and bytes beside what a user could install instead, on a GPU."""
-    return peer_table.render(results.get("peers_cuda"), table)
-
-
-def of_quality(part: Callable[..., str], record: str = "quality") -> Renderer:
-    """A renderer of one of the tables of quality."""
-    return lambda results: part(results[record], table)
-
-
-renderer("quality")(of_quality(quality_table.overview))
-renderer("quality-details")(of_quality(quality_table.details))
-renderer("quality-types")(of_quality(quality_table.types))
-renderer("quality-differences")(of_quality(quality_table.differences))
-renderer("quality-plus")(of_quality(quality_table.against_the_best))
-renderer("quality-plus-first")(of_quality(quality_table.against_the_best, "quality_first"))
-renderer("quality-search")(of_quality(quality_table.variants, "quality_search"))
-renderer("quality-taper")(of_quality(quality_table.variants, "quality_taper"))
-renderer("quality-smallest")(of_quality(quality_table.variants, "quality_smallest"))
-renderer("quality-ablations")(of_quality(quality_table.variants, "quality_ablations"))
 
 
 @renderer("published-scores")
@@ -257,12 +193,6 @@ def published_scores(results: Results) -> str:
 def published_commands(results: Results) -> str:
     """The commands that ask for them."""
     return evaluation_tables.commands()
-
-
-@renderer("evaluation")
-def evaluation(results: Results) -> str:
-    """The bundled model on its own benchmark."""
-    return evaluation_tables.scenes(results["evaluation"], table)
 
 
 def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:

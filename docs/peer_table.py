@@ -20,13 +20,8 @@ HEADER = (
 STAGES = {"prefill": "Prefill: fewer tokens are processed", "cache": "Cache: all tokens are processed, fewer stay"}
 
 
-MISSING = "No run on a quiet machine is recorded yet: `python -m benchmarks peers` makes one, and this table from it."
-
-
-def render(record: Mapping[str, Any] | None, table: Table) -> str:
+def render(record: Mapping[str, Any], table: Table) -> str:
     """The setting, a table per stage, the remarks, and what was skipped with the reason."""
-    if record is None:
-        return MISSING
     parts = [_setting(record)]
     for stage, title in STAGES.items():
         rows = [_row(row) for row in record["rows"] if row["stage"] == stage]

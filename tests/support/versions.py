@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import transformers
@@ -32,3 +33,12 @@ def tower_body(model: nn.Module) -> nn.Module:
     """The module that owns ``embeddings`` and ``encoder`` of a CLIP or SigLIP tower (one level deeper before 5.6)."""
     tower = model.model.vision_tower
     return getattr(tower, "vision_model", tower)
+
+
+def peft_fits() -> bool:
+    """Whether the installed peft is for this transformers.
+
+    From 5.24 on transformers asks for 0.22: under an older peft it refuses to add adapters itself, and the plain model
+    ignores a learned prefix, which peft hands in under the former name of the cache.
+    """
+    return Version("5.24") > TRANSFORMERS or Version(version("peft")) >= Version("0.22")

@@ -15,26 +15,23 @@ from mustdrop.compat import cache_of, require_supported_transformers
 from mustdrop.cost import EncoderCost, TextCost
 from mustdrop.errors import ConfigError, NothingDroppedWarning, UnsupportedModelError
 from mustdrop.method import Method
-from mustdrop.runtime import checks, tap
-from mustdrop.runtime.additions import AdditionWrapper
+from mustdrop.runtime import checks
 from mustdrop.runtime.compiled import outside_steps
-from mustdrop.runtime.encoder import BlockHook, EncoderCapture, EncoderStage, MaskHook, takes_mask
+from mustdrop.runtime.encoder import EncoderStage
 from mustdrop.runtime.entry import last_token, valid_tokens, words
-from mustdrop.runtime.features import FeaturesWrapper, MarksHook
-from mustdrop.runtime.generate import GenerateWrapper
-from mustdrop.runtime.halves import HalfHooks
+from mustdrop.runtime.installation import Installation
 from mustdrop.runtime.plan import RowPlan, plan_row
 from mustdrop.runtime.record import record
 from mustdrop.runtime.rows import HOST
 from mustdrop.runtime.state import Call, Local
-from mustdrop.runtime.text import AttentionCapture, LayerHook, TextStage
+from mustdrop.runtime.text import TextStage
 from mustdrop.trace import Trace
 
 T = TypeVar("T")
 
 
 class Runtime:
-    """Hooks, capture points and run state of one patched model."""
+    """What one patched model carries: its layers, method, budgets and run state; its methods are the hooks."""
 
     def __init__(self, model: nn.Module, adapter: Adapter, method: Method) -> None:
         require_supported_transformers()
@@ -62,9 +59,7 @@ class Runtime:
         self.warned = False
         self.sizes: dict[object, Any] = {}
         self.plans: dict[int, RowPlan] = {}  # per runtime: keep=1 and keep=1.0 are equal and mean different things
-        self.handles: list[Any] = []
-        self.tapped: list[nn.Module] = []
-        self.overridden: list[tuple[nn.Module, str]] = []
+        self.installation = Installation()
         checks.model(self)
 
     def _encoders(self) -> dict[str, EncoderStage]:
@@ -99,12 +94,6 @@ class Runtime:
         """Sizes of an encoder, as it is now."""
         return self._sizes(id(tower.module), lambda: EncoderCost.of(tower.module, tower.blocks))
 
-    def _measure(self) -> None:
-        """Read all sizes off the model."""
-        _ = self.text_cost
-        for stage in self.encoders.values():
-            self.encoder_cost(stage.tower)
-
     def _sizes(self, key: object, read: Callable[[], T]) -> T:
         """What `read` finds in the modules: once, for it takes a while, unless adapters may be switched and merged."""
         if getattr(self.model, "peft_config", None):
@@ -129,76 +118,17 @@ class Runtime:
             self.plans[total] = plan_row(self.method, total, self.depth, self.filters)
         return self.plans[total]
 
-    # -- installing ---------------------------------------------------------------------------------------------------
-
     def install(self) -> None:
         """Register hooks, capture points and wrappers."""
-        for module, before, after in (
-            (self.model, self.before_model, self.after_model),
-            (self.base, self.before_base, self.after_base),
-            (self.text, self.stage.before_text, self.stage.after_text),
-        ):
-            self.handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            self.handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
-        for i, layer in enumerate(self.layers):
-            self.handles.append(layer.register_forward_pre_hook(LayerHook(self.stage, i), with_kwargs=True))
-        scored = (
-            range(self.depth)
-            if self.method.decode is not None and self.method.decode.keep is not None
-            else self.filters
-        )
-        for i in scored:
-            self._tap(self.layers[i], ("text", i), AttentionCapture(self.stage, i), f"decoder layer {i}")
-        for stage in dict.fromkeys(self.encoders.values()):
-            tower = stage.tower
-            for i, block in enumerate(tower.blocks):
-                self.handles.append(block.register_forward_pre_hook(BlockHook(stage, i), with_kwargs=True))
-            if stage.pruner is None:
-                continue
-            if not tower.packed:
-                for attention in (tap.attention_of(block) for block in tower.blocks if not takes_mask(block)):
-                    if attention is not None:
-                        self.handles.append(attention.register_forward_pre_hook(MaskHook(stage), with_kwargs=True))
-                self.handles.append(tower.module.register_forward_hook(stage.after_tower, prepend=True))
-            if stage.inner is not None and tower.halves is not None:
-                for i in range(stage.last + 1):
-                    self.handles += HalfHooks(self.local, i).install(tower.blocks[i], tower.halves)
-            for i in stage.tapped:
-                self._tap(tower.blocks[i], (stage.key, i), EncoderCapture(stage, i), f"encoder layer {i}")
-        for modality in self.modalities:
-            function = getattr(self.base, modality.method)
-            self._override(self.base, modality.method, FeaturesWrapper(self, modality, function))
-        for module in map(self.base.get_submodule, self.adapter.after_features):
-            marks = MarksHook(self.local)
-            self.handles += module.register_forward_pre_hook(marks.before), module.register_forward_hook(marks.after)
-        for name in self.adapter.additions:
-            self._override(self.text, name, AdditionWrapper(self.local, getattr(self.text, name)))
-        if hasattr(self.model, "generate"):
-            self._override(self.model, "generate", GenerateWrapper(self, cast(Any, self.model).generate))
-        self._measure()  # now, and not in the first call
+        self.installation.install(self)
+        # sizes are read now, and not in the first call
+        _ = self.text_cost
+        for stage in self.encoders.values():
+            self.encoder_cost(stage.tower)
 
     def uninstall(self) -> None:
         """Undo `install`; the model is as it was."""
-        for handle in self.handles:
-            handle.remove()
-        for module in self.tapped:
-            tap.remove(module)
-        for module, name in self.overridden:
-            object.__delattr__(module, name)
-        self.handles, self.tapped, self.overridden = [], [], []
-
-    def _tap(self, block: nn.Module, key: object, capture: Any, what: str) -> None:
-        attention = tap.attention_of(block)
-        if attention is None:
-            raise UnsupportedModelError(
-                f"{what} ({type(block).__name__}) has no attention module whose queries and keys could be read."
-            )
-        tap.install(attention, key, self.local, capture)
-        self.tapped.append(attention)
-
-    def _override(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
-        object.__setattr__(module, name, function)
-        self.overridden.append((module, name))
+        self.installation.undo()
 
     # -- one call -----------------------------------------------------------------------------------------------------
 

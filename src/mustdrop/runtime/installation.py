@@ -1,0 +1,115 @@
+"""Everything that patching puts into a model, and how it leaves again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
+
+from mustdrop.errors import UnsupportedModelError
+from mustdrop.runtime import tap
+from mustdrop.runtime.additions import AdditionWrapper
+from mustdrop.runtime.encoder import BlockHook, EncoderCapture, EncoderStage, MaskHook, takes_mask
+from mustdrop.runtime.features import FeaturesWrapper, MarksHook
+from mustdrop.runtime.generate import GenerateWrapper
+from mustdrop.runtime.halves import HalfHooks
+from mustdrop.runtime.text import AttentionCapture, LayerHook
+
+if TYPE_CHECKING:
+    from mustdrop.runtime.core import Runtime
+
+
+class Installation:
+    """Hooks, capture points and replaced methods of one patched model."""
+
+    def __init__(self) -> None:
+        self.handles: list[Any] = []
+        self.tapped: list[nn.Module] = []
+        self.overridden: list[tuple[nn.Module, str]] = []
+
+    def install(self, runtime: Runtime) -> None:
+        """Put everything in. After an exception `undo` takes out what was put in until then.
+
+        Raises:
+            UnsupportedModelError: a layer that must be read has no attention module.
+        """
+        self._models(runtime)
+        self._decoder(runtime)
+        for stage in dict.fromkeys(runtime.encoders.values()):
+            self._encoder(runtime, stage)
+        self._methods(runtime)
+
+    def undo(self) -> None:
+        """Take everything out: hooks, capture points, methods."""
+        for handle in self.handles:
+            handle.remove()
+        for module in self.tapped:
+            tap.remove(module)
+        for module, name in self.overridden:
+            object.__delattr__(module, name)
+        self.handles, self.tapped, self.overridden = [], [], []
+
+    def _models(self, runtime: Runtime) -> None:
+        """Around the whole model, the base model and the text model, whichever is called."""
+        stage = runtime.stage
+        for module, before, after in (
+            (runtime.model, runtime.before_model, runtime.after_model),
+            (runtime.base, runtime.before_base, runtime.after_base),
+            (runtime.text, stage.before_text, stage.after_text),
+        ):
+            self.handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            self.handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
+
+    def _decoder(self, runtime: Runtime) -> None:
+        """Before each decoder layer, and inside the attention of those that are read."""
+        stage, decode = runtime.stage, runtime.method.decode
+        for i, layer in enumerate(runtime.layers):
+            self.handles.append(layer.register_forward_pre_hook(LayerHook(stage, i), with_kwargs=True))
+        for i in range(runtime.depth) if decode is not None and decode.keep is not None else runtime.filters:
+            self._tap(runtime, runtime.layers[i], ("text", i), AttentionCapture(stage, i), f"decoder layer {i}")
+
+    def _encoder(self, runtime: Runtime, stage: EncoderStage) -> None:
+        """Before each encoder layer; where a vision stage is set, also what it reads, masks and gives back."""
+        tower = stage.tower
+        for i, block in enumerate(tower.blocks):
+            self.handles.append(block.register_forward_pre_hook(BlockHook(stage, i), with_kwargs=True))
+        if stage.pruner is None:
+            return
+        if not tower.packed:
+            for attention in (tap.attention_of(block) for block in tower.blocks if not takes_mask(block)):
+                if attention is not None:
+                    self.handles.append(attention.register_forward_pre_hook(MaskHook(stage), with_kwargs=True))
+            self.handles.append(tower.module.register_forward_hook(stage.after_tower, prepend=True))
+        if stage.inner is not None and tower.halves is not None:
+            for i in range(stage.last + 1):
+                self.handles += HalfHooks(runtime.local, i).install(tower.blocks[i], tower.halves)
+        for i in stage.tapped:
+            self._tap(runtime, tower.blocks[i], (stage.key, i), EncoderCapture(stage, i), f"encoder layer {i}")
+
+    def _methods(self, runtime: Runtime) -> None:
+        """In place of what encodes media, of what is done to its features, and of `generate`."""
+        base, local = runtime.base, runtime.local
+        for modality in runtime.modalities:
+            function = getattr(base, modality.method)
+            self._override(base, modality.method, FeaturesWrapper(runtime, modality, function))
+        for module in map(base.get_submodule, runtime.adapter.after_features):
+            marks = MarksHook(local)
+            self.handles += module.register_forward_pre_hook(marks.before), module.register_forward_hook(marks.after)
+        for name in runtime.adapter.additions:
+            self._override(runtime.text, name, AdditionWrapper(local, getattr(runtime.text, name)))
+        if hasattr(runtime.model, "generate"):
+            self._override(runtime.model, "generate", GenerateWrapper(runtime, cast(Any, runtime.model).generate))
+
+    def _tap(self, runtime: Runtime, block: nn.Module, key: object, capture: Any, what: str) -> None:
+        attention = tap.attention_of(block)
+        if attention is None:
+            raise UnsupportedModelError(
+                f"{what} ({type(block).__name__}) has no attention module whose queries and keys could be read."
+            )
+        tap.install(attention, key, runtime.local, capture)
+        self.tapped.append(attention)
+
+    def _override(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+        object.__setattr__(module, name, function)
+        self.overridden.append((module, name))
