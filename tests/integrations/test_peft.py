@@ -21,7 +21,7 @@ MERGING = {"vision": VisionStagePruner(window=3), "prefill": PrefillPruner(keep=
 EVICTING = {"prefill": PrefillPruner(keep=0.6), "decode": DecodeCachePruner(keep=6, interval=2)}
 SETUPS = pytest.mark.parametrize("setup", [MERGING, EVICTING], ids=["merging", "evicting"])
 FITTING = pytest.mark.skipif(
-    not peft_fits(), reason="transformers from 5.24 on needs peft 0.22 for this, unpatched too"
+    not peft_fits(), reason="transformers from 5.24 on asks for peft 0.22; older ones fail here unpatched too"
 )
 EVERYWHERE = ["q_proj", "k_proj", "v_proj", "fc1", "linear_1"]  # decoder, encoder and projector
 
