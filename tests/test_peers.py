@@ -119,8 +119,9 @@ def test_the_documents_show_the_result(result):
     assert "a remark" in text
 
 
-def test_without_a_result_the_documents_say_so():
-    assert "No run" in generate.render("<!-- begin: peers-cpu -->\n<!-- end: peers-cpu -->\n", {})
+def test_without_the_result_the_documents_cannot_be_made():
+    with pytest.raises(generate.GenerateError, match="'peers-cpu' needs 'peers_cpu'"):
+        generate.render("<!-- begin: peers-cpu -->\n<!-- end: peers-cpu -->\n", {})
 
 
 def test_a_peer_that_is_not_installed_says_so():
