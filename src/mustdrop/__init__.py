@@ -3,15 +3,23 @@
 One line patches a Hugging Face model in place, `mustdrop.patch(model)`; `model.generate(...)` works as before.
 """
 
-from mustdrop import errors
-from mustdrop.adapters import adapters
-from mustdrop.config import load_config
-from mustdrop.method import Method, methods
-from mustdrop.patching import patch, patched, trace, unpatch
-from mustdrop.pruners import DecodeCachePruner, PrefillPruner, VisionStagePruner
-from mustdrop.selection import Selection
-from mustdrop.trace import Trace
-from mustdrop.tuning import tune
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mustdrop import errors
+    from mustdrop.adapters import adapters
+    from mustdrop.config import load_config
+    from mustdrop.method import Method, methods
+    from mustdrop.patching import patch, patched, trace, unpatch
+    from mustdrop.pruners import DecodeCachePruner, PrefillPruner, VisionStagePruner
+    from mustdrop.selection import Selection
+    from mustdrop.trace import Trace
+    from mustdrop.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -32,3 +40,55 @@ __all__ = [
     "tune",
     "unpatch",
 ]
+
+# Where each public name lives. Its module, and torch with it, is imported when the name is first asked for: the command
+# line starts without them. A new name is a line here, one in `__all__` and one above for type checkers.
+_HOMES = {
+    "DecodeCachePruner": "pruners",
+    "Method": "method",
+    "PrefillPruner": "pruners",
+    "Selection": "selection",
+    "Trace": "trace",
+    "VisionStagePruner": "pruners",
+    "adapters": "adapters",
+    "errors": "",
+    "load_config": "config",
+    "methods": "method",
+    "patch": "patching",
+    "patched": "patching",
+    "trace": "patching",
+    "tune": "tuning",
+    "unpatch": "patching",
+}
+
+
+class _Package(ModuleType):
+    """This package. `mustdrop.trace` stays the function, though importing the module `mustdrop.trace` would bind it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (isinstance(value, ModuleType) and _HOMES.get(name)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+if not TYPE_CHECKING:  # type checkers should know the names above, and no others
+
+    def __getattr__(name: str) -> Any:
+        """A public name, or a submodule, imported now."""
+        home = _HOMES.get(name)
+        if home:
+            value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+            return value
+        if not name.startswith("_"):
+            try:
+                return importlib.import_module(f"{__name__}.{name}")
+            except ModuleNotFoundError as error:
+                if error.name != f"{__name__}.{name}":
+                    raise
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -109,18 +109,40 @@ def checkpoints_activations(module: nn.Module) -> bool:
     return any(part.training and getattr(part, "gradient_checkpointing", False) for part in module.modules())
 
 
+_KEEP_OUT: list[Callable[[], None]] = []  # one for each function that was decorated before there was a compiler
+
+
 def eager(function: F) -> F:
     """Keep `function` out of `torch.compile`: the shapes of its tensors depend on data, and it keeps state.
 
-    Where nothing compiles it is called as it is: asking the compiler to look away takes longer than many a hook.
+    Where nothing compiles it is called as it is: asking the compiler to look away takes longer than many a hook. The
+    compiler (`torch._dynamo`, some 900 modules) is not imported before something compiles.
     """
-    kept_out = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    kept_out: list[Any] = []  # empty until there is a compiler to keep out
+
+    def keep_out() -> None:
+        kept_out.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+
+    if "torch._dynamo" in sys.modules:
+        keep_out()
+    else:
+        _KEEP_OUT.append(keep_out)
 
     @functools.wraps(function)
     def either(*args: Any, **kwargs: Any) -> Any:
-        return kept_out(*args, **kwargs) if torch.compiler.is_compiling() else function(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        if not kept_out:
+            _keep_all_out()
+        return kept_out[0](*args, **kwargs)
 
     return cast(F, either)
+
+
+def _keep_all_out() -> None:
+    """All functions at once: this call breaks the graph, and only the first of them should pay for that."""
+    for keep_out in _KEEP_OUT:
+        keep_out()
 
 
 def static_cache(config: Any, length: int) -> Any:

@@ -10,7 +10,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from mustdrop.cli.common import FAILED, console, print_json
-from mustdrop.loading import place
 
 _TITLES = {
     "versions": "Versions",
@@ -43,6 +42,7 @@ def doctor(
     from transformers.utils import logging
 
     from mustdrop import doctor as examination
+    from mustdrop.loading import place
 
     logging.disable_progress_bar()
     target = str(place(device))

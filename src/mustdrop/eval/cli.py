@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,11 +16,12 @@ from rich.table import Table
 from mustdrop.errors import ConfigError
 from mustdrop.eval.benchmark import Answer, Item
 from mustdrop.eval.benchmarks import benchmarks
-from mustdrop.eval.journal import Line
-from mustdrop.eval.prepare import Prepared
-from mustdrop.eval.result import EvalResult
-from mustdrop.eval.run import RESULT, evaluate
+from mustdrop.eval.result import RESULT, EvalResult
 from mustdrop.eval.settings import Settings
+
+if TYPE_CHECKING:
+    from mustdrop.eval.journal import Line
+    from mustdrop.eval.prepare import Prepared
 
 FAILED = 1  # exit code of a finished run of which too much failed
 _EVERY = 60.0  # seconds between two lines of progress where there is no terminal
@@ -28,6 +29,13 @@ _SHOWN = 20  # failures that are printed; the result file has all
 
 console = Console()
 notes = Console(stderr=True)
+
+
+def evaluate(settings: Settings, watcher: Bar) -> EvalResult | None:
+    """`mustdrop.eval.run.evaluate`, imported when it is needed: the help should not wait for torch."""
+    from mustdrop.eval.run import evaluate
+
+    return evaluate(settings, watcher)
 
 
 class Bar:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from mustdrop.errors import ConfigError
 
 SCHEMA_VERSION: Literal[1] = 1
+RESULT = "result.json"  # its name in the folder of a run
 
 
 class _Part(BaseModel):
@@ -269,7 +270,7 @@ class EvalResult(_Part):
             ConfigError: no such file, or not a result of this schema.
         """
         path = Path(path)
-        path = path / "result.json" if path.is_dir() else path
+        path = path / RESULT if path.is_dir() else path
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except FileNotFoundError:

@@ -11,12 +11,10 @@ from mustdrop.eval.journal import Journal, Line
 from mustdrop.eval.loading import plan
 from mustdrop.eval.prepare import Prepared, prepare
 from mustdrop.eval.processes import share
-from mustdrop.eval.result import EvalResult
+from mustdrop.eval.result import RESULT, EvalResult
 from mustdrop.eval.settings import Settings
 from mustdrop.eval.summary import summarise
 from mustdrop.provenance import provenance
-
-RESULT = "result.json"
 
 
 class Watcher(Protocol):
