@@ -54,6 +54,10 @@ class DataFileError(MustDropError, ValueError):
     """A file that an evaluation reads is missing, or is not what its guide says."""
 
 
+class PictureError(MustDropError, ValueError):
+    """A picture that is missing, broken, or of a kind that cannot be read."""
+
+
 class NothingDroppedWarning(UserWarning):
     """A patched model ran on an image and kept every vision token."""
 

@@ -12,6 +12,20 @@ from packaging.utils import canonicalize_name
 from mustdrop.errors import MissingPackageError
 
 _PACKAGE = "mustdrop"
+# Whether the package index has this package. Until it does, messages and documents say how to install from a checkout.
+PUBLISHED = False
+
+
+def install(extra: str | None = None) -> str:
+    """How to install this package, or it with an extra, as the rest of a sentence.
+
+    Args:
+        extra: name of the extra; None for the package alone.
+    """
+    part = "" if extra is None else f"[{extra}]"
+    if PUBLISHED:
+        return f"pip install '{_PACKAGE}{part}'"
+    return f"pip install '.{part}' in a checkout of {_PACKAGE} (or pip install 'FILE.whl{part}')"
 
 
 @dataclass(frozen=True)
@@ -45,7 +59,7 @@ def need(module: str, extra: str, what: str) -> None:
         what: what needs it, as the start of a sentence.
     """
     if importlib.util.find_spec(module) is None:
-        raise MissingPackageError(f"{what} needs {module}, which is not installed: pip install 'mustdrop[{extra}]'.")
+        raise MissingPackageError(f"{what} needs {module}, which is not installed: {install(extra)}.")
 
 
 def version(name: str) -> str | None:

@@ -132,6 +132,13 @@ def eval_command(
     frames: Annotated[int, typer.Option(help="Frames of a video that the model sees.")] = 8,
     template: Annotated[str, typer.Option(help="Conversation: auto, vicuna_v1 or processor.")] = "auto",
     max_new_tokens: Annotated[int | None, typer.Option(help="Limit of an answer; default: the benchmark's.")] = None,
+    upright: Annotated[
+        bool,
+        typer.Option(
+            "--upright/--as-stored",
+            help="Turn pictures as their EXIF data say, as transformers does, or leave them, as LLaVA's scripts do.",
+        ),
+    ] = True,
     workers: Annotated[int, typer.Option(help="Processes that load and prepare pictures; 0 for none.")] = 2,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="Weights: auto, float32, bfloat16, float16.")] = "auto",
@@ -190,6 +197,7 @@ def eval_command(
         attention=attn,
         max_new_tokens=max_new_tokens,
         retry_failed=retry_failed,
+        upright=upright,
     )
     bar = Bar()
     try:

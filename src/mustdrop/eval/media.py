@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageSequence
 
+from mustdrop import pictures
+from mustdrop.errors import PictureError
+from mustdrop.extras import install
+
 VIDEO_ENDINGS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
-FRAME_ENDINGS = (".jpg", ".jpeg", ".png")
 
 
 class MediaError(Exception):
@@ -27,15 +28,16 @@ class Picture:
     path: Path
     kind = "image"
 
-    def load(self) -> Image.Image:
+    def load(self, upright: bool = True) -> Image.Image:
         """Decode.
+
+        Args:
+            upright: turn it as its EXIF data say.
 
         Raises:
             MediaError: missing or broken.
         """
-        if not self.path.is_file():
-            raise MediaError(f"there is no image {self.path}")
-        return _decoded(self.path, str(self.path))
+        return _decoded(self.path, str(self.path), upright)
 
 
 @dataclass(frozen=True)
@@ -45,17 +47,21 @@ class Encoded:
     text: str
     kind = "image"
 
-    def load(self) -> Image.Image:
+    def load(self, upright: bool = True) -> Image.Image:
         """Decode.
+
+        Args:
+            upright: turn it as its EXIF data say.
 
         Raises:
             MediaError: broken.
         """
+        name = "the image inside the line"
         try:
-            content = base64.b64decode(self.text)
-        except ValueError as error:
-            raise MediaError(f"the image inside the line is not base64: {error}") from None
-        return _decoded(io.BytesIO(content), "the image inside the line")
+            content = pictures.decoded_text(self.text, name)
+        except PictureError as error:
+            raise MediaError(str(error)) from None
+        return _decoded(content, name, upright)
 
 
 @dataclass(frozen=True)
@@ -67,18 +73,21 @@ class Column:
     name: str
     kind = "image"
 
-    def load(self) -> Image.Image:
+    def load(self, upright: bool = True) -> Image.Image:
         """Decode.
+
+        Args:
+            upright: turn it as its EXIF data say.
 
         Raises:
             MediaError: no picture there, or broken.
         """
         value = self.rows[self.index][self.name]
         if isinstance(value, dict):
-            value = io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"]
+            value = value.get("bytes") or value.get("path")
         if value is None:
             raise MediaError(f"row {self.index} has no image in {self.name!r}")
-        return _decoded(value, f"{self.name!r} of row {self.index}")
+        return _decoded(value, f"{self.name!r} of row {self.index}", upright)
 
 
 @dataclass(frozen=True)
@@ -88,14 +97,14 @@ class Drawn:
     pixels: NDArray[np.uint8]
     kind = "image"
 
-    def load(self) -> Image.Image:
+    def load(self, upright: bool = True) -> Image.Image:
         """The picture."""
         return Image.fromarray(self.pixels)
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A video: a file, or a folder of its frames in the order of their names.
+    """A video: a file, or a folder of its frames in the order of the numbers in their names (frame2 before frame10).
 
     Attributes:
         path: the file, or the folder.
@@ -106,24 +115,27 @@ class Clip:
     frames: int
     kind = "video"
 
-    def load(self) -> NDArray[np.uint8]:
+    def load(self, upright: bool = True) -> NDArray[np.uint8]:
         """Decode: (frames, height, width, 3).
+
+        Args:
+            upright: turn the pictures of a folder as their EXIF data say.
 
         Raises:
             MediaError: missing or broken, or PyAV is needed and not installed.
         """
         if self.path.is_dir():
-            names = sorted(p for p in self.path.iterdir() if p.suffix.lower() in FRAME_ENDINGS)
-            pictures = [np.asarray(Picture(names[i]).load()) for i in spread(len(names), self.frames, self.path)]
+            files = pictures.frames_of(self.path)
+            frames = [np.asarray(Picture(files[i]).load(upright)) for i in spread(len(files), self.frames, self.path)]
         elif not self.path.is_file():
             raise MediaError(f"there is no video {self.path}")
         elif self.path.suffix.lower() == ".gif":
-            pictures = self._gif()
+            frames = self._gif()
         else:
-            pictures = self._container()
-        if len({picture.shape for picture in pictures}) > 1:
+            frames = self._container()
+        if len({frame.shape for frame in frames}) > 1:
             raise MediaError(f"the frames of {self.path} differ in size")
-        return np.stack(pictures)
+        return np.stack(frames)
 
     def _gif(self) -> list[NDArray[np.uint8]]:
         try:
@@ -134,7 +146,7 @@ class Clip:
                     for i, frame in enumerate(ImageSequence.Iterator(image))
                     if i in chosen
                 }
-        except Exception as error:  # see `_decoded`
+        except Exception as error:  # decoders of broken files raise anything
             raise MediaError(f"cannot decode {self.path}: {error}") from None
         return [frames[i] for i in chosen]
 
@@ -142,7 +154,7 @@ class Clip:
         try:
             import av
         except ImportError:
-            raise MediaError(f"{self.path} needs PyAV: pip install 'mustdrop[eval]'") from None
+            raise MediaError(f"{self.path} needs PyAV: {install('eval')}") from None
         try:
             with av.open(str(self.path)) as container:
                 total = container.streams.video[0].frames or sum(1 for _ in container.decode(video=0))
@@ -154,24 +166,23 @@ class Clip:
                         frames[i] = frame.to_ndarray(format="rgb24")
                     if i == chosen[-1]:
                         break
-        except Exception as error:  # see `_decoded`
+        except Exception as error:  # decoders of broken files raise anything
             raise MediaError(f"cannot decode {self.path}: {error}") from None
         if not frames:
             raise MediaError(f"{self.path} has no frames")
         return [frames.get(i, frames[max(frames)]) for i in chosen]  # containers may promise more than they hold
 
 
-def _decoded(source: Any, name: str) -> Image.Image:
-    """A picture in colours, from a path, an open file or a picture.
+def _decoded(source: Any, name: str, upright: bool) -> Image.Image:
+    """A picture in colours.
 
     Raises:
-        MediaError: it is broken. Decoders of broken files raise anything: `OSError`, `SyntaxError`, `struct.error`,
-            `zlib.error`, ...; one picture must not end a run of thousands.
+        MediaError: it cannot be read; one picture must not end a run of thousands.
     """
     try:
-        return (source if isinstance(source, Image.Image) else Image.open(source)).convert("RGB")
-    except Exception as error:
-        raise MediaError(f"cannot decode {name}: {error}") from None
+        return pictures.read_picture(source, upright=upright, name=name)
+    except PictureError as error:
+        raise MediaError(str(error)) from None
 
 
 Medium = Picture | Encoded | Column | Drawn | Clip

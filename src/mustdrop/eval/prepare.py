@@ -84,7 +84,7 @@ def prepare(settings: Settings) -> Prepared:
         settings.model, settings.method, dict(settings.knobs), settings.device, settings.dtype, settings.attention
     )
     _check_media(benchmark, items, engine)
-    ask = prompter(engine.processor, engine.model.config, settings.template)
+    ask = prompter(engine.processor, engine.model.config, settings.template, settings.upright)
     prompt = PromptInfo(
         template=ask.name,
         suffix=benchmark.suffix if items[0].asked.endswith(benchmark.suffix) else "",

@@ -32,11 +32,13 @@ class Prompter:
         processor: the model's processor.
         vicuna: whether `vicuna_v1` is used instead of the processor's chat template.
         border: colour with which pictures are padded to squares; None leaves them to the processor.
+        upright: whether pictures are turned as their EXIF data say.
     """
 
     processor: Any
     vicuna: bool
     border: tuple[int, int, int] | None = None
+    upright: bool = True
 
     @property
     def name(self) -> str:
@@ -46,7 +48,8 @@ class Prompter:
     @property
     def pictures(self) -> str:
         """What happens to pictures, for the result file."""
-        return "as the processor has it" if self.border is None else f"padded to squares with {self.border}"
+        padded = "as the processor has it" if self.border is None else f"padded to squares with {self.border}"
+        return padded if self.upright else f"{padded}, as they are stored (not turned by EXIF data)"
 
     def picture(self, image: Image.Image) -> Image.Image:
         """A picture as the processor gets it."""
@@ -77,7 +80,17 @@ class Prompter:
         return first is None or not text.startswith(first)
 
 
-def prompter(processor: Any, config: Any, template: str) -> Prompter:
+def check_template(template: str) -> None:
+    """Refuse a template that there is not.
+
+    Raises:
+        ConfigError: no such template.
+    """
+    if template not in TEMPLATES:
+        raise ConfigError(f"there is no template {template!r}. {did_you_mean(template, TEMPLATES)}")
+
+
+def prompter(processor: Any, config: Any, template: str, upright: bool = True) -> Prompter:
     """The template for a model.
 
     Args:
@@ -85,17 +98,17 @@ def prompter(processor: Any, config: Any, template: str) -> Prompter:
         config: the model's configuration.
         template: "vicuna_v1", "processor", or "auto": the first for LLaVA models around a Vicuna, as their numbers were
             published, the second for all others.
+        upright: whether pictures are turned as their EXIF data say.
 
     Raises:
         ConfigError: no such template, or the processor has none.
     """
-    if template not in TEMPLATES:
-        raise ConfigError(f"there is no template {template!r}. {did_you_mean(template, TEMPLATES)}")
+    check_template(template)
     vicuna = template == "vicuna_v1" or (template == "auto" and _published_with_vicuna(config))
     if not vicuna and getattr(processor, "chat_template", None) is None:
         raise ConfigError("this processor has no chat template: give --template vicuna_v1, or a model with a template.")
     border = _mean_colour(processor) if vicuna and config.model_type == _PADDED_FAMILY else None
-    return Prompter(processor, vicuna, border)
+    return Prompter(processor, vicuna, border, upright)
 
 
 def _mean_colour(processor: Any) -> tuple[int, int, int]:

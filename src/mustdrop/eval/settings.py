@@ -34,6 +34,7 @@ class Settings:
         attention: attention implementation; None leaves the choice to transformers.
         max_new_tokens: limit of an answer; None is the benchmark's.
         retry_failed: ask again what failed.
+        upright: turn pictures as their EXIF data say.
     """
 
     benchmark: str
@@ -55,6 +56,7 @@ class Settings:
     attention: str | None = None
     max_new_tokens: int | None = None
     retry_failed: bool = False
+    upright: bool = True
 
     @property
     def folder(self) -> Path:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from mustdrop.errors import ConfigError, UnsupportedOptionError
+from mustdrop.pictures import ENDINGS, read_picture
 
 Message = dict[str, Any]
 Conversation = list[Message]
 
 # Inputs with one entry per token, and what they hold at tokens of an answer.
 PER_TOKEN = {"input_ids": None, "attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0}
-_IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
 
 def kinds(conversation: Conversation) -> tuple[str, ...]:
@@ -64,7 +64,7 @@ def user(visuals: Sequence[Any], text: str, place: str | None = None) -> Convers
 
 def visual(one: Any) -> Message:
     """An image or a video as a part of a message: a path by its ending, anything else an image."""
-    if isinstance(one, str | Path) and not str(one).lower().endswith(_IMAGES):
+    if isinstance(one, str | Path) and not str(one).lower().endswith(ENDINGS):
         return {"type": "video", "video": str(one)}
     return {"type": "image", "image": one}
 
@@ -101,10 +101,7 @@ def inputs(processor: Any, conversations: Sequence[Conversation], frames: int | 
 def _opened(image: Any) -> Any:
     from PIL import Image
 
-    if isinstance(image, str | Path):
-        with Image.open(image) as file:
-            return file.convert("RGB")
-    return image.convert("RGB") if isinstance(image, Image.Image) else image
+    return read_picture(image) if isinstance(image, str | Path | Image.Image) else image
 
 
 def continued(prompt: dict[str, Tensor], answers: Sequence[Tensor], pad: int) -> dict[str, Tensor]:
