@@ -12,19 +12,50 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def place(device: str | None) -> torch.device:
-    """The device of this name; without one, a GPU if there is any.
+    """The device of this name; without one, or for "auto", a GPU if there is any.
 
     Raises:
         ConfigError: there is no such device here.
     """
-    if device is None:
+    if device in (None, "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(device)
+        found = torch.device(device or "")
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    if found.type == "meta":
+        raise ConfigError(f"device {device!r} cannot be used here: its tensors hold no numbers.")
     return found
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse a type of weights that there is not.
+
+    Raises:
+        ConfigError: not one of `DTYPES`.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}.")
+
+
+def check_question(processor: Any, question: str) -> None:
+    """Refuse a question with a word that stands for a picture in a prompt: the picture is put before it anyway.
+
+    Args:
+        processor: of the model.
+        question: as the user wrote it.
+
+    Raises:
+        ConfigError: the word is there.
+    """
+    for name in ("image_token", "video_token"):
+        word = getattr(processor, name, None)
+        if isinstance(word, str) and word and word in question:
+            raise ConfigError(
+                f"the question {question!r} has {word!r} in it, which stands for a picture: leave it out, the picture "
+                "is put before the question by itself."
+            )
 
 
 def load_model(
@@ -49,8 +80,7 @@ def load_model(
 
     from mustdrop.demo.model import CHECKPOINT
 
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}.")
+    check_dtype(dtype)
     source = str(CHECKPOINT) if name == "bundled" else name
     if attention is not None:
         options = {**options, "attn_implementation": attention}

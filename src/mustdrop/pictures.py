@@ -61,17 +61,15 @@ def read_picture(source: Any, *, upright: bool = True, stretch: bool = False, na
             return _rgb(image, upright, stretch, called)
     except PictureError:
         raise
-    except (
-        Exception
-    ) as error:  # decoders of broken files raise anything: OSError, SyntaxError, struct.error, zlib.error
+    except Exception as error:  # decoders of broken files raise anything: SyntaxError, struct.error, ...
         raise PictureError(f"cannot decode {called}: {error}") from None
 
 
 def from_array(source: Any, *, stretch: bool = False, name: str = "the array") -> Image.Image:
     """A picture from an array or a tensor, see `read_picture`.
 
-    Integers of 8 and 16 bits are what they are. Wider ones and floats are 0 to 1 (floats alone), 0 to 255 or 0 to 65535,
-    the narrowest that holds them; the last one if it is used at least to a quarter.
+    Integers of 8 and 16 bits are what they are. Wider ones are 0 to 255 or 0 to 65535, floats 0 to 1 as well: the
+    narrowest range that holds them, the last one if a quarter of it is used.
 
     Raises:
         PictureError: no picture, or of an unknown range.
@@ -131,9 +129,7 @@ def _opened(source: Any, name: str) -> Any:
         return io.BytesIO(decoded_text(text.partition(",")[2], name))
     path = Path(source).expanduser()
     if not path.is_file():
-        raise PictureError(
-            f"there is no image {name}: it is a folder." if path.is_dir() else f"there is no image {name}"
-        )
+        raise PictureError(f"there is no image {name}" + (": it is a folder" if path.is_dir() else ""))
     return path
 
 

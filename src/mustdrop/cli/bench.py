@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from mustdrop.cli.common import budget, console, print_json, write_json
+from mustdrop.cli.common import budget, check_run, console, print_json, write_json
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -53,11 +53,16 @@ def bench(
     from transformers.utils import logging
 
     from mustdrop.bench import WARM_UP, Setting, benchmark
+    from mustdrop.loading import check_question
 
+    methods, budgets = method or ["mustdrop"], [budget(text) for text in keep or BUDGETS]
+    check_run(methods, budgets, device, dtype)
     logging.disable_progress_bar()
-    settings = [Setting(name, budget(text)) for name in method or ["mustdrop"] for text in keep or BUDGETS]
+    settings = [Setting(name, number) for name in methods for number in budgets]
+    picture = _picture(image)
     subject, processor = _load(model, device, dtype)
-    inputs = _inputs(subject, processor, _picture(image), question, batch)
+    check_question(processor, question)
+    inputs = _inputs(subject, processor, picture, question, batch)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("measuring", total=len(settings) * (rounds + WARM_UP))
         result = benchmark(
@@ -93,9 +98,10 @@ def _picture(image: Path | None) -> Image.Image:
     from PIL import Image
 
     from mustdrop.demo.scenes import SceneMaker
+    from mustdrop.pictures import read_picture
 
     if image is not None:
-        return Image.open(image).convert("RGB")
+        return read_picture(image)
     return Image.fromarray(SceneMaker("heldout", 0).scene().image).resize((SIDE, SIDE))
 
 

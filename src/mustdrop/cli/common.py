@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,38 @@ def budget(text: str) -> Keep:
         return check_keep(number, "--keep")
     except BudgetError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a folder to write to that is a file, before hours of work.
+
+    Raises:
+        ConfigError: it is a file.
+    """
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"--out {path} is a file: give the name of a folder.")
+
+
+def check_run(methods: Sequence[str], budgets: Sequence[Keep], device: str | None, dtype: str) -> None:
+    """Refuse methods, budgets, a device and a type of weights that there are not, before a model is loaded.
+
+    Args:
+        methods: names.
+        budgets: each is tried with each method; none where a method may lack a budget.
+        device: name of a device, None for any.
+        dtype: name of a type.
+
+    Raises:
+        UnknownMethodError, UnknownKnobError, BudgetError, ConfigError: see `mustdrop.patch` and `mustdrop.loading`.
+    """
+    from mustdrop.loading import check_dtype, place
+    from mustdrop.method import find
+
+    for name in methods:
+        for settings in [{"keep": keep} for keep in budgets] or [{}]:
+            find(name, **settings)
+    place(device)
+    check_dtype(dtype)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from mustdrop.cli.common import budget, console, write_json
+from mustdrop.cli.common import budget, check_folder, check_run, console, write_json
 from mustdrop.extras import need
 
 BUDGETS = ["192", "128", "64", "32"]
@@ -28,6 +28,7 @@ def demo(
     method: Annotated[
         list[str] | None, typer.Option(help="Method to show at each budget; may be given several times.")
     ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: a GPU if any.")] = None,
     dtype: Annotated[str, typer.Option(help="Weights of --model: auto, float32, bfloat16, float16.")] = "auto",
     out: Annotated[Path, typer.Option(help="Folder for kept.png and demo.json.")] = Path("mustdrop-demo"),
 ) -> None:
@@ -48,14 +49,16 @@ def demo(
     from mustdrop.demo import run
 
     need("matplotlib", "viz", "the picture of the demo")  # now, not after all questions
-    logging.disable_progress_bar()  # there is one of our own
     budgets = [budget(text) for text in keep or BUDGETS]
     methods = method or ["mustdrop", "random"]
     questions = question or []
+    check_run(methods, budgets, device, dtype)
+    check_folder(out)
+    logging.disable_progress_bar()  # there is one of our own
     if model is None:
-        subject = run.bundled_subject(image, questions)
+        subject = run.bundled_subject(image, questions, device)
     else:
-        subject = run.hub_subject(model, image, questions, dtype)
+        subject = run.hub_subject(model, image, questions, dtype, device)
     steps = iter(track(range(len(budgets) * len(methods)), "asking", console=Console(stderr=True), transient=True))
     next(steps)
     rows, trace = run.run(subject, budgets, methods, advance=lambda: next(steps, None))

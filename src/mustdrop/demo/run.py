@@ -15,7 +15,8 @@ from PIL import Image
 import mustdrop
 from mustdrop.budget import Keep
 from mustdrop.errors import ConfigError, MustDropError
-from mustdrop.loading import load_model
+from mustdrop.loading import check_question, load_model, place
+from mustdrop.pictures import read_picture
 from mustdrop.trace import Trace
 
 # Held-out scenes of the default demo, one question of each type about each. The first one is shown. Seed 0 was not
@@ -73,6 +74,10 @@ class Subject:
     processor: Any
     items: tuple[Item, ...]
 
+    def __post_init__(self) -> None:
+        for item in self.items:
+            check_question(self.processor, item.question)
+
     @property
     def shown(self) -> tuple[Item, ...]:
         """The questions about the first image."""
@@ -93,19 +98,21 @@ class Subject:
         return str(text).strip()
 
 
-def bundled_subject(image: Path | None, questions: Sequence[str]) -> Subject:
+def bundled_subject(image: Path | None, questions: Sequence[str], device: str | None = None) -> Subject:
     """The bundled model, on held-out scenes with one question of each type unless given otherwise."""
     from mustdrop.demo.model import load
     from mustdrop.demo.scenes import SceneMaker
 
     if image is not None and not questions:
         raise ConfigError("--image needs at least one --question: only for the bundled scenes the questions are known.")
+    given = None if image is None else read_picture(image)
     model, processor = load()
+    model.to(place(device))  # type: ignore[arg-type]
     maker = SceneMaker("heldout", SCENE_SEED)
     items: list[Item] = []
     for _ in range(1 if questions else SCENES):
         scene = maker.scene()
-        picture = Image.fromarray(scene.image) if image is None else Image.open(image).convert("RGB")
+        picture = given or Image.fromarray(scene.image)
         asked = (
             [(q.text, q.answer) for q in maker.questions(scene)] if not questions else [(q, None) for q in questions]
         )
@@ -113,12 +120,14 @@ def bundled_subject(image: Path | None, questions: Sequence[str]) -> Subject:
     return Subject("bundled model", model, processor, tuple(items))
 
 
-def hub_subject(name: str, image: Path | None, questions: Sequence[str], dtype: str) -> Subject:
+def hub_subject(
+    name: str, image: Path | None, questions: Sequence[str], dtype: str, device: str | None = None
+) -> Subject:
     """A model of a hub or folder, on the user's own image."""
     if image is None or not questions:
         raise ConfigError("--model needs --image FILE and at least one --question TEXT.")
-    model, processor = load_model(name, dtype=dtype)
-    picture = Image.open(image).convert("RGB")
+    picture = read_picture(image)
+    model, processor = load_model(name, device=device, dtype=dtype)
     return Subject(name, model, processor, tuple(Item(picture, question) for question in questions))
 
 

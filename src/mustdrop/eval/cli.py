@@ -169,6 +169,8 @@ def eval_command(
     """
     from transformers.utils import logging
 
+    from mustdrop.cli.common import check_folder
+
     logging.disable_progress_bar()  # there is one of our own
     if sparse is False and method not in (None, "none"):
         raise ConfigError(f"--no-sparse runs the unpruned model, and --method {method} prunes it: give one of them.")
@@ -199,9 +201,15 @@ def eval_command(
         retry_failed=retry_failed,
         upright=upright,
     )
+    check_folder(settings.folder)
     bar = Bar()
     try:
         result = evaluate(settings, bar)
+    except KeyboardInterrupt:
+        bar.end()
+        kept = f"Interrupted. The answers so far are in {settings.folder}: the same command goes on."
+        notes.print(kept, markup=False, highlight=False, soft_wrap=True)
+        raise
     finally:
         bar.end()
     if result is None:  # another process shows it

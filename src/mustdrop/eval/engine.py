@@ -16,10 +16,10 @@ from mustdrop.errors import ConfigError, MustDropError, UnsupportedModelError
 from mustdrop.eval.journal import digest
 from mustdrop.eval.loading import Batch
 from mustdrop.eval.processes import share
+from mustdrop.loading import place
 from mustdrop.trace import Trace
 
 BUNDLED = "bundled"
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Engine:
         attention: str | None = None,
     ) -> None:
         self.name = BUNDLED if name is None else name
-        self.device = _device(device)
+        self.device = device_of(device)
         self.model, self.processor = _load(name, dtype, attention)
         self.model = self.model.to(self.device).eval()
         tokenizer = self.processor.tokenizer
@@ -125,15 +125,21 @@ class Engine:
         options.update(do_sample=False, num_beams=1, max_new_tokens=limit, max_length=None, repetition_penalty=1.0)
         options.update(temperature=None, top_p=None, top_k=None, pad_token_id=self.processor.tokenizer.pad_token_id)
         self.clock.start()
+        output: Any = None
+        short = ""
         try:
             with torch.inference_mode():
                 output = self.model.generate(**inputs, generation_config=options)
         except torch.OutOfMemoryError as error:
-            raise ConfigError(
-                f"out of memory with {len(batch.places)} rows: give a smaller --batch-size ({error})."
-            ) from None
+            short = str(error).partition(". ")[0]
         finally:
             vision, first, whole = self.clock.stop()
+        if output is None:  # outside of `except`: the error would hold the tensors that took the memory
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            rows = len(batch.places)
+            less = "give a smaller --batch-size" if rows > 1 else "it does not fit; less --keep or --dtype may help"
+            raise ConfigError(f"out of memory with {rows} question{'s' if rows > 1 else ''}: {less} ({short}).")
         new = output[:, inputs["input_ids"].shape[1] :]
         texts = [text.strip() for text in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
         return Said(texts, mustdrop.trace(self.model), vision, first, whole - first, new.shape[1])
@@ -202,16 +208,17 @@ class Clock:
             self.first = self.now() - self.began
 
 
-def _device(wanted: str) -> torch.device:
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+def device_of(wanted: str) -> torch.device:
+    """The device of this process: of several on one machine, each has a GPU of its own.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
     try:
-        device = torch.device(wanted)
-    except RuntimeError as error:
-        raise ConfigError(f"--device {wanted!r}: {error}") from None
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", share().local)
-    return device
+        device = place(wanted)
+        return place(f"cuda:{share().local}") if device == torch.device("cuda") else device
+    except ConfigError as error:
+        raise ConfigError(f"--{error}") from None
 
 
 def _load(name: str | None, dtype: str, attention: str | None) -> tuple[Any, Any]:
@@ -219,17 +226,15 @@ def _load(name: str | None, dtype: str, attention: str | None) -> tuple[Any, Any
 
     from mustdrop.demo.model import CHECKPOINT
 
-    if dtype not in DTYPES:
-        raise ConfigError(f"--dtype {dtype!r}: choose one of {', '.join(DTYPES)}.")
-    place: Any = CHECKPOINT if name is None else name
+    source: Any = CHECKPOINT if name is None else name
     more = {} if attention is None else {"attn_implementation": attention}
     try:
-        model = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype, local_files_only=name is None, **more)
-        return model, AutoProcessor.from_pretrained(place, local_files_only=name is None)
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, local_files_only=name is None, **more)
+        return model, AutoProcessor.from_pretrained(source, local_files_only=name is None)
     except MustDropError:
         raise
     except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"--model {place}: cannot be loaded ({error}).") from None
+        raise ConfigError(f"--model {source}: cannot be loaded ({error}).") from None
 
 
 def _weights(model: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from mustdrop.errors import ConfigError
 from mustdrop.eval.benchmark import Item
 from mustdrop.eval.media import MediaError
 from mustdrop.eval.prompts import Prompter
@@ -24,7 +25,7 @@ class Batch:
 
     Attributes:
         places: places of the items, row by row.
-        inputs: what the processor made of them; None if every item failed.
+        inputs: what the processor made of them; None if it takes them one by one alone, or if every item failed.
         failed: place -> what went wrong.
     """
 
@@ -62,15 +63,20 @@ class Inputs(Dataset[Batch]):
         for place in places:
             medium = self.items[place].medium
             try:
-                loaded = None if medium is None else medium.load()
+                loaded = None if medium is None else medium.load(self.prompter.upright)
                 media[place] = self.prompter.picture(loaded) if isinstance(loaded, Image.Image) else loaded
             except MediaError as error:
                 failed[place] = str(error)
+            except Exception as error:  # a data set, a disk, a picture larger than the memory
+                failed[place] = f"cannot be loaded: {type(error).__name__}: {error}"
         try:
             return self._batch(media, failed)
         except Exception:  # any library may be behind a processor
             self._fail_alone(media, failed)
+        try:
             return self._batch(media, failed)
+        except Exception:  # each alone is well
+            return Batch(list(media), None, failed)
 
     def _fail_alone(self, media: dict[int, Any], failed: dict[int, str]) -> None:
         """Move the items that the processor refuses from `media` to `failed`."""
@@ -123,4 +129,12 @@ def batches(inputs: Inputs, wanted: Sequence[list[int]], workers: int) -> Iterat
         num_workers=workers,
         prefetch_factor=_AHEAD if workers else None,
     )
-    yield from loader
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ConfigError(
+            f"a loading process died, perhaps for want of memory: give fewer --workers or a smaller --batch-size. What "
+            f"was answered is kept. ({str(error).splitlines()[0]})"
+        ) from None

@@ -11,12 +11,14 @@ from typing import Any
 from mustdrop.errors import ConfigError
 from mustdrop.eval.benchmark import Benchmark, Item, Source
 from mustdrop.eval.benchmarks import find
-from mustdrop.eval.engine import Engine
+from mustdrop.eval.engine import Engine, device_of
 from mustdrop.eval.files import Folder
 from mustdrop.eval.journal import digest
-from mustdrop.eval.prompts import Prompter, prompter
+from mustdrop.eval.prompts import Prompter, check_template, prompter
 from mustdrop.eval.result import DataInfo, PromptInfo
 from mustdrop.eval.settings import Settings
+from mustdrop.extras import install
+from mustdrop.loading import check_dtype
 from mustdrop.method import find as find_method
 
 
@@ -79,6 +81,9 @@ def prepare(settings: Settings) -> Prepared:
     benchmark = find(settings.benchmark)
     _require(benchmark)
     find_method(settings.method, **settings.knobs)  # a mistake in there should show before a large model is loaded
+    device_of(settings.device)
+    check_dtype(settings.dtype)
+    check_template(settings.template)
     items, data, folder = _questions(settings, benchmark)
     engine = Engine(
         settings.model, settings.method, dict(settings.knobs), settings.device, settings.dtype, settings.attention
@@ -98,7 +103,7 @@ def prepare(settings: Settings) -> Prepared:
 def _require(benchmark: Benchmark) -> None:
     for module in benchmark.requires:  # its absence should not show after hours, when the answers are written
         if importlib.util.find_spec(module) is None:
-            raise ConfigError(f"{benchmark.name} needs {module}: pip install 'mustdrop[eval]'.")
+            raise ConfigError(f"{benchmark.name} needs {module}: {install('eval')}.")
 
 
 def _check_media(benchmark: Benchmark, items: Sequence[Item], engine: Engine) -> None:

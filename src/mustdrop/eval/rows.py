@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mustdrop.errors import ConfigError, DataFileError
+from mustdrop.extras import install
 
 
 def load_rows(name: str, split: str | None) -> tuple[Any, str]:
@@ -23,7 +24,7 @@ def load_rows(name: str, split: str | None) -> tuple[Any, str]:
     try:
         import datasets
     except ImportError:
-        raise DataFileError("--dataset needs the package datasets: pip install 'mustdrop[eval]'.") from None
+        raise DataFileError(f"--dataset needs the package datasets: {install('eval')}.") from None
     try:
         loaded = _load(datasets, name)
     except (OSError, ValueError, RuntimeError) as error:

@@ -69,7 +69,8 @@ def _work(ready: Prepared, journal: Journal, rank: int, world: int, watcher: Wat
     if watcher is not None:
         own = [place for batch in mine for place in batch]
         watcher.begin(ready, len(own), [(items[place], done[place]) for place in own if place in done])
-    for lines in ask_all(ready, todo):
+    begun = any("text" in line for line in done.values())
+    for lines in ask_all(ready, todo, begun=begun, shared=world > 1):
         journal.write(lines)
         if watcher is not None:
             watcher.answered([(items[line["item"]], line) for line in lines])

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mustdrop.errors import ConfigError
+from mustdrop.extras import need
 
 if TYPE_CHECKING:
     from mustdrop.demo.run import Item, Subject
@@ -31,6 +32,7 @@ def command(
     method: Annotated[list[str] | None, typer.Option(help="Method to try; several times; default: all.")] = None,
     keep: Annotated[list[str] | None, typer.Option(help="Budget to try: 64 or 0.25; several times.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens after which an answer is cut off.")] = 32,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: a GPU if any.")] = None,
     dtype: Annotated[str, typer.Option(help="Weights of --model: auto, float32, bfloat16, float16.")] = "auto",
     out: Annotated[Path, typer.Option(help="Folder for config.json and tune.png.")] = Path("mustdrop-tune"),
 ) -> None:
@@ -46,15 +48,16 @@ def command(
     """
     from transformers.utils import logging
 
-    from mustdrop.method import methods
+    from mustdrop.cli.common import budget, check_folder, check_run
     from mustdrop.tuning import KEEPS, Goal, tune
 
+    Goal(agreement, kl, time)  # this and what follows fails before a model is loaded
+    keeps = [budget(text) for text in keep or ()] or KEEPS
+    need("matplotlib", "viz", "the picture of the search")
+    check_run(method or (), (), device, dtype)
+    check_folder(out)
     logging.disable_progress_bar()  # there is one of our own
-    Goal(agreement, kl, time)  # fails before a model is loaded
-    unknown = [name for name in method or () if name not in methods()]
-    if unknown:
-        raise ConfigError(f"there is no method {unknown[0]!r}. Known: {', '.join(methods())}.")
-    subject = _subject(model, samples, image, question or [], dtype)
+    subject = _subject(model, samples, image, question or [], dtype, device)
     inputs = [subject.inputs(item) for item in subject.items]
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -66,7 +69,7 @@ def command(
             kl=kl,
             time=time,
             methods=method,
-            keeps=[_budget(text) for text in keep] if keep else KEEPS,
+            keeps=keeps,
             max_new_tokens=tokens,
             on_step=lambda done, total: progress.update(task, completed=done, total=total),
         )
@@ -79,29 +82,34 @@ def command(
     console.print(f'  mustdrop.patch(model, mustdrop.load_config("{out / "config.json"}"))', markup=False)
 
 
-def _subject(model: str | None, samples: Path | None, image: Path | None, questions: list[str], dtype: str) -> Subject:
+def _subject(
+    model: str | None,
+    samples: Path | None,
+    image: Path | None,
+    questions: list[str],
+    dtype: str,
+    device: str | None,
+) -> Subject:
     """The model and what it is asked."""
-    from PIL import Image
-
     from mustdrop.demo import run
+    from mustdrop.loading import place
+    from mustdrop.pictures import read_picture
 
     if samples is not None and (image is not None or questions):
         raise ConfigError("give either --samples FILE or --image FILE with --question TEXT, not both.")
     if (image is None) != (not questions):
         raise ConfigError("--image FILE and --question TEXT come together: each question is about the image.")
     pairs = _pairs(samples) if samples is not None else [(image, text) for text in questions if image is not None]
-    missing = [path for path, _ in pairs if not path.is_file()]
-    if missing:
-        raise ConfigError(f"there is no image {missing[0]}.")
-    items = tuple(run.Item(Image.open(path).convert("RGB"), text) for path, text in pairs)
+    items = tuple(run.Item(read_picture(path), text) for path, text in pairs)
     if model is not None:
         if not pairs:
             raise ConfigError("--model needs --samples FILE, or --image FILE and at least one --question TEXT.")
-        hub = run.hub_subject(model, pairs[0][0], [pairs[0][1]], dtype)
+        hub = run.hub_subject(model, pairs[0][0], [pairs[0][1]], dtype, device)
         return run.Subject(hub.name, hub.model, hub.processor, items)
     from mustdrop.demo.model import load
 
     loaded, processor = load()
+    loaded.to(place(device))  # type: ignore[arg-type]
     return run.Subject("bundled model", loaded, processor, items or _scenes())
 
 
@@ -135,12 +143,3 @@ def _scenes() -> tuple[Item, ...]:
     scenes = [maker.scene() for _ in range(SCENES)]
     pictures = [(Image.fromarray(scene.image), maker.questions(scene)) for scene in scenes]
     return tuple(Item(picture, q.text, q.answer) for picture, questions in pictures for q in questions)
-
-
-def _budget(text: str) -> int | float:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    raise ConfigError(f"--keep {text!r} is neither a number of tokens (64) nor a share (0.25).")

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from mustdrop.config import save_config
 from mustdrop.errors import ConfigError
+from mustdrop.extras import need
 from mustdrop.method import Method, find
 from mustdrop.provenance import provenance
 from mustdrop.tuning.goal import Goal
@@ -165,12 +166,11 @@ class Tuning:
             The matplotlib figure.
 
         Raises:
-            ImportError: the extra `mustdrop[viz]` is not installed.
+            MissingPackageError: matplotlib, of the extra `viz`, is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("drawing needs matplotlib: pip install 'mustdrop[viz]'.") from error
+        need("matplotlib", "viz", "drawing")
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.subplots()
         usable = [c for c in self.candidates if not c.refused]
