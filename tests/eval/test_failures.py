@@ -87,7 +87,8 @@ def test_out_of_memory_with_many_is_not_out_of_memory_with_one(monkeypatch, tmp_
         return ask(self, batch, limit)
 
     monkeypatch.setattr(Engine, "ask", short)
-    assert evaluate(settings(tmp_path, limit=3)).failed == []
+    with pytest.warns(RuntimeWarning, match=r"one by one.*out of memory with 3 questions"):
+        assert evaluate(settings(tmp_path, limit=3)).failed == []
 
 
 def test_out_of_memory_with_one_says_so_in_a_line(monkeypatch, tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -100,11 +101,18 @@ def _asked(ready: Prepared, inputs: Inputs, batch: Batch, strict: bool) -> list[
     if together:
         lines, first = _said(ready, batch)
     if not together or (first is not None and len(batch.places) > 1):
-        lines, first = [], None
+        refused, lines, first = first, [], None
         for place in batch.places:
             one = inputs[[place]]
             own, error = _said(ready, one) if one.places else ([{"item": place, "failed": one.failed[place]}], None)
             lines, first = lines + own, first or error
+        if first is None and refused is not None:
+            warnings.warn(
+                f"a batch of {len(batch.places)} failed, and its questions were asked one by one, which takes longer: "
+                f"{_reason(refused)}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
     if strict and first is not None and all("failed" in line for line in lines):
         raise NoneAnsweredError(lines, first)
     return lines
