@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 import mustdrop
 from mustdrop import cli, doctor, extras
 from mustdrop.demo.model import CHECKPOINT
 from mustdrop.doctor import installed, selftest
 
-COMMANDS = ("demo", "eval", "report", "bench", "methods", "adapters", "doctor")
+COMMANDS = ("demo", "eval", "report", "tune", "bench", "methods", "adapters", "doctor")
+ROOT = Path(__file__).parents[1]
 
 
 def call(monkeypatch, capsys, *arguments):
@@ -40,7 +44,113 @@ def test_help_names_every_command_and_the_exit_codes(run):
     code, out, _ = run("--help")
     assert code == 0
     assert all(f"  {name} " in out for name in COMMANDS)
+    assert sorted(COMMANDS) == sorted(command_names())
     assert "Exit codes" in out
+
+
+def command_names():
+    return [entry.name or entry.callback.__name__ for entry in cli.app.registered_commands]
+
+
+def test_the_documents_name_every_command_and_no_other():
+    page = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+    table = page.partition("| command | what it does |")[2].partition("\n\n")[0]
+    assert sorted(re.findall(r"^\| `([\w-]+)` \|", table, re.MULTILINE)) == sorted(command_names())
+    (listed,) = [line for line in page.splitlines() if "print JSON with `--json`" in line]
+    printing = [name for name in command_names() if "--json" in parameters(name)]
+    assert sorted(re.findall(r"`(\w+)`", listed)) == sorted(printing)
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
+    called = {
+        match[1]
+        for path in pages
+        for match in re.finditer(r"^(?:python -m )?mustdrop ([a-z]+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert called <= set(command_names()), called
+
+
+def parameters(name):
+    """The options of a command."""
+    command = typer.main.get_command(cli.app).commands[name]
+    return {option for parameter in command.params for option in parameter.opts}
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Loading a model is an error of the test."""
+
+    def load(*arguments, **more):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("mustdrop.demo.model.load", load)
+    monkeypatch.setattr("transformers.AutoModelForImageTextToText.from_pretrained", load)
+
+
+@pytest.mark.parametrize("command", ["demo", "bench", "tune"])
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--method", "nope"), "there is no method 'nope'"),
+        (("--method", "fastr"), "Did you mean 'fastv'?"),
+        (("--keep", "lots"), "neither a number of tokens"),
+        (("--keep", "0"), "positive"),
+        (("--keep", "1.5"), "(0, 1]"),
+        (("--device", "cuda:99"), "cuda:99"),
+        (("--device", "nowhere"), "device 'nowhere' cannot be used here"),
+        (("--device", "meta"), "hold no numbers"),
+        (("--dtype", "float8"), "choose one of auto"),
+        (("--image", "no-such.png", "--question", "what ?"), "no-such.png"),
+        (("--image", "notes.png", "--question", "what ?"), "notes.png"),
+    ],
+)
+def test_mistakes_are_said_before_a_model_is_loaded(command, arguments, text, run, no_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.png").write_text("not an image")
+    more = ("--agreement", "0.9") if command == "tune" else ()
+    code, out, err = run(command, *arguments, *more)
+    assert code == cli.WRONG
+    assert text in err
+    assert "Traceback" not in out + err
+
+
+@pytest.mark.parametrize("command", [["demo"], ["tune", "--kl", "1"]])
+def test_a_folder_to_write_to_that_is_a_file_is_said_at_once(command, run, no_model, tmp_path):
+    (tmp_path / "out").touch()
+    code, _, err = run(*command, "--out", tmp_path / "out")
+    assert code == cli.WRONG
+    assert "is a file: give the name of a folder" in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["demo"],
+        ["bench"],
+        ["tune", "--kl", "1"],
+        ["eval", "scenes", "--limit", "2"],
+        ["doctor"],
+        ["doctor", "--no-self-test"],
+    ],
+    ids=" ".join,
+)
+def test_a_gpu_that_is_not_there_is_one_line(command, run, no_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*command, "--device", "cuda")
+    assert (code, out) == (cli.WRONG, "")
+    assert len(err.splitlines()) == 1
+    assert "device 'cuda' cannot be used here" in err
+
+
+@pytest.mark.parametrize("command", ["demo", "bench", "tune"])
+def test_a_placeholder_in_a_question_is_one_line(command, run, tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (30, 20), "navy").save(tmp_path / "sea.png")
+    more = ("--agreement", "0.9") if command == "tune" else ()
+    code, _, err = run(command, "--image", tmp_path / "sea.png", "--question", "what is <image> ?", *more)
+    assert code == cli.WRONG
+    assert len(err.splitlines()) == 1
+    assert "leave it out" in err
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -72,12 +182,6 @@ def test_it_is_a_process_of_its_own(launcher, arguments, code):
     ("arguments", "text"),
     [
         (("demmo",), "demmo"),
-        (("bench", "--keep", "lots"), "neither a number of tokens"),
-        (("bench", "--keep", "0"), "positive"),
-        (("bench", "--keep", "1.5"), "(0, 1]"),
-        (("bench", "--method", "fastr"), "Did you mean 'fastv'?"),
-        (("bench", "--device", "nowhere"), "nowhere"),
-        (("bench", "--image", "no-such.png"), "no-such.png"),
         (("bench", "--new-tokens", "1"), "new-tokens"),
         (("demo", "--image", "cat.png"), "--question"),
         (("demo", "--keep", "70000"), "576 vision tokens"),
@@ -116,7 +220,7 @@ def test_without_matplotlib_the_demo_stops_before_it_asks(run, monkeypatch):
     monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
     code, _, err = run("demo")
     assert code == cli.WRONG
-    assert "pip install 'mustdrop[viz]'" in err
+    assert extras.install("viz") in err
 
 
 def test_methods_and_adapters_as_tables_and_as_json(run):
@@ -236,5 +340,19 @@ def test_what_kernels_are_asked_for_is_said(monkeypatch):
 
 
 def test_a_missing_extra_is_named_with_what_brings_it():
-    with pytest.raises(mustdrop.errors.MissingPackageError, match=r"pip install 'mustdrop\[viz\]'"):
+    with pytest.raises(mustdrop.errors.MissingPackageError, match=re.escape(extras.install("viz"))):
         extras.need("no_such_module", "viz", "drawing")
+
+
+def test_until_a_release_nothing_says_that_the_package_index_has_the_package(monkeypatch):
+    assert "'.[viz]'" in extras.install("viz")
+    assert "'.'" in extras.install()
+    monkeypatch.setattr(extras, "PUBLISHED", True)
+    assert extras.install("viz") == "pip install 'mustdrop[viz]'"
+    assert extras.install() == "pip install 'mustdrop'"
+    monkeypatch.undo()
+    from_index = re.compile(r"pip install (?:[\w.\[\]-]+ )*['\"]?mustdrop\b(?!-)")
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("src/**/*.py"), *ROOT.glob("examples/*")]
+    texts = {path: path.read_text(encoding="utf-8") for path in pages if path.is_file() and path.name != "extras.py"}
+    wrong = [str(path) for path, text in texts.items() if from_index.search(text)]
+    assert extras.PUBLISHED or not wrong

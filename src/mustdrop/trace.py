@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,9 +13,6 @@ from torch import Tensor
 from mustdrop.cost import Compared
 from mustdrop.errors import ConfigError
 from mustdrop.runtime.state import Marks, Medium
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, repr=False)
@@ -162,17 +159,21 @@ class Trace:
         """Draw which patches survived each stage, over the image.
 
         Args:
-            image: PIL image, array (rows, columns, 3) or path; a list of them for a prompt with several images.
+            image: what `mustdrop.pictures.read_picture` takes: a path, a Pillow image, an array or a tensor with the
+                channels first or last. A list or a batch of them for a prompt with several images, or for all prompts
+                of the batch. The frames of a video as a list, an array with one more dimension, or a folder.
             path: where to write the picture (format by its ending), or None.
             sample: batch row.
 
         Returns:
-            The matplotlib figure.
+            The matplotlib figure: a row per image or frame, a column per stage.
 
         Raises:
-            ConfigError: the number of images is not the prompt's, or the encoder did not run in this call.
-            ImportError: the extra `mustdrop[viz]` is not installed.
+            ConfigError: the number of images is not the prompt's, the prompt has none, the encoder did not run in this
+                call, there is no such sample, or the ending says no format.
+            PictureError: a picture that cannot be read.
+            MissingPackageError: matplotlib, of the extra `viz`, is not installed.
         """
-        from mustdrop.report import draw
+        from mustdrop.trace_drawing import draw
 
         return draw(self, image, path, sample)

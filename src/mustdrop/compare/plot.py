@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mustdrop import figures
 from mustdrop.compare.groups import UNPRUNED, Group, Row
 from mustdrop.errors import ConfigError
 from mustdrop.extras import need
@@ -36,13 +37,9 @@ def draw(groups: Sequence[Group], path: Path) -> Figure:
     if not shown:
         raise ConfigError("--plot has nothing to draw: none of these results has both a score and vision tokens.")
     figure = Figure(figsize=(6.4, 4.2 * len(shown)), layout="constrained")
-    known = figure.canvas.get_supported_filetypes()
-    if path.suffix.lstrip(".").lower() not in known:
-        raise ConfigError(f"--plot {path}: expected a file ending in one of {', '.join(sorted(known))}.")
     for axes, group in zip(figure.subplots(len(shown), squeeze=False)[:, 0], shown, strict=True):
         _panel(axes, group)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figures.save(figure, path)
     return figure
 
 

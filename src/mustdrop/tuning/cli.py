@@ -42,9 +42,9 @@ def command(
     quality is fidelity to the unpruned model.
 
     Examples:
-        mustdrop tune --agreement 0.95
+        python -m mustdrop tune --agreement 0.95
 
-        mustdrop tune --model llava-hf/llava-1.5-7b-hf --samples mine.jsonl --kl 0.05 --time 0.6
+        python -m mustdrop tune --model llava-hf/llava-1.5-7b-hf --samples mine.jsonl --kl 0.05 --time 0.6
     """
     from transformers.utils import logging
 

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mustdrop import figures
 from mustdrop.config import save_config
 from mustdrop.errors import ConfigError
 from mustdrop.extras import need
@@ -185,5 +186,5 @@ class Tuning:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
         if path is not None:
-            figure.savefig(path, dpi=120)
+            figures.save(figure, path)
         return figure
