@@ -54,7 +54,7 @@ class DataFileError(MustDropError, ValueError):
     """A file that an evaluation reads is missing, or is not what its guide says."""
 
 
-class PictureError(MustDropError, ValueError):
+class PictureError(ConfigError):
     """A picture that is missing, broken, or of a kind that cannot be read."""
 
 

@@ -24,21 +24,19 @@ def budget(text: str) -> Keep:
     """`--keep` as a number: "64" is tokens, "0.25" a share.
 
     Raises:
-        typer.BadParameter: it is neither, or no budget.
+        ConfigError: it is neither.
+        BudgetError: it is no budget.
     """
     from mustdrop.budget import check_keep
 
-    try:
-        number: Keep = int(text)
-    except ValueError:
+    for kind in (int, float):
         try:
-            number = float(text)
+            return check_keep(kind(text), "--keep")
+        except BudgetError:
+            raise
         except ValueError:
-            raise typer.BadParameter(f"{text!r} is neither a number of tokens (64) nor a share (0.25).") from None
-    try:
-        return check_keep(number, "--keep")
-    except BudgetError as error:
-        raise typer.BadParameter(str(error)) from None
+            continue
+    raise ConfigError(f"--keep {text!r} is neither a number of tokens (64) nor a share (0.25).")
 
 
 def check_folder(path: Path) -> None:
