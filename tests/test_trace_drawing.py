@@ -139,6 +139,24 @@ def test_frames_of_a_video(video, tmp_path):
         same(video.draw(given), rows)
 
 
+def test_a_family_with_one_medium_for_all_images_of_a_prompt():
+    pictures = [torch.zeros(3, 48, 48), torch.ones(3, 48, 48) * 0.5]
+    trace = family("idefics3", "image", [picture + 0.1 for picture in pictures], prefill=PrefillPruner(keep=0.5))
+    same(trace.draw(pictures), [("image 1", 0), ("image 2", 128)])
+
+
+def test_a_whole_image_and_its_tiles_have_a_row_each():
+    picture = torch.randn(registry()["llava_next"].tiny_sizes("image")[-1])
+    trace = family("llava_next", "image", [picture], prefill=PrefillPruner(keep=0.5))
+    assert [label for label, _ in shown(trace.draw(picture))] == ["image, grid 1", "image, grid 2"]
+
+
+def test_tokens_that_lie_nowhere_in_the_picture():
+    trace = family("aria", "image", [torch.randn(3, 24, 24)], prefill=PrefillPruner(keep=0.5))
+    with pytest.raises(ConfigError, match="nowhere in the picture"):
+        trace.draw(colour(RED))
+
+
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 def test_the_picture_lies_as_the_model_saw_it(orientation, tmp_path):
     """A model of native resolution saw a wide picture; its file may hold it turned."""

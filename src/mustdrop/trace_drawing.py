@@ -85,8 +85,13 @@ def _sample(trace: Trace, sample: int) -> int:
 def _media(trace: Trace, sample: int) -> list[Medium]:
     """The images and videos of one prompt, at least one."""
     media = trace.media[sample] if trace.media else []
-    if media:
+    if any(medium.layout.grids for medium in media):
         return media
+    if media:
+        raise ConfigError(
+            "the vision tokens of this model lie nowhere in the picture: learned queries read it as a whole, so there "
+            "is nothing to draw."
+        )
     if not int(trace.total[sample]):
         raise ConfigError(f"sample {sample} has no image or video to draw: its prompt is text alone, or embeddings.")
     raise ConfigError(
@@ -121,10 +126,11 @@ def per_medium(image: Any, everyone: Sequence[Sequence[Medium]], sample: int) ->
         )
     given = _parts(image)
     things = [image] if given is None else given
-    for some in _readings(things, everyone, sample):
-        found = _matched(some, media)
-        if found is not None:
-            return found
+    for matched in (_matched, _by_grid):
+        for some in _readings(things, everyone, sample):
+            found = matched(some, media)
+            if found is not None:
+                return found
     raise ConfigError(f"sample {sample} has {_described(media)}, got {_named(image, things)} to draw on.")
 
 
@@ -151,6 +157,12 @@ def _matched(things: list[Any], media: Sequence[Medium]) -> list[list[Any]] | No
     pairs = zip(found, media, strict=True)
     fits = all(frames and (medium.kind == "video" or len(frames) == 1) for frames, medium in pairs)
     return found if fits else None
+
+
+def _by_grid(things: list[Any], media: Sequence[Medium]) -> list[list[Any]] | None:
+    """The pictures of a prompt whose family makes one medium of all its images, a grid for each; None otherwise."""
+    fits = len(media) == 1 and len(things) == len(media[0].layout.grids)
+    return [things] if fits and all(_parts(thing) is None for thing in things) else None
 
 
 def _frames(thing: Any) -> list[Any]:
@@ -199,12 +211,20 @@ def _rows(media: Sequence[Medium], pictures: list[list[Any]]) -> Iterator[Row]:
         tokens[layout.cells[~layout.structural]] = medium.index[~layout.structural]
         for grid, ((frames, height, width), first) in enumerate(zip(layout.grids, layout.offsets, strict=False)):
             for t in range(frames):
-                shown = t * len(own) // frames
-                label = name if len(layout.grids) == 1 else f"{name}, grid {grid + 1}"
-                if kind == "video":
-                    label += f", frame {(shown if len(own) > 1 else t) + 1}"
+                label, source = _shown(name, medium, own, grid, t)
                 start = first + t * height * width
-                yield Row(label, own[shown], tokens[start : start + height * width].view(height, width))
+                yield Row(label, source, tokens[start : start + height * width].view(height, width))
+
+
+def _shown(name: str, medium: Medium, pictures: list[Any], grid: int, t: int) -> tuple[str, Any]:
+    """Label and picture of frame `t` of a grid."""
+    grids = medium.layout.grids
+    if medium.kind == "video":
+        place = t * len(pictures) // grids[grid][0]
+        return f"{name}, frame {(place if len(pictures) > 1 else t) + 1}", pictures[place]
+    if len(pictures) > 1:
+        return f"{name} {grid + 1}", pictures[grid]
+    return (name if len(grids) == 1 else f"{name}, grid {grid + 1}"), pictures[0]
 
 
 def _coverage(trace: Trace, layer: int, sample: int) -> Tensor:
