@@ -354,3 +354,31 @@ def test_until_a_release_nothing_says_that_the_package_index_has_the_package(mon
     texts = {path: path.read_text(encoding="utf-8") for path in pages if path.is_file() and path.name != "extras.py"}
     wrong = [str(path) for path, text in texts.items() if from_index.search(text)]
     assert extras.PUBLISHED or not wrong
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "out of memory (CUDA out of memory): a smaller picture"),
+        (MemoryError(), "out of memory (the machine has no more)"),
+    ],
+    ids=["device", "machine"],
+)
+def test_too_little_memory_is_one_line(error, text, run, monkeypatch):
+    def load(*arguments, **more):
+        raise error
+
+    monkeypatch.setattr("mustdrop.demo.model.load", load)
+    code, _, err = run("bench", "--device", "cpu")
+    assert code == cli.WRONG
+    assert text in err
+    assert len(err.splitlines()) == 1
+
+
+def test_an_error_that_nobody_foresaw_keeps_its_traceback(run, monkeypatch):
+    def load(*arguments, **more):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr("mustdrop.demo.model.load", load)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        run("bench", "--device", "cpu")

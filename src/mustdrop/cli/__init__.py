@@ -2,8 +2,8 @@
 
 Exit codes, of every command: 0, it did what it was asked; 1, it ran and found a failure (a failed self-test, too many
 questions that could not be asked), or an error that nobody foresaw, with its traceback; 2, it could not run as it was
-called (unknown option, method or budget, missing file, missing package), with one line that says what to do; 130,
-interrupted.
+called (unknown option, method or budget, missing file or package, too little memory), with one line that says what to
+do; 130, interrupted.
 """
 
 from __future__ import annotations
@@ -76,10 +76,20 @@ add(doctor.doctor)
 def main() -> None:
     """Run the command line.
 
-    An error of mustdrop, or of a file, ends with its message and exit code 2; see the module for the others.
+    An error of mustdrop, of a file, or of too little memory ends with its message and exit code 2; see the module for
+    the others.
     """
     try:
         app(prog_name="mustdrop")
     except (MustDropError, OSError) as error:  # OSError: files, disks, and models that no hub or folder has
-        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise SystemExit(WRONG) from None
+        _end(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if type(error).__name__ not in ("MemoryError", "OutOfMemoryError"):  # torch need not be imported to tell
+            raise
+        what = str(error).partition(". ")[0] or "the machine has no more"
+        _end(f"out of memory ({what}): a smaller picture, batch, model or --dtype needs less.")
+
+
+def _end(message: str) -> None:
+    errors.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    raise SystemExit(WRONG) from None
