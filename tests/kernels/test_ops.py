@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mustdrop
 from kernels import checks
 from mustdrop import PrefillPruner, errors, kernels
-from mustdrop.kernels import dispatch, ops, reference, reference_tokens
+from mustdrop.kernels import dispatch, reference, reference_tokens
 from mustdrop.selection import Selection
 from support.builders import LLAMA, answer, batch
 from support.checks import patched
@@ -40,6 +40,11 @@ def arguments():
     }
 
 
+def op(name):
+    """The operation as torch knows it."""
+    return getattr(torch.ops.mustdrop, name).default
+
+
 @pytest.fixture
 def auto(monkeypatch):
     monkeypatch.setattr(dispatch, "_forced", [])
@@ -50,7 +55,7 @@ def auto(monkeypatch):
 @pytest.mark.parametrize("name", arguments())
 def test_torch_accepts_the_registration(name):
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(getattr(ops, name), arguments()[name], test_utils=tests)
+    torch.library.opcheck(op(name), arguments()[name], test_utils=tests)
 
 
 @pytest.mark.parametrize("name", arguments())
@@ -67,7 +72,7 @@ def test_shapes_on_a_device_are_known_without_one(name):
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         move = lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda")  # noqa: E731
         given = torch.utils._pytree.tree_map_only(torch.Tensor, move, arguments()[name])
-        got = torch.utils._pytree.tree_leaves(getattr(ops, name)(*given))
+        got = torch.utils._pytree.tree_leaves(op(name)(*given))
     assert mode is not None
     expected = torch.utils._pytree.tree_leaves(getattr(kernels, name)(*arguments()[name]))
     assert [(t.shape, t.dtype, t.device.type) for t in got] == [(t.shape, t.dtype, "cuda") for t in expected]
@@ -128,7 +133,7 @@ def test_no_reference_makes_anything_larger_than_its_inputs_or_its_result():
     for name, given in calls.items():
         inputs = [t for t in torch.utils._pytree.tree_leaves(given) if isinstance(t, torch.Tensor)]
         with Largest() as largest:
-            made = torch.utils._pytree.tree_leaves(getattr(ops, name)(*given))
+            made = torch.utils._pytree.tree_leaves(op(name)(*given))
         assert largest.nbytes <= max(sum(t.nbytes for t in inputs), *(t.nbytes for t in made)), name
 
 
