@@ -7,6 +7,7 @@ any device.
 
 from mustdrop.kernels.dispatch import Choice, chosen, implementation, use_kernels
 from mustdrop.kernels.reference import key_scores, received_attention, row_probabilities, text_statistics
+from mustdrop.kernels.reference_choices import farthest_first, greedy_coverage, greedy_determinant, select
 from mustdrop.kernels.reference_tokens import (
     best_match,
     compact,
@@ -22,12 +23,16 @@ __all__ = [
     "chosen",
     "compact",
     "cut_mask",
+    "farthest_first",
     "gather_rows",
+    "greedy_coverage",
+    "greedy_determinant",
     "implementation",
     "key_scores",
     "merge_tokens",
     "received_attention",
     "row_probabilities",
+    "select",
     "text_statistics",
     "use_kernels",
     "window_similarity",
