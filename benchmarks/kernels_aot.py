@@ -40,7 +40,7 @@ def attention(heads: int, groups: int, dim: int, keys: int, rows: int, dtype: to
 def cases() -> dict[str, Callable[[], Any]]:
     """Calls of the launchers: a name, and what to call."""
     from mustdrop.kernels.triton import attention as text
-    from mustdrop.kernels.triton import decode, gathering, greedy, matching, merging, selecting
+    from mustdrop.kernels.triton import decode, duplicates, gathering, greedy, matching, merging, selecting
 
     def statistics(*sizes: Any, softcap: float | None = None, biased: bool = False) -> Callable[[], Any]:
         def call() -> Any:
@@ -103,6 +103,10 @@ def cases() -> dict[str, Callable[[], Any]]:
         x = torch.empty(1, tokens, tokens, dtype=dtype)
         return lambda: greedy.greedy_coverage(x, count, torch.empty(1, tokens))
 
+    def without(tokens: int, channels: int, count: int, dtype: torch.dtype) -> Callable[[], Any]:
+        x, order = torch.empty(1, tokens, channels, dtype=dtype), torch.zeros(1, tokens, dtype=torch.long)
+        return lambda: duplicates.without_duplicates(x, order, count)
+
     def select(tokens: int, slots: int) -> Callable[[], Any]:
         flags = torch.empty(1, tokens, dtype=torch.bool)
         given = (torch.empty(1, 2, tokens), flags, torch.empty(1, dtype=torch.long), slots, flags)
@@ -137,6 +141,7 @@ def cases() -> dict[str, Callable[[], Any]]:
         "determinant, 16384 tokens, float32": determinant(16384, 3584, 2048, FLOAT),
         "coverage, 576 tokens": coverage(576, 192, FLOAT),
         "coverage, 4096 tokens": coverage(4096, 1024, FLOAT),
+        "without duplicates, LLaVA-1.5-7B": without(480, 1024, 96, BFLOAT16),
         "select, LLaVA-1.5-7B": select(576, 192),
         "select, 4096 tokens": select(4096, 1024),
         "select, 8192 tokens": select(8192, 4096),

@@ -230,3 +230,28 @@ def check_select_by_statistics(device: str, n: int) -> None:
     index, stays = kernels.select(statistics, alive, wanted, 0, None, None, 0.5, 2.0)
     assert index.shape == (2, 0)
     assert [row.nonzero()[:, 0].tolist() for row in stays] == expected
+
+
+def rounds(similar: Tensor, order: list[int], count: int, most: int) -> list[int]:
+    """One row of `without_duplicates`, in words."""
+    listed = list(range(len(order))) if count else []
+    while len(listed) > count:
+        even, odd = listed[::2], listed[1::2]
+        near = {e: max(float(similar[order[e], order[o]]) for o in odd) for e in even}
+        leave = min(most, len(listed) - count, len(even))
+        listed = sorted(even, key=lambda e: -near[e])[leave:] + odd
+    return [order[i] for i in listed]
+
+
+@case(
+    {"n": 20, "listed": 13, "count": 4, "most": 2},
+    {"n": 80, "listed": 70, "count": 50, "most": 8},
+    {"n": 9, "listed": 9, "count": 1, "most": 8},
+    {"n": 9, "listed": 5, "count": 5, "most": 8},
+    {"n": 9, "listed": 5, "count": 0, "most": 8},
+)
+def check_without_duplicates(device: str, n: int, listed: int, count: int, most: int) -> None:
+    x = features(device, 2, n, 24, FLOAT)
+    order = torch.rand(2, n, device=device).argsort(1)[:, :listed].repeat_interleave(2, 1)[:, ::2]
+    expected = [rounds(s, o.tolist(), count, most) for s, o in zip(cosines(x), order, strict=True)]
+    assert kernels.without_duplicates(x, order, count, most).tolist() == expected

@@ -7,7 +7,13 @@ any device.
 
 from mustdrop.kernels.dispatch import Choice, chosen, implementation, use_kernels
 from mustdrop.kernels.reference import key_scores, received_attention, row_probabilities, text_statistics
-from mustdrop.kernels.reference_choices import farthest_first, greedy_coverage, greedy_determinant, select
+from mustdrop.kernels.reference_choices import (
+    farthest_first,
+    greedy_coverage,
+    greedy_determinant,
+    without_duplicates,
+)
+from mustdrop.kernels.reference_select import select
 from mustdrop.kernels.reference_tokens import (
     best_match,
     compact,
@@ -36,4 +42,5 @@ __all__ = [
     "text_statistics",
     "use_kernels",
     "window_similarity",
+    "without_duplicates",
 ]

@@ -1,5 +1,6 @@
-"""Choices among many tokens, readable: diverse ones, representative ones, the best. The Triton kernels run as one program
-per row, so a choice is one launch, whatever its number of picks.
+"""Choices among many tokens, readable: diverse and representative ones.
+
+The Triton kernels run as one program per row, so a choice is one launch, whatever its number of picks.
 
 Rows are chosen from alone. Ties go to the lower index. Where rows differ in how many tokens they have or want,
 `candidates` and `counts` say so, and what a row lacks is -1 at its end.
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mustdrop.kernels.operation import operation
+from mustdrop.kernels.reference_tokens import best_match
 
 # Up to so many features per row all similarities are computed once and held (64 MiB); above, again where needed.
 HELD = 4096
@@ -158,68 +160,47 @@ def greedy_coverage(
     return _ended(torch.cat(picks, 1), candidates, counts)
 
 
-def _select_shape(
-    score: Tensor,
-    alive: Tensor,
-    wanted: Tensor,
-    slots: int,
-    protected: Tensor | None = None,
-    importance: Tensor | None = None,
-    gamma: float = 1.0,
-    alpha: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    return alive.new_empty(alive.shape[0], slots, dtype=torch.long), torch.empty_like(alive, dtype=torch.bool)
+def _duplicates_shape(x: Tensor, order: Tensor, count: int, most: int = 8) -> Tensor:
+    return order.new_empty(order.shape[0], count)
 
 
-@operation(_select_shape, "selecting:select")
-def select(
-    score: Tensor,
-    alive: Tensor,
-    wanted: Tensor,
-    slots: int,
-    protected: Tensor | None = None,
-    importance: Tensor | None = None,
-    gamma: float = 1.0,
-    alpha: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """What a filter keeps: protected tokens first, then the best of the others, in the order of the prompt.
+@operation(_duplicates_shape, "duplicates:without_duplicates", 3)
+def without_duplicates(x: Tensor, order: Tensor, count: int, most: int = 8) -> Tensor:
+    """What stays when features that resemble others are removed, a few per round.
+
+    The features are a list, in `order` at first. In a round those at even places are compared with those at odd places,
+    the k whose most similar partner is most similar leave, and the list becomes the even ones that remain, the most
+    similar first, then the odd ones; k = min(most, what is too many). Source: VisPruner (arXiv 2412.01818), whose code
+    takes lists of even length only. Where k exceeds the even places, all of them leave.
+
+    About (R - count) / most rounds. Up to 4096 listed features, R^2 C operations once and R^2 / 4 look-ups per round;
+    above, R^2 C / 4 operations per round, in blocks.
 
     Args:
-        score: (B, N), higher stays; or (B, 2, N), what `text_statistics` gives, of which the score is made:
-            max(share / gamma, peak / alpha), where the share is that of the sum over the alive tokens.
-        alive: (B, N) bool, what can stay.
-        wanted: (B,) long, how many stay; rows with fewer alive tokens keep all of them.
-        slots: M, columns of `index`, at least as many as the most that stays in any row (0: only flags are wanted).
-        protected: (B, N) bool, tokens before all others; if there are more than `wanted`, the most important stay.
-        importance: (B, N), orders the protected ones among themselves; None: the score.
-        gamma: divides the share.
-        alpha: divides the peak.
+        x: (B, N, C).
+        order: (B, R) long, the features that compete.
+        count: how many of them stay, at most R.
+        most: removals per round.
 
     Returns:
-        (index, stays): (B, M) long, ascending, -1 behind what stays; and (B, N) bool.
+        (B, count) long, the list at the end.
     """
-    if score.ndim == 3:
-        total, peak = score.float().masked_fill(~alive[:, None], 0).unbind(1)
-        share = total / total.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        score = torch.maximum(share / gamma, peak / alpha)
-    pool, key, need, stays = alive, score, wanted, None
-    if protected is not None:
-        must = protected & alive
-        over = (must.sum(1) >= wanted)[:, None]  # no room for others: the protected compete among themselves
-        key = score if importance is None else torch.where(over, importance.to(score.dtype), score)
-        pool = torch.where(over, must, alive & ~must)
-        stays = must & ~over
-        need = wanted - stays.sum(1)
-    lowest = torch.finfo(torch.float64).min  # what is alive comes before what is not, whatever its score
-    key = key.double().clamp(min=lowest).masked_fill(~pool, -torch.inf)
-    order = key.argsort(dim=1, descending=True, stable=True)
-    place = torch.arange(alive.shape[1], device=alive.device)
-    best = torch.zeros_like(alive).scatter_(1, order, place < need[:, None]) & pool
-    stays = best if stays is None else stays | best
-    if not slots:
-        return order[:, :0], stays
-    index = place.expand_as(alive).masked_fill(~stays, alive.shape[1]).sort(1).values[:, :slots]
-    return index.masked_fill(index == alive.shape[1], -1), stays
+    if not count:
+        return order.new_zeros(order.shape[0], 0)
+    listed = unit(_take(x, order))
+    held = listed @ listed.mT if order.shape[1] <= HELD else None
+    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    while place.shape[1] > count:
+        even, odd = place[:, ::2], place[:, 1::2]
+        if held is None:
+            similar, _ = best_match(_take(listed, even), _take(listed, odd))
+        else:
+            rows = _take(held, even)
+            similar = rows.gather(2, odd[:, None].expand(-1, even.shape[1], -1)).amax(2)
+        leave = min(most, place.shape[1] - count, even.shape[1])
+        stay = similar.argsort(dim=1, descending=True, stable=True)[:, leave:]
+        place = torch.cat([even.gather(1, stay), odd], 1)
+    return order.gather(1, place)
 
 
 def unit(x: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Greedy choices: one program per row makes all picks of a row, so that a choice is one launch.
 
-What a pick depends on is how near each candidate is to the picks, or what they leave of it; it lies in a scratch row that
-stays in the first cache, in tiles of up to `TILE` candidates. Only one row of similarities is read per pick. They are
-made before, in one more launch, by as many programs as there are tiles. Above `MOST` candidates their matrix would be
-larger than it is worth, and each pick is work enough for the whole device: there the reference runs.
+What a pick depends on is how near each candidate is to the picks, or what they leave of it; it lies in a scratch row
+that stays in the first cache, in tiles of up to `TILE` candidates. Only one row of similarities is read per pick. They
+are made before, in one more launch, by as many programs as there are tiles. Above `MOST` candidates their matrix would
+be larger than it is worth, and each pick is work enough for the whole device: there the reference runs.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def _farthest(
 
 @triton.jit
 def _gain(left, quality, highest, least):
-    """Of what the picks left of each candidate: what it would multiply the determinant by; below 0, its turn comes last."""
+    """What each candidate would multiply the determinant by; where that is 0, a number below 0: its turn comes last."""
     gain = tl.where(left > least, quality * quality * left, quality - highest - 1.0)
     return tl.where(left == float("-inf"), float("-inf"), gain)
 
@@ -175,43 +175,46 @@ def _determinant(
 
 @triton.jit
 def _coverage(
-    similarity, weight, candidates, counts, picks, I, N, M, ssb, ssi, ssn, WEIGHT: tl.constexpr,
+    similarity, weight, candidates, counts, picks, K, N, M, ssb, ssi, ssn, WEIGHT: tl.constexpr,
     CANDIDATES: tl.constexpr, COUNTS: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Gains only fall as picks are made, so what a candidate gained before bounds what it gains now: of the highest bound
-    the gain is computed anew, until one stays the highest."""
+    """All picks of a row.
+
+    Gains only fall as picks are made, so what a candidate gained before bounds what it gains now: of the highest bound
+    the gain is computed anew, until one stays the highest.
+    """
     b = tl.program_id(0).to(tl.int64)
     limit = _limit(candidates, counts, b, N, M, CANDIDATES, COUNTS, BN)
     n = tl.arange(0, BN)
     real = _able(candidates, b, n, N, CANDIDATES)
     similarity += b * ssb
     bound = tl.zeros((BN,), tl.float32)
-    for i0 in range(0, I, BT):
+    for i0 in range(0, K, BT):
         t = i0 + tl.arange(0, BT)
-        both = (t < I)[:, None] & (n < N)[None, :]
+        both = (t < K)[:, None] & (n < N)[None, :]
         part = tl.load(similarity + t[:, None] * ssi + n[None, :] * ssn, mask=both, other=0.0).to(tl.float32)
         part = tl.maximum(part, 0.0)
         if WEIGHT:
-            part = part * tl.load(weight + b * I + t, mask=t < I, other=0.0)[:, None]
+            part = part * tl.load(weight + b * K + t, mask=t < K, other=0.0)[:, None]
         bound += tl.sum(part, 0)
     bound = bound * 1.0001 + 1e-30  # it stays a bound when the same numbers are added in another order
     i = tl.arange(0, BI)
-    w = tl.where(i < I, 1.0, 0.0)
+    w = tl.where(i < K, 1.0, 0.0)
     if WEIGHT:
-        w = tl.load(weight + b * I + i, mask=i < I, other=0.0)
+        w = tl.load(weight + b * K + i, mask=i < K, other=0.0)
     covered = tl.zeros((BI,), tl.float32)
     for s in range(M):
         pick = tl.argmax(tl.where(real, bound, float("-inf")), 0)
         tries = 0
         while tries < N:
-            column = tl.load(similarity + i * ssi + pick * ssn, mask=i < I, other=0.0).to(tl.float32)
+            column = tl.load(similarity + i * ssi + pick * ssn, mask=i < K, other=0.0).to(tl.float32)
             gain = tl.sum(w * tl.maximum(column - covered, 0.0), 0)
             bound = tl.where(n == pick, gain, bound)
             best = tl.argmax(tl.where(real, bound, float("-inf")), 0)
             tries = tl.where(best == pick, N, tries + 1)
             pick = best
         tl.store(picks + b * M + s, tl.where(s < limit, pick, -1).to(tl.int64))
-        column = tl.load(similarity + i * ssi + pick * ssn, mask=i < I, other=0.0).to(tl.float32)
+        column = tl.load(similarity + i * ssi + pick * ssn, mask=i < K, other=0.0).to(tl.float32)
         covered = tl.maximum(covered, column)
         real = real & (n != pick)
 
@@ -248,8 +251,8 @@ def greedy_determinant(
         left = x.new_empty(x.shape[:2], dtype=torch.float32)
         _determinant[(x.shape[0],)](
             cosines(x), quality.float().contiguous(), left, factor, *_given(picks, candidates, counts), picks,
-            x.shape[1], count, NO_VOLUME, CANDIDATES=candidates is not None, COUNTS=counts is not None, BN=block, BS=max(1, rows // 2),
-            num_warps=warps, num_stages=1, **FUSED,
+            x.shape[1], count, NO_VOLUME, CANDIDATES=candidates is not None, COUNTS=counts is not None, BN=block,
+            BS=max(1, rows // 2), num_warps=warps, num_stages=1, **FUSED,
         )  # fmt: skip
     return picks
 
@@ -284,8 +287,7 @@ def cosines(x: Tensor) -> Tensor:
     batch, n, channels = x.shape
     out = x.new_empty(batch, n, n, dtype=torch.float32)
     tile = 32 if x.dtype == torch.float32 else 64
-    grid = (triton.cdiv(n, tile), triton.cdiv(n, tile), batch)
-    _cosines[grid](
+    _cosines[(triton.cdiv(n, tile), triton.cdiv(n, tile), batch)](
         x, out, n, channels, *x.stride()[:2], BN=tile, BC=min(64, p2(channels, 16)), PRECISION=precision(x),
         num_warps=4, num_stages=3, **FUSED,
     )  # fmt: skip

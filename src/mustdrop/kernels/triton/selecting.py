@@ -1,4 +1,4 @@
-"""The select of a filter: one program per row finds the score of the last token that stays, bit by bit, without sorting.
+"""The select of a filter: one program per row finds the score of the last token that stays, bit by bit.
 
 Scores become integers of the same order. From the highest bit on, a bit of the threshold is set where at least as many
 tokens as wanted reach it; that is 32 counts of what lies in registers. Of those at the threshold itself the first stay.
