@@ -14,6 +14,7 @@ BENCHMARKS = {
     "gpu": "everything that needs a GPU, inside ten minutes, on a machine with nothing but torch on it",
     "kernels": "time, bandwidth, FLOP/s and share of the roofline of every operation, beside eager PyTorch",
     "kernels_aot": "registers, spills and shared memory of every kernel, compiled for GPUs that need not be there",
+    "launches": "operations of a prefill and a decode step by place, waits and copies, of every method, without a GPU",
     "peers": "speed and KV bytes beside what pip can install instead, in one run",
     "serving": "time to the first token by parts, decoding and memory, by model, attention, batch and budget",
     "quality": "accuracy on scenes and fidelity to the unpruned model, of every method at every budget",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mustdrop import kernels
-from mustdrop.kernels import reference, reference_tokens
+from mustdrop.kernels.operation import OPERATIONS
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def scoring(size: Size, device: torch.device, dtype: torch.dtype) -> Work:
     read = size.batch * size.heads * size.text * size.dim * dtype.itemsize + nbytes(k, visible)
     needed = read + 8 * size.batch * k.shape[2]
     flops = 2 * size.batch * size.heads * size.text * k.shape[2] * size.dim
-    return Work("text statistics", size.name, lambda: kernels.text_statistics(*given), reference.text_statistics,
-                given, needed, flops)  # fmt: skip
+    reference = OPERATIONS["text_statistics"].reference
+    return Work("text statistics", size.name, lambda: kernels.text_statistics(*given), reference, given, needed, flops)
 
 
 def works(size: Size, device: torch.device, dtype: torch.dtype) -> list[Work]:
@@ -97,14 +97,13 @@ def works(size: Size, device: torch.device, dtype: torch.dtype) -> list[Work]:
     gathered, compacted, merged = [hidden, *tables, place], (cache, keep), (x, slot, slots, weight)
     kept = keep.numel()
 
-    def work(name: str, given: tuple[Any, ...], needed: int, flops: int = 0, module: Any = reference_tokens) -> Work:
-        function = getattr(kernels, name)
-        return Work(name.replace("_", " "), size.name, lambda: function(*given), getattr(module, name), given, needed,
-                    flops)  # fmt: skip
+    def work(name: str, given: tuple[Any, ...], needed: int, flops: int = 0) -> Work:
+        function, reference = getattr(kernels, name), OPERATIONS[name].reference
+        return Work(name.replace("_", " "), size.name, lambda: function(*given), reference, given, needed, flops)
 
     return [
         scoring(size, device, dtype),
-        work("key_scores", one, nbytes(k) + 5 * b * total, 2 * b * size.heads * total * size.dim, reference),
+        work("key_scores", one, nbytes(k) + 5 * b * total, 2 * b * size.heads * total * size.dim),
         work("window_similarity", (x, index), nbytes(x, index) + 4 * b * len(index)),
         work("merge_tokens", merged, nbytes(x, slot, weight) + b * slots * c * dtype.itemsize),
         work("best_match", (metric[:, ::2], metric[:, 1::2]), nbytes(metric) + 6 * b * n, b * n * n // 2 * size.dim),

@@ -40,7 +40,7 @@ def attention(heads: int, groups: int, dim: int, keys: int, rows: int, dtype: to
 def cases() -> dict[str, Callable[[], Any]]:
     """Calls of the launchers: a name, and what to call."""
     from mustdrop.kernels.triton import attention as text
-    from mustdrop.kernels.triton import decode, gathering, matching, merging
+    from mustdrop.kernels.triton import decode, duplicates, gathering, greedy, matching, merging, selecting
 
     def statistics(*sizes: Any, softcap: float | None = None, biased: bool = False) -> Callable[[], Any]:
         def call() -> Any:
@@ -91,6 +91,27 @@ def cases() -> dict[str, Callable[[], Any]]:
         cache = [torch.empty(1, groups, tokens, dim, dtype=dtype) for _ in range(layers)]
         return lambda: gathering.compact(cache, torch.zeros(1, tokens // 4, dtype=torch.long))
 
+    def farthest(tokens: int, channels: int, count: int, dtype: torch.dtype) -> Callable[[], Any]:
+        return lambda: greedy.farthest_first(torch.empty(1, tokens, channels, dtype=dtype), count)
+
+    def determinant(tokens: int, channels: int, count: int, dtype: torch.dtype) -> Callable[[], Any]:
+        x, alive = torch.empty(1, tokens, channels, dtype=dtype), torch.empty(1, tokens, dtype=torch.bool)
+        counts = torch.empty(1, dtype=torch.long)
+        return lambda: greedy.greedy_determinant(x, torch.empty(1, tokens), count, alive, counts)
+
+    def coverage(tokens: int, count: int, dtype: torch.dtype) -> Callable[[], Any]:
+        x = torch.empty(1, tokens, tokens, dtype=dtype)
+        return lambda: greedy.greedy_coverage(x, count, torch.empty(1, tokens))
+
+    def without(tokens: int, channels: int, count: int, dtype: torch.dtype) -> Callable[[], Any]:
+        x, order = torch.empty(1, tokens, channels, dtype=dtype), torch.zeros(1, tokens, dtype=torch.long)
+        return lambda: duplicates.without_duplicates(x, order, count)
+
+    def select(tokens: int, slots: int) -> Callable[[], Any]:
+        flags = torch.empty(1, tokens, dtype=torch.bool)
+        given = (torch.empty(1, 2, tokens), flags, torch.empty(1, dtype=torch.long), slots, flags)
+        return lambda: selecting.select(*given, torch.empty(1, tokens))
+
     return {
         "text statistics, LLaVA-1.5-7B": statistics(32, 32, 128, 640, 64, BFLOAT16),
         "text statistics, Qwen2.5-VL-7B, 16k": statistics(28, 4, 128, 16448, 64, BFLOAT16),
@@ -112,6 +133,18 @@ def cases() -> dict[str, Callable[[], Any]]:
         "merge, weighted, Qwen2.5-VL-7B": merge(16384, 3584, BFLOAT16, weighted=True),
         "best match, 128 channels": match(16384, 128, BFLOAT16),
         "best match, 1024 channels, float32": match(576, 1024, FLOAT),
+        "farthest first, LLaVA-1.5-7B": farthest(576, 4096, 192, BFLOAT16),
+        "farthest first, 4096 tokens": farthest(4096, 3584, 1024, BFLOAT16),
+        "farthest first, 16384 tokens, float32": farthest(16384, 3584, 2048, FLOAT),
+        "determinant, LLaVA-1.5-7B": determinant(576, 4096, 192, BFLOAT16),
+        "determinant, 4096 tokens": determinant(4096, 3584, 1024, BFLOAT16),
+        "determinant, 16384 tokens, float32": determinant(16384, 3584, 2048, FLOAT),
+        "coverage, 576 tokens": coverage(576, 192, FLOAT),
+        "coverage, 4096 tokens": coverage(4096, 1024, FLOAT),
+        "without duplicates, LLaVA-1.5-7B": without(480, 1024, 96, BFLOAT16),
+        "select, LLaVA-1.5-7B": select(576, 192),
+        "select, 4096 tokens": select(4096, 1024),
+        "select, 8192 tokens": select(8192, 4096),
         "gather, LLaVA-1.5-7B": gather(640, 4096, 128, BFLOAT16),
         "gather, Qwen2.5-VL-7B, float32 tables": gather(16448, 3584, 128, FLOAT),
         "cut of a mask": cut(2944, torch.bool),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mustdrop
 from kernels import checks
 from mustdrop import PrefillPruner, errors, kernels
-from mustdrop.kernels import dispatch, ops, reference, reference_tokens
+from mustdrop.kernels import dispatch, reference, reference_tokens
 from mustdrop.selection import Selection
 from support.builders import LLAMA, answer, batch
 from support.checks import patched
@@ -34,10 +35,20 @@ def arguments():
         "window_similarity": (x, index),
         "merge_tokens": (x, slot, 3, None),
         "best_match": (x[:, ::2], x[:, 1::2]),
+        "farthest_first": (x, 5, slot >= 0, torch.tensor([5, 3])),
+        "greedy_determinant": (x, torch.rand(2, 12), 5, slot >= 0, None),
+        "greedy_coverage": (x @ x.mT, 5, torch.rand(2, 12), slot >= 0, torch.tensor([5, 3])),
+        "without_duplicates": (x, slot.argsort(1), 3, 2),
+        "select": (torch.rand(2, 2, 12), slot >= 0, torch.tensor([4, 2]), 4, slot == 0, torch.rand(2, 12), 2.0),
         "gather_rows": ([x, x[:1]], keep, True),
         "cut_mask": (torch.rand(1, 1, 12, 12), keep, keep),
         "compact": ([k, k[:, :1]], keep),
     }
+
+
+def op(name):
+    """The operation as torch knows it."""
+    return getattr(torch.ops.mustdrop, name).default
 
 
 @pytest.fixture
@@ -50,7 +61,7 @@ def auto(monkeypatch):
 @pytest.mark.parametrize("name", arguments())
 def test_torch_accepts_the_registration(name):
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(getattr(ops, name), arguments()[name], test_utils=tests)
+    torch.library.opcheck(op(name), arguments()[name], test_utils=tests)
 
 
 @pytest.mark.parametrize("name", arguments())
@@ -67,7 +78,7 @@ def test_shapes_on_a_device_are_known_without_one(name):
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         move = lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda")  # noqa: E731
         given = torch.utils._pytree.tree_map_only(torch.Tensor, move, arguments()[name])
-        got = torch.utils._pytree.tree_leaves(getattr(ops, name)(*given))
+        got = torch.utils._pytree.tree_leaves(op(name)(*given))
     assert mode is not None
     expected = torch.utils._pytree.tree_leaves(getattr(kernels, name)(*arguments()[name]))
     assert [(t.shape, t.dtype, t.device.type) for t in got] == [(t.shape, t.dtype, "cuda") for t in expected]
@@ -112,6 +123,7 @@ def test_no_reference_makes_anything_larger_than_its_inputs_or_its_result():
     rows, tokens = torch.arange(512).expand(2, -1), torch.randn(2, 900, 16)
     visible = torch.ones(2, 512, 640, dtype=torch.bool)
     slot = torch.arange(900).expand(2, -1) // 3
+    wide = torch.randn(2, 64, 128)  # the similarities of a row's candidates are held, up to 4096 of them
     calls = {
         "row_probabilities": (q, k, rows, visible, 0.3),
         "text_statistics": (q, k, rows, visible, 0.3),
@@ -120,6 +132,11 @@ def test_no_reference_makes_anything_larger_than_its_inputs_or_its_result():
         "window_similarity": (tokens, torch.arange(900).view(100, 9)),
         "merge_tokens": (tokens, slot, 300, None),
         "best_match": (tokens[:, ::2], tokens[:, 1::2]),
+        "farthest_first": (wide, 20),
+        "greedy_determinant": (wide, wide[..., 0].abs(), 20),
+        "greedy_coverage": (wide, 20),
+        "without_duplicates": (wide, slot[:, :64] * 3, 20),
+        "select": (tokens[..., 0].double(), slot >= 0, rows[:, 20], 300),
         "gather_rows": ([tokens], slot),
         "cut_mask": (visible[:, None], rows, rows),
         "compact": ([q, k], rows),
@@ -128,8 +145,17 @@ def test_no_reference_makes_anything_larger_than_its_inputs_or_its_result():
     for name, given in calls.items():
         inputs = [t for t in torch.utils._pytree.tree_leaves(given) if isinstance(t, torch.Tensor)]
         with Largest() as largest:
-            made = torch.utils._pytree.tree_leaves(getattr(ops, name)(*given))
+            made = torch.utils._pytree.tree_leaves(op(name)(*given))
         assert largest.nbytes <= max(sum(t.nbytes for t in inputs), *(t.nbytes for t in made)), name
+
+
+def test_no_launcher_copies_numbers_from_the_host():
+    """A capture refuses copies from pageable memory, and a replay would find old addresses in them."""
+    folder = Path(kernels.__file__).parent / "triton"
+    sources = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py"))
+    assert "def _compact" in sources
+    for word in ("torch.tensor(", "torch.as_tensor(", "from_numpy", ".tolist()", ".item()", ".cpu()"):
+        assert word not in sources, word
 
 
 # -- choice -----------------------------------------------------------------------------------------------------------

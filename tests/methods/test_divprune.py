@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mustdrop.errors import UnknownKnobError
+from mustdrop.kernels import reference_choices
 from mustdrop.method import find
 from mustdrop.methods.divprune import MaxMinDiversity
 from mustdrop.pruners import Features
-from mustdrop.rules import diversity
 from mustdrop.rules.diversity import farthest_first
 
 
@@ -38,15 +38,15 @@ def test_each_pick_is_the_farthest_from_the_picks():
 @pytest.mark.parametrize("held", [0, 4096])
 @pytest.mark.parametrize("block", [1, 5000, 1 << 24])
 def test_it_is_the_formula_for_every_row_of_a_batch(held, block, monkeypatch):
-    monkeypatch.setattr(diversity, "_HELD", held)
-    monkeypatch.setattr(diversity, "_BLOCK", block)
+    monkeypatch.setattr(reference_choices, "HELD", held)
+    monkeypatch.setattr(reference_choices, "_BLOCK", block)
     x = torch.randn(3, 60, 7, generator=torch.Generator().manual_seed(0))
     assert farthest_first(x, 59).tolist() == [written_out(row, 59) for row in x]
 
 
 @pytest.mark.parametrize("held", [0, 4096])
 def test_duplicates_come_last_and_the_lower_index_first(held, monkeypatch):
-    monkeypatch.setattr(diversity, "_HELD", held)
+    monkeypatch.setattr(reference_choices, "HELD", held)
     x = torch.eye(4)[[0, 0, 1, 1, 2, 2, 3]][None]
     assert farthest_first(x, 7).tolist() == [[6, 0, 2, 4, 1, 3, 5]]
     same = torch.ones(1, 5, 4)

@@ -7,10 +7,10 @@ import torch
 
 import mustdrop
 from mustdrop.errors import ConfigError
+from mustdrop.kernels import reference_choices
 from mustdrop.method import find
 from mustdrop.methods.vispruner import ImportantAndDiverse
 from mustdrop.pruners import Features
-from mustdrop.rules import diversity
 from mustdrop.rules.diversity import without_duplicates
 from support.families import clone
 
@@ -38,7 +38,7 @@ def seen(values, attention, rule):
 @pytest.mark.parametrize("held", [0, 4096])
 @pytest.mark.parametrize("number", [2, 3, 30, 31])
 def test_rounds_are_those_of_the_list_for_every_row_of_a_batch(held, number, monkeypatch):
-    monkeypatch.setattr(diversity, "_HELD", held)
+    monkeypatch.setattr(reference_choices, "HELD", held)
     x = random(3, 40, 6)
     order = torch.stack([torch.randperm(40, generator=torch.Generator().manual_seed(i)) for i in range(3)])[:, :number]
     for count in range(number + 1):

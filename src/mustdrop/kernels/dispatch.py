@@ -1,20 +1,12 @@
-"""Which implementation runs: Triton on a GPU, the PyTorch reference elsewhere, or what the caller asks for.
-
-Every operation is registered with torch under `torch.ops.mustdrop`, so `torch.compile`, `torch.export` and fake tensors
-know its output shapes and never look inside. `Library.define` and `impl` are used, and not `torch.library.custom_op`
-(whose eager call costs several times as much) or `triton_op` (which is decomposed before the device is known, and so
-cannot be traced on a machine without a GPU).
-"""
+"""Which implementation runs: Triton on a GPU, the PyTorch reference elsewhere, or what the caller asks for."""
 
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import os
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -24,8 +16,6 @@ from mustdrop.errors import ConfigError, UnsupportedOptionError
 Choice = Literal["auto", "triton", "reference"]
 CHOICES = ("auto", "triton", "reference")
 VARIABLE = "MUSTDROP_KERNELS"
-
-LIBRARY: Any = torch.library.Library("mustdrop", "DEF")  # type: ignore[no-untyped-call]
 
 
 class _Log(threading.local):
@@ -94,49 +84,14 @@ def fresh_log() -> set[str]:
     return _LOG.ran
 
 
+def log(kind: str) -> None:
+    """Note in this thread what an operation ran as."""
+    _LOG.ran.add(kind)
+
+
 def differentiable(*tensors: Tensor | None) -> bool:
     """Whether a gradient must flow through any of these: then the reference runs, whose steps autograd knows."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def register(schema: str, fake: Callable[..., Any], launcher: str) -> Callable[[Callable[..., Any]], Any]:
-    """Register a reference and its Triton launcher as one operation.
-
-    Args:
-        schema: name and types, as `torch.library.define` takes them.
-        fake: from the arguments, empty outputs of the right shape.
-        launcher: "module:function" below `mustdrop.kernels.triton`, with the arguments of the reference. It is imported
-            when it first runs, so `import mustdrop` needs no triton.
-
-    Returns:
-        A decorator for the reference; what it returns is called as the reference is.
-    """
-    name = schema.split("(")[0]
-    module, function = launcher.split(":")
-
-    def decorate(reference: Callable[..., Any]) -> Any:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            tensors = list(_tensors((*args, *kwargs.values())))
-            floats = tuple({t.dtype for t in tensors if t.is_floating_point()})
-            kind = implementation(tensors[0].device, floats)
-            _LOG.ran.add(kind)
-            if kind == "reference":
-                return reference(*args, **kwargs)
-            launch = getattr(importlib.import_module(f"mustdrop.kernels.triton.{module}"), function)
-            with _on(tensors[0].device):
-                return launch(*args, **kwargs)
-
-        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"mustdrop::{name}", fake, lib=LIBRARY)
-        return getattr(torch.ops.mustdrop, name).default
-
-    return decorate
-
-
-def _on(device: torch.device) -> Any:
-    """Triton launches on the current device; a model may be spread over several."""
-    return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()
 
 
 def obstacle(device: torch.device, floats: tuple[torch.dtype, ...] = (), forced: bool = False) -> str | None:
@@ -163,14 +118,6 @@ def _gpu_obstacle(index: int) -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
         return f"{torch.cuda.get_device_name(index)} is older than compute capability 8.0"
     return None
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
 
 
 def _check(choice: str, where: str) -> None:

@@ -12,10 +12,29 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from mustdrop.kernels.operation import operation
+
 # Heads x rows x keys that may exist at once, in elements: keeps the peak small when a prompt has many text tokens.
 _CHUNK = 1 << 25
 
 
+def _rows_shape(q: Tensor, k: Tensor, rows: Tensor, visible: Tensor, scaling: float, *rest: object) -> Tensor:
+    return q.new_empty(rows.shape[0], rows.shape[1], k.shape[2] - _first(rest), dtype=torch.float32)
+
+
+def _statistics_shape(q: Tensor, k: Tensor, rows: Tensor, visible: Tensor, scaling: float, *rest: object) -> Tensor:
+    return q.new_empty(rows.shape[0], 2, k.shape[2] - _first(rest), dtype=torch.float32)
+
+
+def _first(rest: tuple[object, ...]) -> int:
+    return rest[2] if len(rest) > 2 else 0  # type: ignore[return-value]
+
+
+def _scores_shape(q: Tensor, k: Tensor, *rest: object) -> Tensor:
+    return q.new_empty(k.shape[0], k.shape[2], dtype=torch.float32)
+
+
+@operation(_rows_shape, "attention:row_probabilities", 3)
 def row_probabilities(
     q: Tensor,
     k: Tensor,
@@ -26,11 +45,26 @@ def row_probabilities(
     softcap: float | None = None,
     first: int = 0,
 ) -> Tensor:
-    """See `mustdrop.kernels.row_probabilities`."""
+    """softmax(q k^T) of a few query rows, averaged over heads.
+
+    Args:
+        q: (B, H, S, D) queries after the rotary embedding.
+        k: (B, G, K, D) keys after the rotary embedding; H is a multiple of G.
+        rows: (B, R) long, query rows; -1 is padding and gives a row of zeros.
+        visible: (B, R, K) bool, keys that each row sees. The softmax runs over all of them.
+        scaling: factor on the logits.
+        bias: (B or 1, 1 or H, R, K) added to the logits (an additive mask that is not only visible / hidden).
+        softcap: logits become softcap * tanh(logits / softcap), as in Gemma.
+        first: keys before this one count in the softmax, but are left out of the result.
+
+    Returns:
+        (B, R, K - first) float32. A row that sees nothing is zero.
+    """
     parts = [part for _, part in _rows(q, k, rows, visible, scaling, bias, softcap, first)]
     return torch.cat(parts, 1) if parts else _empty(q, k, first).unsqueeze(1)[:, :0]
 
 
+@operation(_statistics_shape, "attention:text_statistics", 3)
 def text_statistics(
     q: Tensor,
     k: Tensor,
@@ -41,7 +75,23 @@ def text_statistics(
     softcap: float | None = None,
     first: int = 0,
 ) -> Tensor:
-    """See `mustdrop.kernels.text_statistics`."""
+    """Sum and maximum over query rows of what `row_probabilities` gives, without making those rows.
+
+    Source: the global and the individual attention of MustDrop (arXiv 2411.10803).
+
+    Args:
+        q: and all others: see `row_probabilities`.
+        k: likewise.
+        rows: likewise.
+        visible: likewise.
+        scaling: likewise.
+        bias: likewise.
+        softcap: likewise.
+        first: likewise.
+
+    Returns:
+        (B, 2, K - first) float32: sum and maximum per key; zero where there are no rows.
+    """
     total, peak = _empty(q, k, first), _empty(q, k, first)
     for start, part in _rows(q, k, rows, visible, scaling, bias, softcap, first):
         if start == 0:
@@ -51,6 +101,7 @@ def text_statistics(
     return torch.stack([total, peak], 1)
 
 
+@operation(_scores_shape, "decode:key_scores", 2)
 def key_scores(
     q: Tensor,
     k: Tensor,
@@ -59,14 +110,37 @@ def key_scores(
     bias: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """See `mustdrop.kernels.key_scores`."""
+    """Head-mean probability that one query gives to each key: the score of a decode step.
+
+    Args:
+        q: (B, H, D), one query per sequence.
+        k: (B, G, K, D), H a multiple of G.
+        visible: (B, K) bool.
+        scaling: factor on the logits.
+        bias: (B or 1, 1 or H, K) added to the logits.
+        softcap: as in `row_probabilities`.
+
+    Returns:
+        (B, K) float32.
+    """
     only = torch.zeros(q.shape[0], 1, dtype=torch.long, device=q.device)
     bias = None if bias is None else bias[:, :, None]
     return row_probabilities(q[:, :, None], k, only, visible[:, None], scaling, bias, softcap)[:, 0]
 
 
+@operation(_scores_shape, "attention:received_attention", 3)
 def received_attention(q: Tensor, k: Tensor, visible: Tensor, scaling: float) -> Tensor:
-    """See `mustdrop.kernels.received_attention`."""
+    """Mean attention that each key receives, over heads and valid queries: the importance where an encoder has no CLS.
+
+    Args:
+        q: (B, H, S, D).
+        k: (B, H, S, D).
+        visible: (B, S) bool, tokens that are not padding.
+        scaling: factor on the logits.
+
+    Returns:
+        (B, S) float32, 0 on padding.
+    """
     batch, heads, length, _ = q.shape
     step = _at_once(batch * heads * length, q, k)
     total = q.new_zeros(batch, length, dtype=torch.float32)

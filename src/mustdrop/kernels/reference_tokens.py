@@ -5,19 +5,62 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mustdrop.kernels.operation import operation
+
 # Sources x destinations that may exist at once when tokens are matched, in elements.
 _CHUNK = 1 << 24
 
 
+def _match_shape(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return a.new_empty(a.shape[:2], dtype=torch.float32), a.new_empty(a.shape[:2], dtype=torch.long)
+
+
+def _gathered_shape(tensors: list[Tensor], index: Tensor, zero: bool = False) -> list[Tensor]:
+    return [x.new_empty(*index.shape, *x.shape[2:]) for x in tensors]
+
+
+def _cut_shape(mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    return mask.new_empty(rows.shape[0], mask.shape[1], rows.shape[1], columns.shape[1])
+
+
+def _compacted_shape(tensors: list[Tensor], index: Tensor) -> list[Tensor]:
+    return [x.new_empty(index.shape[0], x.shape[1], index.shape[1], x.shape[3]) for x in tensors]
+
+
+@operation(lambda x, index: x.new_empty(x.shape[0], index.shape[0], dtype=torch.float32), "merging:window_similarity")
 def window_similarity(x: Tensor, index: Tensor) -> Tensor:
-    """See `mustdrop.kernels.window_similarity`."""
+    """Mean pairwise cosine similarity of the tokens of each window.
+
+    The closed form (|sum of unit vectors|^2 - sum of their squared norms) / (n (n - 1)) needs no pairwise products, so
+    the features are read once.
+
+    Args:
+        x: (B, N, C).
+        index: (W, n) long, tokens of each window, n at least 2.
+
+    Returns:
+        (B, W) float32.
+    """
     unit = torch.nn.functional.normalize(x.float(), dim=-1)[:, index]  # (B, W, n, C)
     n = index.shape[1]
     return (unit.sum(2).square().sum(-1) - unit.square().sum((2, 3))) / (n * (n - 1))
 
 
+@operation(
+    lambda x, slot, slots, weight=None: x.new_empty(x.shape[0], slots, x.shape[2]), "merging:merge_tokens", 2, grad=True
+)
 def merge_tokens(x: Tensor, slot: Tensor, slots: int, weight: Tensor | None = None) -> Tensor:
-    """See `mustdrop.kernels.merge_tokens`."""
+    """(Weighted) means of the tokens that share a slot. A slot of one token is a copy, one without tokens is zero.
+
+    Args:
+        x: (B, N, C).
+        slot: (B, N) long, slot of each token, -1 where it is gone.
+        slots: M, how many there are.
+        weight: (B, N), for example how many patches a token stands for; None weighs all alike.
+
+    Returns:
+        (B, M, C) of the type of `x`; sums are made in float32.
+    """
     goes = slot.masked_fill(slot < 0, slots)
     each = x.new_ones(goes.shape, dtype=torch.float32) if weight is None else weight.float()
     whole = torch.zeros(goes.shape[0], slots + 1, dtype=torch.float32, device=x.device).scatter_add_(1, goes, each)
@@ -28,8 +71,19 @@ def merge_tokens(x: Tensor, slot: Tensor, slots: int, weight: Tensor | None = No
     return (total[:, :slots] / torch.where(whole > 0, whole, 1.0)).to(x.dtype)
 
 
+@operation(_match_shape, "matching:best_match", 3)
 def best_match(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """See `mustdrop.kernels.best_match`."""
+    """For each source its most similar destination, without the matrix of similarities.
+
+    Source: bipartite soft matching of ToMe (arXiv 2210.09461).
+
+    Args:
+        a: (B, n, C) sources.
+        b: (B, m, C) destinations, m at least 1.
+
+    Returns:
+        (cosine, index): (B, n) float32 and (B, n) long. Among equals, any.
+    """
     to = torch.nn.functional.normalize(b.float(), dim=-1).mT
     most = min(_CHUNK, a.numel() + b.numel())  # nothing is larger than the inputs
     step = max(1, most // max(1, a.shape[0] * b.shape[1]))
@@ -40,8 +94,18 @@ def best_match(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([found.values for found in best], 1), torch.cat([found.indices for found in best], 1)
 
 
+@operation(_gathered_shape, "gathering:gather_rows", lambda tensors, *_, **__: -(-len(tensors) // 4), grad=True)
 def gather_rows(tensors: list[Tensor], index: Tensor, zero: bool = False) -> list[Tensor]:
-    """See `mustdrop.kernels.gather_rows`."""
+    """The same rows of several tensors, with one launch for up to four of them.
+
+    Args:
+        tensors: each (B or 1, N, ...), of any type: hidden states, rotary tables, positions.
+        index: (B, M) long, rows; -1 is padding.
+        zero: padding becomes zero; otherwise it reads row 0.
+
+    Returns:
+        New tensors, each (B, M, ...).
+    """
     gone = index < 0
     out = [take(x, index, 1) for x in tensors]
     if not zero:
@@ -49,13 +113,36 @@ def gather_rows(tensors: list[Tensor], index: Tensor, zero: bool = False) -> lis
     return [x.masked_fill(gone.view(*gone.shape, *[1] * (x.ndim - 2)), 0) for x in out]
 
 
+@operation(_cut_shape, "gathering:cut_mask", grad=True)
 def cut_mask(mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """See `mustdrop.kernels.cut_mask`."""
+    """Rows and columns of a mask in one step.
+
+    Args:
+        mask: (B or 1, 1 or H, Q, K) of any type.
+        rows: (B, n) long, -1 reads row 0.
+        columns: (B, k) long, -1 reads column 0.
+
+    Returns:
+        (B, 1 or H, n, k), new.
+    """
     return take(take(mask, rows, 2), columns, 3)
 
 
+@operation(
+    _compacted_shape, "gathering:compact", lambda tensors, *_, **__: len({t.shape[1:] for t in tensors}), grad=True
+)
 def compact(tensors: list[Tensor], index: Tensor) -> list[Tensor]:
-    """See `mustdrop.kernels.compact`."""
+    """The same entries of the keys and values of many cache layers, in one launch per shape.
+
+    Each result has storage of its own: what is left out is freed as soon as the old tensors are.
+
+    Args:
+        tensors: each (B, G, N, D); G, N and D may differ.
+        index: (B, M) long, entries that stay; -1 is padding and reads entry 0.
+
+    Returns:
+        New tensors, each (B, G, M, D).
+    """
     return [take(x, index, 2) for x in tensors]
 
 

@@ -50,31 +50,23 @@ class AttendedAndDiverse(TextScorer):
     def choose(
         self, seen: Seen, count: Tensor, pinned: Tensor | None = None, importance: Tensor | None = None
     ) -> Tensor:
-        """See `TextScorer.choose`. Rows with as many tokens, of which as many stay, are chosen from in one go."""
+        """See `TextScorer.choose`."""
         if seen.hidden is None:
             raise ConfigError("AttendedAndDiverse compares hidden states: call filter() with Seen(hidden=...).")
         score = self.score(seen)
-        stay = torch.zeros_like(seen.alive)
-        first = stay if pinned is None else keep_best(score, count, seen.alive & pinned, pinned, importance)
-        groups: dict[tuple[int, int], list[int]] = {}
-        for row, pair in enumerate(zip(seen.alive.sum(1).tolist(), count.tolist(), strict=True)):
-            groups.setdefault(pair, []).append(row)
-        for (n, wanted), rows in groups.items():
-            if wanted in (0, n) or wanted > n:
-                stay[rows] = seen.alive[rows] & (wanted > 0)
-                continue
-            place = seen.alive[rows].nonzero()[:, 1].view(len(rows), n)
-            own, must = score[rows].gather(1, place), first[rows].gather(1, place)
-            quality = (own / own.amax(1, keepdim=True).clamp(min=1e-30)).clamp(min=1e-6) ** self.power
-            values = seen.hidden[rows].gather(1, place[..., None].expand(-1, -1, seen.hidden.shape[2]))
-            picks = greedy_determinant(values, quality.masked_fill(must, PINNED), wanted)
-            # earlier picks rank higher; pinned tokens that others explain wholly stay all the same
-            rank = torch.zeros_like(own).scatter(
-                1, picks, torch.arange(wanted, 0, -1.0, device=own.device).expand_as(picks)
-            )
-            best = keep_best(rank, torch.full_like(picks[:, 0], wanted), torch.ones_like(must), must)
-            stay[rows] = torch.zeros_like(stay[rows]).scatter(1, place, best)
-        return stay
+        highest = score.masked_fill(~seen.alive, 0).amax(1, keepdim=True).clamp(min=1e-30)
+        quality = (score / highest).clamp(min=1e-6) ** self.power
+        must = torch.zeros_like(seen.alive)
+        if pinned is not None:
+            must = keep_best(score, count, seen.alive & pinned, pinned, importance)
+            quality = quality.masked_fill(must, PINNED)
+        most = int(count.max())
+        picks = greedy_determinant(seen.hidden, quality, most, seen.alive, count)
+        # earlier picks rank higher; pinned tokens that others explain wholly stay all the same
+        rank = torch.zeros(picks.shape[0], score.shape[1] + 1, device=score.device)
+        order = torch.arange(most, 0, -1.0, device=score.device).expand_as(picks)
+        rank = rank.scatter(1, picks.masked_fill(picks < 0, score.shape[1]), order)[:, :-1]
+        return keep_best(rank, count, seen.alive, must)
 
 
 class MustDropPlus(Recipe):

@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mustdrop import kernels
+from mustdrop.kernels.operation import OPERATIONS
+
+_SELECT = OPERATIONS["select"].reference
+
 
 def rank_descending(score: Tensor) -> Tensor:
     """Rank of each entry of `score` (B, N) in its row: 0 is the highest; ties go to the lower index.
@@ -37,11 +42,6 @@ def keep_best(
     Returns:
         (B, N) bool.
     """
-    rank = rank_descending(score.double().masked_fill(~alive, -torch.inf))
-    if pinned is not None:
-        # a second stable sort on (pinned, alive) keeps the order found above inside each class
-        first = rank_descending((score if importance is None else importance).double().masked_fill(~pinned, -torch.inf))
-        n = score.shape[1]
-        key = torch.where(pinned & alive, first, torch.where(alive, n + rank, 2 * n + rank))
-        rank = rank_descending(-key.double())
-    return (rank < count[:, None]) & alive
+    if score.device.type == "cpu":  # there the call of an operation costs as much as what it does
+        return _SELECT(score, alive, count, 0, pinned, importance)[1]  # type: ignore[no-any-return]
+    return kernels.select(score, alive, count, 0, pinned, importance)[1]

@@ -18,6 +18,7 @@ from mustdrop.kernels.triton.common import FUSED, broadcast, p2
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 AT_ONCE = 4  # tensors per launch of `gather_rows`: hidden states, cosine, sine, positions
 PART = 1 << 28  # bytes of cache written per launch: old and new entries of that many exist side by side
+LAYERS = 64  # tensors per launch of `compact`, whose addresses are its arguments
 
 
 @triton.jit
@@ -75,16 +76,24 @@ def _cut(
 
 @triton.jit
 def _compact(
-    like, table, index, M, G, sxb, sxg, sxn, sib, sim, D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    xs, outs, index, M, G, sxb, sxg, sxn, sib, sim, D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
+    ALIGNED: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """BR entries of one head of one tensor: all layers in one launch. `table` has the addresses of old and new ones."""
+    """BR entries of one head of one tensor: all layers in one launch, whose addresses are arguments.
+
+    A table of addresses would have to be copied to the device, and neither may a capture hold such a copy nor would it
+    be right when the capture is replayed.
+    """
     which = tl.program_id(2)
     b = (tl.program_id(1) // G).to(tl.int64)
     g = (tl.program_id(1) % G).to(tl.int64)
-    kind = tl.pointer_type(like.dtype.element_ty)
-    x = tl.load(table + which).to(kind)
-    out = tl.load(table + tl.num_programs(2) + which).to(kind)
+    start = xs[0].to(tl.int64)
+    end = outs[0].to(tl.int64)
+    for t in tl.static_range(1, COUNT):
+        start = tl.where(which == t, xs[t].to(tl.int64), start)
+        end = tl.where(which == t, outs[t].to(tl.int64), end)
+    x = start.to(xs[0].dtype)
+    out = end.to(outs[0].dtype)
     if ALIGNED:  # the compiler cannot see it, and copies 16 bytes at a time only where it knows
         x = tl.multiple_of(x, 16)
         out = tl.multiple_of(out, 16)
@@ -94,8 +103,8 @@ def _compact(
     inside = there[:, None] & (d < D)[None, :]
     j = tl.maximum(tl.load(index + b * sib + i * sim, mask=there, other=0), 0)
     v = tl.load(x + b * sxb + g * sxg + j[:, None] * sxn + d[None, :], mask=inside, other=0)
-    start = out + tl.program_id(1).to(tl.int64) * M * D
-    tl.store(start + i[:, None] * D + d[None, :], v, mask=inside)
+    first = out + tl.program_id(1).to(tl.int64) * M * D
+    tl.store(first + i[:, None] * D + d[None, :], v, mask=inside)
 
 
 def gather_rows(tensors: list[Tensor], index: Tensor, zero: bool = False) -> list[Tensor]:
@@ -148,7 +157,7 @@ def compact(tensors: list[Tensor], index: Tensor) -> list[Tensor]:
     alike: dict[object, list[int]] = {}
     for t, x in enumerate(sources):
         if outs[t].numel():
-            alike.setdefault((x.shape[1:], x.stride(), x.shape[0], x.dtype), []).append(t)
+            alike.setdefault((x.shape, x.stride(), x.dtype, _aligned(x)), []).append(t)
     for group in alike.values():
         for part in _parts(group, outs[group[0]].nbytes):
             _launch_compact([sources[t] for t in part], [outs[t] for t in part], index)
@@ -156,7 +165,7 @@ def compact(tensors: list[Tensor], index: Tensor) -> list[Tensor]:
 
 
 def _parts(group: list[int], size: int) -> Iterator[list[int]]:
-    step = max(1, PART // size)
+    step = min(LAYERS, max(1, PART // size))
     for start in range(0, len(group), step):
         yield group[start : start + step]
 
@@ -166,15 +175,19 @@ def _launch_compact(xs: list[Tensor], outs: list[Tensor], index: Tensor) -> None
     batch, m = index.shape
     heads, dim = x.shape[1], x.shape[3]
     block = p2(dim, 16)
-    addresses = [t.data_ptr() for t in (*xs, *outs)]
-    aligned = all(address % 16 == 0 for address in addresses)
-    # so small a table is copied before the call returns; the host does not wait for the device
-    table = torch.tensor(addresses, dtype=torch.long).to(x.device, non_blocking=True)
     rows = max(4, 4096 // block)
+    count = p2(len(xs))  # few numbers of arguments, since each is compiled for; the spare ones are not read
+    spare = count - len(xs)
     _compact[(triton.cdiv(m, rows), batch * heads, len(xs))](
-        _integers(x), table, index, m, heads, 0 if x.shape[0] == 1 else x.stride(0), x.stride(1), x.stride(2),
-        *index.stride(), D=dim, BD=block, BR=rows, ALIGNED=aligned, num_warps=4, **FUSED,
+        tuple(_integers(t) for t in xs + xs[:1] * spare), tuple(_integers(t) for t in outs + outs[:1] * spare), index,
+        m, heads, 0 if x.shape[0] == 1 else x.stride(0), x.stride(1), x.stride(2), *index.stride(), D=dim, BD=block,
+        BR=rows, ALIGNED=_aligned(x), COUNT=count, num_warps=4, **FUSED,
     )  # fmt: skip
+
+
+def _aligned(x: Tensor) -> bool:
+    """Whether it starts at a multiple of 16 bytes; what torch allocates anew does."""
+    return x.data_ptr() % 16 == 0
 
 
 def _as_rows(x: Tensor) -> Tensor:
