@@ -54,6 +54,10 @@ class DataFileError(MustDropError, ValueError):
     """A file that an evaluation reads is missing, or is not what its guide says."""
 
 
+class BudgetWarning(UserWarning):
+    """A picture is so small that one token of it is more than the budget; one token stays."""
+
+
 class NothingDroppedWarning(UserWarning):
     """A patched model ran on an image and kept every vision token."""
 

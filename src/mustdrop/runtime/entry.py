@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mustdrop import budget
+from mustdrop.runtime.plan import survivors_of
 from mustdrop.runtime.rows import HOST, on
 from mustdrop.runtime.state import Call, Marks, Medium
 
@@ -21,8 +21,9 @@ class Media:
     """Vision tokens of one pass through the text model, (B, length) each, in logical order. All on the host.
 
     Attributes:
-        vision: bool, vision tokens.
-        valid: bool, tokens that are not padding.
+        vision: bool, vision tokens that the attention mask does not hide.
+        places: bool, all vision tokens; each stands for a feature.
+        valid: bool, tokens that the attention mask does not hide (padding, mostly).
         alive: bool, all but the vision tokens that the vision stage dropped.
         prompt: bool, valid tokens of the prompt itself.
         text: bool, text after the row's last vision token (see `_raters`).
@@ -39,6 +40,7 @@ class Media:
     """
 
     vision: Tensor
+    places: Tensor
     valid: Tensor
     alive: Tensor
     prompt: Tensor
@@ -71,10 +73,11 @@ def read(runtime: Runtime, embeds: Tensor, kinds: Tensor, mask: Tensor | None) -
     call = runtime.local.call
     forward = runtime.local.forward
     valid = valid_tokens(kinds, mask, forward.start if forward is not None else 0)
-    vision = (kinds >= 0) & valid
+    places = kinds >= 0
+    vision = places & valid
     alive = torch.ones_like(vision)
     if runtime.method.vision is not None:
-        alive = ~(vision & embeds[..., 0].isnan().to(HOST))
+        alive = ~(places & embeds[..., 0].isnan().to(HOST))
     totals = vision.sum(1).tolist()
     prompt = _prompt(valid, call)
     raters = text = _raters(vision, prompt, call)
@@ -83,9 +86,9 @@ def read(runtime: Runtime, embeds: Tensor, kinds: Tensor, mask: Tensor | None) -
         entering, given = on(vision & alive, embeds.device), on(raters, embeds.device)
         raters = prefill.score.raters(embeds.nan_to_num(0.0), entering, given).to(HOST)
     names = [modality.name for modality in runtime.modalities]
-    found = _media(call, names, kinds.masked_fill(~valid, -1))
+    found = _media(call, names, kinds)
     marks = _marks(call, found) if found else []
-    media = Media(vision, valid, alive, prompt, text, raters, totals, not bool(valid.all()), marks, found)
+    media = Media(vision, places, valid, alive, prompt, text, raters, totals, not bool(valid.all()), marks, found)
     if media.marks:
         _spread_marks(media, reorder=runtime.method.renumber)
     _pin_the_end(media, call)
@@ -178,7 +181,7 @@ def _media(call: Call | None, names: list[str], kinds: Tensor) -> list[list[Medi
     Args:
         call: of this pass.
         names: of the modalities.
-        kinds: (B, length) long, index of each valid token's modality, -1 for all else.
+        kinds: (B, length) long, index of each token's modality, -1 for text.
     """
     if call is None or not call.layouts:
         return []
@@ -237,7 +240,7 @@ def _spread_marks(media: Media, reorder: bool) -> None:
     media.importance = torch.zeros(media.vision.shape)
     order = torch.arange(media.vision.shape[1]).expand_as(media.vision).clone()
     for b, row in enumerate(media.marks):
-        place = media.vision[b].nonzero()[:, 0]
+        place = media.places[b].nonzero()[:, 0]
         media.pinned[b, place], media.importance[b, place] = row.pinned, row.importance
         order[b, place] = place[row.order]
     media.order = order if reorder else None
@@ -255,8 +258,7 @@ def _counts(runtime: Runtime, media: Media) -> list[Tensor]:
         elif tokens is None:
             rows.append((0,) * len(runtime.filters))
         else:
-            what = f"keep={prefill.keep if prefill else None}"
-            rows.append(budget.spread(entering, runtime.depth, runtime.filters, tokens, what))
+            rows.append(survivors_of(runtime.method, entering, runtime.depth, runtime.filters, tokens))
     counts = []
     for k in range(len(runtime.filters)):
         wanted = [row[k] for row in rows]
