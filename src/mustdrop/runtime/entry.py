@@ -32,7 +32,8 @@ class Media:
         padded: whether any token is padding.
         marks: what the vision stage decided, per row over its vision tokens; empty without a vision stage.
         media: per row, its media in the order of the prompt; empty if the encoder did not run.
-        pinned: bool, the key set, or None.
+        ends: bool, vision tokens that end their prompts: they predict what follows, so they stay; None if no row has one.
+        pinned: bool, the key set and the ends, or None.
         importance: float, encoder attention, or None.
         order: long, sort key of the rows where they are reordered (compat="released"), or None.
         counts: survivors per filter, each (B,) long, or None where the data decide. An empty tensor says that this
@@ -50,6 +51,7 @@ class Media:
     padded: bool
     marks: list[Marks]
     media: list[list[Medium]]
+    ends: Tensor | None = None
     pinned: Tensor | None = None
     importance: Tensor | None = None
     order: Tensor | None = None
@@ -155,7 +157,7 @@ def _pin_the_end(media: Media, call: Call | None) -> None:
     end = media.vision & last_token(_prompt(media.valid, call))
     if not bool(end.any()):
         return
-    nothing = torch.zeros_like(end)
+    media.ends, nothing = end, torch.zeros_like(end)
     media.pinned = end | (nothing if media.pinned is None else media.pinned)
     media.importance = (nothing.float() if media.importance is None else media.importance).masked_fill(end, torch.inf)
 
