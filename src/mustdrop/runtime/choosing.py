@@ -211,6 +211,8 @@ def places(layout: Layout) -> Tensor:
     out = torch.zeros(4, layout.size, dtype=torch.long)
     first = 0
     for (frames, rows, columns), start in zip(layout.grids, layout.offsets, strict=False):
+        if not frames * rows * columns:
+            continue
         cell = layout.cells - start
         inside = (cell >= 0) & (cell < frames * rows * columns) & ~layout.structural
         cell = cell[inside]

@@ -164,7 +164,9 @@ class FeaturesWrapper:
             return None
         rows, columns = runtime.adapter.encoder_grid(runtime.model, kind, arguments)
         targets = patches_left(layouts, most, rows * columns)
-        amounts = [rule.amounts(rows * columns, target, stage.last + 1) for target in targets]
+        # a call may read an earlier layer than the config says
+        layers = min(stage.last, runtime.adapter.read_layer(runtime.model, kind, arguments)) + 1
+        amounts = [rule.amounts(rows * columns, target, layers) for target in targets]
         return Inside.of(rule, amounts, stage.tower)
 
     def _chooser(
