@@ -147,6 +147,7 @@ def schedule(total: int, n_layers: int, layers: Sequence[int], keep: Keep) -> tu
         BudgetError: `keep` cannot be met; the message names the smallest that can.
         ConfigError: layers outside the model.
     """
+    total = int(total)
     return spread(total, n_layers, tuple(layers), tokens_of(keep, total), f"keep={keep}")
 
 
