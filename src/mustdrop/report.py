@@ -149,6 +149,8 @@ def _views(medium: Medium, pictures: list[Any]) -> list[tuple[Any, Any]]:
     token = torch.empty(layout.offsets[-1], dtype=torch.long)
     token[layout.cells[~layout.structural]] = medium.index[~layout.structural]
     for (frames, height, width), first in zip(layout.grids, layout.offsets, strict=False):
+        if not height * width:  # a picture so thin that nothing of its tiles is left
+            continue
         for t in range(frames):
             start = first + t * height * width
             picture = pictures[t * len(pictures) // frames]

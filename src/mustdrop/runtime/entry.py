@@ -243,6 +243,11 @@ def _spread_marks(media: Media, reorder: bool) -> None:
     order = torch.arange(media.vision.shape[1]).expand_as(media.vision).clone()
     for b, row in enumerate(media.marks):
         place = media.places[b].nonzero()[:, 0]
+        seen = media.valid[b, place]
+        if not bool(seen.all()):  # what the mask hides does not enter, whatever the encoder made of it
+            row.alive, row.pinned = row.alive & seen, row.pinned & seen
+            there = (row.assignment >= 0) & row.alive[row.assignment.clamp(min=0)] & seen
+            row.assignment = row.assignment.masked_fill(~there, -1)
         media.pinned[b, place], media.importance[b, place] = row.pinned, row.importance
         order[b, place] = place[row.order]
     media.order = order if reorder else None

@@ -273,9 +273,7 @@ def _ends(
     return dict(found.values())
 
 
-def _limits(
-    sizes: Sequence[int], owners: Sequence[int], shares: Sequence[Share], amounts: Sequence[int]
-) -> list[int]:
+def _limits(sizes: Sequence[int], owners: Sequence[int], shares: Sequence[Share], amounts: Sequence[int]) -> list[int]:
     """Per medium, its part of its prompt's `amounts`: shared among the kinds of media first, then among the media.
 
     The parts of all kinds, each of which is worked out in a call of its own, add up. What ends the prompt has one token

@@ -45,9 +45,7 @@ def plan_row(method: Method, total: int, n_layers: int, layers: tuple[int, ...])
         tokens = budget.tokens_of(keep, total, strict=strict)
     decode = None if method.decode is None else method.decode.keep
     if strict and isinstance(decode, int) and decode > total:
-        raise BudgetError(
-            f"DecodeCachePruner.keep={decode} is more than the {total} vision tokens of this prompt."
-        )
+        raise BudgetError(f"DecodeCachePruner.keep={decode} is more than the {total} vision tokens of this prompt.")
     at_most, at_least = total, 0 if tokens is None else _merge_floor(tokens, total)
     vision = method.vision
     if vision is not None and vision.selects:

@@ -95,7 +95,9 @@ def choose(
         The selection, where its rule worked: on the host where sums and maxima decide, else on the device.
     """
     selection = _chosen(runtime, prefill, forward, media, hidden, attention, k)
-    return selection if media.ends is None else with_ends(selection, forward.current(media.ends), media.counts is not None)
+    return (
+        selection if media.ends is None else with_ends(selection, forward.current(media.ends), media.counts is not None)
+    )
 
 
 def with_ends(selection: Selection, ends: Tensor, counted: bool) -> Selection:
