@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 import re
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mustdrop.budget import schedule
+from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
+from mustdrop.budget import check_keep, schedule, share_out, spans, spread, tokens_of
 from mustdrop.errors import BudgetError, ConfigError, MustDropError
+from mustdrop.method import find
 
 PAPER_LAYERS = (2, 6, 10, 14)
 
@@ -141,3 +145,61 @@ def test_a_budget_above_the_image_says_how_many_tokens_there_are():
 def test_layers_outside_the_model_or_out_of_order_are_refused(layers):
     with pytest.raises(ConfigError):
         schedule(576, 32, layers, 192)
+
+
+@pytest.mark.parametrize(
+    ("keep", "tokens"),
+    [
+        (np.int64(64), 64),
+        (np.int32(64), 64),
+        (torch.tensor(64), 64),
+        (np.array(64), 64),
+        (np.float32(0.25), 144),
+        (np.float64(0.25), 144),
+        (torch.tensor(0.25), 144),
+    ],
+)
+def test_scalars_of_numpy_and_torch_are_numbers(keep, tokens):
+    assert schedule(576, 32, PAPER_LAYERS, keep) == schedule(576, 32, PAPER_LAYERS, tokens)
+    assert type(check_keep(keep)) in (int, float)
+    for pruner in (VisionStagePruner(keep=keep), PrefillPruner(keep=keep), DecodeCachePruner(keep=keep)):
+        assert type(pruner.keep) in (int, float)
+    made = find("mustdrop", keep=keep, window=np.int64(2), threshold=np.float32(0.5), layers=(np.int64(1), 2))
+    assert made.vision.window == 2
+    assert made.prefill.layers == (1, 2)
+
+
+@pytest.mark.parametrize("keep", [np.bool_(True), torch.tensor([64]), np.array([3, 4]), np.int64(0), np.float32(1.5)])
+def test_what_is_no_number_is_refused(keep):
+    with pytest.raises(BudgetError):
+        check_keep(keep)
+    with pytest.raises(BudgetError):
+        PrefillPruner(keep=keep)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.integers(0, 40), st.lists(st.integers(0, 30), min_size=1, max_size=4), st.data())
+def test_shares_add_up_and_whoever_needs_a_token_has_one(amount, sizes, data):
+    assume(any(sizes))
+    needs = data.draw(st.sampled_from([None, *(i for i, size in enumerate(sizes) if size)]))
+    parts = share_out(amount, sizes, needs)
+    assert sum(parts) == amount
+    assert min(parts) >= 0
+    if needs is None:
+        assert all(abs(part - amount * size / sum(sizes)) < 1 for part, size in zip(parts, sizes, strict=True))
+    elif amount:
+        assert parts[needs] >= 1
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(models(), st.floats(0.001, 1.0))
+def test_a_budget_that_only_a_divided_token_could_meet_leaves_one(model, share):
+    total, n_layers, layers = model
+    tokens = tokens_of(share, total, strict=False)
+    assert 1 <= tokens <= total
+    try:
+        survivors = spread(total, n_layers, layers, tokens, strict=False)
+    except BudgetError:
+        assert n_layers * tokens <= spans(n_layers, layers)[0] * total + 1e-6
+        return
+    assert equal_tokens(total, n_layers, layers, survivors) < tokens + 1

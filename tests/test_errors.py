@@ -125,7 +125,7 @@ def test_a_budget_that_can_never_be_right_is_refused_when_patching(method, keep)
 
 @pytest.mark.parametrize("method", ["mustdrop", "random", "uniform"])
 def test_a_budget_above_the_images_tokens_is_refused_before_any_work(method):
-    model = mustdrop.patch(clone(), method, keep=37)
+    model = mustdrop.patch(clone(), method, keep=37, strict=True)
     assert_refused(model, batch(), errors.BudgetError, "37.*36|36.*37")
     answer(model, batch(LLAMA, (2,)), steps=1)  # two images have 72
     assert mustdrop.trace(model).equal_tokens[0] <= 37
@@ -156,7 +156,7 @@ def test_an_impossible_budget_names_the_smallest_possible_one():
 
 
 def test_a_decode_budget_above_the_images_tokens_is_refused():
-    assert_refused(patched(decode=DecodeCachePruner(keep=37)), batch(), errors.BudgetError, "36")
+    assert_refused(patched(decode=DecodeCachePruner(keep=37), strict=True), batch(), errors.BudgetError, "36")
 
 
 # ------------------------------------------------------------------------------------------------------------- settings

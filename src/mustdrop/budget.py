@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 from mustdrop.errors import BudgetError, ConfigError
 
@@ -19,16 +20,29 @@ Keep = int | float
 _EPS = 1e-6
 
 
+def plain(value: Any) -> Any:
+    """A scalar of numpy or torch as the Python number that it holds, also inside tuples and lists; else `value`."""
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    item = getattr(value, "item", None)
+    return item() if callable(item) and getattr(value, "shape", None) == () else value
+
+
 def check_keep(keep: Keep, what: str = "keep") -> Keep:
     """Reject a `keep` that can never be right, whatever the image.
 
     Args:
-        keep: int (tokens) or float in (0, 1] (share of the prompt's vision tokens).
+        keep: int (tokens) or float in (0, 1] (share of the prompt's vision tokens); scalars of numpy and torch count as
+            what they hold.
         what: name used in the message.
+
+    Returns:
+        The budget as a Python number.
 
     Raises:
         BudgetError: not a number, not positive, or a float above 1.
     """
+    keep = plain(keep)
     if isinstance(keep, bool) or not isinstance(keep, int | float):
         raise BudgetError(f"{what} must be a number of tokens (int) or a share in (0, 1] (float), got {keep!r}.")
     if isinstance(keep, float) and not 0.0 < keep <= 1.0:
@@ -40,14 +54,23 @@ def check_keep(keep: Keep, what: str = "keep") -> Keep:
     return keep
 
 
-def tokens_of(keep: Keep, total: int, what: str = "keep") -> float:
+def tokens_of(keep: Keep, total: int, what: str = "keep", strict: bool = True) -> float:
     """`keep` in tokens for a prompt with `total` vision tokens.
 
+    Args:
+        keep: int (tokens) or float (share).
+        total: vision tokens of the prompt, at least 1.
+        what: name used in the message.
+        strict: whether a budget beyond the prompt is an error. If not, all tokens stay where there are fewer than
+            `keep`, and one where a share is less than that.
+
     Raises:
-        BudgetError: more tokens than the prompt has, or less than one.
+        BudgetError: with `strict`, more tokens than the prompt has, or less than one.
     """
-    check_keep(keep, what)
+    keep = check_keep(keep, what)
     tokens = keep * total if isinstance(keep, float) else float(keep)
+    if not strict:
+        return min(max(tokens, 1.0), float(total))
     if tokens > total + _EPS:
         raise BudgetError(
             f"{what}={keep} is more than the {total} vision tokens of this prompt. Use "
@@ -124,12 +147,19 @@ def schedule(total: int, n_layers: int, layers: Sequence[int], keep: Keep) -> tu
         BudgetError: `keep` cannot be met; the message names the smallest that can.
         ConfigError: layers outside the model.
     """
+    total = int(total)
     return spread(total, n_layers, tuple(layers), tokens_of(keep, total), f"keep={keep}")
 
 
 @lru_cache(maxsize=4096)
-def spread(total: int, n_layers: int, layers: Sequence[int], tokens: float, what: str = "keep") -> tuple[int, ...]:
-    """`schedule` for a budget already in tokens, which may exceed `total` (then nothing is dropped)."""
+def spread(
+    total: int, n_layers: int, layers: Sequence[int], tokens: float, what: str = "keep", strict: bool = True
+) -> tuple[int, ...]:
+    """`schedule` for a budget already in tokens, which may exceed `total` (then nothing is dropped).
+
+    Without `strict`, a budget that only fails because a token cannot be divided leaves one token after every filter;
+    that is less than one token too many.
+    """
     width = spans(n_layers, layers)
     if tokens >= total - _EPS or not layers:
         if tokens < total - _EPS:
@@ -137,6 +167,8 @@ def spread(total: int, n_layers: int, layers: Sequence[int], tokens: float, what
         return (total,) * len(layers)
     limit = math.floor(n_layers * tokens + _EPS) - width[0] * total
     if limit < sum(width[1:]):
+        if not strict and n_layers * tokens > width[0] * total + _EPS:
+            return (1,) * len(layers)
         least = smallest(total, n_layers, layers)
         raise BudgetError(
             f"{what} is impossible with {total} vision tokens and filters after layers "
@@ -192,8 +224,18 @@ def entry(total: int, n_layers: int, layers: Sequence[int], tokens: float, taper
     return low
 
 
-def share_out(amount: int, sizes: Sequence[int]) -> list[int]:
-    """Split `amount` tokens over images in proportion to their `sizes`; the parts add up to `amount`."""
+def share_out(amount: int, sizes: Sequence[int], needs: int | None = None) -> list[int]:
+    """Split `amount` tokens over images in proportion to their `sizes`; the parts add up to `amount`.
+
+    Args:
+        amount: tokens.
+        sizes: of the images, not all of them 0.
+        needs: an image that gets one token at least, at the cost of the one that has most; None: none does.
+    """
     total = sum(sizes)
     ends = [amount * sum(sizes[: i + 1]) // total for i in range(len(sizes))]
-    return [b - a for a, b in itertools.pairwise([0, *ends])]
+    parts = [b - a for a, b in itertools.pairwise([0, *ends])]
+    if needs is not None and amount and not parts[needs]:
+        parts[parts.index(max(parts))] -= 1
+        parts[needs] = 1
+    return parts

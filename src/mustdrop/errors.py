@@ -58,6 +58,10 @@ class PictureError(ConfigError):
     """A picture that is missing, broken, or of a kind that cannot be read."""
 
 
+class BudgetWarning(UserWarning):
+    """A picture is so small that one token of it is more than the budget; one token stays."""
+
+
 class NothingDroppedWarning(UserWarning):
     """A patched model ran on an image and kept every vision token."""
 

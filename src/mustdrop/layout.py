@@ -72,11 +72,11 @@ class Layout:
     def with_breaks(self, count: int = 1, each_row: bool = False) -> Layout:
         """The same features with structural rows: `count` at the end, or one after each row of the (one) grid."""
         if each_row:
-            _, _, columns = self.grids[0]
-            cells = torch.nn.functional.pad(self.cells.view(-1, columns), (0, 1), value=-1).flatten()
-            patches = torch.nn.functional.pad(
-                self.patches.view(-1, columns, self.patches.shape[1]), (0, 0, 0, 1), value=-1
-            )
+            frames, lines, columns = self.grids[0]  # a picture that is very thin has none of the one or the other
+            cells = self.cells.view(frames * lines, columns)
+            cells = torch.nn.functional.pad(cells, (0, 1), value=-1).flatten()
+            patches = self.patches.view(frames * lines, columns, self.patches.shape[1])
+            patches = torch.nn.functional.pad(patches, (0, 0, 0, 1), value=-1)
             return Layout(self.grids, cells, patches.flatten(0, 1))
         pad = torch.nn.functional.pad
         return Layout(self.grids, pad(self.cells, (0, count), value=-1), pad(self.patches, (0, 0, 0, count), value=-1))

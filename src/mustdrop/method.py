@@ -27,12 +27,15 @@ class Method:
         prefill: what happens between decoder layers, or None.
         decode: what happens to the KV cache, or None.
         name: the registered name, or "custom".
+        strict: whether a picture that is too small for a budget or for a window is an error. If not, budgets beyond a
+            picture keep what there is, at least one token, and a picture smaller than a window is not merged.
     """
 
     vision: VisionStagePruner | None = None
     prefill: PrefillPruner | None = None
     decode: DecodeCachePruner | None = None
     name: str = "custom"
+    strict: bool = False
 
     def __post_init__(self) -> None:
         for socket, kind in (
@@ -100,9 +103,11 @@ class Recipe(Settings):
 
     Attributes:
         called: the method's name, where no file can have it; None: the name of its file.
+        strict: see `Method.strict`; a knob of every method.
     """
 
     called: ClassVar[str | None] = None
+    strict: bool = False
 
     def build(self) -> Method:
         """The method with these knobs."""
@@ -155,5 +160,6 @@ def find(name: str, **knobs: Any) -> Method:
     for knob in knobs:
         if knob not in recipe.model_fields:
             raise UnknownKnobError(f"method {name!r} has no knob {knob!r}. {did_you_mean(knob, recipe.model_fields)}")
-    built = recipe(**knobs).build()
-    return Method(built.vision, built.prefill, built.decode, name)
+    settings = recipe(**knobs)
+    built = settings.build()
+    return Method(built.vision, built.prefill, built.decode, name, settings.strict)

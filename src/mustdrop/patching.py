@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import nn
@@ -30,6 +31,7 @@ def patch(
     vision: VisionStagePruner | None = None,
     prefill: PrefillPruner | None = None,
     decode: DecodeCachePruner | None = None,
+    strict: bool | None = None,
     **knobs: Any,
 ) -> M:
     """Make `model` drop vision tokens. Patching a patched model replaces what was there.
@@ -44,6 +46,8 @@ def patch(
         vision: what happens in the vision encoder.
         prefill: what happens between decoder layers.
         decode: what happens to the KV cache.
+        strict: whether a picture that is too small for a budget or for a window is an error. By default such a picture
+            keeps what there is, at least one token, and is not merged; a `Method` may say otherwise.
         **knobs: further settings of the named method.
 
     Returns:
@@ -56,6 +60,8 @@ def patch(
         UnsupportedOptionError: an attention backend that cannot be pruned.
     """
     chosen = _method(method, keep, vision, prefill, decode, knobs)
+    if strict is not None:
+        chosen = replace(chosen, strict=bool(strict))
     inner = _inside(model)
     runtime = Runtime(inner, find_adapter(inner), chosen)  # fails before the model is touched
     unpatch(model)

@@ -210,6 +210,8 @@ def _rows(media: Sequence[Medium], pictures: list[list[Any]]) -> Iterator[Row]:
         tokens = torch.full((layout.offsets[-1],), -1, dtype=torch.long)
         tokens[layout.cells[~layout.structural]] = medium.index[~layout.structural]
         for grid, ((frames, height, width), first) in enumerate(zip(layout.grids, layout.offsets, strict=False)):
+            if not height * width:  # a picture so thin that nothing of its tiles is left
+                continue
             for t in range(frames):
                 label, source = _shown(name, medium, own, grid, t)
                 start = first + t * height * width

@@ -56,7 +56,7 @@ def test_more_placeholders_than_features(name, kind):
 @each
 def test_a_picture_smaller_than_a_window(name, kind):
     needs_the_vision_stage(name)
-    model = mustdrop.patch(clone(name), vision=VisionStagePruner(window=20))
+    model = mustdrop.patch(clone(name), vision=VisionStagePruner(window=20), strict=True)
     with pytest.raises(errors.ConfigError, match="smaller than one window"):
         answer(model, batch(registry()[name], model, ((kind,),)), 1)
     still_works(model, name, kind)

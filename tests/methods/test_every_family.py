@@ -25,9 +25,9 @@ from mustdrop.adapters import registry
 from mustdrop.errors import UnsupportedModelError
 from support import fake_flash, families, following, turns
 from support.builders import answer
+from support.edges import BUDGETED, share
 from support.families import assert_dropping_equals_masking, batch, clone
 
-from .test_every_method import BUDGETED, share
 
 FAMILIES = [(name, kind) for name, adapter in registry().items() if adapter.available() for kind in adapter.media]
 BACKENDS = ("sdpa", "eager", fake_flash.NAME)

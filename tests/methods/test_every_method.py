@@ -6,16 +6,15 @@ import pytest
 import torch
 
 import mustdrop
-from mustdrop import budget
 from mustdrop.adapters import registry
 from mustdrop.errors import UnknownKnobError
 from mustdrop.method import find
 from mustdrop.method import registry as recipes
 from support.builders import answer
+from support.edges import BUDGETED, share
 from support.families import assert_dropping_equals_masking, batch, clone, plain
 
 FAMILIES = [("llava", "image"), ("qwen2_5_vl", "image"), ("llava_onevision", "video")]
-BUDGETED = [name for name, recipe in recipes().items() if "keep" in recipe.model_fields]
 each = pytest.mark.parametrize("method", BUDGETED)
 where = pytest.mark.parametrize(("family", "kind"), FAMILIES, ids=map("-".join, FAMILIES))
 
@@ -25,16 +24,6 @@ def assert_the_budget_is_met(method, trace, keep):
     spent, total = getattr(trace, find(method).account), trace.total.float()
     assert torch.all(spent <= keep * total + 1e-4)
     assert torch.all(spent > keep * total - 1 - 1e-4)
-
-
-def share(method, family):
-    """A budget that the filters of the method can meet in a tiny model, with something left to drop."""
-    prefill = find(method).prefill
-    if prefill is None:
-        return 0.5
-    depth = len(registry()[family].decoder_layers(plain(family)))
-    first = budget.spans(depth, prefill.filter_layers(depth))[0]
-    return (first / depth + 1) / 2
 
 
 @each

@@ -203,8 +203,11 @@ class Adapter(ABC):
         return tuple(k - 1 if k >= 0 else depth + k for k in ([layers] if isinstance(layers, int) else layers))
 
     def read_layer(self, model: Any, modality: str, arguments: dict[str, Any]) -> int:
-        """The one of `read_layers` before which tokens must have merged: the last, where one of them is enough."""
-        return max(self.read_layers(model, modality, arguments))
+        """The one of `read_layers` before which tokens must have merged.
+
+        It is the first: features of several layers lie side by side, and all must be of the same patches.
+        """
+        return min(self.read_layers(model, modality, arguments))
 
     def fit(self, model: Any) -> Literal["crop", "stretch"]:
         """How the image processor of this family fits an image to the grid, for drawing."""

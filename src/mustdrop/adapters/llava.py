@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, stack
 
 from mustdrop.adapters.base import Adapter, Tower
@@ -11,7 +12,7 @@ from mustdrop.adapters.tiny import IMAGE, clip, text
 from mustdrop.errors import ConfigError, UnsupportedModelError
 from mustdrop.layout import Layout
 
-_TOWERS = ("clip_vision_model", "siglip_vision_model")
+_TOWERS = ("clip_vision_model", "siglip_vision_model", "pixtral")
 
 
 class Llava(Adapter):
@@ -21,7 +22,7 @@ class Llava(Adapter):
     classes = ("LlavaForConditionalGeneration",)
 
     def tower(self, model: Any, modality: str = "image") -> Tower:
-        """The CLIP or SigLIP tower."""
+        """CLIP or SigLIP, or Pixtral with all images in one sequence."""
         kind = model.config.vision_config.model_type
         if kind not in _TOWERS:
             raise UnsupportedModelError(
@@ -29,22 +30,27 @@ class Llava(Adapter):
                 "Leave the vision stage out: mustdrop.patch(model, prefill=PrefillPruner(...), "
                 "decode=DecodeCachePruner())."
             )
-        return self.dense_tower(model.model.vision_tower)
+        tower = model.model.vision_tower
+        if kind == "pixtral":
+            return Tower(tower, tower.transformer.layers, packed=True)
+        return self.dense_tower(tower)
 
     def layouts(self, model: Any, modality: str, arguments: dict[str, Any]) -> list[Layout]:
-        """A square grid per image; strategy "full" leaves the CLS row in front of the patches."""
-        vision = model.config.vision_config
-        side = vision.image_size // vision.patch_size
-        cls = int(vision.model_type.startswith("clip"))
+        """A grid per image, as large as its pixels; strategy "full" leaves the CLS row in front of the patches."""
+        special = _special_tokens(model.model.vision_tower)
         strategy = arguments.get("vision_feature_select_strategy") or model.config.vision_feature_select_strategy
-        if strategy == "default" and not cls:
+        if strategy == "default" and not special:
             raise ConfigError(
                 'vision_feature_select_strategy="default" cuts the first patch of a tower without a CLS token: '
                 'use "full" for this model.'
             )
-        prefix = cls if strategy == "full" else 0
-        images = range(len(arguments["pixel_values"]))
-        return [Layout.of_frames((1, side, side), (side, side), i, prefix=prefix) for i in images]
+        prefix = special - (strategy == "default")
+        found, start = [], 0
+        for rows, columns in _grids(model, arguments):
+            one = Layout.of_frames((1, rows, columns), (rows, columns), prefix=prefix)
+            found.append(Layout(one.grids, one.cells, torch.where(one.patches < 0, -1, one.patches + start)))
+            start += rows * columns
+        return found
 
     def fit(self, model: Any) -> Literal["crop", "stretch"]:
         """CLIP's processor crops the centre, SigLIP's stretches."""
@@ -63,3 +69,23 @@ class Llava(Adapter):
     def tiny_media(self, model: Any, modality: str, images: list[Tensor]) -> tuple[dict[str, Any], list[list[int]]]:
         """36 tokens per image."""
         return {"pixel_values": stack(images)}, [[IMAGE] * 36 for _ in images]
+
+
+def _special_tokens(tower: Any) -> int:
+    """Tokens that the tower puts before the patches: CLS, and registers where it has such."""
+    kind = tower.config.model_type
+    if kind in _TOWERS:
+        return int(kind.startswith("clip"))
+    names = {name.rpartition(".")[2] for name, _ in tower.named_parameters()}
+    cls = not names.isdisjoint(("class_embedding", "cls_token"))
+    return int(cls) + int(getattr(tower.config, "num_register_tokens", 0) or 0)
+
+
+def _grids(model: Any, arguments: dict[str, Any]) -> list[tuple[int, int]]:
+    """(rows, columns) of the patches of each image: of its own size where sizes are given, else of all its pixels."""
+    pixels, sizes = arguments["pixel_values"], arguments.get("image_sizes")
+    if sizes is None:
+        sizes = [pixels.shape[-2:]] * len(pixels)
+    side = model.config.vision_config.patch_size
+    high, wide = side if isinstance(side, list | tuple) else (side, side)
+    return [(height // high, width // wide) for height, width in torch.as_tensor(sizes).tolist()]

@@ -101,7 +101,7 @@ def tiny_tiles(adapter: LlavaNext, model: Any, images: list[Tensor]) -> dict[str
     for image, size in zip(images, sizes, strict=True):
         high, wide = get_anyres_image_grid_shape(size, PINPOINTS, 24)
         scale = min(high * 24 / int(size[0]), wide * 24 / int(size[1]))
-        fitted = resize(image[None], size=(round(int(size[0]) * scale), round(int(size[1]) * scale)))[0]
+        fitted = resize(image[None], size=[max(1, round(int(side) * scale)) for side in size])[0]
         canvas = torch.zeros(3, high * 24, wide * 24)
         top, left = (canvas.shape[1] - fitted.shape[1]) // 2, (canvas.shape[2] - fitted.shape[2]) // 2
         canvas[:, top : top + fitted.shape[1], left : left + fitted.shape[2]] = fitted

@@ -56,6 +56,10 @@ class Molmo2(Adapter):
         depth = len(self.tower(model, modality).blocks)
         return tuple(int(k) % depth for k in model.config.adapter_config.vision_feature_layer)
 
+    def read_layer(self, model: Any, modality: str, arguments: dict[str, Any]) -> int:
+        """The last: tokens merge behind the encoder, where all layers have run."""
+        return max(self.read_layers(model, modality, arguments))
+
     def tiny(self) -> dict[str, Any]:
         """6 x 6 patches per crop, 2 x 2 to a feature, two of four encoder layers."""
         vision = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8}

@@ -31,10 +31,6 @@ class VipLlava(Llava):
         depth = len(self.tower(model, modality).blocks)
         return tuple(k - 1 if k >= 0 else depth + k for k in ([layers] if isinstance(layers, int) else layers))
 
-    def read_layer(self, model: Any, modality: str, arguments: dict[str, Any]) -> int:
-        """The first of the layers: all of them must see the same patches, so merging comes before."""
-        return min(self.read_layers(model, modality, arguments))
-
     def tiny(self) -> dict[str, Any]:
         """The last two layers of CLIP, and Llama."""
         return {

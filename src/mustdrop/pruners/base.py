@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-from mustdrop.budget import Keep, check_keep
+from mustdrop.budget import Keep, check_keep, plain
 from mustdrop.errors import ConfigError, MustDropError, UnknownKnobError, did_you_mean
 
 # Checked before pydantic converts anything: True is not 1 token, and "64" is not 64.
@@ -15,7 +15,10 @@ Compat = Literal["paper", "released"]
 
 
 class Settings(BaseModel):
-    """A frozen pydantic object that raises mustdrop's errors: unknown names, wrong types, values out of range."""
+    """A frozen pydantic object that raises mustdrop's errors: unknown names, wrong types, values out of range.
+
+    Scalars of numpy and torch are taken as the numbers that they hold.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
 
@@ -25,7 +28,7 @@ class Settings(BaseModel):
             if name not in known:
                 raise UnknownKnobError(f"{type(self).__name__} has no setting {name!r}. {did_you_mean(name, known)}")
         try:
-            super().__init__(**data)
+            super().__init__(**{name: plain(value) for name, value in data.items()})
         except ValidationError as error:
             raise translated(type(self).__name__, error) from error
 

@@ -19,7 +19,7 @@ from mustdrop.pruners.base import Budget, Compat, Settings
 from mustdrop.pruners.selecting import Read, VisionRule
 from mustdrop.rules.encoder_attention import random_scores, uniform_scores
 from mustdrop.rules.ranking import keep_best
-from mustdrop.rules.windows import merge_windows, window_similarity
+from mustdrop.rules.windows import check_window, merge_windows, window_similarity
 from mustdrop.selection import Selection
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -141,10 +141,11 @@ class VisionStagePruner(Settings):
             scale: patches per side of what the window counts.
 
         Returns:
-            `Selection` with `merge_into`; `selection.apply(features)` are the M remaining tokens.
+            `Selection` with `merge_into`; `selection.apply(features)` are the M remaining tokens. A grid that is smaller
+            than one window is not merged.
 
         Raises:
-            ConfigError: the grid does not fit the features, or is smaller than one window.
+            ConfigError: the grid does not fit the features.
         """
         if self.window is None:
             return Selection.from_mask(torch.ones(features.shape[:2], dtype=torch.bool, device=features.device))
@@ -165,8 +166,18 @@ class VisionStagePruner(Settings):
         assert self.window is not None  # asked only where windows merge
         return self.temporal_window, self.window * scale, self.window * scale
 
+    def check(self, grid: tuple[int, ...], scale: int = 1) -> None:
+        """Raise `ConfigError` for a grid that is smaller than one window."""
+        if self.window is not None:
+            check_window(grid, self._window(scale))
+
     def select(
-        self, importance: Tensor, alive: Tensor, count: Tensor | None = None, structural: Tensor | None = None
+        self,
+        importance: Tensor,
+        alive: Tensor,
+        count: Tensor | None = None,
+        structural: Tensor | None = None,
+        ends: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Select to a budget and pin the key set.
 
@@ -176,13 +187,15 @@ class VisionStagePruner(Settings):
             count: (B,) long, tokens to keep; None keeps all.
             structural: (B, N) bool, tokens that stand for no part of the picture (line breaks): they stay before all
                 others, and are never pinned.
+            ends: (B, N) bool, tokens that end a prompt and predict what follows: they stay before the structural ones.
 
         Returns:
             (keep, pinned), both (B, N) bool; pinned is a subset of keep.
         """
         keep, first = alive, torch.zeros_like(alive) if structural is None else structural
         if count is not None:
-            keep = keep_best(self.scores(importance).masked_fill(first, torch.inf), count, alive)
+            rank = torch.zeros_like(alive, dtype=torch.float32) if ends is None else ends.float()
+            keep = keep_best(self.scores(importance), count, alive, first | (rank > 0), rank)
         return keep, self.pins(importance, keep & ~first)
 
     def pins(self, importance: Tensor, picture: Tensor) -> Tensor:
@@ -222,7 +235,7 @@ class VisionStagePruner(Settings):
                 "Features.of_grid(features, grid, read={...}), or merge() and then the rule."
             )
         if count is None and not isinstance(self.keep, str):
-            tokens = math.floor(tokens_of(self.keep, total, "VisionStagePruner.keep") + 1e-6)
+            tokens = math.floor(tokens_of(self.keep, total, "VisionStagePruner.keep", strict=False) + 1e-6)
             count = torch.full((features.shape[0],), tokens, device=features.device)
         merged = self.merge(features, grid, at_least=count)
         alive = merged.mask(total)

@@ -32,23 +32,26 @@ def _solid(grid: Sides, window: int | Sides) -> tuple[tuple[int, int, int], tupl
 def window_index(grid: Sides, window: int | Sides, device: torch.device | None = None) -> Tensor:
     """Token indices of each complete window of a raster grid, (W, tokens per window) long.
 
-    Incomplete windows at the border are left out.
-
-    Raises:
-        ConfigError: the grid is smaller than one window.
+    Incomplete windows at the border are left out, so a grid that is smaller than one window has none.
     """
     (frames, rows, columns), (deep, high, wide) = _solid(grid, window)
     t, h, w = frames // deep, rows // high, columns // wide
-    if not t or not h or not w:
-        has = f"{rows}x{columns} patches" if frames == 1 else f"{frames} frames of {rows}x{columns} patches"
-        needs = f"{high}x{wide}" if deep == 1 else f"{deep} frames of {high}x{wide}"
-        raise ConfigError(
-            f"the {'image' if frames == 1 else 'video'} has {has}, smaller than one window of {needs}: "
-            "use a smaller window."
-        )
     tokens = torch.arange(frames * rows * columns, device=device).view(frames, rows, columns)
     tokens = tokens[: t * deep, : h * high, : w * wide]
     return rearrange(tokens, "(t c) (h a) (w b) -> (t h w) (c a b)", c=deep, a=high, b=wide)
+
+
+def check_window(grid: Sides, window: int | Sides) -> None:
+    """Raise `ConfigError` for a grid that is smaller than one window."""
+    (frames, rows, columns), (deep, high, wide) = _solid(grid, window)
+    if frames >= deep and rows >= high and columns >= wide:
+        return
+    has = f"{rows}x{columns} patches" if frames == 1 else f"{frames} frames of {rows}x{columns} patches"
+    needs = f"{high}x{wide}" if deep == 1 else f"{deep} frames of {high}x{wide}"
+    raise ConfigError(
+        f"the {'image' if frames == 1 else 'video'} has {has}, smaller than one window of {needs}: use a smaller window, "
+        "or leave strict out: then such a picture is not merged."
+    )
 
 
 def _centre(grid: Sides, window: int | Sides) -> int:
@@ -66,12 +69,15 @@ def window_similarity(x: Tensor, grid: Sides, window: int | Sides) -> Tensor:
         window: of at least two tokens.
 
     Returns:
-        (B, W) float32, windows in raster order.
+        (B, W) float32, windows in raster order; none where the grid is smaller than one.
     """
     if x.shape[1] != math.prod(grid):
         sides = "x".join(map(str, grid))
         raise ConfigError(f"got {x.shape[1]} tokens for a grid of {sides} = {math.prod(grid)} patches.")
-    return kernels.window_similarity(x, window_index(grid, window, x.device))
+    index = window_index(grid, window, x.device)
+    if not len(index):
+        return torch.zeros(x.shape[0], 0, device=x.device)
+    return kernels.window_similarity(x, index)
 
 
 def merge_windows(

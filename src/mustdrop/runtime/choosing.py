@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -54,7 +55,8 @@ class Chooser:
         run: what the encoder did.
         layouts: one per medium.
         most: features per medium that may stay; None leaves it to the rule.
-        last: media whose last feature ends a prompt and must stay.
+        ends: medium -> its feature that ends a prompt, predicts what follows, and must stay.
+        shown: per medium (N,) bool, features that a mask does not hide; None: all.
         questions: per medium (T, C), embeddings of its prompt's words, if the rule asks for them.
         released: whether what merged in the encoder is shown in the encoder's order, as released codes have it.
     """
@@ -63,7 +65,8 @@ class Chooser:
     run: EncoderRun
     layouts: Sequence[Layout]
     most: Sequence[int] | None
-    last: Sequence[int]
+    ends: Mapping[int, int]
+    shown: Sequence[Tensor] | None
     questions: Sequence[Tensor]
     released: bool = False
 
@@ -76,7 +79,7 @@ class Chooser:
         """
         device = features.device
         index = torch.arange(len(features), device=device)
-        owner = index if owner is None else owner
+        owner = index if owner is None else named(owner, self.layouts, self.ends, self.shown)
         choice = Choice(torch.zeros(len(features), dtype=torch.bool, device=device), torch.full_like(index, -1), index)
         choice.order = index.clone()
         size = torch.bincount(owner, minlength=len(owner)).float()
@@ -104,14 +107,18 @@ class Chooser:
     def _room(self, i: int, layout: Layout, mine: Tensor, owner: Tensor, choice: Choice) -> tuple[Tensor, int | None]:
         """Features that the rule may choose from, and how many of them; what must stay is kept right away.
 
-        That is the last feature where it ends the prompt, then rows that stand for no part of the picture.
+        That is the feature that ends the prompt, then rows that stand for no part of the picture.
         """
         alive = owner[mine] == mine
+        most = None if self.most is None else self.most[i]
+        if self.shown is not None and most is not None:  # what is hidden takes no place from others
+            seen = alive & self.shown[i].to(mine.device)
+            alive, most = (alive, int(alive.sum())) if most >= int(seen.sum()) else (seen, most)
         structural = layout.structural.to(mine.device)
         first = mine[structural & alive]
-        if i in self.last and not bool(structural[-1]):
-            first = torch.cat([owner[mine[-1:]], first])
-        most = None if self.most is None else self.most[i]
+        if i in self.ends:
+            end = mine[self.ends[i]]
+            first = torch.cat([end[None], first[first != end]])
         first = first if most is None else first[:most]
         choice.keep[first], choice.into[first] = True, first
         free = mine[alive & ~structural & ~choice.keep[mine]]
@@ -204,6 +211,8 @@ def places(layout: Layout) -> Tensor:
     out = torch.zeros(4, layout.size, dtype=torch.long)
     first = 0
     for (frames, rows, columns), start in zip(layout.grids, layout.offsets, strict=False):
+        if not frames * rows * columns:
+            continue
         cell = layout.cells - start
         inside = (cell >= 0) & (cell < frames * rows * columns) & ~layout.structural
         cell = cell[inside]
@@ -238,3 +247,31 @@ def owners(run: EncoderRun, patches: Tensor) -> Tensor:
     table = torch.full((total,), 2 * number, device=patches.device)
     table = table.scatter_reduce(0, key[~structural], rank[~structural], "amin")
     return torch.where(structural, index, table[key] % number)
+
+
+def named(
+    owner: Tensor, layouts: Sequence[Layout], ends: Mapping[int, int], shown: Sequence[Tensor] | None = None
+) -> Tensor:
+    """What names each merged window, so that no token that must be there is gone.
+
+    A feature that ends a prompt names the window that it is part of, and one that a mask hides names none with others in
+    it.
+
+    Args:
+        owner: (F,) long, for each feature of all media the one that names its window.
+        layouts: one per medium.
+        ends: medium -> its feature that ends a prompt.
+        shown: per medium (N,) bool, features that no mask hides; None: all.
+    """
+    if not ends and shown is None:
+        return owner
+    index, device = torch.arange(len(owner), device=owner.device), owner.device
+    turn = (owner != index).long()  # whose turn it is to name: the end, what does so far, others that are seen
+    if shown is not None:
+        turn = torch.where(torch.cat(list(shown)).to(device), turn, 2)
+    for i, start in enumerate(itertools.accumulate((layout.size for layout in layouts), initial=0)):
+        if i in ends:
+            turn[start + ends[i]] = -1
+    key = (turn + 1) * len(owner) + index
+    best = torch.full_like(owner, 4 * len(owner)).scatter_reduce(0, owner, key, "amin")
+    return best[owner] % len(owner)

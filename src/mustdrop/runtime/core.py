@@ -13,7 +13,7 @@ from mustdrop import kv
 from mustdrop.adapters.base import Adapter, Modality, Tower
 from mustdrop.compat import cache_of, require_supported_transformers
 from mustdrop.cost import EncoderCost, TextCost
-from mustdrop.errors import ConfigError, NothingDroppedWarning, UnsupportedModelError
+from mustdrop.errors import BudgetWarning, ConfigError, NothingDroppedWarning, UnsupportedModelError
 from mustdrop.method import Method
 from mustdrop.runtime import checks
 from mustdrop.runtime.compiled import outside_steps
@@ -56,7 +56,7 @@ class Runtime:
             )
         self.stage = TextStage(self)
         self.last: Trace | None = None
-        self.warned = False
+        self.warned = self.exceeded = False
         self.sizes: dict[object, Any] = {}
         self.plans: dict[int, RowPlan] = {}  # per runtime: keep=1 and keep=1.0 are equal and mean different things
         self.installation = Installation()
@@ -115,7 +115,10 @@ class Runtime:
     def plan(self, total: int) -> RowPlan:
         """Numbers for a prompt with `total` vision tokens; a server sees the same few sizes all day."""
         if total not in self.plans:
-            self.plans[total] = plan_row(self.method, total, self.depth, self.filters)
+            made = self.plans[total] = plan_row(self.method, total, self.depth, self.filters)
+            if made.exceeds and not self.exceeded:
+                self.exceeded = True
+                warnings.warn(made.exceeds, BudgetWarning, stacklevel=3)
         return self.plans[total]
 
     def install(self) -> None:
@@ -147,9 +150,14 @@ class Runtime:
             cache = cache_of(kwargs)
             start = 0 if cache is None else int(cache.get_seq_length())
             valid = valid_tokens(kinds, kwargs.get("attention_mask"), start)
+            call.totals_of = {m.name: (kinds == i).sum(1).tolist() for i, m in enumerate(self.modalities)}
+            if bool(((kinds >= 0) & ~valid).any()):  # each still stands for a feature, so the encoder's marks know them
+                call.shown_of = {
+                    m.name: [v[k == i] for k, v in zip(kinds, valid, strict=True)]
+                    for i, m in enumerate(self.modalities)
+                }
             kinds = kinds.masked_fill(~valid, -1)
             call.totals = (kinds >= 0).sum(1).tolist()
-            call.totals_of = {m.name: (kinds == i).sum(1).tolist() for i, m in enumerate(self.modalities)}
             checks.media(self, call.totals_of, kwargs if ids is None else {"input_ids": ids, **kwargs})
             call.plans = [self.plan(total) for total in call.totals]
             ends = kinds.masked_fill(~last_token(valid), -1).amax(1).tolist()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mustdrop import budget
+from mustdrop.runtime.plan import survivors_of
 from mustdrop.runtime.rows import HOST, on
 from mustdrop.runtime.state import Call, Marks, Medium
 
@@ -21,8 +21,9 @@ class Media:
     """Vision tokens of one pass through the text model, (B, length) each, in logical order. All on the host.
 
     Attributes:
-        vision: bool, vision tokens.
-        valid: bool, tokens that are not padding.
+        vision: bool, vision tokens that the attention mask does not hide.
+        places: bool, all vision tokens; each stands for a feature.
+        valid: bool, tokens that the attention mask does not hide (padding, mostly).
         alive: bool, all but the vision tokens that the vision stage dropped.
         prompt: bool, valid tokens of the prompt itself.
         text: bool, text after the row's last vision token (see `_raters`).
@@ -31,7 +32,8 @@ class Media:
         padded: whether any token is padding.
         marks: what the vision stage decided, per row over its vision tokens; empty without a vision stage.
         media: per row, its media in the order of the prompt; empty if the encoder did not run.
-        pinned: bool, the key set, or None.
+        ends: bool, vision tokens that end their prompts: they predict what follows, so they stay; None if no row has one.
+        pinned: bool, the key set and the ends, or None.
         importance: float, encoder attention, or None.
         order: long, sort key of the rows where they are reordered (compat="released"), or None.
         counts: survivors per filter, each (B,) long, or None where the data decide. An empty tensor says that this
@@ -39,6 +41,7 @@ class Media:
     """
 
     vision: Tensor
+    places: Tensor
     valid: Tensor
     alive: Tensor
     prompt: Tensor
@@ -48,6 +51,7 @@ class Media:
     padded: bool
     marks: list[Marks]
     media: list[list[Medium]]
+    ends: Tensor | None = None
     pinned: Tensor | None = None
     importance: Tensor | None = None
     order: Tensor | None = None
@@ -71,10 +75,11 @@ def read(runtime: Runtime, embeds: Tensor, kinds: Tensor, mask: Tensor | None) -
     call = runtime.local.call
     forward = runtime.local.forward
     valid = valid_tokens(kinds, mask, forward.start if forward is not None else 0)
-    vision = (kinds >= 0) & valid
+    places = kinds >= 0
+    vision = places & valid
     alive = torch.ones_like(vision)
     if runtime.method.vision is not None:
-        alive = ~(vision & embeds[..., 0].isnan().to(HOST))
+        alive = ~(places & embeds[..., 0].isnan().to(HOST))
     totals = vision.sum(1).tolist()
     prompt = _prompt(valid, call)
     raters = text = _raters(vision, prompt, call)
@@ -83,9 +88,9 @@ def read(runtime: Runtime, embeds: Tensor, kinds: Tensor, mask: Tensor | None) -
         entering, given = on(vision & alive, embeds.device), on(raters, embeds.device)
         raters = prefill.score.raters(embeds.nan_to_num(0.0), entering, given).to(HOST)
     names = [modality.name for modality in runtime.modalities]
-    found = _media(call, names, kinds.masked_fill(~valid, -1))
+    found = _media(call, names, kinds)
     marks = _marks(call, found) if found else []
-    media = Media(vision, valid, alive, prompt, text, raters, totals, not bool(valid.all()), marks, found)
+    media = Media(vision, places, valid, alive, prompt, text, raters, totals, not bool(valid.all()), marks, found)
     if media.marks:
         _spread_marks(media, reorder=runtime.method.renumber)
     _pin_the_end(media, call)
@@ -152,7 +157,7 @@ def _pin_the_end(media: Media, call: Call | None) -> None:
     end = media.vision & last_token(_prompt(media.valid, call))
     if not bool(end.any()):
         return
-    nothing = torch.zeros_like(end)
+    media.ends, nothing = end, torch.zeros_like(end)
     media.pinned = end | (nothing if media.pinned is None else media.pinned)
     media.importance = (nothing.float() if media.importance is None else media.importance).masked_fill(end, torch.inf)
 
@@ -178,7 +183,7 @@ def _media(call: Call | None, names: list[str], kinds: Tensor) -> list[list[Medi
     Args:
         call: of this pass.
         names: of the modalities.
-        kinds: (B, length) long, index of each valid token's modality, -1 for all else.
+        kinds: (B, length) long, index of each token's modality, -1 for text.
     """
     if call is None or not call.layouts:
         return []
@@ -237,7 +242,12 @@ def _spread_marks(media: Media, reorder: bool) -> None:
     media.importance = torch.zeros(media.vision.shape)
     order = torch.arange(media.vision.shape[1]).expand_as(media.vision).clone()
     for b, row in enumerate(media.marks):
-        place = media.vision[b].nonzero()[:, 0]
+        place = media.places[b].nonzero()[:, 0]
+        seen = media.valid[b, place]
+        if not bool(seen.all()):  # what the mask hides does not enter, whatever the encoder made of it
+            row.alive, row.pinned = row.alive & seen, row.pinned & seen
+            there = (row.assignment >= 0) & row.alive[row.assignment.clamp(min=0)] & seen
+            row.assignment = row.assignment.masked_fill(~there, -1)
         media.pinned[b, place], media.importance[b, place] = row.pinned, row.importance
         order[b, place] = place[row.order]
     media.order = order if reorder else None
@@ -255,8 +265,7 @@ def _counts(runtime: Runtime, media: Media) -> list[Tensor]:
         elif tokens is None:
             rows.append((0,) * len(runtime.filters))
         else:
-            what = f"keep={prefill.keep if prefill else None}"
-            rows.append(budget.spread(entering, runtime.depth, runtime.filters, tokens, what))
+            rows.append(survivors_of(runtime.method, entering, runtime.depth, runtime.filters, tokens))
     counts = []
     for k in range(len(runtime.filters)):
         wanted = [row[k] for row in rows]

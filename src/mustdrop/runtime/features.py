@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -82,16 +83,18 @@ class FeaturesWrapper:
         if stage is None:
             return self.function(*args, **kwargs)
         stage.check(runtime.adapter.read_layer(runtime.model, kind, arguments))
+        shown = _shown(call, kind, sizes) if call is not None and of_call else None
+        seen = sizes if shown is None else [int(own.sum()) for own in shown]
         if call is not None and of_call:
-            plans, parts = call.plans, _kinds(call, kind)
+            plans, shares = call.plans, _shares(call, kind)
         else:
-            plans, parts = [runtime.plan(size) for size in sizes], [(0, size, 0) for size in sizes]
-        least = _limits(sizes, owners, parts, [plan.at_least for plan in plans])
+            plans, shares = [runtime.plan(size) for size in sizes], [Share((size,)) for size in sizes]
+        ends = _ends(shares, owners, sizes, shown)
+        least = _limits(seen, owners, shares, [plan.at_least for plan in plans])
         run = self._run(stage, layouts, least, arguments)
-        most = _limits(sizes, owners, parts, [plan.at_most for plan in plans])
-        last = self._last(call, owners, sizes) if call is not None and of_call else []
+        most = _limits(seen, owners, shares, [plan.at_most for plan in plans])
         run.inside = self._inside(stage, layouts, most, arguments)
-        chooser = self._chooser(stage, run, layouts, most, last, call if of_call else None, owners)
+        chooser = self._chooser(stage, run, layouts, most, ends, shown, call if of_call else None, owners)
         early = None
         if chooser is not None and chooser.rule.space == "encoder":
             early = EarlyChoice(chooser, stage.tower, runtime.adapter.read_layers(runtime.model, kind, arguments))
@@ -108,7 +111,7 @@ class FeaturesWrapper:
         field = self.runtime.adapter.features
         flat = self._flat(getattr(output, field), layouts)
         choice = None if early is None else early.choice
-        decided = decide(stage.pruner, run, layouts, flat, least, most, last, chooser, choice)
+        decided = decide(stage.pruner, run, layouts, flat, least, most, ends, shown, chooser, choice)
         setattr(output, field, _restored(decided.write(flat), getattr(output, field), layouts))
         for name in self.runtime.adapter.added_features:
             levels = [_restored(decided.merged(_rows(level)), level, layouts) for level in getattr(output, name)]
@@ -137,10 +140,17 @@ class FeaturesWrapper:
         runtime, kind = self.runtime, self.modality.name
         run = EncoderRun(stage.tower)
         pool = runtime.adapter.pool(runtime.model, kind, arguments)
-        frames = max((grid[0] for layout in layouts for grid in layout.grids), default=1)
-        if stage.pruner is None or pool is None or not stage.merges_inside(pool, frames):
+        grids = [grid for layout in layouts for grid in layout.grids]
+        frames = max((grid[0] for grid in grids), default=1)
+        inside = pool is not None and stage.merges_inside(pool, frames)
+        if inside:
+            grid = runtime.adapter.encoder_grid(runtime.model, kind, arguments)
+        if stage.pruner is not None and runtime.method.strict:
+            for one in [grid] if inside else grids:
+                stage.pruner.check(one, pool if inside and pool is not None else 1)
+        if stage.pruner is None or pool is None or not inside:
             return run
-        run.grid, run.pool = runtime.adapter.encoder_grid(runtime.model, kind, arguments), pool
+        run.grid, run.pool = grid, pool
         if stage.pruner.selects and any(layout.size for layout in layouts):
             run.at_least = must_remain(stage.pruner, layouts, least, run)
         return run
@@ -154,7 +164,9 @@ class FeaturesWrapper:
             return None
         rows, columns = runtime.adapter.encoder_grid(runtime.model, kind, arguments)
         targets = patches_left(layouts, most, rows * columns)
-        amounts = [rule.amounts(rows * columns, target, stage.last + 1) for target in targets]
+        # a call may read an earlier layer than the config says
+        layers = min(stage.last, runtime.adapter.read_layer(runtime.model, kind, arguments)) + 1
+        amounts = [rule.amounts(rows * columns, target, layers) for target in targets]
         return Inside.of(rule, amounts, stage.tower)
 
     def _chooser(
@@ -163,7 +175,8 @@ class FeaturesWrapper:
         run: EncoderRun,
         layouts: Sequence[Layout],
         most: Sequence[int],
-        last: Sequence[int],
+        ends: Mapping[int, int],
+        shown: Sequence[Tensor] | None,
         call: Call | None,
         owners: Sequence[int],
     ) -> Chooser | None:
@@ -180,7 +193,7 @@ class FeaturesWrapper:
                 )
             questions = [call.words[row] for row in owners]
         budget = None if pruner.keep == "rule" else most
-        return Chooser(pruner.rule, run, layouts, budget, last, questions, pruner.compat == "released")
+        return Chooser(pruner.rule, run, layouts, budget, ends, shown, questions, pruner.compat == "released")
 
     def _flat(self, features: Any, layouts: Sequence[Layout]) -> Tensor:
         """(F, C) features of all media."""
@@ -197,12 +210,6 @@ class FeaturesWrapper:
             )
         return made
 
-    def _last(self, call: Call, owners: Sequence[int], sizes: Sequence[int]) -> list[int]:
-        """Media whose last feature ends a prompt; it predicts the answer and must stay."""
-        ends = [row for row, kind in enumerate(call.open_ended) if kind == self.modality.name]
-        mine = {row: [i for i, owner in enumerate(owners) if owner == row and sizes[i]] for row in ends}
-        return [media[-1] for media in mine.values() if media]
-
 
 def _grouped(values: Sequence[T], owners: Sequence[int], rows: int) -> list[list[T]]:
     """One list per prompt of what belongs to its media."""
@@ -212,32 +219,74 @@ def _grouped(values: Sequence[T], owners: Sequence[int], rows: int) -> list[list
     return out
 
 
-def _kinds(call: Call, kind: str) -> list[tuple[int, int, int]]:
-    """Per prompt, its tokens of the kinds of media before `kind`, of `kind`, and of those after it."""
+@dataclass(frozen=True)
+class Share:
+    """How a prompt's tokens are split over kinds of media.
+
+    Attributes:
+        tokens: of the prompt, per kind of media.
+        own: which of the kinds is being encoded.
+        end: the kind whose token ends the prompt, or None.
+    """
+
+    tokens: Sequence[int]
+    own: int = 0
+    end: int | None = None
+
+    @property
+    def ends(self) -> bool:
+        """Whether the kind that is being encoded ends the prompt."""
+        return self.end == self.own
+
+
+def _shares(call: Call, kind: str) -> list[Share]:
+    """One per prompt."""
     names = list(call.totals_of)
-    place = names.index(kind)
-
-    def tokens(some: Sequence[str], row: int) -> int:
-        return sum(call.totals_of[name][row] for name in some)
-
-    rows = range(len(call.totals))
-    return [(tokens(names[:place], r), tokens([kind], r), tokens(names[place + 1 :], r)) for r in rows]
+    ends = [None if end is None else names.index(end) for end in call.open_ended]
+    counts = [_seen(call, name) for name in names]
+    return [Share([count[row] for count in counts], names.index(kind), end) for row, end in enumerate(ends)]
 
 
-def _limits(
-    sizes: Sequence[int], owners: Sequence[int], kinds: Sequence[tuple[int, int, int]], amounts: Sequence[int]
-) -> list[int]:
+def _seen(call: Call, kind: str) -> list[int]:
+    """Tokens of one kind per prompt that no mask hides."""
+    if kind not in call.shown_of:
+        return call.totals_of[kind]
+    return [int(row.sum()) for row in call.shown_of[kind]]
+
+
+def _shown(call: Call, kind: str, sizes: Sequence[int]) -> list[Tensor] | None:
+    """Per medium (N,) bool, features that no mask hides; None: all."""
+    if kind not in call.shown_of:
+        return None
+    return list(torch.cat(call.shown_of[kind]).split(list(sizes)))
+
+
+def _ends(
+    shares: Sequence[Share], owners: Sequence[int], sizes: Sequence[int], shown: Sequence[Tensor] | None
+) -> dict[int, int]:
+    """Medium -> its feature that ends a prompt; that one predicts what follows."""
+    found: dict[int, tuple[int, int]] = {}  # the last one of each prompt counts
+    for i, row in enumerate(owners):
+        seen = torch.arange(sizes[i]) if shown is None else shown[i].nonzero()[:, 0]
+        if shares[row].ends and len(seen):
+            found[row] = i, int(seen[-1])
+    return dict(found.values())
+
+
+def _limits(sizes: Sequence[int], owners: Sequence[int], shares: Sequence[Share], amounts: Sequence[int]) -> list[int]:
     """Per medium, its part of its prompt's `amounts`: shared among the kinds of media first, then among the media.
 
-    `kinds` are tokens per prompt, of the kinds before this one, of this one, and after it: the parts of all kinds, each
-    of which is worked out in a call of its own, add up.
+    The parts of all kinds, each of which is worked out in a call of its own, add up. What ends the prompt has one token
+    at least.
     """
     out = [0] * len(sizes)
     for row, amount in enumerate(amounts):
         media = [i for i, owner in enumerate(owners) if owner == row and sizes[i]]
         if media:
-            part = share_out(amount, kinds[row])[1]
-            for i, n in zip(media, share_out(part, [sizes[i] for i in media]), strict=True):
+            share = shares[row]
+            part = share_out(amount, share.tokens, share.end)[share.own]
+            needs = len(media) - 1 if share.ends else None
+            for i, n in zip(media, share_out(part, [sizes[i] for i in media], needs), strict=True):
                 out[i] = n
     return out
 

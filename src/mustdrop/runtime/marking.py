@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from mustdrop.budget import share_out
 from mustdrop.layout import Layout
 from mustdrop.pruners import VisionStagePruner
-from mustdrop.runtime.choosing import Choice, Chooser, of_features, owners, stacked
+from mustdrop.runtime.choosing import Choice, Chooser, named, of_features, owners, stacked
 from mustdrop.runtime.encoder_run import EncoderRun
 from mustdrop.runtime.rows import HOST, on
 from mustdrop.runtime.state import Marks
@@ -85,7 +85,8 @@ def decide(
     features: Tensor,
     least: Sequence[int],
     most: Sequence[int],
-    last: Sequence[int],
+    ends: Mapping[int, int],
+    shown: Sequence[Tensor] | None = None,
     chooser: Chooser | None = None,
     choice: Choice | None = None,
 ) -> Decided:
@@ -98,7 +99,8 @@ def decide(
         features: (F, C) of all media, one after the other.
         least: features per medium that merging must leave.
         most: features per medium that may enter the language model.
-        last: media whose last feature ends a prompt and must stay.
+        ends: medium -> its feature that ends a prompt, predicts what follows, and must stay.
+        shown: per medium (N,) bool, features that no mask hides; None: all.
         chooser: asks the pruner's rule, if it has one.
         choice: what the rule has decided already, as the features left the encoder.
     """
@@ -106,6 +108,7 @@ def decide(
     importance = _importance(pruner, run, patches)
     behind = run.grid is None and pruner.window is not None
     owner = _merge_behind(pruner, layouts, features, least) if behind else owners(run, patches)
+    owner = named(owner, layouts, ends, shown)
     starts = [0]
     for layout in layouts:
         starts.append(starts[-1] + layout.size)
@@ -123,7 +126,8 @@ def decide(
             importance=torch.stack([importance[starts[i] : starts[i + 1]] for i in group]),
             owner=torch.stack([owner[starts[i] : starts[i + 1]] - starts[i] for i in group]),
             most=torch.tensor([most[i] for i in group]),
-            last=[group.index(i) for i in last if i in group],
+            ends=_marked([layouts[i].size for i in group], {group.index(i): k for i, k in ends.items() if i in group}),
+            shown=None if shown is None else torch.stack([shown[i] for i in group]),
         )
         for i, mark in zip(group, part.marks(pruner), strict=True):
             marks[i] = mark
@@ -134,8 +138,8 @@ def decide(
     done = [mark for mark in marks if mark is not None]
     if not behind:
         return Decided(done, None)
-    named = [mark.order + start for mark, start in zip(done, starts, strict=False)]
-    return Decided(done, torch.cat(named) if named else None)
+    into = [mark.order + start for mark, start in zip(done, starts, strict=False)]
+    return Decided(done, torch.cat(into) if into else None)
 
 
 def _by_rule(
@@ -180,25 +184,27 @@ class _Group:
     importance: Tensor
     owner: Tensor
     most: Tensor
-    last: list[int]
+    ends: Tensor
+    shown: Tensor | None
 
     def marks(self, pruner: VisionStagePruner) -> list[Marks]:
         """The decisions. `order` is the feature that names what each became part of, dropped or not."""
-        importance, owner, last = self.importance.clone(), self.owner.clone(), self.last
-        index = torch.arange(owner.shape[1], device=owner.device)
-        if last:
-            importance[last, owner[last, -1]] = torch.inf
-        alive = owner == index
-        count = self.most if pruner.selects and bool((alive.sum(1) > self.most).any()) else None
-        keep, pinned = pruner.select(importance, alive, count, self.structural)
-        for i in last:  # if the last feature was merged, it names its window in place of the centre
-            name = int(owner[i, -1])
-            owner[i] = owner[i].masked_fill(owner[i] == name, len(index) - 1)
-            for mask in (keep, pinned):
-                mask[i, -1], mask[i, name] = mask[i, name].clone(), mask[i, name] & (name == len(index) - 1)
+        importance, owner = self.importance, self.owner
+        alive = owner == torch.arange(owner.shape[1], device=owner.device)
+        seen = alive if self.shown is None else alive & self.shown
+        count = self.most if pruner.selects and bool((seen.sum(1) > self.most).any()) else None
+        keep, pinned = pruner.select(importance, alive if count is None else seen, count, self.structural, self.ends)
         assignment = owner.masked_fill(~keep.gather(1, owner), -1)
         rows = zip(keep, pinned, importance, owner, assignment, strict=True)
         return [Marks(*row) for row in rows]
+
+
+def _marked(sizes: Sequence[int], places: Mapping[int, int]) -> Tensor:
+    """(B, N) bool, True at one place of some rows."""
+    out = torch.zeros(len(sizes), max(sizes, default=0), dtype=torch.bool)
+    for row, place in places.items():
+        out[row, place] = True
+    return out
 
 
 def _importance(pruner: VisionStagePruner, run: EncoderRun, patches: Tensor) -> Tensor:
@@ -221,6 +227,8 @@ def _merge_behind(
         sizes = [b - a for a, b in zip(layout.offsets[:-1], layout.offsets[1:], strict=True)]
         gone = share_out(min(max(0, layout.size - fewest), sum(sizes)), sizes)
         for grid, first, size, n in zip(layout.grids, layout.offsets, sizes, gone, strict=False):
+            if not size:  # a picture so thin that nothing of its tiles is left
+                continue
             mine = place[first : first + size]
             limit = torch.tensor([size - n], device=features.device) if pruner.selects else None
             merged = pruner.merge(features[mine][None].float(), grid, limit).to(HOST)

@@ -20,47 +20,75 @@ class RowPlan:
         tokens: equal-token budget of the prefill stage in tokens, None where thresholds or the rank rule decide.
         at_most: vision tokens that may enter the language model.
         at_least: vision tokens that merging must leave.
+        exceeds: why the prompt keeps more than its budget, for a warning; empty where it does not.
     """
 
     total: int
     tokens: float | None
     at_most: int
     at_least: int
+    exceeds: str = ""
 
 
 def plan_row(method: Method, total: int, n_layers: int, layers: tuple[int, ...]) -> RowPlan:
     """Turn the budgets of `method` into numbers for a prompt with `total` vision tokens.
 
     Raises:
-        BudgetError: a budget above the prompt's tokens, or one that the filter layers cannot meet.
+        BudgetError: a budget that the filter layers cannot meet; with `Method.strict`, also one above the prompt's tokens
+            or below one token.
     """
     if not total:
         return RowPlan(0, None, 0, 0)
-    tokens = None
-    if method.prefill is not None and method.prefill.keep is not None:
-        tokens = budget.tokens_of(method.prefill.keep, total)
-    if method.decode is not None and isinstance(method.decode.keep, int) and method.decode.keep > total:
-        raise BudgetError(
-            f"DecodeCachePruner.keep={method.decode.keep} is more than the {total} vision tokens of this prompt."
-        )
+    tokens, strict, exceeds = None, method.strict, ""
+    keep = None if method.prefill is None else method.prefill.keep
+    if keep is not None:
+        tokens = budget.tokens_of(keep, total, strict=strict)
+    decode = None if method.decode is None else method.decode.keep
+    if strict and isinstance(decode, int) and decode > total:
+        raise BudgetError(f"DecodeCachePruner.keep={decode} is more than the {total} vision tokens of this prompt.")
     at_most, at_least = total, 0 if tokens is None else _merge_floor(tokens, total)
     vision = method.vision
     if vision is not None and vision.selects:
         if not isinstance(vision.keep, str):
-            at_most = math.floor(budget.tokens_of(vision.keep, total, "VisionStagePruner.keep") + 1e-6)
+            at_most = math.floor(budget.tokens_of(vision.keep, total, "VisionStagePruner.keep", strict) + 1e-6)
             at_least = at_most
         elif tokens is not None and vision.keep == "auto":
             at_most = budget.entry(total, n_layers, layers, tokens, vision.taper_at(tokens / total))
     if tokens is not None:
         # the counts depend on how many tokens merging leaves; the most that can come must be possible
-        budget.spread(
-            at_most,
-            n_layers,
-            layers,
-            tokens,
-            what=f"keep={method.prefill.keep}" if method.prefill else "keep",
+        survivors = survivors_of(method, at_most, n_layers, layers, tokens)
+        cost = sum(n * width for n, width in zip((at_most, *survivors), budget.spans(n_layers, layers), strict=True))
+        if cost > n_layers * _asked(keep, total) + 1e-6:
+            exceeds = f"keep={keep}"
+    elif vision is not None and at_most > _asked(vision.keep, total) + 1e-6:
+        exceeds = f"VisionStagePruner.keep={vision.keep}"
+    if exceeds:
+        exceeds += (
+            f" of {total} vision tokens cannot be met: a token is the least that stays, and such a prompt keeps more "
+            "than its budget. strict=True refuses it."
         )
-    return RowPlan(total, tokens, at_most, min(at_least, at_most))
+    return RowPlan(total, tokens, at_most, min(at_least, at_most), exceeds)
+
+
+def survivors_of(
+    method: Method, entering: int, n_layers: int, layers: tuple[int, ...], tokens: float
+) -> tuple[int, ...]:
+    """Tokens after each filter of the prefill stage, of `entering` tokens and for a budget of `tokens` equal ones.
+
+    Raises:
+        BudgetError: the filters cannot meet it.
+    """
+    keep = None if method.prefill is None else method.prefill.keep
+    # a share that larger pictures meet is not refused for a small one; a number of tokens fits the small ones anyway
+    strict = method.strict or not isinstance(keep, float)
+    return budget.spread(entering, n_layers, layers, tokens, f"keep={keep}", strict)
+
+
+def _asked(keep: budget.Keep | str | None, total: int) -> float:
+    """What a budget asks for; infinite where there is none."""
+    if keep is None or isinstance(keep, str):
+        return math.inf
+    return keep * total if isinstance(keep, float) else keep
 
 
 def _merge_floor(tokens: float, total: int) -> int:

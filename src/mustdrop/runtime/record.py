@@ -63,7 +63,7 @@ def _entries(cache: Any, prefill: Prefill, depth: int, batch: int) -> tuple[Tens
     for layer in layers:
         if layer.layout_key not in done:
             lengths = layer.lengths(prefill.start, prefill.valid)
-            done[layer.layout_key] = lengths.cpu(), layer.held(prefill.start, prefill.vision).cpu()
+            done[layer.layout_key] = lengths.cpu(), layer.held(prefill.start, prefill.vision & prefill.valid).cpu()
     lengths, held = zip(*(done[layer.layout_key] for layer in layers), strict=True)
     return torch.stack(lengths), torch.stack(held)
 
@@ -75,7 +75,7 @@ def _alive(prefill: Prefill, rows: list[Tensor | None]) -> list[list[Tensor]]:
     """
     vision = prefill.vision.cpu()
     ordinal = vision.long().cumsum(1) - 1
-    everything = [torch.arange(int(n)) for n in vision.sum(1)]
+    everything = [names[seen] for names, seen in zip(ordinal, vision & prefill.valid.cpu(), strict=True)]
     done: dict[int, list[Tensor]] = {}
     out = []
     for row in rows:
@@ -104,7 +104,7 @@ def _flops(
 ) -> Compared:
     depth, batch = runtime.depth, prefill.vision.shape[0]
     text = runtime.text_cost
-    whole, seen = prefill.valid.sum(1).tolist(), prefill.vision.sum(1).tolist()
+    whole, seen = prefill.valid.sum(1).tolist(), (prefill.vision & prefill.valid).sum(1).tolist()
     counts: dict[int, list[int]] = {}
     for row in rows:
         if row is not None and id(row) not in counts:

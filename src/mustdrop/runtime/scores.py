@@ -94,6 +94,39 @@ def choose(
     Returns:
         The selection, where its rule worked: on the host where sums and maxima decide, else on the device.
     """
+    selection = _chosen(runtime, prefill, forward, media, hidden, attention, k)
+    return (
+        selection if media.ends is None else with_ends(selection, forward.current(media.ends), media.counts is not None)
+    )
+
+
+def with_ends(selection: Selection, ends: Tensor, counted: bool) -> Selection:
+    """The selection with the tokens that end a prompt, which rules of somebody's own may not know of.
+
+    Args:
+        selection: over the n tokens.
+        ends: (B, n) bool, on the host.
+        counted: whether there is a budget: then the token takes the place of the last other one.
+    """
+    keep = selection.mask(ends.shape[1])
+    ends = on(ends, keep.device)
+    lost = (ends & ~keep).any(1, keepdim=True)
+    if not bool(lost.any()):
+        return selection
+    if counted:
+        keep = keep & ~(lost & (keep.flip(1).cumsum(1).flip(1) == 1) & keep)
+    return Selection.from_mask(keep | ends)
+
+
+def _chosen(
+    runtime: Runtime,
+    prefill: PrefillPruner,
+    forward: Forward,
+    media: Media,
+    hidden: Tensor,
+    attention: Tensor | Sent,
+    k: int,
+) -> Selection:
     vision = forward.current(media.vision)
     options: dict[str, Any] = {
         "count": None if media.counts is None else media.counts[k],

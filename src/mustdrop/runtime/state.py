@@ -65,11 +65,11 @@ class Prefill:
     """Record of the prompt's pass, for the trace. Rows are batch rows of that pass.
 
     Attributes:
-        vision: (B, q) bool, vision tokens.
+        vision: (B, q) bool, vision tokens, those that the attention mask hides too.
         start: logical tokens that the cache held before.
         rows: per decoder layer and once more for the end, (B, n) logical row indices inside the chunk (None = all
             of them).
-        valid: (B, q) bool, tokens that are not padding.
+        valid: (B, q) bool, tokens that the attention mask does not hide.
         past: per decoder layer, entries that its cache held before.
         scored: (decoder layer, rows whose attention was read there: the most of any sample), once per reader.
         marks: per row, what the vision stage decided over its vision tokens (empty without one).
@@ -93,8 +93,9 @@ class Call:
 
     Attributes:
         owner: who began it and will end it.
-        totals: vision tokens per prompt.
-        totals_of: kind of media -> its tokens per prompt.
+        totals: vision tokens per prompt that the attention mask does not hide.
+        totals_of: kind of media -> its tokens per prompt, hidden ones too: each stands for a feature.
+        shown_of: kind of media -> per prompt (N,) bool, those that the mask does not hide; empty if it hides none.
         length: tokens of the prompt that the cache does not hold yet; None in a plain forward, where all are.
         plans: numbers per prompt.
         open_ended: per prompt, the kind of media whose token it ends with, or None: that token predicts the answer and
@@ -115,6 +116,7 @@ class Call:
     length: int | None = None
     totals: list[int] = field(default_factory=list)
     totals_of: dict[str, list[int]] = field(default_factory=dict)
+    shown_of: dict[str, list[Tensor]] = field(default_factory=dict)
     plans: list[RowPlan] = field(default_factory=list)
     open_ended: list[str | None] = field(default_factory=list)
     words: list[Tensor] | None = None

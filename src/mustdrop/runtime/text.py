@@ -112,7 +112,7 @@ class TextStage:
             return args, kwargs
         media = forward.media = entry.read(runtime, embeds, kinds, mask)
         if self._is_recorded(forward):
-            self._record(forward, Prefill(media.vision, start, media.valid, marks=media.marks, media=media.media))
+            self._record(forward, Prefill(media.places, start, media.valid, marks=media.marks, media=media.media))
         if runtime.method.vision is not None and not bool(media.alive.all()):
             kwargs["inputs_embeds"] = embeds.masked_fill(on(~media.alive, embeds.device)[..., None], 0.0)
         forward.idle = self._keeps_all(forward, media)
