@@ -87,8 +87,8 @@ def check(cache: Any, no_static: str | None = None) -> None:
     lengths = {layer.get_seq_length() for layer in cache.layers if not isinstance(layer, StaticLayer)} - {0}
     if len(lengths) > 1:
         raise CacheStateError(
-            f"the layers of this cache hold different numbers of tokens ({sorted(lengths)}): a crop or a pass ended with "
-            "an error on the way. Start with a new cache."
+            f"the layers of this cache hold different numbers of tokens ({sorted(lengths)}): a crop or a pass ended "
+            "with an error on the way. Start with a new cache."
         )
 
 

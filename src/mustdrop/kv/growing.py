@@ -158,8 +158,8 @@ class PrunedLayer(Slots, DynamicLayer):
             )
         if self.window is not None and self.forgotten > max(0, self.logical - remove - self.window + 1):
             raise CacheStateError(
-                f"cannot crop {remove} tokens: a layer with a sliding window of {self.window} tokens has forgotten what "
-                f"token {self.logical - remove} would see. Crop what has come since activate_past_recording() or the "
+                f"cannot crop {remove} tokens: a layer with a sliding window of {self.window} tokens has forgotten "
+                f"what token {self.logical - remove} would see. Crop what has come since activate_past_recording() or the "
                 "last crop, or start with a new cache."
             )
         known = self.slot_positions()

@@ -111,7 +111,8 @@ class Later:
     def candidates(self, i: int, layer: kv.Slots) -> Tensor:
         """(B, slots) bool, the vision entries of decoder layer `i` that such a token sees; the others are lost."""
         vision, positions, span = layer.slot_vision(), layer.slot_positions(), self.spans[i]
-        assert vision is not None and positions is not None  # there are entries
+        assert vision is not None, "a layer without entries"
+        assert positions is not None, "a layer without entries"
         if span is None:
             return vision
         first = span.reach(self.end, self.padding)
