@@ -1,11 +1,13 @@
 """Decoder layers that see a window or a chunk: drafts, crops, caches that are handed over, and cache policies.
 
-Every family with such layers runs every test; whatever holds its cache otherwise must give the same numbers.
+Every family with such layers runs every test: whatever holds its cache otherwise must give the same numbers. The other
+axes (setups, windows, kinds of drafts, policies) take turns over the families; ``--breadth more`` runs their product.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -34,7 +36,6 @@ def has_windows(adapter: Adapter) -> bool:
 
 
 FAMILIES = [name for name, adapter in registry().items() if has_windows(adapter)]
-each = pytest.mark.parametrize("name", FAMILIES)
 records = pytest.mark.skipif(not RECORDS_PAST, reason="caches of this version do not record their past")
 
 SETUPS: dict[str, dict[str, Any]] = {
@@ -50,7 +51,39 @@ SETUPS: dict[str, dict[str, Any]] = {
 }
 WHOLE = ("none", "everything kept")
 DROPPING = [name for name in SETUPS if name not in WHOLE]
+DRAFTS = ("lookup", "assistant", "long lookup", "patched assistant")
+POLICIES: dict[str, dict[str, Any]] = {
+    "snapkv": {"method": "snapkv", "keep": 4},
+    "h2o": {"method": "h2o", "keep": 4},
+    "tgvkv": {"method": "tgvkv", "keep": 4},
+}
+EVICTING: dict[str, dict[str, Any]] = {
+    "h2o waits": {"method": "h2o", "keep": 3, "interval": 2},
+    "generated rows": {"decode": DecodeCachePruner(keep=3, interval=3)},
+}
+WINDOWS = (None, 3, 6)  # as the tiny model has it; smaller than drafts are long; smaller than a picture
+AXES = {"setup": SETUPS, "window": WINDOWS, "drafts": DRAFTS, "policy": POLICIES, "evicting": EVICTING}
 TOLERANCE = 1e-5
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every family, with the next value of each axis, or with all of their product."""
+    if "name" not in metafunc.fixturenames:
+        return
+    axes = {axis: list(values) for axis, values in AXES.items() if axis in metafunc.fixturenames}
+    if "dropping" in metafunc.fixturenames:
+        axes["dropping"] = DROPPING
+    cases = [
+        (name, *values)
+        for turn, name in enumerate(FAMILIES)
+        for values in (
+            [tuple(options[turn % len(options)] for options in axes.values())]
+            if metafunc.config.getoption("--breadth") == "turns"
+            else itertools.product(*axes.values())
+        )
+    ]
+    metafunc.parametrize(("name", *axes), cases, ids=["-".join(map(str, case)) for case in cases])
+
 
 pytestmark = pytest.mark.filterwarnings("ignore::mustdrop.errors.NothingDroppedWarning")
 
@@ -110,7 +143,7 @@ def apart(a: Tensor, b: Tensor) -> float:
 REPEATED = (40, 41, 42, 43, 44, 45, 40, 41, 42)
 
 
-def drafts(model: Any, kind: str) -> dict[str, Any]:
+def drafting(model: Any, kind: str) -> dict[str, Any]:
     if kind == "lookup":
         return {"prompt_lookup_num_tokens": 4}
     if kind == "long lookup":  # drafts reach further back than a window of 3
@@ -122,30 +155,24 @@ def drafts(model: Any, kind: str) -> dict[str, Any]:
     return {"assistant_model": assistant}
 
 
-@each
-@pytest.mark.parametrize("setup", SETUPS)
-def test_drafts_change_no_answer(name, setup):
-    for window, kind in ((None, "lookup"), (3, "long lookup"), (None, "assistant"), (None, "patched assistant")):
-        model = patched(name, setup, window)
-        inputs, end = prompt(name, model, REPEATED), {"eos_token_id": 511}
-        expected = answer(model, inputs, 11, **end)
-        drafted = answer(model, inputs, 11, **end, **drafts(model, kind))
-        assert torch.equal(drafted.sequences, expected.sequences), (window, kind)
-        assert apart(drafted.logits, expected.logits) <= TOLERANCE, (window, kind)
-        again = continued(registry()[name], model, torch.cat([expected.sequences, torch.tensor([REPEATED])], 1))
-        after = [answer(model, again, 3, past_key_values=one.cache).logits for one in (expected, drafted)]
-        assert apart(*after) <= TOLERANCE, (window, kind)
-        if setup in WHOLE:
-            assert torch.equal(expected.sequences, answer(seeing(clone(name), window), inputs, 11, **end).sequences)
+def test_drafts_change_no_answer(name, setup, window, drafts):
+    model = patched(name, setup, window)
+    inputs, end = prompt(name, model, REPEATED), {"eos_token_id": 511}
+    expected = answer(model, inputs, 11, **end)
+    drafted = answer(model, inputs, 11, **end, **drafting(model, drafts))
+    assert torch.equal(drafted.sequences, expected.sequences)
+    assert apart(drafted.logits, expected.logits) <= TOLERANCE
+    again = continued(registry()[name], model, torch.cat([expected.sequences, torch.tensor([REPEATED])], 1))
+    after = [answer(model, again, 3, past_key_values=one.cache).logits for one in (expected, drafted)]
+    assert apart(*after) <= TOLERANCE
+    if setup in WHOLE:
+        assert torch.equal(expected.sequences, answer(seeing(clone(name), window), inputs, 11, **end).sequences)
 
 
 # -- crops ------------------------------------------------------------------------------------------------------------
 
 
-@each
 @records
-@pytest.mark.parametrize("setup", SETUPS)
-@pytest.mark.parametrize("window", [2, 5, None])
 def test_what_was_fed_and_cropped_leaves_no_trace(name, setup, window):
     model = patched(name, setup, window)
     inputs = prompt(name, model, rows=2)
@@ -165,8 +192,6 @@ def test_what_was_fed_and_cropped_leaves_no_trace(name, setup, window):
     assert cache.get_seq_length() == inputs["input_ids"].shape[1] + 4
 
 
-@each
-@pytest.mark.parametrize("setup", SETUPS)
 def test_a_crop_beyond_the_window_is_refused_as_transformers_refuses_it(name, setup):
     model = patched(name, setup)
     inputs = prompt(name, model)
@@ -184,7 +209,6 @@ def test_a_crop_beyond_the_window_is_refused_as_transformers_refuses_it(name, se
         feed(model, cache, 61)
 
 
-@each
 @records
 def test_a_crop_to_what_was_forgotten_before_is_refused(name):
     model = patched(name, "none")
@@ -205,8 +229,6 @@ def test_a_crop_by_a_positive_number_is_refused():
 # -- caches that are handed over --------------------------------------------------------------------------------------
 
 
-@each
-@pytest.mark.parametrize("window", [3, None])
 def test_a_cache_that_the_unpatched_model_filled_goes_on(name, window):
     model, before = patched(name, "none", window), seeing(clone(name), window)
     inputs = prompt(name, before)
@@ -221,9 +243,7 @@ def test_a_cache_that_the_unpatched_model_filled_goes_on(name, window):
         assert [layer.keys.shape for layer in ours.cache.layers] == [layer.keys.shape for layer in theirs.cache.layers]
 
 
-@each
-@pytest.mark.parametrize("setup", DROPPING)
-def test_a_new_picture_is_pruned_over_a_cache_that_the_unpatched_model_filled(name, setup):
+def test_a_new_picture_is_pruned_over_a_cache_that_the_unpatched_model_filled(name, dropping):
     """As over a cache that a patched model filled without dropping anything."""
     before, inputs = plain(name), prompt(name, plain(name))
     first = answer(before, inputs, 3)
@@ -231,53 +251,44 @@ def test_a_new_picture_is_pruned_over_a_cache_that_the_unpatched_model_filled(na
     skip_where_transformers_cannot_go_on(name, inputs, again)
     never_forgets = answer(before, inputs, 3, past_key_values=DynamicCache()).cache
     ours = [
-        answer(patched(name, setup), again, 4, past_key_values=copy.deepcopy(cache)).logits
+        answer(patched(name, dropping), again, 4, past_key_values=copy.deepcopy(cache)).logits
         for cache in (first.cache, never_forgets)
     ]
     assert apart(*ours) <= TOLERANCE
 
 
-@each
-def test_an_unpatched_model_goes_on_where_nothing_was_dropped_and_is_refused_elsewhere(name):
-    inputs = prompt(name, plain(name))
-    first = answer(plain(name), inputs, 3)
-    again = continued(registry()[name], plain(name), torch.cat([first.sequences, torch.tensor([REPEATED])], 1))
-    expected = answer(plain(name), again, 4, past_key_values=copy.deepcopy(first.cache))
-    for setup in SETUPS:
-        model = patched(name, setup)
-        one = answer(model, inputs, 3)
-        cache = copy.deepcopy(one.cache)
-        theirs = {**again, "input_ids": torch.cat([one.sequences, torch.tensor([REPEATED])], 1)}
-        straight = answer(model, theirs, 4, past_key_values=copy.deepcopy(cache))
-        mustdrop.unpatch(model)
-        if setup in WHOLE:
-            ours = answer(model, again, 4, past_key_values=cache)
-            assert torch.equal(ours.logits, expected.logits)
-            sizes = [[layer.keys.shape for layer in each.cache.layers] for each in (ours, expected)]
-            assert sizes[0] == sizes[1]
-            continue
-        lengths = [(layer.get_seq_length(), layer.keys.shape) for layer in cache.layers]
-        with pytest.raises(CacheStateError, match="not patched"):
-            answer(model, theirs, 4, past_key_values=cache)
-        assert [(layer.get_seq_length(), layer.keys.shape) for layer in cache.layers] == lengths
-        mustdrop.patch(model, **SETUPS[setup])
-        assert torch.equal(answer(model, theirs, 4, past_key_values=cache).logits, straight.logits)
+def test_an_unpatched_model_goes_on_where_nothing_was_dropped_and_is_refused_elsewhere(name, setup):
+    model, inputs = patched(name, setup), prompt(name, plain(name))
+    first = answer(model, inputs, 3)
+    again = continued(registry()[name], model, torch.cat([first.sequences, torch.tensor([REPEATED])], 1))
+    straight = answer(model, again, 4, past_key_values=copy.deepcopy(first.cache))
+    mustdrop.unpatch(model)
+    if setup in WHOLE:
+        ours = answer(model, again, 4, past_key_values=first.cache)
+        theirs = answer(model, again, 4, past_key_values=answer(model, inputs, 3).cache)
+        assert torch.equal(ours.logits, theirs.logits)
+        assert torch.equal(straight.logits, theirs.logits)
+        assert [layer.keys.shape for layer in ours.cache.layers] == [layer.keys.shape for layer in theirs.cache.layers]
+        return
+    before = [(layer.get_seq_length(), layer.keys.shape) for layer in first.cache.layers]
+    with pytest.raises(CacheStateError, match="not patched"):
+        answer(model, again, 4, past_key_values=first.cache)
+    assert [(layer.get_seq_length(), layer.keys.shape) for layer in first.cache.layers] == before
+    mustdrop.patch(model, **SETUPS[setup])
+    assert torch.equal(answer(model, again, 4, past_key_values=first.cache).logits, straight.logits)
 
 
 # -- cache policies ---------------------------------------------------------------------------------------------------
 
 
-@each
-@pytest.mark.parametrize("method", ["snapkv", "h2o", "tgvkv"])
-@pytest.mark.parametrize("window", [6, None])
-def test_the_budget_goes_to_entries_that_a_later_token_sees(name, method, window):
+def test_the_budget_goes_to_entries_that_a_later_token_sees(name, policy, window):
     """So it does not matter whether a cache forgets what has left a window."""
-    model = mustdrop.patch(seeing(clone(name), window), method, keep=4)
+    model = mustdrop.patch(seeing(clone(name), window), **POLICIES[policy])
     inputs = prompt(name, model)
     forgets = answer(model, inputs, 6)
     never = answer(model, inputs, 6, past_key_values=DynamicCache())
     assert apart(forgets.logits, never.logits) <= TOLERANCE
-    model = mustdrop.patch(seeing(clone(name), window), method, keep=4)
+    model = mustdrop.patch(seeing(clone(name), window), **POLICIES[policy])
     cache = prefilled(model, inputs, DynamicCache())
     seen = spans(find(model).text(model).config, len(cache.layers))
     end, kept = inputs["input_ids"].shape[1], 0
@@ -287,15 +298,12 @@ def test_the_budget_goes_to_entries_that_a_later_token_sees(name, method, window
         kept += len(held)
         assert len(held) < vision
         assert span is None or (held >= span.reach(end)).all()
-    if method == "tgvkv":  # what a layer with a window cannot use goes to the others
+    if policy == "tgvkv":  # what a layer with a window cannot use goes to the others
         assert kept == 4 * len(cache.layers)
 
 
-@each
-@pytest.mark.parametrize("knobs", [{"interval": 2}, {}])
-def test_entries_that_leave_while_decoding_do_not_depend_on_what_a_cache_forgets(name, knobs):
-    method = {"decode": DecodeCachePruner(keep=3, interval=3)} if not knobs else {"method": "h2o", "keep": 3, **knobs}
-    model = mustdrop.patch(clone(name), **method)
+def test_entries_that_leave_while_decoding_do_not_depend_on_what_a_cache_forgets(name, evicting):
+    model = mustdrop.patch(clone(name), **EVICTING[evicting])
     inputs = prompt(name, model, rows=2)
     forgets, never = (answer(model, inputs, 9, past_key_values=cache) for cache in (new_cache(model), DynamicCache()))
     assert apart(forgets.logits, never.logits) <= TOLERANCE

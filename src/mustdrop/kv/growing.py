@@ -61,8 +61,8 @@ class PrunedLayer(Slots, DynamicLayer):
         """Append entries; the arrival set by the layer hook says which logical positions they have."""
         arrival = self.expect_hook()
         reordering.index = None  # the next one will be another
+        shown = self.shown(key_states.shape[-2])
         if arrival is None:
-            shown = self.shown(key_states.shape[-2])
             self.logical += key_states.shape[-2]
             self.steps += 1
         else:
@@ -159,8 +159,8 @@ class PrunedLayer(Slots, DynamicLayer):
         if self.window is not None and self.forgotten > max(0, self.logical - remove - self.window + 1):
             raise CacheStateError(
                 f"cannot crop {remove} tokens: a layer with a sliding window of {self.window} tokens has forgotten "
-                f"what token {self.logical - remove} would see. Crop what has come since activate_past_recording() or the "
-                "last crop, or start with a new cache."
+                f"what token {self.logical - remove} would see. Crop what has come since activate_past_recording() or "
+                "the last crop, or start with a new cache."
             )
         known = self.slot_positions()
         newest = torch.arange(self.logical - remove, self.logical, device=self.home)

@@ -336,8 +336,8 @@ class TextStage:
         if forward.later is None:
             call, end = self.runtime.local.call, forward.start
             if forward.media is not None:
-                known = call is not None and call.length is not None
-                end += min(call.length, forward.length) if known else forward.length
+                length = None if call is None else call.length
+                end += forward.length if length is None else min(length, forward.length)
             forward.later = Later.of(spans(self.runtime.text.config, self.runtime.depth), end, forward.mask)
         return forward.later
 
