@@ -20,7 +20,8 @@ from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from mustdrop.adapters import find, registry
 from mustdrop.adapters.base import Adapter
 from mustdrop.compat import spans
-from mustdrop.errors import CacheStateError, ConfigError
+from mustdrop.errors import CacheStateError, ConfigError, UnsupportedOptionError
+from support import fake_flash
 from support.builders import answer
 from support.families import batch, clone, plain
 from support.turns import continued, skip_where_transformers_cannot_go_on, with_a_new_picture
@@ -157,7 +158,9 @@ def drafting(model: Any, kind: str) -> dict[str, Any]:
 
 def test_drafts_change_no_answer(name, setup, window, drafts):
     model = patched(name, setup, window)
-    inputs, end = prompt(name, model, REPEATED), {"eos_token_id": 511}
+    inputs = prompt(name, model, REPEATED)
+    # nobody writes the placeholder of a picture
+    end = {"eos_token_id": 511, "suppress_tokens": [m.token for m in find(model).modalities(model)]}
     expected = answer(model, inputs, 11, **end)
     drafted = answer(model, inputs, 11, **end, **drafting(model, drafts))
     assert torch.equal(drafted.sequences, expected.sequences)
@@ -307,3 +310,31 @@ def test_entries_that_leave_while_decoding_do_not_depend_on_what_a_cache_forgets
     inputs = prompt(name, model, rows=2)
     forgets, never = (answer(model, inputs, 9, past_key_values=cache) for cache in (new_cache(model), DynamicCache()))
     assert apart(forgets.logits, never.logits) <= TOLERANCE
+
+
+def test_a_padded_row_keeps_what_the_row_alone_keeps(name, policy):
+    """A chunk begins behind the padding, and a window counts tokens from its end."""
+    model, adapter = mustdrop.patch(clone(name), **POLICIES[policy]), registry()[name]
+    rows = (("image",), (), ("image", "image"))
+    together = answer(model, batch(adapter, model, rows), 4)
+    kept = mustdrop.trace(model).kv_vision
+    for r, row in enumerate(rows):
+        alone = answer(model, batch(adapter, model, (row,), first=r), 4)
+        assert torch.equal(mustdrop.trace(model).kv_vision[:, 0], kept[:, r])
+        assert apart(alone.logits[0], together.logits[r]) <= TOLERANCE
+
+
+# -- flash attention --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("flash")
+def test_flash_attention_is_refused_where_a_window_is_shorter_than_the_sequence():
+    """A family may have a window in one of its models alone, so that its adapter cannot say."""
+    inputs = prompt("llava_next", plain("llava_next"))
+    length = inputs["input_ids"].shape[1]
+    for window, steps in ((length, 1), (8, 0)):
+        model = mustdrop.patch(seeing(fake_flash.use(clone("llava_next")), window), "fastv", keep=0.5)
+        with pytest.raises(UnsupportedOptionError, match=f"window of {window}.*positions"):
+            answer(model, inputs, steps)
+        if steps:
+            assert answer(model, inputs, 0).logits.isfinite().all()

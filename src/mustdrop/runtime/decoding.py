@@ -16,7 +16,7 @@ from mustdrop.runtime import parallel
 from mustdrop.runtime.block_masks import Mask
 from mustdrop.runtime.masks import visible_keys
 from mustdrop.runtime.rows import PAD, on, pack
-from mustdrop.runtime.state import Forward
+from mustdrop.runtime.state import Call, Forward
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -102,11 +102,21 @@ class Later:
     padding: Tensor | int = 0
 
     @classmethod
-    def of(cls, spans: list[Span | None], end: int, mask: Any) -> Later:
-        """From the spans, the position, and the attention mask of the whole sequence: (B, keys), or another or None."""
-        if not isinstance(mask, Tensor) or mask.ndim != 2 or not any(span and span.chunked for span in spans):
-            return cls(spans, end)
-        return cls(spans, end, (mask.cumsum(1) == 0).sum(1, keepdim=True))
+    def of(cls, spans: list[Span | None], forward: Forward, call: Call | None) -> Later:
+        """After the prompt of a pass; in a pass without media, its own tokens count. Found once per pass.
+
+        Drafts may be taken back, so the prompt ends before them.
+        """
+        if forward.later is None:
+            end, mask = forward.start, forward.mask
+            if forward.media is not None:
+                length = None if call is None else call.length
+                end += forward.length if length is None else min(length, forward.length)
+            padding: Tensor | int = 0
+            if isinstance(mask, Tensor) and mask.ndim == 2 and any(span and span.chunked for span in spans):
+                padding = (mask.cumsum(1) == 0).sum(1, keepdim=True)
+            forward.later = cls(spans, end, padding)
+        return forward.later
 
     def candidates(self, i: int, layer: kv.Slots) -> Tensor:
         """(B, slots) bool, the vision entries of decoder layer `i` that such a token sees; the others are lost."""

@@ -72,6 +72,7 @@ class TextStage:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self.rewriter = Rewriter(runtime)
+        self.spans = spans(runtime.text.config, runtime.depth)
 
     @property
     def local(self) -> Local:
@@ -99,6 +100,7 @@ class TextStage:
         mask = kwargs.get("attention_mask")
         mask = mask if local.mask is None else local.mask  # the base model may have made 4-D masks of it
         forward.mask = mask
+        checks.windows(runtime, self.spans, forward.end)
         if kinds is None or not bool((kinds >= 0).any()):
             if runtime.method.vision is not None and forward.length > 1 and bool(embeds[..., 0].isnan().any()):
                 raise UnsupportedOptionError(
@@ -106,7 +108,7 @@ class TextStage:
                     "and pixel_values instead, or compute the features while the model is not patched."
                 )
             if self._decode.reads_steps:
-                decoding.before_step(self._decode, forward.cache, self._later(forward))
+                decoding.before_step(self._decode, forward.cache, Later.of(self.spans, forward, self.local.call))
             forward.idle = self._idle(forward)
             if self._is_recorded(forward):
                 nothing = torch.zeros(embeds.shape[:2], dtype=torch.bool)
@@ -286,7 +288,7 @@ class TextStage:
                 forward.attention = Sent.off(asked.statistics(rows, first))
             self._note(forward, i, rows)
         if layer is not None and decode.reads_prompt:
-            vision = self._later(forward).candidates(i, layer)
+            vision = Later.of(self.spans, forward, self.local.call).candidates(i, layer)
             self._note(forward, i, decoding.read_prompt(decode.scorer, layer, forward, media, asked, vision))
 
     @staticmethod
@@ -321,25 +323,12 @@ class TextStage:
             forward.record.rows.append(forward.rows)
         made = None if forward.rows is None else self._scatter(forward, forward.rows, call, output)
         if self._decode.after_prefill:
-            decoding.after_prompt(self._decode, forward, self._later(forward))
+            decoding.after_prompt(self._decode, forward, Later.of(self.spans, forward, self.local.call))
         layers = [] if forward.cache is None or self._decode.reads_steps else forward.cache.layers
         if made is None and all(layer.whole for layer in layers):  # all or none: a model without hooks is then refused
             for layer in layers:  # at its first layer
                 layer.forget()
         return made
-
-    def _later(self, forward: Forward) -> Later:
-        """What tokens after the prompt can see; in a pass without media, its own tokens and those after it.
-
-        Drafts may be taken back, so the prompt ends before them.
-        """
-        if forward.later is None:
-            call, end = self.runtime.local.call, forward.start
-            if forward.media is not None:
-                length = None if call is None else call.length
-                end += forward.length if length is None else min(length, forward.length)
-            forward.later = Later.of(spans(self.runtime.text.config, self.runtime.depth), end, forward.mask)
-        return forward.later
 
     def _scatter(self, forward: Forward, rows: Tensor, call: Call | None, output: Any) -> Any:
         """Hidden states at the logical length again; caches cut to what the last layer processed."""
