@@ -99,8 +99,8 @@ def _cache_name(kind: Any) -> str:
     return next((name for name in CACHE_NAMES if name in parameters), "past_key_values")
 
 
-def crop_length(tokens: int, logical: int) -> int:
-    """How many of `logical` tokens `crop(tokens)` removes.
+def crop_length(tokens: int | Tensor, logical: int) -> int:
+    """How many of `logical` tokens `crop(tokens)` removes; some versions count them in a tensor.
 
     Negative means "remove that many" everywhere. Positive was a target length before 5.20, and so was 0 in the versions
     whose sliding layers cannot record their past.
@@ -108,6 +108,7 @@ def crop_length(tokens: int, logical: int) -> int:
     Raises:
         ConfigError: a positive number in a version that takes none.
     """
+    tokens = int(tokens)
     if tokens < 0 or (tokens == 0 and _RECORDS):
         return min(-tokens, logical)
     if not older_than("5.20"):
