@@ -11,17 +11,20 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from mustdrop.errors import UnsupportedOptionError
+from mustdrop.errors import ConfigError, UnsupportedOptionError
 
 MINIMUM_TRANSFORMERS = "5.4"
 TRANSFORMERS = Version(transformers.__version__)
+_RECORDS = hasattr(DynamicSlidingWindowLayer, "activate_past_recording")
 
 Attention = Callable[..., Any]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -96,12 +99,66 @@ def _cache_name(kind: Any) -> str:
     return next((name for name in CACHE_NAMES if name in parameters), "past_key_values")
 
 
-def crop_length(tokens: int, logical: int) -> int:
-    """How many tokens `crop(tokens)` removes.
+def crop_length(tokens: int | Tensor, logical: int) -> int:
+    """How many of `logical` tokens `crop(tokens)` removes; some versions count them in a tensor.
 
-    Negative means "remove that many" everywhere, positive was a target length before 5.20.
+    Negative means "remove that many" everywhere. Positive was a target length before 5.20, and so was 0 in the versions
+    whose sliding layers cannot record their past.
+
+    Raises:
+        ConfigError: a positive number in a version that takes none.
     """
-    return -tokens if tokens < 0 else max(0, logical - tokens) if tokens else 0
+    tokens = int(tokens)
+    if tokens < 0 or (tokens == 0 and _RECORDS):
+        return min(-tokens, logical)
+    if not older_than("5.20"):
+        raise ConfigError(
+            f"crop({tokens}): a cache is cropped by a negative number, the tokens to remove. For the first {tokens} "
+            f"tokens to stay, call crop({tokens} - cache.get_seq_length())."
+        )
+    return max(0, logical - tokens)
+
+
+def records_past(layer: Any) -> bool:
+    """Whether a layer of transformers keeps what has left its window until `crop`; older versions never do."""
+    return bool(getattr(layer, "record_past", False))
+
+
+@dataclass(frozen=True)
+class Span:
+    """What the tokens of one decoder layer see: their window, or the chunk that they lie in.
+
+    Attributes:
+        size: tokens of a window, the query included, or of a chunk.
+        chunked: whether it is a chunk; the first one begins behind the padding on the left.
+    """
+
+    size: int
+    chunked: bool
+
+    def reach(self, end: int, padding: Tensor | int = 0) -> Tensor | int:
+        """First position that a token at `end` sees, () or (B, 1); later tokens see nothing before it either.
+
+        Args:
+            end: position of the token, logical.
+            padding: (B, 1) long, tokens of padding on the left.
+        """
+        if self.chunked:
+            return padding + (end - padding) // self.size * self.size
+        return end - self.size + 1
+
+
+def spans(config: Any, depth: int) -> list[Span | None]:
+    """Per decoder layer of a text model, what its tokens see; None where they see everything before them."""
+    layers = list(dynamic_cache(config).layers)[:depth]
+    kinds = getattr(config, "layer_types", None) or []
+    chunks = getattr(config, "attention_chunk_size", None) if not getattr(config, "sliding_window", None) else None
+    found: list[Span | None] = [None] * depth
+    for i, layer in enumerate(layers):
+        if getattr(layer, "is_sliding", False):
+            chunked = kinds[i] == "chunked_attention" if i < len(kinds) else chunks is not None
+            found[i] = Span(int(layer.sliding_window), chunked)
+    return found
 
 
 def checkpoints_activations(module: nn.Module) -> bool:

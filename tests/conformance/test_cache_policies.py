@@ -128,6 +128,54 @@ def test_a_padded_row_is_the_row_alone(setup, images):
         assert torch.equal(mustdrop.trace(model).kv_vision[:, 0], kept[:, row])
 
 
+WORDS = ((31, 57, 86, 110, 12), (19, 23), (44, 45, 46, 47))
+CHATS = {
+    **SETUPS,
+    "generated rows": {"decode": DecodeCachePruner(keep=5, interval=2)},
+    "the last rows": {"decode": DecodeCachePruner(keep=5, score=ObservationWindow(window=2), interval=1)},
+}
+
+
+def _chat(model, rows, picture, length, pad):
+    """Logits of three turns, the third with a new picture for each row if `picture`, and what the trace says then.
+
+    Row r of a batch is padded to `length` words per turn, where `pad`: before them, inside of the sequence.
+    """
+    inputs = batch(LLAMA, (1, 0, 2), seed=4, after=(3, 5, 4))
+    mask = inputs["attention_mask"]
+    if not pad:
+        inputs, mask = (alone := row_alone(inputs, rows[0])), alone["attention_mask"]
+    with torch.no_grad():
+        out, found = answer(model, inputs, 0), []  # the words of the second turn rank, before the first entry leaves
+        found.append(out.logits)
+        for turn in range(2):
+            pictures = picture and turn == 1
+            lines = [[*([IMAGE] * LLAMA.n_vision if pictures else []), *WORDS[(r + turn) % 3]] for r in rows]
+            longest = max(map(len, lines)) if pad else len(lines[0])
+            words = torch.tensor([[0] * (longest - len(line)) + line for line in lines])
+            more = torch.tensor([[0] * (longest - len(line)) + [1] * len(line) for line in lines])
+            ids = torch.cat([out.sequences, words], 1)
+            mask = torch.cat([mask, torch.ones(len(rows), ids.shape[1] - longest - mask.shape[1]).long(), more], 1)
+            given = {"input_ids": ids, "attention_mask": mask, "past_key_values": out.cache}
+            if pictures:
+                given["pixel_values"] = torch.stack([image(LLAMA, 500 + r) for r in rows])
+            out = answer(model, given, 3)
+            found.append(out.logits)
+    return found, [layer.slot_vision() & (layer.slot_positions() >= 0) for layer in out.cache.layers]
+
+
+@pytest.mark.parametrize("picture", [False, True], ids=["text_only", "new_image"])
+@pytest.mark.parametrize("setup", CHATS)
+def test_a_padded_row_is_the_row_alone_over_several_turns(setup, picture):
+    model = patched(LLAMA, **CHATS[setup])
+    together, stored = _chat(model, (0, 1, 2), picture, 5, True)
+    for row in range(3):
+        alone, own = _chat(model, (row,), picture, 0, False)
+        for turn, (ours, theirs) in enumerate(zip(alone, together, strict=True)):
+            assert distance(ours[0], theirs[row]) <= TOLERANCE, turn
+        assert [int(a.sum()) for a in own] == [int(b[row].sum()) for b in stored]
+
+
 @pytest.mark.filterwarnings("ignore::mustdrop.errors.NothingDroppedWarning")
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"use_cache": False}], ids=str)

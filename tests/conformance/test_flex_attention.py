@@ -222,7 +222,7 @@ def test_a_block_mask_says_what_the_mask_with_rows_and_columns_says(reordered):
     rows = torch.tensor([[0, 2, 5], [PAD, 1, 4]])
     queries = (rows + 3).masked_fill(rows == PAD, PAD)
     slots = torch.cat([torch.tensor([[0, 2], [PAD, 1]]), queries], 1)
-    layout = Layout(rows, queries, slots, True, reordered)
+    layout = Layout(rows, queries, slots, True, 9, reordered)
     blocks = create_block_mask(lambda b, h, q, kv: logical[b, 0, q, kv], 2, None, 6, 9, device="cpu")
     made = physical_mask(blocks, layout, FLEX, logical.float())
     assert torch.equal(block_masks.whole(made), physical_mask(logical, layout, "sdpa", logical.float()))

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import transformers
 from packaging.version import Version
 from torch import nn
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 TRANSFORMERS = Version(transformers.__version__)
 
@@ -24,6 +25,9 @@ BROKEN = (
     if Version("5.24.0") == TRANSFORMERS
     else {}
 )
+
+#: Whether layers with a sliding window can keep what has left it until the next crop.
+RECORDS_PAST = hasattr(DynamicSlidingWindowLayer, "activate_past_recording")
 
 #: From here on weights split over several processes are ``DTensor``s, which mustdrop asks for in tensor parallel.
 SPLITS_INTO_DTENSORS = find_spec("transformers.distributed.tensor_parallel") is not None

@@ -12,7 +12,7 @@ from typing import Any
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from mustdrop.compat import cache_of, dynamic_cache
-from mustdrop.errors import UnsupportedOptionError
+from mustdrop.errors import CacheStateError, UnsupportedOptionError
 from mustdrop.kv.growing import PrunedLayer
 from mustdrop.kv.slots import Arrival, Slots
 from mustdrop.kv.static import PrunedStaticLayer
@@ -68,6 +68,7 @@ def check(cache: Any, no_static: str | None = None) -> None:
 
     Raises:
         UnsupportedOptionError: the message names the cache, or the layers in it that are to blame.
+        CacheStateError: its layers hold different numbers of tokens.
     """
     if not hasattr(cache, "layers") or getattr(cache, "offloading", False):
         kind = "an offloading cache" if getattr(cache, "offloading", False) else f"a {type(cache).__name__}"
@@ -83,8 +84,12 @@ def check(cache: Any, no_static: str | None = None) -> None:
             )
         if no_static is not None and isinstance(layer, StaticLayer):
             raise UnsupportedOptionError(f"a static cache cannot be used here: {no_static}")
-        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-            PrunedLayer.adopt(layer)
+    lengths = {int(layer.get_seq_length()) for layer in cache.layers if not isinstance(layer, StaticLayer)} - {0}
+    if len(lengths) > 1:
+        raise CacheStateError(
+            f"the layers of this cache hold different numbers of tokens ({sorted(lengths)}): a crop or a pass ended "
+            "with an error on the way. Start with a new cache."
+        )
 
 
 def is_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from mustdrop.compat import crop_length
+from mustdrop.compat import crop_length, records_past
 from mustdrop.errors import CacheStateError
 from mustdrop.kv.slots import Slots, reordering
 from mustdrop.runtime.eviction import Cut
@@ -23,28 +23,36 @@ class PrunedLayer(Slots, DynamicLayer):
 
     `positions`, `vision`, `attended` and `queries` describe the first slots, those of the last prefill; slots after
     them are decoded tokens whose positions follow one another, so that a decode step adds no bookkeeping tensor.
+
+    Without `positions` the slots are the newest tokens in their order, and the layer is what transformers takes it for:
+    it tells the sizes that a layer of transformers would, hands out the same entries, and needs no hook.
+
+    Attributes:
+        window: tokens that a query sees, itself included, in a layer with a sliding window or chunks; None in others.
+        logical: tokens that the layer stands for.
+        steps: decode steps since the last prefill.
+        record_past: whether entries that have left the window stay until the next `crop`, so that it can go back.
+        forgotten: logical position before which entries have been given up, because they had left the window.
     """
 
     def __init__(self, window: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.keys = self.values = None
         self.is_sliding, self.window = window is not None, window
-        self.logical = 0
-        self.steps = 0  # decode steps since the last prefill
+        self.record_past = False
+        self.logical = self.steps = self.forgotten = 0
         self.forget()
 
     @classmethod
     def adopt(cls, layer: Any) -> PrunedLayer:
         """Take over a layer of transformers, with what it holds (of a sliding window, the newest entries)."""
         new = cls(int(layer.sliding_window) if layer.is_sliding else None)
+        new.record_past = records_past(layer)
         if layer.is_initialized and layer.keys is not None and layer.keys.numel():
             new.logical = layer.get_seq_length()
             new.keys, new.values = layer.keys, layer.values
             new.dtype, new.device, new.is_initialized = layer.keys.dtype, layer.keys.device, True
-            if new.slots != new.logical:  # a sliding layer that has forgotten its oldest entries
-                newest = torch.arange(new.logical - new.slots, new.logical)
-                new.positions = newest.expand(new.keys.shape[0], -1)
-                new.vision = torch.zeros_like(new.positions, dtype=torch.bool)
+            new.forgotten = new.logical - new.slots
         return new
 
     # -- what transformers asks ---------------------------------------------------------------------------------------
@@ -53,6 +61,7 @@ class PrunedLayer(Slots, DynamicLayer):
         """Append entries; the arrival set by the layer hook says which logical positions they have."""
         arrival = self.expect_hook()
         reordering.index = None  # the next one will be another
+        shown = self.shown(key_states.shape[-2])
         if arrival is None:
             self.logical += key_states.shape[-2]
             self.steps += 1
@@ -67,15 +76,31 @@ class PrunedLayer(Slots, DynamicLayer):
             self.steps = 0
             self.logical += arrival.advance
             self.whole &= arrival.whole
-        return super().update(key_states, value_states, *args, **kwargs)
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        if arrival is not None or self.positions is not None or self.window is None:
+            return keys, values  # what a sliding layer may forget is decided at the end of the pass
+        self.slide()
+        return keys[:, :, -shown:], values[:, :, -shown:]
+
+    def activate_past_recording(self) -> None:
+        """From now on nothing is forgotten before the next `crop`; layers without a window never forget."""
+        self.record_past = self.window is not None
 
     def get_seq_length(self, *args: Any) -> int:
         """Logical length: how many tokens the sequence has, dropped ones included."""
         return self.logical
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Logical (length, offset): transformers builds logical masks, the layer hooks map them to slots."""
-        return self.logical + query_length, 0
+        """(length, offset) of the columns of a mask.
+
+        What `update` hands out, while it hands out the newest tokens. Else logical ones: the layer hooks map them to
+        slots.
+        """
+        total = self.logical + query_length
+        if self.window is None or self.positions is not None:
+            return total, 0
+        length = min(self.logical, self.window - 1) + query_length
+        return length, total - length
 
     def get_max_length(self) -> int:
         """No maximum."""
@@ -85,7 +110,7 @@ class PrunedLayer(Slots, DynamicLayer):
         """Forget everything."""
         self.keys = self.values = None
         self.is_initialized = False
-        self.logical = self.steps = 0
+        self.logical = self.steps = self.forgotten = 0
         self.forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -106,28 +131,43 @@ class PrunedLayer(Slots, DynamicLayer):
             self._rows(lambda t: t[indices.to(t.device), ...])
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest tokens.
+        """Remove the newest tokens; then forget what has left the window, where that was put off.
 
         Raises:
-            CacheStateError: the range reaches back to where vision tokens were dropped.
+            CacheStateError: the range reaches back to where vision tokens were dropped, or the tokens before it would
+                see entries that a sliding layer has forgotten or, in transformers, would have forgotten.
         """
         remove = crop_length(tokens_to_remove, self.logical)
-        if not remove or not self.slots:
-            return
-        known = self.slot_positions()
-        if known is not None:
-            newest = torch.arange(self.logical - remove, self.logical)
-            if known.shape[1] < remove or not bool((known[:, -remove:] == newest).all()):
-                raise CacheStateError(
-                    f"cannot crop {remove} tokens from a pruned cache: vision tokens were dropped in that range."
-                )
+        if remove and self.slots:
+            self._check_crop(remove)
             kept = self.slots - remove
             if self.positions is not None and kept < self.positions.shape[1]:
                 for name in _KNOWN:
                     value = getattr(self, name)
                     setattr(self, name, None if value is None else value[:, :kept])
-        self.keys, self.values = self.keys[..., :-remove, :], self.values[..., :-remove, :]
-        self.logical -= remove
+            self.keys, self.values = self.keys[..., :-remove, :], self.values[..., :-remove, :]
+            self.logical -= remove
+        self._slide()
+
+    def _check_crop(self, remove: int) -> None:
+        if self.window is not None and self.logical >= self.window and not self.record_past:
+            raise CacheStateError(
+                f"cannot crop {remove} tokens from a layer with a sliding window of {self.window} tokens that has seen "
+                f"{self.logical}: it forgets what has left its window. Call cache.activate_past_recording() (newer "
+                "versions of transformers have it) before the tokens that may be taken back, or start with a new cache."
+            )
+        if self.window is not None and self.forgotten > max(0, self.logical - remove - self.window + 1):
+            raise CacheStateError(
+                f"cannot crop {remove} tokens: a layer with a sliding window of {self.window} tokens has forgotten "
+                f"what token {self.logical - remove} would see. Crop what has come since activate_past_recording() or "
+                "the last crop, or start with a new cache."
+            )
+        known = self.slot_positions()
+        newest = torch.arange(self.logical - remove, self.logical, device=self.home)
+        if known is not None and (known.shape[1] < remove or not bool((known[:, -remove:] == newest).all())):
+            raise CacheStateError(
+                f"cannot crop {remove} tokens from a pruned cache: vision tokens were dropped in that range."
+            )
 
     # -- what the runtime asks ----------------------------------------------------------------------------------------
 
@@ -141,7 +181,8 @@ class PrunedLayer(Slots, DynamicLayer):
         if not self.slots:
             return None
         known = 0 if self.positions is None else self.positions.shape[1]
-        tail = torch.arange(self.logical - (self.slots - known), self.logical + extra).expand(self.keys.shape[0], -1)
+        tail = torch.arange(self.logical - (self.slots - known), self.logical + extra, device=self.home)
+        tail = tail.expand(self.keys.shape[0], -1)
         return tail if self.positions is None else torch.cat([self.positions, tail], 1)
 
     def storage_bytes(self) -> int:
@@ -157,34 +198,44 @@ class PrunedLayer(Slots, DynamicLayer):
         """Entries that a layer of transformers would hold: all, or the newest of a sliding window."""
         return self.logical if self.window is None else min(self.logical, self.window - 1)
 
+    def shown(self, extra: int) -> int:
+        """How many entries `update` will hand out if `extra` tokens arrive that follow one another."""
+        if self.window is None or self.positions is not None or self.arrival is not None:
+            return self.slots + extra
+        return min(self.slots, self.window - 1) + extra
+
+    def takes(self, mask: Any, extra: int) -> bool:
+        """Whether a mask of transformers is right for this layer as it is, for `extra` tokens about to arrive.
+
+        Layers of one kind share a mask, and it has the columns of the first of them.
+        """
+        if self.positions is not None:
+            return False
+        return mask is None or self.window is None or bool(mask.shape[-1] == self.shown(extra))
+
     def slide(self) -> None:
         """Forget what no later token can see: entries that have left the sliding window.
 
         Where nothing was dropped, exactly the entries stay that transformers would hold. With gaps it looks from time
         to time how many may go.
         """
-        if self.window is None or self.slots < self.window or not self.slots:
+        if not self.record_past and (self.whole or not self.steps % _SLIDE):
+            self._slide()
+
+    def _slide(self) -> None:
+        if self.window is None or not self.slots or self.slots < self.window:
             return
         surplus = self.slots - (self.window - 1)
         if not self.whole:
             positions = self.slot_positions()
-            if positions is None or (self.steps and self.steps % _SLIDE):
-                return
+            assert positions is not None  # there are slots
             surplus = int((positions <= self.logical - self.window).sum(1).min())
-        known = 0 if self.positions is None else self.positions.shape[1]
-        if self.positions is None:  # from here on the layer has to say which positions it holds
-            self.positions = torch.zeros(self.keys.shape[0], 0, dtype=torch.long)
-            self.vision = torch.zeros(self.keys.shape[0], 0, dtype=torch.bool)
+        self.forgotten = max(self.forgotten, self.logical - self.window + 1)
         for name in _KNOWN:
             value = getattr(self, name)
             if value is not None:
-                setattr(self, name, value[:, min(surplus, known) :])
+                setattr(self, name, value[:, min(surplus, value.shape[1]) :])
         self.keys, self.values = self.keys[:, :, surplus:].clone(), self.values[:, :, surplus:].clone()
-
-    def forget_if_whole(self) -> None:
-        """Drop the bookkeeping of a layer that holds every token: it is a plain cache layer again."""
-        if self.slots == self.logical:  # a sliding layer has to say which entries are left
-            super().forget_if_whole()
 
     def store(self, cut: Cut, keys: Tensor, values: Tensor) -> None:
         """Hold what a cut left of `entries`."""

@@ -193,12 +193,6 @@ class Slots:
         marks = marks.to(positions.device).repeat_interleave(positions.shape[0] // marks.shape[0], 0)
         return (inside & take(marks, (positions - start).clamp(0, marks.shape[1] - 1), 1)).sum(1)
 
-    def forget_if_whole(self) -> None:
-        """Drop the bookkeeping of a layer that holds every token: it is a plain cache layer again."""
-        if self.whole:
-            self.positions = self.vision = self.attended = self.queries = self.totals = None
-            self.padded = False
-
     def expect_hook(self) -> Arrival | None:
         """What arrives with this `update`.
 
@@ -212,6 +206,14 @@ class Slots:
             )
         arrival, self.arrival, self.prepared = self.arrival, None, False
         return arrival
+
+    def shown(self, extra: int) -> int:
+        """How many entries `update` will hand out if `extra` tokens arrive that follow one another."""
+        return self.slots + extra
+
+    def takes(self, mask: Any, extra: int) -> bool:
+        """Whether a mask of transformers is right for this layer as it is, for `extra` tokens about to arrive."""
+        return self.positions is None
 
     def slide(self) -> None:
         """Forget what has left a sliding window; most layers have none."""

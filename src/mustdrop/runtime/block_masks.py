@@ -29,8 +29,8 @@ __all__ = ["FLEX", "BlockMask", "Mask", "causal", "cut", "cut_items", "dense", "
 def cut(mask: BlockMask, layout: Layout) -> BlockMask:
     """The mask over the rows and slots of a layer. As in `Layout.causal`, a padded query sees itself."""
     n, k = layout.queries.shape[1], layout.slots.shape[1]
-    rows, there = layout.rows.clamp(min=0), layout.slots != PAD
-    slots = layout.slots.clamp(min=0, max=mask.shape[-1] - 1)
+    columns = layout.columns(layout.first(mask))
+    rows, there, slots = layout.rows.clamp(min=0), columns != PAD, columns.clamp(min=0)
     # one function for rows with and without padding: the kernel is compiled once per function
     itself = torch.arange(k - n, k, device=rows.device).where(layout.queries == PAD, PAD)
     asks = mask.mask_mod

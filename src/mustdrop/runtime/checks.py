@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mustdrop import kv
 from mustdrop.adapters.base import Modality
-from mustdrop.compat import checkpoints_activations
+from mustdrop.compat import Span, checkpoints_activations
 from mustdrop.errors import CacheStateError, ConfigError, UnsupportedOptionError
 from mustdrop.runtime import parallel, tap
 from mustdrop.runtime.block_masks import FLEX
@@ -71,6 +71,22 @@ def backend(runtime: Runtime) -> None:
         raise UnsupportedOptionError(
             f"{runtime.adapter.name} with attn_implementation={name!r} cannot be pruned: "
             f"{runtime.adapter.refuses_flash}. Use model.set_attn_implementation('sdpa')."
+        )
+
+
+def windows(runtime: Runtime, spans: list[Span | None], end: int) -> None:
+    """Raise `UnsupportedOptionError` for a sequence of `end` tokens whose windows a kernel would count wrongly.
+
+    Flash attention counts the entries that are left, and a window counts positions.
+    """
+    if not runtime.flash or not runtime.method.drops:
+        return
+    sizes = [span.size for span in spans if span is not None]
+    if sizes and end > min(sizes):
+        raise UnsupportedOptionError(
+            f"{runtime.adapter.name} with attn_implementation={runtime.implementation!r} and a sliding window of "
+            f"{min(sizes)} tokens cannot be pruned over a sequence of {end}: its kernel would count what is left "
+            "instead of positions. Use model.set_attn_implementation('sdpa')."
         )
 
 

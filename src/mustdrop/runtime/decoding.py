@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from mustdrop import kernels, kv
+from mustdrop.compat import Span
 from mustdrop.errors import MustDropError
 from mustdrop.pruners import CacheScorer, DecodeCachePruner, Received
 from mustdrop.runtime import parallel
 from mustdrop.runtime.block_masks import Mask
 from mustdrop.runtime.masks import visible_keys
 from mustdrop.runtime.rows import PAD, on, pack
-from mustdrop.runtime.state import Forward
+from mustdrop.runtime.state import Call, Forward
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -86,7 +87,51 @@ class Asked:
         return max(1, AT_ONCE // max(1, rows.shape[0] * self.k.shape[2]))
 
 
-def read_prompt(scorer: CacheScorer, layer: kv.Slots, forward: Forward, media: Media, asked: Asked) -> Tensor:
+@dataclass(frozen=True)
+class Later:
+    """What tokens after the prompt, or from a decode step on, can still see.
+
+    Attributes:
+        spans: per decoder layer, its window or chunks, or None.
+        end: logical position of the next token.
+        padding: (B, 1) long, tokens of padding on the left.
+    """
+
+    spans: list[Span | None]
+    end: int
+    padding: Tensor | int = 0
+
+    @classmethod
+    def of(cls, spans: list[Span | None], forward: Forward, call: Call | None) -> Later:
+        """After the prompt of a pass; in a pass without media, its own tokens count. Found once per pass.
+
+        Drafts may be taken back, so the prompt ends before them.
+        """
+        if forward.later is None:
+            end, mask = forward.start, forward.mask
+            if forward.media is not None:
+                length = None if call is None else call.length
+                end += forward.length if length is None else min(length, forward.length)
+            padding: Tensor | int = 0
+            if isinstance(mask, Tensor) and mask.ndim == 2 and any(span and span.chunked for span in spans):
+                padding = (mask.cumsum(1) == 0).sum(1, keepdim=True)
+            forward.later = cls(spans, end, padding)
+        return forward.later
+
+    def candidates(self, i: int, layer: kv.Slots) -> Tensor:
+        """(B, slots) bool, the vision entries of decoder layer `i` that such a token sees; the others are lost."""
+        vision, positions, span = layer.slot_vision(), layer.slot_positions(), self.spans[i]
+        assert vision is not None, "a layer without entries"
+        assert positions is not None, "a layer without entries"
+        if span is None:
+            return vision
+        first = span.reach(self.end, self.padding)
+        return vision & (positions >= (on(first, positions.device) if isinstance(first, Tensor) else first))
+
+
+def read_prompt(
+    scorer: CacheScorer, layer: kv.Slots, forward: Forward, media: Media, asked: Asked, vision: Tensor
+) -> Tensor:
     """Note what the prompt's rows give to the entries of a layer, those of earlier turns included.
 
     Args:
@@ -95,6 +140,7 @@ def read_prompt(scorer: CacheScorer, layer: kv.Slots, forward: Forward, media: M
         forward: the pass.
         media: its vision tokens.
         asked: the layer's attention.
+        vision: (B, slots) bool, entries that compete for the layer's budget.
 
     Returns:
         (B, R) rows that were read, -1 on padding.
@@ -113,38 +159,49 @@ def read_prompt(scorer: CacheScorer, layer: kv.Slots, forward: Forward, media: M
         mass = read.given
     layer.attended, layer.queries = read.given, read.queries
     if scorer.by_layer:
-        vision = layer.slot_vision()
-        assert vision is not None  # the rows of this pass are there
         forward.masses.append((mass * on(vision, mass.device)).sum(1))
     return rows
 
 
-def read_step(scorer: CacheScorer, layer: Any, asked: Asked) -> None:
-    """Add what the newest tokens give to what is known of a layer."""
+def read_step(scorer: CacheScorer, layer: Any, asked: Asked, valid: Tensor) -> None:
+    """Add what the newest tokens give to what is known of a layer.
+
+    Args:
+        scorer: which of them are asked, and what becomes of what they give.
+        layer: cache layer that has just received them.
+        asked: the layer's attention.
+        valid: (B, q) bool, tokens of this pass that are not padding.
+    """
     if layer.positions is None:
         return
-    rows = torch.arange(asked.q.shape[2], device=asked.q.device).expand(asked.q.shape[0], -1)
+    asks = on(valid if valid.shape[1] == 1 else scorer.rows(valid, valid), asked.q.device)
+    rows = torch.arange(asks.shape[1], device=asks.device).expand_as(asks).masked_fill(~asks, PAD)
     step = _sums(asked, rows)
     n = layer.positions.shape[1]
     step = Received(step.given[:, :n], step.queries[:, :n])
-    known = None if layer.attended is None or layer.queries is None else Received(layer.attended, layer.queries)
-    read = step if known is None else scorer.add(known, step)
-    layer.attended, layer.queries = read.given, read.queries
+    if layer.attended is None or layer.queries is None:
+        layer.attended, layer.queries = step.given, step.queries
+        return
+    known = Received(layer.attended, layer.queries)
+    read, some = scorer.add(known, step), asks.any(1, keepdim=True)  # a row of padding alone adds nothing
+    layer.attended = torch.where(some, read.given, known.given)
+    layer.queries = torch.where(some, read.queries, known.queries)
 
 
-def before_step(decode: DecodeCachePruner | None, cache: Any) -> None:
+def before_step(decode: DecodeCachePruner | None, cache: Any, later: Later) -> None:
     """Before a decode step: the vision entries of least score leave if it is time."""
     if decode is None or not decode.reads_steps or cache is None:
         return
-    for layer in cache.layers:
+    for i, layer in enumerate(cache.layers[: len(later.spans)]):
         if layer.attended is not None and decode.due(layer.steps + 1):
-            _evict(decode, layer, decode.counts(layer.totals))
+            _evict(decode, layer, decode.counts(layer.totals), later.candidates(i, layer))
 
 
-def after_prompt(decode: DecodeCachePruner | None, forward: Forward, depth: int) -> None:
+def after_prompt(decode: DecodeCachePruner | None, forward: Forward, later: Later) -> None:
     """At the end of the prefill: the vision entries of least score leave, where the pruner says so."""
     if decode is None or not decode.after_prefill or forward.cache is None:
         return
+    depth = len(later.spans)
     layers = forward.cache.layers[:depth]
     unread = [i for i, layer in enumerate(layers) if layer.attended is None]
     if unread:
@@ -154,21 +211,41 @@ def after_prompt(decode: DecodeCachePruner | None, forward: Forward, depth: int)
         )
     count = decode.counts(layers[0].totals)
     budgets = [count] * depth
+    candidates = [later.candidates(i, layer) for i, layer in enumerate(layers)]
     if decode.scorer.by_layer:
-        entries = torch.stack([layer.slot_vision().sum(1).cpu() for layer in layers])
+        entries = torch.stack([own.sum(1).cpu() for own in candidates])
         mass = torch.stack([own.cpu() for own in forward.masses])
         budgets = list(decode.scorer.budgets(mass, count.cpu(), entries))
-    for layer, own in zip(layers, budgets, strict=True):
-        _evict(decode, layer, own)
+    held = torch.stack([layer.slot_vision().sum(1).cpu() for layer in layers])
+    everything = (held <= count.cpu()).all(0)
+    for layer, own, vision in zip(layers, budgets, candidates, strict=True):
+        _evict(decode, layer, own, vision, everything)
         layer.attended = layer.queries = None  # nothing is read any more
 
 
-def _evict(decode: DecodeCachePruner, layer: Any, count: Tensor) -> None:
-    vision, pad = layer.slot_vision(), (0, layer.slots - layer.attended.shape[1])
+def _evict(
+    decode: DecodeCachePruner, layer: Any, count: Tensor, candidates: Tensor, everything: Tensor | None = None
+) -> None:
+    """The best of the candidates stay, and what no later token sees leaves with the rest.
+
+    Args:
+        decode: chooses.
+        layer: cache layer.
+        count: (B,) long, vision entries that may stay.
+        candidates: (B, slots) bool, vision entries that a later token sees.
+        everything: (B,) bool, rows whose budget has room for all vision entries of all layers. Where it has room for
+            those of a layer, nothing leaves it.
+    """
+    pad = (0, layer.slots - layer.attended.shape[1])
     read = Received(nn.functional.pad(layer.attended, pad), nn.functional.pad(layer.queries, pad))
-    vision = on(vision, read.given.device)
-    score = decode.scorer.score(read, vision)
-    layer.evict(decode(score, vision, on(count, score.device)).mask(layer.slots))
+    vision = layer.slot_vision()
+    fits = vision.sum(1) <= on(count, vision.device)
+    if everything is not None:
+        fits |= on(everything, vision.device)
+    seen = on(candidates, read.given.device)
+    score = decode.scorer.score(read, seen)
+    best = decode(score, seen, on(count, score.device)).mask(layer.slots)
+    layer.evict(on(best, vision.device) & (candidates | ~vision) | fits[:, None])
 
 
 def _sums(asked: Asked, rows: Tensor) -> Received:

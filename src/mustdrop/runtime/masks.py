@@ -23,6 +23,7 @@ class Layout:
         queries: (B, n) long, logical position of each query row, PAD on padding.
         slots: (B, k) long, logical position of each key slot, PAD on padding. The last n slots are the query rows.
         padded: whether any of them is PAD.
+        end: logical tokens of the sequence, those of the chunk included.
         reordered: causality follows the physical order instead of the logical positions.
     """
 
@@ -30,6 +31,7 @@ class Layout:
     queries: Tensor
     slots: Tensor
     padded: bool
+    end: int
     reordered: bool = False
     memo: dict[torch.device, Layout] = field(default_factory=dict, repr=False, compare=False)
 
@@ -39,8 +41,20 @@ class Layout:
             return self
         if device not in self.memo:
             rows, queries, slots = (on(x, device) for x in (self.rows, self.queries, self.slots))
-            self.memo[device] = Layout(rows, queries, slots, self.padded, self.reordered)
+            self.memo[device] = Layout(rows, queries, slots, self.padded, self.end, self.reordered)
         return self.memo[device]
+
+    def first(self, mask: Tensor | BlockMask) -> int:
+        """Logical position of the first column of a mask: it may leave out what has left a sliding window.
+
+        The last column of such a mask is the newest token. A longer one, with room for later tokens, begins with the
+        first token.
+        """
+        return max(0, self.end - int(mask.shape[-1]))
+
+    def columns(self, first: int) -> Tensor:
+        """(B, k) long, column of each slot in a mask that begins at position `first`; PAD where it has none."""
+        return (self.slots - first).clamp(min=PAD) if first else self.slots
 
     def causal(self) -> Tensor:
         """(B, n, k) bool: slot exists and does not come after the query.
@@ -82,8 +96,8 @@ def physical_mask(mask: object, layout: Layout, implementation: str, hidden: Ten
     flash = "flash" in implementation
     fresh = layout.slots.shape[1] == layout.queries.shape[1]
     if mask is not None and mask.ndim == 2:
-        slots = layout.on(mask.device).slots
-        visible = take(mask, slots, 1).bool() & (slots != PAD)
+        columns = layout.on(mask.device).columns(layout.first(mask))
+        visible = take(mask, columns, 1).bool() & (columns != PAD)
         return None if bool(visible.all()) else visible
     if flash:
         return (layout.on(hidden.device).slots != PAD) if layout.padded else None
@@ -92,12 +106,15 @@ def physical_mask(mask: object, layout: Layout, implementation: str, hidden: Ten
         if not layout.padded and (single or (fresh and implementation == "sdpa")):
             return None
         return _cast(layout.on(hidden.device).causal()[:, None], None, implementation, hidden.dtype)
+    first = layout.first(mask)
+    whole = not layout.padded and (not first or bool((layout.slots >= first).all()))  # as the host knows
     layout = layout.on(mask.device)
+    columns = layout.columns(first)
     known = mask if mask.shape[0] == layout.rows.shape[0] else mask.expand(layout.rows.shape[0], -1, -1, -1)
-    known = kernels.cut_mask(known, layout.rows, layout.slots.clamp(max=mask.shape[-1] - 1))
-    if not layout.padded:
+    known = kernels.cut_mask(known, layout.rows, columns)
+    if whole:
         return known
-    gone = (layout.slots == PAD)[:, None, None]
+    gone = (columns == PAD)[:, None, None]
     alone = (layout.queries == PAD)[:, None, :, None]
     n, k = layout.queries.shape[1], layout.slots.shape[1]
     itself = (

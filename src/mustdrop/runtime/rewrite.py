@@ -64,7 +64,8 @@ class Rewriter:
             before = layer.slot_positions() if layer is not None else None
             slots = new.positions if before is None else torch.cat([before.to(HOST), new.positions], 1)
             padded = forward.padded if layer is None else layer.padded
-            forward.memo[key] = Layout(forward.index, new.positions, slots, padded, self.runtime.method.renumber)
+            reordered = self.runtime.method.renumber
+            forward.memo[key] = Layout(forward.index, new.positions, slots, padded, forward.end, reordered)
         return forward.memo[key]  # type: ignore[no-any-return]
 
     def extend(self, layer: kv.Slots, forward: Forward, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
@@ -76,12 +77,13 @@ class Rewriter:
         mask, renumber = kwargs.get("attention_mask"), self.runtime.method.renumber
         if mask is None and not layer.padded and forward.length == 1 and not renumber and not forward.flash:
             return False  # one query that sees every slot: nothing to map
-        key = ("extend", layer.layout_key)
+        shown = layer.shown(forward.length)
+        key = ("extend", layer.layout_key, shown)
         if key not in forward.memo:
             slots = layer.slot_positions(extra=forward.length)
-            assert slots is not None  # positions are known, so there are slots
-            slots = slots.to(HOST)
-            layout = Layout(forward.index, slots[:, -forward.length :], slots, layer.padded, renumber)
+            assert slots is not None  # an empty layer takes the mask as it is
+            slots = slots[:, -shown:].to(HOST)
+            layout = Layout(forward.index, slots[:, -forward.length :], slots, layer.padded, forward.end, renumber)
             forward.memo[key] = (layer.layout, layout)
         layout = forward.memo[key][1]
         self._map_mask(layout, forward, hidden, kwargs)

@@ -18,6 +18,7 @@ from mustdrop.runtime.plan import RowPlan
 from mustdrop.runtime.rows import PAD, Sent, take
 
 if TYPE_CHECKING:
+    from mustdrop.runtime.decoding import Later
     from mustdrop.runtime.encoder_run import EncoderRun
     from mustdrop.runtime.entry import Media
 
@@ -150,6 +151,8 @@ class Forward:
         memo: masks and positions shared by layers of one layout.
         flash: whether the text model runs a flash-attention kernel.
         idle: whether layers have at most a mask to map: one token, over growing caches of which nothing is read.
+        mask: the attention mask as the caller gave it, which says what is padding.
+        later: what tokens after the prompt can see, once a cache policy has asked.
     """
 
     length: int
@@ -166,6 +169,13 @@ class Forward:
     memo: dict[Any, Any] = field(default_factory=dict)
     flash: bool = False
     idle: bool = False
+    mask: Any = None
+    later: Later | None = None
+
+    @property
+    def end(self) -> int:
+        """Logical tokens of the sequence, those of the chunk included."""
+        return self.start + self.length
 
     @property
     def index(self) -> Tensor:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from mustdrop import kernels, kv
-from mustdrop.compat import cache_of, eager, give_cache
+from mustdrop.compat import cache_of, eager, give_cache, spans
 from mustdrop.errors import MustDropError, UnsupportedOptionError
 from mustdrop.pruners import DecodeCachePruner
 from mustdrop.pruners.prefill import needs_rows
 from mustdrop.runtime import checks, decoding, entry, scores
 from mustdrop.runtime.block_masks import Mask
 from mustdrop.runtime.compiled import compiled_step, outside_steps
-from mustdrop.runtime.decoding import Asked
+from mustdrop.runtime.decoding import Asked, Later
 from mustdrop.runtime.entry import Media
 from mustdrop.runtime.eviction import evict_dropped
 from mustdrop.runtime.rewrite import Rewriter, arrival
@@ -72,6 +72,7 @@ class TextStage:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         self.rewriter = Rewriter(runtime)
+        self.spans = spans(runtime.text.config, runtime.depth)
 
     @property
     def local(self) -> Local:
@@ -98,13 +99,16 @@ class TextStage:
         forward = local.forward = Forward(embeds.shape[1], start, embeds.shape[0], cache, flash=runtime.flash)
         mask = kwargs.get("attention_mask")
         mask = mask if local.mask is None else local.mask  # the base model may have made 4-D masks of it
+        forward.mask = mask
+        checks.windows(runtime, self.spans, forward.end)
         if kinds is None or not bool((kinds >= 0).any()):
             if runtime.method.vision is not None and forward.length > 1 and bool(embeds[..., 0].isnan().any()):
                 raise UnsupportedOptionError(
                     "inputs_embeds hold rows of NaN: image features of a patched model, placed by hand. Pass input_ids "
                     "and pixel_values instead, or compute the features while the model is not patched."
                 )
-            decoding.before_step(runtime.method.decode, forward.cache)
+            if self._decode.reads_steps:
+                decoding.before_step(self._decode, forward.cache, Later.of(self.spans, forward, self.local.call))
             forward.idle = self._idle(forward)
             if self._is_recorded(forward):
                 nothing = torch.zeros(embeds.shape[:2], dtype=torch.bool)
@@ -190,9 +194,9 @@ class TextStage:
         """A decode step in which only the mask may have to be mapped; layers with the same entries map it once."""
         layer = None if forward.cache is None else forward.cache.layers[i]
         mask = kwargs.get("attention_mask")
-        if layer is None or layer.positions is None or (mask is None and not layer.padded):
+        if layer is None or layer.takes(mask, forward.length) or (mask is None and not layer.padded):
             return None
-        key = ("step", id(mask), layer.layout_key)
+        key = ("step", id(mask), layer.layout_key, layer.shown(forward.length))
         if key not in forward.memo:
             self.rewriter.extend(layer, forward, args[0], kwargs)
             forward.memo[key] = (mask, kwargs["attention_mask"])
@@ -239,7 +243,7 @@ class TextStage:
 
     def _extend(self, i: int, layer: kv.Slots | None, forward: Forward, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
         """Nothing is dropped in this pass: only a cache that has been pruned before needs its mask mapped."""
-        if layer is None or layer.positions is None:
+        if layer is None or layer.takes(kwargs.get("attention_mask"), forward.length):
             return False
         if isinstance(layer, kv.PrunedStaticLayer):
             # a whole layer is what transformers takes it for, and gives out all its room
@@ -271,7 +275,8 @@ class TextStage:
         layer = None if forward.cache is None else forward.cache.layers[i]
         asked = Asked.of(module, q, k, mask, kwargs, None if layer is None else layer.slots)
         if media is None:
-            decoding.read_step(decode.scorer, layer, asked)
+            tokens = torch.empty(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
+            decoding.read_step(decode.scorer, layer, asked, entry.valid_tokens(tokens, forward.mask, forward.start))
             return
         if self._filters_after(i, media):
             prefill = self.runtime.method.prefill
@@ -283,7 +288,8 @@ class TextStage:
                 forward.attention = Sent.off(asked.statistics(rows, first))
             self._note(forward, i, rows)
         if layer is not None and decode.reads_prompt:
-            self._note(forward, i, decoding.read_prompt(decode.scorer, layer, forward, media, asked))
+            vision = Later.of(self.spans, forward, self.local.call).candidates(i, layer)
+            self._note(forward, i, decoding.read_prompt(decode.scorer, layer, forward, media, asked, vision))
 
     @staticmethod
     def _note(forward: Forward, i: int, rows: Tensor) -> None:
@@ -316,10 +322,12 @@ class TextStage:
         if forward.record is not None:
             forward.record.rows.append(forward.rows)
         made = None if forward.rows is None else self._scatter(forward, forward.rows, call, output)
-        decoding.after_prompt(self._decode, forward, self.runtime.depth)
-        if made is None and forward.cache is not None and not self._decode.reads_steps:
-            for layer in forward.cache.layers:
-                layer.forget_if_whole()
+        if self._decode.after_prefill:
+            decoding.after_prompt(self._decode, forward, Later.of(self.spans, forward, self.local.call))
+        layers = [] if forward.cache is None or self._decode.reads_steps else forward.cache.layers
+        if made is None and all(layer.whole for layer in layers):  # all or none: a model without hooks is then refused
+            for layer in layers:  # at its first layer
+                layer.forget()
         return made
 
     def _scatter(self, forward: Forward, rows: Tensor, call: Call | None, output: Any) -> Any:
