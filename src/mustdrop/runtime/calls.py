@@ -151,8 +151,8 @@ def _share(known: dict[str, Any], given: dict[str, Any]) -> bool:
 class Direct:
     """Stands in for the `forward` of a module whose hooks begin and end calls.
 
-    `module.forward(...)` passes by the hooks: it is led through the module's `__call__`. And what no hook is told of, an
-    interrupt, ends the call as well.
+    `module.forward(...)` passes by the hooks: it is led through the module's `__call__`. And what no hook is told of,
+    an interrupt, ends the call as well.
 
     Attributes:
         active: False once it has been taken out; somebody else's wrapper may still hold it.

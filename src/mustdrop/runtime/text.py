@@ -86,6 +86,7 @@ class TextStage:
         """Adopt the cache, find the vision tokens of this pass, take the NaN marks out of the embeddings."""
         runtime, local = self.runtime, self.runtime.local
         kwargs = runtime.calls.enter(TEXT, module, args, kwargs)
+        kwargs.pop("shift_labels", None)  # of the head; some models hand it down to their layers
         local.forward, local.capture = None, None
         embeds: Tensor | None = kwargs.get("inputs_embeds")
         kinds, local.kinds = local.kinds, None
