@@ -86,6 +86,25 @@ def cache_of(kwargs: Mapping[str, Any]) -> Any:
     return None
 
 
+def by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of `function` (a bound method), all of them by name.
+
+    Raises:
+        TypeError: as the call itself would.
+    """
+    if not args:
+        return kwargs
+    signature = inspect.signature(function)  # of what a decorator wraps, not of the decorator
+    try:
+        named = dict(signature.bind_partial(*args, **kwargs).arguments)
+    except TypeError as error:
+        raise TypeError(f"{getattr(function, '__qualname__', function)}: {error}") from None
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named |= named.pop(parameter.name, {})
+    return named
+
+
 def give_cache(module: nn.Module, kwargs: dict[str, Any], cache: Any) -> None:
     """Hand `cache` to `module` by the name that is there already, else by the one that its forward has."""
     kind: Any = type(module)

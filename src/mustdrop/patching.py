@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,11 +17,14 @@ from mustdrop.method import DEFAULT_METHOD, Method
 from mustdrop.method import find as find_method
 from mustdrop.pruners import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from mustdrop.runtime.core import Runtime
+from mustdrop.runtime.ledger import Ledger
 from mustdrop.trace import Trace
 
 M = TypeVar("M", bound=nn.Module)
 
 _ATTRIBUTE = "_mustdrop"
+#: What models that were unpatched have left: the models themselves keep nothing.
+_left: weakref.WeakKeyDictionary[nn.Module, Ledger] = weakref.WeakKeyDictionary()
 
 
 def patch(
@@ -75,14 +79,16 @@ def patch(
 
 
 def unpatch(model: M) -> M:
-    """Take mustdrop out of `model` again; it computes bit for bit what it did before.
+    """Take mustdrop out of `model` again; it computes bit for bit what it did before. Its last trace can still be read.
 
     No-op on a model that is not patched.
     """
     runtime = _runtime(model)
     if runtime is not None:
+        inner = _inside(model)
         runtime.uninstall()
-        object.__delattr__(_inside(model), _ATTRIBUTE)
+        object.__delattr__(inner, _ATTRIBUTE)
+        _left[inner] = runtime.ledger
     return model
 
 
@@ -90,7 +96,7 @@ def unpatch(model: M) -> M:
 def patched(model: M, method: Method | str | None = None, **settings: Any) -> Iterator[M]:
     """`patch` for the length of a `with` block; afterwards the model is as it was, also after an exception.
 
-    A model that was already patched gets its former method back.
+    A model that was already patched gets its former method back. The trace of the last call in the block stays.
 
     Args:
         model: see `patch`.
@@ -104,7 +110,7 @@ def patched(model: M, method: Method | str | None = None, **settings: Any) -> It
     finally:
         unpatch(model)
         if before is not None:
-            patch(model, before.method)
+            _again(model, before, _left.pop(_inside(model), before.ledger))
 
 
 @contextmanager
@@ -120,22 +126,31 @@ def unpatched(model: M) -> Iterator[M]:
         yield model
     finally:
         if before is not None:
-            patch(model, before.method)
+            _again(model, before, before.ledger)
 
 
 def trace(model: nn.Module) -> Trace:
-    """What the last generate or forward of a patched model kept (of this thread, if it made one).
+    """What the last generate or forward of a patched model kept, also after it was unpatched.
+
+    A call inside another one (of a logits processor, say) leaves no trace. Of calls in several threads it is the last
+    one of this thread, unless one of another thread began and ended after it.
 
     Raises:
-        NotPatchedError: the model is not patched, or has not run since.
+        NotPatchedError: the model was never patched, or has not run since, or its last call failed.
     """
     runtime = _runtime(model)
-    if runtime is None:
+    ledger = _left.get(_inside(model)) if runtime is None else runtime.ledger
+    if ledger is None or (runtime is None and ledger.outcome() is None):
         raise NotPatchedError(f"this {type(model).__name__} is not patched: call mustdrop.patch(model) first.")
-    found = runtime.local.record or runtime.last
-    if found is None:
-        raise NotPatchedError("the patched model has not run yet: call model.generate(...) or model(...) first.")
-    return found
+    return ledger.trace()
+
+
+def _again(model: nn.Module, before: Runtime, ledger: Ledger) -> None:
+    """Patch as before, with what a block inside has left, or else with what there was before it."""
+    patch(model, before.method)
+    runtime = _runtime(model)
+    assert runtime is not None  # it has just been patched
+    runtime.ledger = before.ledger if ledger.newest is None else ledger
 
 
 def _runtime(model: object) -> Runtime | None:

@@ -112,7 +112,7 @@ def test_a_forward_with_labels_gives_the_masked_models_loss_over_the_text(setup)
     model, inputs = patched(LLAMA, **setup), batch(LLAMA, (1, 2), seed=11, after=(6, 6))
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)
     labels[inputs["attention_mask"] == 0] = -100
-    labels[:, :-3] = -100  # the answer; the three words of the question before it score
+    labels[:, :-3] = -100  # the answer
     with torch.no_grad():
         ours, trace = model(**inputs, labels=labels), mustdrop.trace(model)
         hidden = hidden_by(trace, inputs["input_ids"], LLAMA.n_layers)
@@ -123,22 +123,39 @@ def test_a_forward_with_labels_gives_the_masked_models_loss_over_the_text(setup)
     assert ours.loss != plain(LLAMA)(**inputs, labels=labels).loss
 
 
-def test_the_answer_in_the_labels_does_not_decide_what_is_dropped():
-    model = patched(LLAMA, prefill=PrefillPruner(keep=0.5))
-    inputs = batch(LLAMA, (2,), seed=12, after=(9,))
-    labels = inputs["input_ids"].clone()
-    labels[:, :-4] = -100
+def test_labels_decide_nothing():
+    """What is dropped is the same without labels, with labels of the answer alone, and with labels everywhere."""
+    model, inputs = patched(LLAMA, prefill=PrefillPruner(keep=0.5)), batch(LLAMA, (1, 2), seed=12, after=(9, 9))
+    ids = inputs["input_ids"]
+    answers = ids.clone()
+    answers[:, :-4] = -100
     kept = []
-    for words in (inputs["input_ids"][:, -4:], torch.tensor([[3, 4, 5, 6]])):
-        ids = torch.cat([inputs["input_ids"][:, :-4], words], 1)
+    for labels in (None, answers, ids, torch.full_like(ids, -100)):
         with torch.no_grad():
-            model(**{**inputs, "input_ids": ids}, labels=torch.cat([labels[:, :-4], words], 1))
-        kept.append(mustdrop.trace(model).kept(LLAMA.n_layers))
-    assert torch.equal(*kept)
-    question = {**inputs, "input_ids": inputs["input_ids"][:, :-4], "attention_mask": inputs["attention_mask"][:, :-4]}
+            model(**inputs, labels=labels)
+        kept.append([mustdrop.trace(model).kept(LLAMA.n_layers, row) for row in range(2)])
+    for other in kept[1:]:
+        assert all(map(torch.equal, kept[0], other))
+
+
+@pytest.mark.parametrize("how", ["labels", "shift_labels"])
+def test_dropped_tokens_leave_the_loss_however_labels_come(how):
+    """Labels everywhere: positions that a dropped token would predict do not count."""
+    model, inputs = patched(LLAMA, prefill=PrefillPruner(keep=0.5)), batch(LLAMA, (2,), seed=13)
+    ids = inputs["input_ids"]
+    shifted = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
     with torch.no_grad():
-        model(**question)
-    assert torch.equal(kept[0], mustdrop.trace(model).kept(LLAMA.n_layers))
+        if how == "labels":
+            loss = model(**inputs, labels=ids).loss
+        else:
+            loss = model(**inputs, labels=ids, shift_labels=shifted).loss
+        logits = model(**inputs).logits
+    where = (ids[0] == IMAGE).nonzero()[:, 0]
+    gone = torch.ones(len(where), dtype=torch.bool)
+    gone[mustdrop.trace(model).kept(LLAMA.n_layers)] = False
+    assert gone.any()
+    wanted = shifted.index_fill(1, where[gone], -100)
+    assert torch.allclose(loss, torch.nn.functional.cross_entropy(logits[0], wanted[0]), atol=1e-6)
 
 
 def test_gradients_reach_every_part_of_a_patched_model():

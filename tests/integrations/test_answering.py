@@ -36,13 +36,13 @@ def by_hand(model, processor, conversation, answer):
     """Mean negative log-likelihood, one conversation at a time, tokens written out one by one."""
     given = dict(chats.inputs(processor, [conversation]))
     ids = processor.tokenizer(answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    prompt = given["input_ids"].shape[1]
-    labels = torch.cat([torch.full_like(given["input_ids"], -100), ids], 1)
-    given["input_ids"] = torch.cat([given["input_ids"], ids], 1)
-    given["attention_mask"] = torch.ones_like(given["input_ids"])
+    total = 0.0
     with torch.inference_mode():
-        logits = model(**given, labels=labels).logits[0, prompt - 1 : -1].log_softmax(-1)
-    return -sum(float(row[token]) for row, token in zip(logits, ids[0], strict=True)) / ids.shape[1]
+        out = model(**given, use_cache=True)
+        for token in ids[0]:
+            total -= float(out.logits[0, -1].log_softmax(-1)[token])
+            out = model(input_ids=token[None, None], past_key_values=out.past_key_values, use_cache=True)
+    return total / ids.shape[1]
 
 
 @pytest.mark.parametrize(("method", "keep"), [("none", None), ("mustdrop", 96)])

@@ -26,7 +26,7 @@ SETUPS = {
 
 
 def labelled(variant=LLAMA, seed=11, images=(1, 2)):
-    """Inputs whose last three tokens are the answer; the three before them are the question."""
+    """Inputs whose last three tokens are the answer."""
     inputs = batch(variant, images, seed=seed, after=(6,) * len(images))
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)
     labels[inputs["attention_mask"] == 0] = -100

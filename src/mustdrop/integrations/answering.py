@@ -12,6 +12,7 @@ import torch
 
 import mustdrop
 from mustdrop.errors import ConfigError
+from mustdrop.fidelity import forced_logits
 from mustdrop.integrations import conversations as chats
 from mustdrop.integrations.conversations import Conversation
 from mustdrop.loading import load_model
@@ -134,7 +135,7 @@ class Answerer:
 
     @torch.inference_mode()
     def score(self, batch: Sequence[Conversation], answers: Sequence[str]) -> list[tuple[float, bool]]:
-        """How likely given answers are. What is dropped follows from the prompts alone, not from the answers.
+        """How likely given answers are. They are forced token by token: what is dropped follows from the prompts alone.
 
         Args:
             batch: conversations, all with the same kinds of media.
@@ -151,17 +152,12 @@ class Answerer:
         for text, own in zip(answers, ids, strict=True):
             if not len(own):
                 raise ConfigError(f"the answer {text!r} has no tokens, so it cannot be scored.")
-        prompt = self._inputs(batch)
-        device = self.model.device
-        on_cpu = {name: prompt[name].cpu() for name in chats.PER_TOKEN if name in prompt}
-        made = chats.continued(on_cpu, [own.long() for own in ids], tokenizer.pad_token_id)
-        given = dict(prompt) | {name: value.to(device) for name, value in made.items()}
-        longest = max(len(own) for own in ids)
-        logits = self.model(**given, use_cache=False).logits[:, -longest - 1 : -1].float().cpu()
+        tokens = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).long()
+        logits = forced_logits(self.model, self._inputs(batch), tokens)
         self._count()
         scores = []
         for row, own in zip(logits, ids, strict=True):
-            likely = row[-len(own) :].log_softmax(-1)
+            likely = row[: len(own)].log_softmax(-1)
             loss = -likely.gather(1, own.long()[:, None]).mean()
             scores.append((float(loss), bool((likely.argmax(-1) == own).all())))
         return scores

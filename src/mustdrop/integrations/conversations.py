@@ -6,17 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from mustdrop.errors import ConfigError, UnsupportedOptionError
 from mustdrop.pictures import ENDINGS, read_picture
 
 Message = dict[str, Any]
 Conversation = list[Message]
-
-# Inputs with one entry per token, and what they hold at tokens of an answer.
-PER_TOKEN = {"input_ids": None, "attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0}
 
 
 def kinds(conversation: Conversation) -> tuple[str, ...]:
@@ -102,34 +96,3 @@ def _opened(image: Any) -> Any:
     from PIL import Image
 
     return read_picture(image) if isinstance(image, str | Path | Image.Image) else image
-
-
-def continued(prompt: dict[str, Tensor], answers: Sequence[Tensor], pad: int) -> dict[str, Tensor]:
-    """Append an answer to each prompt of a batch; the rows end together, padding stays on the left.
-
-    Args:
-        prompt: model inputs of the prompts.
-        answers: token ids of each answer, at least one.
-        pad: id of the padding token.
-
-    Returns:
-        The inputs with longer rows, and `labels`: -100 everywhere but at the answers.
-    """
-    mask = prompt["attention_mask"].bool()
-    rows = [torch.cat([ids[own], answer]) for ids, own, answer in zip(prompt["input_ids"], mask, answers, strict=True)]
-    length = max(len(row) for row in rows)
-    out = dict(prompt)
-    for name, value in PER_TOKEN.items():
-        if name not in prompt:
-            continue
-        filler = pad if value is None else 0
-        made = torch.full((len(rows), length), filler, dtype=prompt[name].dtype)
-        for b, answer in enumerate(answers):
-            new = answer if value is None else torch.full_like(answer, value)
-            row = torch.cat([prompt[name][b][mask[b]], new.to(prompt[name].dtype)])
-            made[b, length - len(row) :] = row
-        out[name] = made
-    labels = torch.full_like(out["input_ids"], -100)
-    for b, answer in enumerate(answers):
-        labels[b, length - len(answer) :] = answer
-    return out | {"labels": labels}

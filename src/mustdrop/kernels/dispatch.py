@@ -89,6 +89,16 @@ def log(kind: str) -> None:
     _LOG.ran.add(kind)
 
 
+def current_log() -> set[str]:
+    """The set to which the operations of this thread add now."""
+    return _LOG.ran
+
+
+def log_to(log: set[str]) -> None:
+    """From now on the operations of this thread add to `log` again."""
+    _LOG.ran = log
+
+
 def differentiable(*tensors: Tensor | None) -> bool:
     """Whether a gradient must flow through any of these: then the reference runs, whose steps autograd knows."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

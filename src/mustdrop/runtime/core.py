@@ -9,23 +9,23 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from mustdrop import kv
 from mustdrop.adapters.base import Adapter, Modality, Tower
 from mustdrop.compat import cache_of, require_supported_transformers
 from mustdrop.cost import EncoderCost, TextCost
 from mustdrop.errors import BudgetWarning, ConfigError, NothingDroppedWarning, UnsupportedModelError
 from mustdrop.method import Method
 from mustdrop.runtime import checks
+from mustdrop.runtime.calls import BASE, MODEL, Calls, raised
 from mustdrop.runtime.compiled import outside_steps
 from mustdrop.runtime.encoder import EncoderStage
 from mustdrop.runtime.entry import last_token, valid_tokens, words
 from mustdrop.runtime.installation import Installation
+from mustdrop.runtime.ledger import Ledger, now
 from mustdrop.runtime.plan import RowPlan, plan_row
 from mustdrop.runtime.record import record
 from mustdrop.runtime.rows import HOST
 from mustdrop.runtime.state import Call, Local
 from mustdrop.runtime.text import TextStage
-from mustdrop.trace import Trace
 
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ class Runtime:
                 f"{self.depth} decoder layers."
             )
         self.stage = TextStage(self)
-        self.last: Trace | None = None
+        self.calls, self.ledger = Calls(self), Ledger()
         self.warned = self.exceeded = False
         self.sizes: dict[object, Any] = {}
         self.plans: dict[int, RowPlan] = {}  # per runtime: keep=1 and keep=1.0 are equal and mean different things
@@ -135,16 +135,16 @@ class Runtime:
 
     # -- one call -----------------------------------------------------------------------------------------------------
 
-    def begin(self, owner: object, ids: Tensor | None, kwargs: dict[str, Any]) -> Call:
-        """Start a call; budgets are checked here, before any work.
+    def begin(self, ids: Tensor | None, kwargs: dict[str, Any]) -> Call:
+        """The state of a call that begins; budgets are checked here, before any work.
 
         Args:
-            owner: who ends it.
             ids: (B, S) prompt ids that the cache does not hold yet, or None.
             kwargs: the call's arguments: embeddings, attention mask and media are looked up here.
         """
         checks.call(self, kwargs)
-        call = Call(owner)
+        call = Call(began=now())
+        call.media = {name: kwargs.get(name) for modality in self.modalities for name in modality.pixels}
         kinds = self.placeholders(ids, kwargs.get("inputs_embeds"), kwargs) if self._has_media(kwargs) else None
         if kinds is not None:
             cache = cache_of(kwargs)
@@ -167,20 +167,15 @@ class Runtime:
                 embeds = self.text.get_input_embeddings()(ids) if embeds is None else embeds
                 call.words = words(embeds.detach(), kinds >= 0, valid)
             call.open_ended = [None if i < 0 else self.modalities[i].name for i in ends]
-        self.local.call = call
         return call
 
-    def end(self, owner: object, failed: bool = False) -> None:
-        """Finish the call if `owner` began it, and keep its trace."""
-        local = self.local
-        call = local.call
-        if call is None or call.owner is not owner:
+    def keep(self, call: Call) -> None:
+        """A call has ended well: keep its trace."""
+        if call.prefill is None and self.ledger.newest is not None:  # a compiled step ran inside
             return
-        local.call = local.forward = local.kinds = local.mask = local.encoder = local.capture = None
-        if failed or (call.prefill is None and self.last is not None):  # the latter: a compiled step ran inside
-            return
-        local.record = self.last = record(self, call)
-        if self.method.drops and any(call.totals) and not self.warned and not self.last.dropped_anything:
+        made = record(self, call)
+        self.ledger.note(call.began, made)
+        if self.method.drops and any(call.totals) and not self.warned and not made.dropped_anything:
             self.warned = True
             warnings.warn(
                 f"method {self.method.name!r} kept every vision token of this prompt: {self.method.why_nothing}",
@@ -212,19 +207,19 @@ class Runtime:
     @outside_steps
     def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Begin a call for a plain forward; take a copy of the labels so that dropped tokens can leave the loss."""
-        if self.local.call is None:
-            self._begin_forward(module, args, kwargs)
+        kwargs = self.calls.enter(MODEL, module, args, kwargs)
         call = self.local.call
-        if call is not None and isinstance(kwargs.get("labels"), Tensor):
-            call.labels = kwargs["labels"] = kwargs["labels"].clone()
-        return args, kwargs
+        for name in ("labels", "shift_labels"):
+            if call is not None and isinstance(kwargs.get(name), Tensor):
+                call.labels[name] = kwargs[name].clone()
+                kwargs = {**kwargs, name: call.labels[name]}
+        return (), kwargs
 
     @outside_steps
-    def before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Find the vision positions of this pass; begin a call if the base model is called by itself."""
-        if self.local.call is None:
-            self._begin_forward(module, args, kwargs)
-        ids, embeds = _ids(args, kwargs), kwargs.get("inputs_embeds")
+        kwargs = self.calls.enter(BASE, module, args, kwargs)
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         call = self.local.call
         if ids is None and embeds is not None and call is not None and call.length and call.prefill is None:
             call.length = embeds.shape[1]  # peft's prompt tuning puts rows before the ids that generate was given
@@ -232,32 +227,20 @@ class Runtime:
         self.local.kinds = self.placeholders(ids, embeds, kwargs) if self._has_media(kwargs) else None
         mask = kwargs.get("attention_mask")
         self.local.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        return (), kwargs
 
     @outside_steps
     def after_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """End the call that `before_base` began."""
-        self.local.kinds = self.local.mask = None
-        self.end(module, failed=output is None)
+        if self.calls.leave(BASE, kwargs, raised(output)):
+            self.local.kinds = self.local.mask = None
 
     @outside_steps
     def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """End the call that `before_model` began."""
-        if self.local.call is not None:
-            self.local.call.labels = None
-        self.end(module, failed=output is None)
-        if output is not None:
-            kv.settle(cache_of(kwargs))
-
-    def _begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if cache_of(kwargs) is not None:
-            checks.cache(self, cache_of(kwargs))
-        self.begin(module, _ids(args, kwargs), kwargs)
+        self.calls.leave(MODEL, kwargs, raised(output))
 
 
 def _came(modality: Modality, kwargs: dict[str, Any]) -> bool:
     encoded = (kwargs.get("mm_encoder_outputs") or {}).get(modality.name)
     return encoded is not None or any(kwargs.get(name) is not None for name in modality.pixels)
-
-
-def _ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    return kwargs.get("input_ids", args[0] if args else None)

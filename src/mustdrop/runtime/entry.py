@@ -82,7 +82,7 @@ def read(runtime: Runtime, embeds: Tensor, kinds: Tensor, mask: Tensor | None) -
         alive = ~(places & embeds[..., 0].isnan().to(HOST))
     totals = vision.sum(1).tolist()
     prompt = _prompt(valid, call)
-    raters = text = _raters(vision, prompt, call)
+    raters = text = _raters(vision, prompt)
     prefill = runtime.method.prefill
     if prefill is not None and prefill.score is not None:
         entering, given = on(vision & alive, embeds.device), on(raters, embeds.device)
@@ -162,18 +162,14 @@ def _pin_the_end(media: Media, call: Call | None) -> None:
     media.importance = (nothing.float() if media.importance is None else media.importance).masked_fill(end, torch.inf)
 
 
-def _raters(vision: Tensor, valid: Tensor, call: Call | None) -> Tensor:
-    """Text after the row's last vision token; with labels the prompt part of it; without text the last token.
+def _raters(vision: Tensor, valid: Tensor) -> Tensor:
+    """Text after the row's last vision token; without text the last token.
 
-    `valid` marks the tokens of the prompt.
+    `valid` marks the tokens of the prompt. Labels decide nothing: what is dropped is the same with and without them.
     """
     index = torch.arange(vision.shape[1], device=vision.device)
     last = torch.where(vision, index, -1).amax(1, keepdim=True)
     text = valid & ~vision & (index > last)
-    labels = call.labels if call is not None else None
-    if labels is not None and labels.shape == text.shape:
-        prompt = text & (labels.to(text.device) == -100)
-        text = torch.where(prompt.any(1, keepdim=True), prompt, text)
     return torch.where(text.any(1, keepdim=True), text, last_token(valid))
 
 

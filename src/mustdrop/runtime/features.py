@@ -72,7 +72,7 @@ class FeaturesWrapper:
             checks.pixels(name, arguments.get(name), self.modality)
         layouts = runtime.adapter.layouts(runtime.model, kind, arguments)
         sizes = [layout.size for layout in layouts]
-        call = local.call
+        call = runtime.calls.encoding
         mine = call.totals_of.get(kind, []) if call is not None else []
         owners = rows_of_media(sizes, mine)
         of_call = call is not None and owners is not None

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from mustdrop import kv
-from mustdrop.compat import cache_of, eager, static_cache
+from mustdrop.compat import by_name, cache_of, eager, static_cache
 from mustdrop.errors import UnsupportedOptionError
 from mustdrop.runtime import checks
+from mustdrop.runtime.calls import PrepareWrapper
+from mustdrop.runtime.ledger import now
+from mustdrop.runtime.state import Call
 
 if TYPE_CHECKING:
     from mustdrop.runtime.core import Runtime
@@ -32,27 +35,40 @@ class GenerateWrapper:
 
     @eager
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate as before."""
-        runtime = self.runtime
-        if runtime.local.call is not None:  # generate inside a call of this model, e.g. by an assisted decoder
-            return self.function(*args, **kwargs)
-        self._check(args, kwargs)
-        ids = self._prompt(args, kwargs)
-        call = runtime.begin(self, ids, kwargs)
-        call.length = None if ids is None else ids.shape[1]
-        failed = True
+        """Generate as before. Inside of another call of this model it is a call of its own."""
+        calls, local = self.runtime.calls, self.runtime.local
+        kwargs, depth = by_name(self.function, args, kwargs), len(local.aside)
+        began, call = now(), None
         try:
-            output = self.function(*args, **kwargs)
-            failed = False
-        finally:
-            runtime.end(self, failed)
+            self._check(kwargs)
+            call = local.begin(lambda: self._begin(kwargs))
+            output = self.function(**kwargs)
+        except BaseException as error:
+            if call is not None:
+                calls.finish(call, depth, error)
+            elif not depth:
+                self.runtime.ledger.note(began, error=error)
+            raise
+        calls.finish(call, depth)
         return output
 
-    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        config = kwargs.get("generation_config") or self.runtime.model.generation_config
+    def _begin(self, kwargs: dict[str, Any]) -> Call:
+        runtime, ids = self.runtime, self._prompt(kwargs)
+        call = runtime.begin(ids, kwargs)
+        call.generates, call.length = True, None if ids is None else ids.shape[1]
+        prepare = getattr(runtime.model, "prepare_inputs_for_generation", None)
+        call.loose = kwargs.get("custom_generate") is not None or not isinstance(prepare, PrepareWrapper)
+        return call
+
+    def _check(self, kwargs: dict[str, Any]) -> None:
+        """Refuse what pruning cannot do, however it is asked for: by argument, or in either configuration."""
+        configs = (kwargs.get("generation_config"), self.runtime.model.generation_config)
 
         def option(name: str) -> Any:
-            return kwargs[name] if name in kwargs else getattr(config, name, None)
+            if name in kwargs:
+                return kwargs[name]
+            given = [getattr(config, name, None) for config in configs]
+            return next((value for value in given if value is not None), None)
 
         implementation = option("cache_implementation")
         if option("use_cache") is not False:
@@ -87,9 +103,11 @@ class GenerateWrapper:
         if cache_of(kwargs) is not None:
             checks.cache(self.runtime, cache_of(kwargs))
 
-    def _prompt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    @staticmethod
+    def _prompt(kwargs: dict[str, Any]) -> Tensor | None:
         """Ids of the part of the prompt that the cache does not hold yet."""
-        ids: Tensor | None = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        given: Tensor | None = kwargs.get("input_ids")
+        ids: Tensor | None = kwargs.get("inputs") if given is None else given
         cache, mask = cache_of(kwargs), kwargs.get("attention_mask")
         past = int(cache.get_seq_length()) if cache is not None else 0
         if ids is not None and past and ids.shape[1] > past and (mask is None or mask.shape[1] == ids.shape[1]):

@@ -10,6 +10,7 @@ from torch import nn
 from mustdrop.errors import UnsupportedModelError
 from mustdrop.runtime import tap
 from mustdrop.runtime.additions import AdditionWrapper
+from mustdrop.runtime.calls import BASE, MODEL, TEXT, Direct, PrepareWrapper
 from mustdrop.runtime.encoder import BlockHook, EncoderCapture, EncoderStage, MaskHook, takes_mask
 from mustdrop.runtime.features import FeaturesWrapper, MarksHook
 from mustdrop.runtime.generate import GenerateWrapper
@@ -19,6 +20,8 @@ from mustdrop.runtime.text import AttentionCapture, LayerHook
 if TYPE_CHECKING:
     from mustdrop.runtime.core import Runtime
 
+_PREPARE = "prepare_inputs_for_generation"
+
 
 class Installation:
     """Hooks, capture points and replaced methods of one patched model."""
@@ -26,7 +29,7 @@ class Installation:
     def __init__(self) -> None:
         self.handles: list[Any] = []
         self.tapped: list[nn.Module] = []
-        self.overridden: list[tuple[nn.Module, str]] = []
+        self.overridden: list[tuple[nn.Module, str, Any, Any]] = []  # what stands where, and what stood there
 
     def install(self, runtime: Runtime) -> None:
         """Put everything in. After an exception `undo` takes out what was put in until then.
@@ -46,20 +49,30 @@ class Installation:
             handle.remove()
         for module in self.tapped:
             tap.remove(module)
-        for module, name in self.overridden:
-            object.__delattr__(module, name)
+        for module, name, mine, before in reversed(self.overridden):
+            mine.active = False
+            if vars(module).get(name) is not mine and isinstance(mine, Direct):
+                continue  # somebody has wrapped it since: that stays, and calls what now does nothing
+            if before is None:
+                object.__delattr__(module, name)
+            else:
+                object.__setattr__(module, name, before)
         self.handles, self.tapped, self.overridden = [], [], []
 
     def _models(self, runtime: Runtime) -> None:
         """Around the whole model, the base model and the text model, whichever is called."""
-        stage = runtime.stage
-        for module, before, after in (
-            (runtime.model, runtime.before_model, runtime.after_model),
-            (runtime.base, runtime.before_base, runtime.after_base),
-            (runtime.text, stage.before_text, stage.after_text),
+        stage, levels = runtime.stage, dict[nn.Module, tuple[int, ...]]()
+        for level, module, before, after in (
+            (MODEL, runtime.model, runtime.before_model, runtime.after_model),
+            (BASE, runtime.base, runtime.before_base, runtime.after_base),
+            (TEXT, runtime.text, stage.before_text, stage.after_text),
         ):
+            inner = module in levels  # a model may be its own base model: who comes last goes first
             self.handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            self.handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
+            self.handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True, prepend=inner))
+            levels[module] = (level, *levels.get(module, ()))
+        for module, own in levels.items():
+            self._override(module, "forward", Direct(runtime.calls, own, module, module.forward))
 
     def _decoder(self, runtime: Runtime) -> None:
         """Before each decoder layer, and inside the attention of those that are read."""
@@ -98,6 +111,9 @@ class Installation:
             self.handles += module.register_forward_pre_hook(marks.before), module.register_forward_hook(marks.after)
         for name in runtime.adapter.additions:
             self._override(runtime.text, name, AdditionWrapper(local, getattr(runtime.text, name)))
+        for module in dict.fromkeys((runtime.model, runtime.base)):
+            if hasattr(module, _PREPARE):
+                self._override(module, _PREPARE, PrepareWrapper(runtime.calls, getattr(module, _PREPARE)))
         if hasattr(runtime.model, "generate"):
             self._override(runtime.model, "generate", GenerateWrapper(runtime, cast(Any, runtime.model).generate))
 
@@ -111,5 +127,6 @@ class Installation:
         self.tapped.append(attention)
 
     def _override(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+        before = vars(module).get(name)
         object.__setattr__(module, name, function)
-        self.overridden.append((module, name))
+        self.overridden.append((module, name, function, before))

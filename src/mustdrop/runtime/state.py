@@ -1,18 +1,22 @@
 """Run state: one `Call` per generate or forward and thread, one `Forward` per pass through the text model.
 
+A call may begin inside another one, from a logits processor or from a forward hook: then the state of the outer call is
+put aside, all of it, and comes back when the inner one ends.
+
 What it says about tokens lies on the host (see `mustdrop.runtime.rows`).
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mustdrop.kernels.dispatch import fresh_log
+from mustdrop.kernels.dispatch import current_log, fresh_log, log_to
 from mustdrop.layout import Layout
 from mustdrop.runtime.plan import RowPlan
 from mustdrop.runtime.rows import PAD, Sent, take
@@ -93,7 +97,10 @@ class Call:
     """One generate or one forward of the patched model.
 
     Attributes:
-        owner: who began it and will end it.
+        generates: whether it is a `generate`, which passes through the model as often as it likes.
+        loose: see `mustdrop.runtime.calls.Calls`.
+        began: when, on the clock of the traces.
+        prepared: arguments that `generate` has prepared for its next pass through the model.
         totals: vision tokens per prompt that the attention mask does not hide.
         totals_of: kind of media -> its tokens per prompt, hidden ones too: each stands for a feature.
         shown_of: kind of media -> per prompt (N,) bool, those that the mask does not hide; empty if it hides none.
@@ -107,13 +114,17 @@ class Call:
         layouts: kind of media -> per prompt and medium, how its features lie.
         encoded: what each pass through an encoder saw.
         prefill: record of the first pass through the text model.
-        labels: our copy of the labels.
+        media: arguments of the call that hold media.
+        labels: our copies of `labels` and of `shift_labels`, which say at each token what it predicts.
         cache: the cache that the call used.
         steps: logical tokens that followed the first pass.
         kernels: which implementations ran (see `mustdrop.kernels`).
     """
 
-    owner: object
+    generates: bool = False
+    loose: bool = False
+    began: int = 0
+    prepared: dict[str, Any] | None = None
     length: int | None = None
     totals: list[int] = field(default_factory=list)
     totals_of: dict[str, list[int]] = field(default_factory=dict)
@@ -125,10 +136,20 @@ class Call:
     layouts: dict[str, list[list[Layout]]] = field(default_factory=dict)
     encoded: list[EncoderRun] = field(default_factory=list)
     prefill: Prefill | None = None
-    labels: Tensor | None = None
+    media: dict[str, Any] = field(default_factory=dict)
+    labels: dict[str, Tensor] = field(default_factory=dict)
     cache: Any = None
     steps: int = 0
     kernels: set[str] = field(default_factory=fresh_log)
+
+    def out_of_the_loss(self, gone: Tensor) -> None:
+        """A dropped token predicts nothing: the labels of what follows the tokens `gone`, (B, length) bool, go."""
+        for name, labels in self.labels.items():
+            dropped = gone.to(labels.device)
+            if name == "labels":
+                labels[:, 1:].masked_fill_(dropped[:, :-1], -100)
+            else:
+                labels.masked_fill_(dropped, -100)
 
 
 @dataclass
@@ -190,10 +211,20 @@ class Forward:
 
 
 class Local(threading.local):
-    """State of one thread. Copying a model copies no state."""
+    """State of one thread: of the call that runs, and what was put aside of those around it.
+
+    Copying a model copies no state.
+    """
 
     def __init__(self) -> None:
+        self.aside: list[tuple[dict[str, Any], set[str]]] = []
+        self._clear()
+
+    def _clear(self) -> None:
         self.call: Call | None = None
+        self.levels: tuple[int, ...] = ()  # of the modules that the pass is in: the whole model, the base, the text
+        self.reached = 0  # the deepest of them in this pass
+        self.arrived: object = None  # the module whose hooks have run, on the way into its forward
         self.forward: Forward | None = None
         self.kinds: Tensor | None = None  # (B, S) long: index of the modality, -1 for text
         self.mask: Tensor | None = None  # the 2-D attention mask of the base model's call
@@ -201,7 +232,25 @@ class Local(threading.local):
         self.capture: object = None
         self.dropped: Tensor | None = None  # rows of features that pass through a module behind `get_*_features`
         self.inside = False
-        self.record: Any = None
+
+    def begin(self, make: Callable[[], Call]) -> Call:
+        """Put the state of this thread aside and begin a call; without it, if the call cannot begin."""
+        self.aside.append(({name: value for name, value in vars(self).items() if name != "aside"}, current_log()))
+        self._clear()
+        try:
+            self.call = make()
+        except BaseException:
+            self.end()
+            raise
+        return self.call
+
+    def end(self, depth: int | None = None) -> None:
+        """Drop the innermost call, or all those inside `depth` others, and go on with the one around it."""
+        keep = len(self.aside) - 1 if depth is None else depth
+        state, log = self.aside[keep]
+        del self.aside[keep:]
+        vars(self).update(state)
+        log_to(log)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Local:
         return Local()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from mustdrop.pruners import DecodeCachePruner
 from mustdrop.pruners.prefill import needs_rows
 from mustdrop.runtime import checks, decoding, entry, scores
 from mustdrop.runtime.block_masks import Mask
+from mustdrop.runtime.calls import TEXT, raised
 from mustdrop.runtime.compiled import compiled_step, outside_steps
 from mustdrop.runtime.decoding import Asked, Later
 from mustdrop.runtime.entry import Media
@@ -85,24 +86,28 @@ class TextStage:
     def before_text(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Adopt the cache, find the vision tokens of this pass, take the NaN marks out of the embeddings."""
         runtime, local = self.runtime, self.runtime.local
+        kwargs = runtime.calls.enter(TEXT, module, args, kwargs)
+        kwargs.pop("shift_labels", None)  # of the head; some models hand it down to their layers
         local.forward, local.capture = None, None
         embeds: Tensor | None = kwargs.get("inputs_embeds")
         kinds, local.kinds = local.kinds, None
-        if embeds is None:
-            return None
+        tokens: Tensor | None = kwargs.get("input_ids") if embeds is None else embeds
+        if tokens is None:
+            return (), kwargs
         wants = kwargs.get("use_cache")
         wants = module.config.use_cache if wants is None else wants
         cache = kv.adopt(cache_of(kwargs), module.config, runtime.depth, bool(wants), checks.no_static(runtime))
         if cache is not None:
             give_cache(module, kwargs, cache)
         start = int(cache.get_seq_length()) if cache is not None else 0
-        forward = local.forward = Forward(embeds.shape[1], start, embeds.shape[0], cache, flash=runtime.flash)
+        forward = local.forward = Forward(tokens.shape[1], start, tokens.shape[0], cache, flash=runtime.flash)
         mask = kwargs.get("attention_mask")
         mask = mask if local.mask is None else local.mask  # the base model may have made 4-D masks of it
         forward.mask = mask
         checks.windows(runtime, self.spans, forward.end)
-        if kinds is None or not bool((kinds >= 0).any()):
-            if runtime.method.vision is not None and forward.length > 1 and bool(embeds[..., 0].isnan().any()):
+        if embeds is None or kinds is None or not bool((kinds >= 0).any()):
+            marked = embeds is not None and runtime.method.vision is not None and forward.length > 1
+            if marked and bool(cast(Tensor, embeds)[..., 0].isnan().any()):
                 raise UnsupportedOptionError(
                     "inputs_embeds hold rows of NaN: image features of a patched model, placed by hand. Pass input_ids "
                     "and pixel_values instead, or compute the features while the model is not patched."
@@ -111,9 +116,9 @@ class TextStage:
                 decoding.before_step(self._decode, forward.cache, Later.of(self.spans, forward, self.local.call))
             forward.idle = self._idle(forward)
             if self._is_recorded(forward):
-                nothing = torch.zeros(embeds.shape[:2], dtype=torch.bool)
+                nothing = torch.zeros(tokens.shape[:2], dtype=torch.bool)
                 self._record(forward, Prefill(nothing, start, entry.valid_tokens(nothing, mask, start)))
-            return args, kwargs
+            return (), kwargs
         media = forward.media = entry.read(runtime, embeds, kinds, mask)
         if self._is_recorded(forward):
             self._record(forward, Prefill(media.places, start, media.valid, marks=media.marks, media=media.media))
@@ -122,7 +127,7 @@ class TextStage:
         forward.idle = self._keeps_all(forward, media)
         if forward.idle and forward.record is not None:
             forward.record.rows, forward.record.past = [None] * runtime.depth, [start] * runtime.depth
-        return args, kwargs
+        return (), kwargs
 
     def _idle(self, forward: Forward) -> bool:
         """See `Forward.idle`. The layers' hooks do next to nothing then, so the cache is told here that they ran."""
@@ -303,16 +308,18 @@ class TextStage:
     def after_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Scatter the hidden states back to the logical length; cut the earlier layers' caches."""
         local = self.runtime.local
-        forward, local.forward, local.capture = local.forward, None, None
-        if forward is None or output is None:
+        if local.levels[-1:] != (TEXT,):  # it was never entered
             return None
-        call = local.call
-        if call is not None:
-            call.cache = forward.cache
-        made = self._leave(forward, call, output)
-        if forward.cache is not None:
-            for layer in forward.cache.layers:
-                layer.slide()
+        forward, call, made = local.forward, local.call, None
+        local.forward, local.capture = None, None
+        if forward is not None and output is not None:
+            if call is not None:
+                call.cache = forward.cache
+            made = self._leave(forward, call, output)
+            if forward.cache is not None:
+                for layer in forward.cache.layers:
+                    layer.slide()
+        self.runtime.calls.leave(TEXT, kwargs, raised(output))
         return made
 
     def _leave(self, forward: Forward, call: Call | None, output: Any) -> Any:
@@ -337,9 +344,8 @@ class TextStage:
         here = here.scatter(1, target, True)[:, :-1]
         if forward.cache is not None and self._decode.cascade:
             evict_dropped(forward.cache.layers[self._decode.full_layers :], forward.start, here)
-        if call is not None and call.labels is not None:
-            # a dropped token predicts nothing: its successor leaves the loss (the labels are our own copy)
-            call.labels[:, 1:].masked_fill_(~here[:, :-1].to(call.labels.device), -100)
+        if call is not None:
+            call.out_of_the_loss(~here)
         hidden = output.last_hidden_state
         full = hidden.new_zeros(hidden.shape[0], forward.length + 1, hidden.shape[2])
         place = on(target, hidden.device)[..., None].expand_as(hidden)
