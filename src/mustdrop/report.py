@@ -146,7 +146,7 @@ def _views(medium: Medium, pictures: list[Any]) -> list[tuple[Any, Any]]:
     import torch
 
     layout, views = medium.layout, []
-    token = torch.empty(layout.offsets[-1], dtype=torch.long)
+    token = torch.empty(layout.offsets[-1], dtype=torch.long, device="cpu")
     token[layout.cells[~layout.structural]] = medium.index[~layout.structural]
     for (frames, height, width), first in zip(layout.grids, layout.offsets, strict=False):
         for t in range(frames):
@@ -161,10 +161,10 @@ def _coverage(trace: Trace, layer: int, sample: int) -> Any:
     import torch
 
     n = int(trace.total[sample])
-    alive = torch.zeros(n)
+    alive = torch.zeros(n, dtype=torch.float32, device="cpu")
     kept = trace.kept(layer, sample)
     slots = trace.assignment(sample)
-    owner = torch.full((n + 1,), -1)
+    owner = torch.full((n + 1,), -1, dtype=torch.long, device="cpu")
     entered = trace.kept(0, sample)
     owner[slots[entered]] = entered  # slot -> the patch that names it
     living = torch.isin(owner[slots.clamp(min=0)], kept) & (slots >= 0)

@@ -42,7 +42,7 @@ class PrunedLayer(Slots, DynamicLayer):
             new.keys, new.values = layer.keys, layer.values
             new.dtype, new.device, new.is_initialized = layer.keys.dtype, layer.keys.device, True
             if new.slots != new.logical:  # a sliding layer that has forgotten its oldest entries
-                newest = torch.arange(new.logical - new.slots, new.logical)
+                newest = torch.arange(new.logical - new.slots, new.logical, dtype=torch.long, device="cpu")
                 new.positions = newest.expand(new.keys.shape[0], -1)
                 new.vision = torch.zeros_like(new.positions, dtype=torch.bool)
         return new
@@ -116,7 +116,7 @@ class PrunedLayer(Slots, DynamicLayer):
             return
         known = self.slot_positions()
         if known is not None:
-            newest = torch.arange(self.logical - remove, self.logical)
+            newest = torch.arange(self.logical - remove, self.logical, dtype=torch.long, device="cpu")
             if known.shape[1] < remove or not bool((known[:, -remove:] == newest).all()):
                 raise CacheStateError(
                     f"cannot crop {remove} tokens from a pruned cache: vision tokens were dropped in that range."
@@ -141,7 +141,9 @@ class PrunedLayer(Slots, DynamicLayer):
         if not self.slots:
             return None
         known = 0 if self.positions is None else self.positions.shape[1]
-        tail = torch.arange(self.logical - (self.slots - known), self.logical + extra).expand(self.keys.shape[0], -1)
+        tail = torch.arange(
+            self.logical - (self.slots - known), self.logical + extra, dtype=torch.long, device="cpu"
+        ).expand(self.keys.shape[0], -1)
         return tail if self.positions is None else torch.cat([self.positions, tail], 1)
 
     def storage_bytes(self) -> int:
@@ -173,8 +175,8 @@ class PrunedLayer(Slots, DynamicLayer):
             surplus = int((positions <= self.logical - self.window).sum(1).min())
         known = 0 if self.positions is None else self.positions.shape[1]
         if self.positions is None:  # from here on the layer has to say which positions it holds
-            self.positions = torch.zeros(self.keys.shape[0], 0, dtype=torch.long)
-            self.vision = torch.zeros(self.keys.shape[0], 0, dtype=torch.bool)
+            self.positions = torch.zeros(self.keys.shape[0], 0, dtype=torch.long, device="cpu")
+            self.vision = torch.zeros(self.keys.shape[0], 0, dtype=torch.bool, device="cpu")
         for name in _KNOWN:
             value = getattr(self, name)
             if value is not None:

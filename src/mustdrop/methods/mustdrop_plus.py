@@ -70,7 +70,7 @@ class AttendedAndDiverse(TextScorer):
             picks = greedy_determinant(values, quality.masked_fill(must, PINNED), wanted)
             # earlier picks rank higher; pinned tokens that others explain wholly stay all the same
             rank = torch.zeros_like(own).scatter(
-                1, picks, torch.arange(wanted, 0, -1.0, device=own.device).expand_as(picks)
+                1, picks, torch.arange(wanted, 0, -1.0, dtype=torch.float32, device=own.device).expand_as(picks)
             )
             best = keep_best(rank, torch.full_like(picks[:, 0], wanted), torch.ones_like(must), must)
             stay[rows] = torch.zeros_like(stay[rows]).scatter(1, place, best)

@@ -223,7 +223,7 @@ class VisionStagePruner(Settings):
             )
         if count is None and not isinstance(self.keep, str):
             tokens = math.floor(tokens_of(self.keep, total, "VisionStagePruner.keep") + 1e-6)
-            count = torch.full((features.shape[0],), tokens, device=features.device)
+            count = torch.full((features.shape[0],), tokens, dtype=torch.long, device=features.device)
         merged = self.merge(features, grid, at_least=count)
         alive = merged.mask(total)
         keep, pinned = self.select(importance, alive, count)

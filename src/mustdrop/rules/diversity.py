@@ -43,7 +43,7 @@ def farthest_first(x: Tensor, count: int) -> Tensor:
     x = unit(x)
     held = _others(x, 0, x.shape[1]) if x.shape[1] <= _HELD else None
     pick = (_nearest(x) if held is None else held.amax(2)).argmin(1, keepdim=True)
-    nearest = torch.full(x.shape[:2], -torch.inf, device=x.device)
+    nearest = torch.full(x.shape[:2], -torch.inf, dtype=torch.float32, device=x.device)
     picks = [pick]
     for _ in range(count - 1):
         similar = _row(x, pick) if held is None else _take(held, pick)[:, 0]
@@ -120,7 +120,7 @@ def without_duplicates(x: Tensor, order: Tensor, count: int, most: int = 8) -> T
         return order[:, :0]
     listed = unit(_take(x, order))
     held = listed @ listed.mT if order.shape[1] <= _HELD else None
-    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    place = torch.arange(order.shape[1], dtype=torch.long, device=order.device).expand_as(order)
     while place.shape[1] > count:
         even, odd = place[:, ::2], place[:, 1::2]
         if held is None:

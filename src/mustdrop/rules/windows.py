@@ -46,7 +46,7 @@ def window_index(grid: Sides, window: int | Sides, device: torch.device | None =
             f"the {'image' if frames == 1 else 'video'} has {has}, smaller than one window of {needs}: "
             "use a smaller window."
         )
-    tokens = torch.arange(frames * rows * columns, device=device).view(frames, rows, columns)
+    tokens = torch.arange(frames * rows * columns, dtype=torch.long, device=device).view(frames, rows, columns)
     tokens = tokens[: t * deep, : h * high, : w * wide]
     return rearrange(tokens, "(t c) (h a) (w b) -> (t h w) (c a b)", c=deep, a=high, b=wide)
 
@@ -107,7 +107,7 @@ def merge_windows(
         count = count.min().expand(batch)
     merged = rank < count[:, None]
 
-    itself = torch.arange(total, device=device).expand(batch, -1)
+    itself = torch.arange(total, dtype=torch.long, device=device).expand(batch, -1)
     centre = index[:, _centre(grid, window)].expand(batch, -1)
     target = torch.where(merged[..., None], centre[..., None], index)
     representative = itself.scatter(1, index.flatten().expand(batch, -1), target.flatten(1))

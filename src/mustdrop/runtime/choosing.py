@@ -75,7 +75,7 @@ class Chooser:
             owner: (F,) long, the feature that names the window that each merged into before; None if none did.
         """
         device = features.device
-        index = torch.arange(len(features), device=device)
+        index = torch.arange(len(features), dtype=torch.long, device=device)
         owner = index if owner is None else owner
         choice = Choice(torch.zeros(len(features), dtype=torch.bool, device=device), torch.full_like(index, -1), index)
         choice.order = index.clone()
@@ -201,7 +201,7 @@ def of_features(run: EncoderRun, read: Read, patches: Tensor) -> Tensor:
 
 def places(layout: Layout) -> Tensor:
     """(4, N) long: frame (over all grids), row, column, and first frame of the grid, of each feature; structural 0."""
-    out = torch.zeros(4, layout.size, dtype=torch.long)
+    out = torch.zeros(4, layout.size, dtype=torch.long, device="cpu")
     first = 0
     for (frames, rows, columns), start in zip(layout.grids, layout.offsets, strict=False):
         cell = layout.cells - start
@@ -227,7 +227,7 @@ def owners(run: EncoderRun, patches: Tensor) -> Tensor:
     the first of the window's features that it leaves.
     """
     number = len(patches)
-    index = torch.arange(number, device=patches.device)
+    index = torch.arange(number, dtype=torch.long, device=patches.device)
     if run.merged is None:
         return index
     total = run.merged.merge_into.numel() if run.merged.merge_into is not None else int(patches.max()) + 1
@@ -235,6 +235,6 @@ def owners(run: EncoderRun, patches: Tensor) -> Tensor:
     holds = (patches == key[:, None]).any(1)
     rank = torch.where(holds, index, index + number)
     structural = patches[:, 0] < 0
-    table = torch.full((total,), 2 * number, device=patches.device)
+    table = torch.full((total,), 2 * number, dtype=torch.long, device=patches.device)
     table = table.scatter_reduce(0, key[~structural], rank[~structural], "amin")
     return torch.where(structural, index, table[key] % number)

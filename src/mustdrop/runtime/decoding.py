@@ -123,7 +123,7 @@ def read_step(scorer: CacheScorer, layer: Any, asked: Asked) -> None:
     """Add what the newest tokens give to what is known of a layer."""
     if layer.positions is None:
         return
-    rows = torch.arange(asked.q.shape[2], device=asked.q.device).expand(asked.q.shape[0], -1)
+    rows = torch.arange(asked.q.shape[2], dtype=torch.long, device=asked.q.device).expand(asked.q.shape[0], -1)
     step = _sums(asked, rows)
     n = layer.positions.shape[1]
     step = Received(step.given[:, :n], step.queries[:, :n])

@@ -169,7 +169,7 @@ def _launch_compact(xs: list[Tensor], outs: list[Tensor], index: Tensor) -> None
     addresses = [t.data_ptr() for t in (*xs, *outs)]
     aligned = all(address % 16 == 0 for address in addresses)
     # so small a table is copied before the call returns; the host does not wait for the device
-    table = torch.tensor(addresses, dtype=torch.long).to(x.device, non_blocking=True)
+    table = torch.tensor(addresses, dtype=torch.long, device="cpu").to(x.device, non_blocking=True)
     rows = max(4, 4096 // block)
     _compact[(triton.cdiv(m, rows), batch * heads, len(xs))](
         _integers(x), table, index, m, heads, 0 if x.shape[0] == 1 else x.stride(0), x.stride(1), x.stride(2),
