@@ -121,7 +121,7 @@ def compare(unpruned: Tensor, pruned: Tensor, lengths: Tensor) -> Fidelity:
     p, q = unpruned.double().log_softmax(-1), pruned.double().log_softmax(-1)
     each = (p.exp() * (p - q)).masked_fill(p == -torch.inf, 0).sum(-1)
     equal = unpruned.argmax(-1) == pruned.argmax(-1)
-    inside = torch.arange(unpruned.shape[1]) < lengths[:, None]
+    inside = torch.arange(unpruned.shape[1], dtype=torch.long, device="cpu") < lengths[:, None]
     kl = each.masked_fill(~inside, 0).sum(-1) / lengths
     return Fidelity(kl.clamp(min=0).float(), (equal & inside).sum(-1) / lengths, (equal | ~inside).all(-1))
 
@@ -135,7 +135,7 @@ def log_likelihood(logits: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
         lengths: (B,) long, tokens of each answer.
     """
     of_token = logits.double().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-    inside = torch.arange(tokens.shape[1]) < lengths[:, None]
+    inside = torch.arange(tokens.shape[1], dtype=torch.long, device="cpu") < lengths[:, None]
     return of_token.masked_fill(~inside, 0).sum(-1).float()
 
 
@@ -154,7 +154,7 @@ def lengths_of(tokens: Tensor, model: Any) -> Tensor:
     """(B,) long, tokens of each answer up to and including the first that ends it."""
     ends = model.generation_config.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
-    last = torch.isin(tokens, torch.tensor(ends, dtype=tokens.dtype))
+    last = torch.isin(tokens, torch.tensor(ends, dtype=tokens.dtype, device="cpu"))
     first = torch.where(last.any(-1), last.int().argmax(-1) + 1, tokens.shape[1])
     return first.long()
 

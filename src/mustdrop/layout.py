@@ -61,11 +61,13 @@ class Layout:
         """
         frames, rows, columns = grid
         height, width = encoder_grid
-        patch = torch.arange(height * width).view(height, width)[: rows * pool, : columns * pool]
+        patch = torch.arange(height * width, dtype=torch.long, device="cpu").view(height, width)[
+            : rows * pool, : columns * pool
+        ]
         patch = patch.reshape(rows, pool, columns, pool).transpose(1, 2).reshape(rows * columns, pool * pool)
-        item = (first + torch.arange(frames)) * height * width
+        item = (first + torch.arange(frames, dtype=torch.long, device="cpu")) * height * width
         patches = torch.nn.functional.pad(item[:, None, None] + patch, (0, 0, prefix, 0), value=-1)
-        cells = torch.arange(frames * rows * columns).view(frames, -1)
+        cells = torch.arange(frames * rows * columns, dtype=torch.long, device="cpu").view(frames, -1)
         cells = torch.nn.functional.pad(cells, (prefix, 0), value=-1)
         return cls((grid,), cells.flatten(), patches.flatten(0, 1))
 
@@ -92,5 +94,9 @@ class Layout:
             patches.append(torch.nn.functional.pad(part.patches, (0, width - part.patches.shape[1]), value=-1))
             grids, base = grids + part.grids, base + part.offsets[-1]
         if not parts:
-            return cls((), torch.zeros(0, dtype=torch.long), torch.zeros(0, width, dtype=torch.long))
+            return cls(
+                (),
+                torch.zeros(0, dtype=torch.long, device="cpu"),
+                torch.zeros(0, width, dtype=torch.long, device="cpu"),
+            )
         return cls(grids, torch.cat(cells), torch.cat(patches))

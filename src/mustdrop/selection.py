@@ -29,12 +29,12 @@ class Selection:
     @classmethod
     def from_mask(cls, alive: Tensor, order: Tensor | None = None) -> Selection:
         """Selection of the True positions of `alive`, (B, N) bool, ascending by index or by `order`, (B, N) long."""
-        index = torch.arange(alive.shape[1], device=alive.device).expand_as(alive)
+        index = torch.arange(alive.shape[1], dtype=torch.long, device=alive.device).expand_as(alive)
         last = torch.iinfo(torch.long).max
         counts = alive.sum(1)
         slots = int(counts.max()) if alive.numel() else 0
         keep = (index if order is None else order).masked_fill(~alive, last).argsort(dim=1, stable=True)[:, :slots]
-        valid = torch.arange(slots, device=alive.device) < counts[:, None]
+        valid = torch.arange(slots, dtype=torch.long, device=alive.device) < counts[:, None]
         return cls(keep.masked_fill(~valid, 0), valid)
 
     @property
@@ -57,7 +57,7 @@ class Selection:
         if self.merge_into is not None:
             return self.merge_into
         out = torch.full((self.keep.shape[0], n + 1), -1, dtype=torch.long, device=self.keep.device)
-        slot = torch.arange(self.keep.shape[1], device=self.keep.device).expand_as(self.keep)
+        slot = torch.arange(self.keep.shape[1], dtype=torch.long, device=self.keep.device).expand_as(self.keep)
         return out.scatter_(1, self.keep.masked_fill(~self.valid, n), slot)[:, :n]
 
     def apply(self, x: Tensor) -> Tensor:

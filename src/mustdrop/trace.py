@@ -97,7 +97,7 @@ class Trace:
         self._check(0, sample)
         n = int(self.total[sample])
         if not self._marks:
-            return torch.arange(n)
+            return torch.arange(n, dtype=torch.long, device="cpu")
         mark = self._marks[sample]
         key = mark.order.masked_fill(~mark.alive, torch.iinfo(torch.long).max)
         place = key.argsort(stable=True).argsort(stable=True)
@@ -107,7 +107,7 @@ class Trace:
         """(k,) long, original indices of the key set, ascending."""
         self._check(0, sample)
         if not self._marks:
-            return torch.zeros(0, dtype=torch.long)
+            return torch.zeros(0, dtype=torch.long, device="cpu")
         return self._marks[sample].pinned.nonzero()[:, 0]
 
     def _check(self, layer: int, sample: int) -> None:

@@ -103,3 +103,44 @@ def test_nested_calls(name, kind):
     assert cost(mustdrop.trace(model)) == kept
     assert len(found) == 9
     assert all(torch.equal(made, logits if made.is_floating_point() else answer) for made in found)
+
+
+@pytest.mark.parametrize("default", ["dtype", "device", "context"])
+@each
+def test_defaults_of_the_process(name, kind, default):
+    """`torch.set_default_dtype`, `torch.set_default_device` and `with torch.device(...)` change no bit.
+
+    The device "meta" stands in for one that is not the host: what lands there by default has no values.
+    """
+    if default != ("dtype", "device", "context")[FAMILIES.index((name, kind)) % 3] and default != "dtype":
+        pytest.skip("the two ways to set a device take turns")
+    plain, model = clone(name), patched(name, kind)
+    inputs = batch(registry()[name], plain, ((kind,), (kind, kind)), seed=6)
+
+    def answered(some):
+        return some.generate(
+            **inputs, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+
+    def changed(some):
+        if default == "context":
+            with torch.device("meta"):
+                return answered(some)
+        set_default = torch.set_default_dtype if default == "dtype" else torch.set_default_device
+        try:
+            set_default(torch.float64 if default == "dtype" else "meta")
+            return answered(some)
+        finally:
+            set_default(torch.float32 if default == "dtype" else None)
+
+    untouched = answered(plain)
+    try:
+        same = torch.equal(torch.stack(changed(plain).logits), torch.stack(untouched.logits))
+    except Exception as error:
+        pytest.skip(f"the unpatched model raises: {type(error).__name__}: {error}"[:150])
+    expected, kept = answered(model), cost(mustdrop.trace(model))
+    got = changed(model)
+    assert torch.equal(got.sequences, expected.sequences)
+    assert cost(mustdrop.trace(model)) == kept
+    tolerance = 0 if same else 1e-5
+    assert (torch.stack(got.logits) - torch.stack(expected.logits)).abs().max() <= tolerance

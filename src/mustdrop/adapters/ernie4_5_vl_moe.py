@@ -38,9 +38,11 @@ class Ernie45VLMoe(Qwen2VL):
         for frames, rows, columns in arguments[f"{modality}_grid_thw"].tolist():
             grid = (frames // pair, rows // merge, columns // merge)
             per_frame = grid[1] * grid[2]
-            place = start + torch.arange(frames * rows * columns).view(grid[0], pair, per_frame, merge * merge)
+            place = start + torch.arange(frames * rows * columns, dtype=torch.long, device="cpu").view(
+                grid[0], pair, per_frame, merge * merge
+            )
             patches = place.transpose(1, 2).reshape(grid[0] * per_frame, pair * merge * merge)
-            found.append(Layout((grid,), torch.arange(len(patches)), patches))
+            found.append(Layout((grid,), torch.arange(len(patches), dtype=torch.long, device="cpu"), patches))
             start += place.numel()
         return found
 
@@ -68,7 +70,10 @@ class Ernie45VLMoe(Qwen2VL):
             pixels.append(rearrange(frames, "t c (h a p) (w b q) -> (t h w a b) (c p q)", a=2, b=2, p=4, q=4))
             grids.append([len(frames), frames.shape[-2] // 4, frames.shape[-1] // 4])
         name = "pixel_values" if modality == "image" else "pixel_values_videos"
-        arguments = {name: torch.cat(pixels), f"{modality}_grid_thw": torch.tensor(grids)}
+        arguments = {
+            name: torch.cat(pixels),
+            f"{modality}_grid_thw": torch.tensor(grids, dtype=torch.long, device="cpu"),
+        }
         return arguments, [[start, *[token] * (t * h * w // 4 // pair), end] for t, h, w in grids]
 
     def tiny_types(self, kinds: Tensor) -> dict[str, Tensor]:

@@ -60,7 +60,9 @@ class Gemma4(Adapter):
             frames = [self._frame(images[i], pool, i * images.shape[1]) for i in range(first, first + count)]
             (rows, columns), first = frames[0][0], first + count
             patches = torch.cat([patch for _, patch in frames])
-            found.append(Layout(((count, rows, columns),), torch.arange(len(patches)), patches))
+            found.append(
+                Layout(((count, rows, columns),), torch.arange(len(patches), dtype=torch.long, device="cpu"), patches)
+            )
         return found
 
     def _frame(self, places: Tensor, pool: int, start: int) -> tuple[tuple[int, int], Tensor]:
@@ -120,7 +122,9 @@ class Gemma4(Adapter):
             frames, run = image[None] if image.ndim == 3 else image, []
             for t, frame in enumerate(frames):
                 patches = rearrange(frame, "c (h p) (w q) -> (h w) (p q c)", p=4, q=4)
-                y, x = torch.meshgrid(*(torch.arange(n // 4) for n in frame.shape[1:]), indexing="ij")
+                y, x = torch.meshgrid(
+                    *(torch.arange(n // 4, dtype=torch.long, device="cpu") for n in frame.shape[1:]), indexing="ij"
+                )
                 pad = _PATCHES - len(patches)
                 pixels.append(torch.nn.functional.pad(patches, (0, 0, 0, pad)))
                 place = torch.stack([x.flatten(), y.flatten()], -1)
@@ -131,7 +135,7 @@ class Gemma4(Adapter):
         made = {f"{modality}_position_ids": torch.stack(places)}
         if modality == "image":
             return {**made, "pixel_values": torch.stack(pixels)}, runs
-        frames_of = torch.tensor([len(video) for video in images])
+        frames_of = torch.tensor([len(video) for video in images], dtype=torch.long, device="cpu")
         return {**made, "pixel_values_videos": torch.stack(pixels), "num_frames_per_video": frames_of}, runs
 
     def tiny_sizes(self, modality: str) -> tuple[tuple[int, ...], ...]:

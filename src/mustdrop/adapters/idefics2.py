@@ -19,7 +19,11 @@ RESAMPLED = "its features are learned queries that read the whole image, so they
 
 def resampled(size: int) -> Layout:
     """Features of a medium that stand for no part of the picture."""
-    return Layout((), torch.full((size,), -1), torch.full((size, 1), -1))
+    return Layout(
+        (),
+        torch.full((size,), -1, dtype=torch.long, device="cpu"),
+        torch.full((size, 1), -1, dtype=torch.long, device="cpu"),
+    )
 
 
 class Idefics2(Idefics3):

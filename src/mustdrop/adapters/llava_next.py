@@ -49,7 +49,9 @@ class LlavaNext(Adapter):
         """The tiles of one image as one grid, by the model's own cutting."""
         patch = tile_patches(model, size, first)
         rows, columns = patch.shape
-        grid = Layout(((1, rows, columns),), torch.arange(rows * columns), patch.reshape(-1, 1))
+        grid = Layout(
+            ((1, rows, columns),), torch.arange(rows * columns, dtype=torch.long, device="cpu"), patch.reshape(-1, 1)
+        )
         return grid.with_breaks(each_row=True)
 
     def tiny(self) -> dict[str, Any]:
@@ -88,7 +90,10 @@ def tile_patches(model: Any, size: Tensor, first: int) -> Tensor:
     """
     side, config = _side(model), model.config
     high, wide = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
-    patch = torch.arange(high * wide * side * side).view(high, wide, side, side) + first * side * side
+    patch = (
+        torch.arange(high * wide * side * side, dtype=torch.long, device="cpu").view(high, wide, side, side)
+        + first * side * side
+    )
     whole = patch.permute(0, 2, 1, 3).reshape(1, high * side, wide * side)
     return unpad_image(whole, size)[0]  # type: ignore[no-any-return]
 
@@ -96,7 +101,7 @@ def tile_patches(model: Any, size: Tensor, first: int) -> Tensor:
 def tiny_tiles(adapter: LlavaNext, model: Any, images: list[Tensor]) -> dict[str, Any]:
     """The whole image and its tiles at 24 x 24 pixels, and the sizes; fewer tiles are padded with zeros."""
     resize = torch.nn.functional.interpolate
-    sizes = torch.tensor([image.shape[1:] for image in images])
+    sizes = torch.tensor([image.shape[1:] for image in images], dtype=torch.long, device="cpu")
     made = []
     for image, size in zip(images, sizes, strict=True):
         high, wide = get_anyres_image_grid_shape(size, PINPOINTS, 24)

@@ -35,9 +35,11 @@ class LlavaOnevision(LlavaNext):
         frame = (rows[:, None, :, None] * side + rows[None, :, None, :]).reshape(half * half, 4)
         found = []
         for i in range(videos):
-            item = (i * frames + torch.arange(frames)) * side * side
+            item = (i * frames + torch.arange(frames, dtype=torch.long, device="cpu")) * side * side
             patches = (item[:, None, None] + frame).flatten(0, 1)
-            grid = Layout(((frames, half, half),), torch.arange(frames * half * half), patches)
+            grid = Layout(
+                ((frames, half, half),), torch.arange(frames * half * half, dtype=torch.long, device="cpu"), patches
+            )
             found.append(grid.with_breaks())
         return found
 
@@ -58,7 +60,9 @@ class LlavaOnevision(LlavaNext):
         patch, rows, columns = shrunk
         high, wide = _taps(patch.shape[0], rows), _taps(patch.shape[1], columns)
         four = patch[high[:, None, :, None], wide[None, :, None, :]].reshape(rows * columns, 4)
-        return Layout(((1, rows, columns),), torch.arange(rows * columns), four).with_breaks(each_row=True)
+        return Layout(
+            ((1, rows, columns),), torch.arange(rows * columns, dtype=torch.long, device="cpu"), four
+        ).with_breaks(each_row=True)
 
     def pool(self, model: Any, modality: str, arguments: dict[str, Any]) -> int | None:
         """None where features are resampled."""
@@ -90,7 +94,7 @@ class LlavaOnevision(LlavaNext):
 
 def _taps(source: int, target: int) -> Tensor:
     """(target, 2) long, the two places of `source` that bilinear resampling to `target` places reads."""
-    centre = ((torch.arange(target) + 0.5) * source / target - 0.5).clamp(min=0)
+    centre = ((torch.arange(target, dtype=torch.float32, device="cpu") + 0.5) * source / target - 0.5).clamp(min=0)
     low = centre.floor().long()
     return torch.stack([low, (low + 1).clamp(max=source - 1)], 1)
 

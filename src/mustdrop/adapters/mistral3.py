@@ -27,7 +27,7 @@ class Mistral3(Adapter):
         """A grid per image, without its padding."""
         merge, patch = model.config.spatial_merge_size, model.config.vision_config.patch_size
         found, start = [], 0
-        for height, width in torch.as_tensor(arguments["image_sizes"]).tolist():
+        for height, width in torch.as_tensor(arguments["image_sizes"], dtype=torch.long, device="cpu").tolist():
             rows, columns = height // patch, width // patch
             grid = (1, rows // merge, columns // merge)
             one = Layout.of_frames(grid, (rows, columns), pool=merge)
@@ -59,12 +59,12 @@ class Mistral3(Adapter):
 
     def tiny_media(self, model: Any, modality: str, images: list[Tensor]) -> tuple[dict[str, Any], list[list[int]]]:
         """Images at the top left of a common canvas, and their sizes."""
-        canvas = torch.zeros(len(images), 3, 48, 48)
+        canvas = torch.zeros(len(images), 3, 48, 48, dtype=torch.float32, device="cpu")
         for place, image in zip(canvas, images, strict=True):
             place[:, : image.shape[1], : image.shape[2]] = image
         sizes = [list(image.shape[1:]) for image in images]
         runs = [[IMAGE] * (height // 8 * (width // 8)) for height, width in sizes]
-        return {"pixel_values": canvas, "image_sizes": torch.tensor(sizes)}, runs
+        return {"pixel_values": canvas, "image_sizes": torch.tensor(sizes, dtype=torch.long, device="cpu")}, runs
 
     def tiny_sizes(self, modality: str) -> tuple[tuple[int, ...], ...]:
         """Square and wide."""

@@ -43,7 +43,9 @@ class Molmo2(Adapter):
         for grid in arguments[f"{modality}_grids"].tolist():
             grids = ((1, *grid[:2]), (1, *grid[2:])) if modality == "image" else (tuple(grid),)
             size = sum(frames * rows * columns for frames, rows, columns in grids)
-            found.append(Layout(grids, torch.arange(size), pooling[start : start + size]))
+            found.append(
+                Layout(grids, torch.arange(size, dtype=torch.long, device="cpu"), pooling[start : start + size])
+            )
             start += size
         return found
 
@@ -91,7 +93,7 @@ class Molmo2(Adapter):
 
     def tiny_media(self, model: Any, modality: str, images: list[Tensor]) -> tuple[dict[str, Any], list[list[int]]]:
         """The whole image and two crops that overlap by half, side by side; or frames."""
-        corner = torch.arange(36).view(6, 6)
+        corner = torch.arange(36, dtype=torch.long, device="cpu").view(6, 6)
         square = rearrange(corner, "(h a) (w b) -> (h w) (a b)", a=2, b=2)
         # the crops are 6 x 6 patches each, the second begins at the third column of the first: 6 x 9 in all
         wide = torch.nn.functional.pad(torch.cat([corner, 36 + corner[:, 3:]], 1), (0, 1), value=-37)
@@ -119,10 +121,10 @@ class Molmo2(Adapter):
         arguments = {
             name: patches,
             f"{modality}_token_pooling": torch.cat(pooling),
-            f"{modality}_grids": torch.tensor(grids),
+            f"{modality}_grids": torch.tensor(grids, dtype=torch.long, device="cpu"),
         }
         if modality == "image":
-            arguments["image_num_crops"] = torch.full((len(images),), 3)
+            arguments["image_num_crops"] = torch.full((len(images),), 3, dtype=torch.long, device="cpu")
         return arguments, runs
 
     def tiny_types(self, kinds: Tensor) -> dict[str, Tensor]:

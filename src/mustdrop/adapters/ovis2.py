@@ -35,10 +35,12 @@ class Ovis2(Adapter):
         grid = (1, -(-rows // stride), -(-columns // stride))
         found = []
         for i in range(len(arguments["pixel_values"])):
-            patch = torch.arange(rows * columns).view(rows, columns) + i * rows * columns
+            patch = (
+                torch.arange(rows * columns, dtype=torch.long, device="cpu").view(rows, columns) + i * rows * columns
+            )
             patch = torch.nn.functional.pad(patch, (0, -columns % stride, 0, -rows % stride), value=-1)
             patch = patch.view(grid[1], stride, grid[2], stride).transpose(1, 2).reshape(-1, stride * stride)
-            found.append(Layout((grid,), torch.arange(len(patch)), patch))
+            found.append(Layout((grid,), torch.arange(len(patch), dtype=torch.long, device="cpu"), patch))
         return found
 
     def pool(self, model: Any, modality: str, arguments: dict[str, Any]) -> int | None:

@@ -48,7 +48,7 @@ class PaddleOCRVL(Adapter):
         pixels = torch.cat([rearrange(image, "c (h p) (w q) -> (h w) c p q", p=4, q=4) for image in images])
         grids = [[1, image.shape[1] // 4, image.shape[2] // 4] for image in images]
         runs = [[_START, *[IMAGE] * (rows * columns // 4), _END] for _, rows, columns in grids]
-        return {"pixel_values": pixels, "image_grid_thw": torch.tensor(grids)}, runs
+        return {"pixel_values": pixels, "image_grid_thw": torch.tensor(grids, dtype=torch.long, device="cpu")}, runs
 
     def tiny_sizes(self, modality: str) -> tuple[tuple[int, ...], ...]:
         """Three sizes."""

@@ -39,14 +39,14 @@ class Qwen2VL(Adapter):
             grid = (frames, rows // merge, columns // merge)
             place = self.order(model, grid) + start
             unit = merge * merge
-            patches = place[:, None] * unit + torch.arange(unit)
-            found.append(Layout((grid,), torch.arange(len(place)), patches))
+            patches = place[:, None] * unit + torch.arange(unit, dtype=torch.long, device="cpu")
+            found.append(Layout((grid,), torch.arange(len(place), dtype=torch.long, device="cpu"), patches))
             start += len(place)
         return found
 
     def order(self, model: Any, grid: tuple[int, int, int]) -> Tensor:
         """(features,) long, where each feature's patches are in the encoder's sequence, counted in features."""
-        return torch.arange(grid[0] * grid[1] * grid[2])
+        return torch.arange(grid[0] * grid[1] * grid[2], dtype=torch.long, device="cpu")
 
     def projector_flops(self, model: Any) -> int:
         """The merger."""
@@ -63,7 +63,7 @@ class Qwen2VL(Adapter):
         name = "pixel_values" if modality == "image" else "pixel_values_videos"
         arguments = {
             name: torch.cat([patches for patches, _ in made]),
-            f"{modality}_grid_thw": torch.tensor([grid for _, grid in made]),
+            f"{modality}_grid_thw": torch.tensor([grid for _, grid in made], dtype=torch.long, device="cpu"),
         }
         token = IMAGE if modality == "image" else VIDEO
         return arguments, [self.tiny_run(token, grid[0], grid[1] * grid[2] // 4) for _, grid in made]
@@ -89,7 +89,7 @@ class Qwen25VL(Qwen2VL):
         """Features sorted by window, in raster order inside each."""
         vision = model.config.vision_config
         side = vision.window_size // vision.spatial_merge_size // vision.patch_size
-        frames, rows, columns = (torch.arange(n) for n in grid)
+        frames, rows, columns = (torch.arange(n, dtype=torch.long, device="cpu") for n in grid)
         t, i, j = torch.meshgrid(frames, rows, columns, indexing="ij")
         windows = ((t * (len(rows) // side + 1) + i // side) * (len(columns) // side + 1) + j // side).flatten()
         # stable: inside a window the raster order stays

@@ -113,7 +113,11 @@ def merger_list(visual: Any) -> list[nn.Module]:
 
 def with_seconds(arguments: dict[str, Any], modality: str, media: int) -> dict[str, Any]:
     """The arguments of videos with the seconds of each temporal patch."""
-    return arguments if modality == "image" else {**arguments, "video_second_per_grid": torch.ones(media)}
+    return (
+        arguments
+        if modality == "image"
+        else {**arguments, "video_second_per_grid": torch.ones(media, dtype=torch.float32, device="cpu")}
+    )
 
 
 def tiny_omni(made: dict[str, Any], kind: str) -> dict[str, Any]:

@@ -139,7 +139,10 @@ def prompt(adapter: Adapter, model: Any, modality: str, pictures: list[Tensor], 
     arguments, runs = adapter.tiny_media(model, modality, pictures)
     line = [1, 20, 21, *(token for run in runs for token in run), *range(30, 30 + words)]
     inputs = dict(adapter.tiny_rows(arguments, [len(pictures)]))
-    inputs |= {"input_ids": torch.tensor([line]), "attention_mask": torch.ones(1, len(line), dtype=torch.long)}
+    inputs |= {
+        "input_ids": torch.tensor([line], dtype=torch.long, device="cpu"),
+        "attention_mask": torch.ones(1, len(line), dtype=torch.long, device="cpu"),
+    }
     (token,) = (m.token for m in adapter.modalities(model) if m.name == modality)
     kinds = (inputs["input_ids"] == token).long() * (1 if modality == "image" else 2)
     return inputs | adapter.tiny_types(kinds)

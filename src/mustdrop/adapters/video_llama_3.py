@@ -40,8 +40,10 @@ class VideoLlama3(Adapter):
         for (frames, rows, columns), merge in zip(grids.tolist(), merges.tolist(), strict=True):
             grid = (frames, rows // merge, columns // merge)
             size = grid[0] * grid[1] * grid[2]
-            patches = start + torch.arange(size * merge * merge).view(size, merge * merge)
-            found.append(Layout((grid,), torch.arange(size), patches))
+            patches = start + torch.arange(size * merge * merge, dtype=torch.long, device="cpu").view(
+                size, merge * merge
+            )
+            found.append(Layout((grid,), torch.arange(size, dtype=torch.long, device="cpu"), patches))
             start += patches.numel()
         kept = arguments.get("video_compression_mask") if modality == "video" else None
         if kept is not None:  # of a whole prompt, not of the encoder
@@ -75,8 +77,8 @@ class VideoLlama3(Adapter):
             grids.append([len(frames), frames.shape[-2] // 4, frames.shape[-1] // 4])
         arguments = {
             "pixel_values" if modality == "image" else "pixel_values_videos": torch.cat(pixels),
-            f"{modality}_grid_thw": torch.tensor(grids),
-            f"{modality}_merge_sizes": torch.full((len(images),), merge),
+            f"{modality}_grid_thw": torch.tensor(grids, dtype=torch.long, device="cpu"),
+            f"{modality}_merge_sizes": torch.full((len(images),), merge, dtype=torch.long, device="cpu"),
         }
         runs = []
         for count, rows, columns in grids:

@@ -45,15 +45,15 @@ def _results(device: torch.device) -> dict[str, Tensor]:
     source = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=source).to(device)
+        return torch.randn(*shape, generator=source, dtype=torch.float32, device="cpu").to(device)
 
     def integers(high: int, *shape: int) -> Tensor:
-        return torch.randint(high, shape, generator=source).to(device)
+        return torch.randint(high, shape, generator=source, device="cpu").to(device)
 
     queries, keys, features = random(2, 4, 40, 16), random(2, 2, 40, 16), random(2, 40, 32)
     rows = integers(40, 2, 5)
-    visible = torch.arange(40, device=device) <= rows[..., None]
-    windows = torch.arange(36, device=device).view(9, 4)
+    visible = torch.arange(40, dtype=torch.long, device=device) <= rows[..., None]
+    windows = torch.arange(36, dtype=torch.long, device=device).view(9, 4)
     slot, index = integers(12, 2, 40), integers(40, 2, 10)
     return {
         "text_statistics": kernels.text_statistics(queries, keys, rows, visible, 0.25),

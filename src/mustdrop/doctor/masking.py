@@ -35,7 +35,7 @@ def difference(model: Any, inputs: Any) -> tuple[float, int]:
     where = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0].cpu()
     hidden = []
     for layer in range(len(trace.tokens)):
-        gone = torch.ones(len(where), dtype=torch.bool)
+        gone = torch.ones(len(where), dtype=torch.bool, device="cpu")
         gone[trace.kept(layer).cpu()] = False
         hidden.append(where[gone])
     with _masked(find(model).decoder_layers(model), hidden):

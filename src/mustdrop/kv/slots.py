@@ -177,7 +177,7 @@ class Slots:
         """
         positions = self.slot_positions()
         if positions is None:
-            return torch.zeros(valid.shape[0], dtype=torch.long)
+            return torch.zeros(valid.shape[0], dtype=torch.long, device=HOST)
         real = positions != PAD
         inside = (positions >= start) & (positions < start + valid.shape[1])
         if positions.shape[0] == valid.shape[0]:
@@ -188,7 +188,7 @@ class Slots:
         """(B,) long, stored entries per row that are marked; `marks` (B, q) covers the chunk at `start`."""
         positions = self.slot_positions()
         if positions is None:
-            return torch.zeros(marks.shape[0], dtype=torch.long)
+            return torch.zeros(marks.shape[0], dtype=torch.long, device=HOST)
         inside = (positions >= start) & (positions < start + marks.shape[1])
         marks = marks.to(positions.device).repeat_interleave(positions.shape[0] // marks.shape[0], 0)
         return (inside & take(marks, (positions - start).clamp(0, marks.shape[1] - 1), 1)).sum(1)

@@ -119,7 +119,7 @@ class PrunedStaticLayer(Slots, StaticLayer):
             return None
         if self.positions is not None:
             return self.positions[:, : slots + extra]
-        return torch.arange(slots + extra, device=self.keys.device).expand(self.keys.shape[0], -1)
+        return torch.arange(slots + extra, dtype=torch.long, device=self.keys.device).expand(self.keys.shape[0], -1)
 
     def storage_bytes(self) -> int:
         """Bytes of the tensors that hold keys and values, room for tokens to come included."""
@@ -178,7 +178,7 @@ class PrunedStaticLayer(Slots, StaticLayer):
         key = ("placed", id(positions), self.dropped, self.max_cache_len)
         if key not in memo:
             first = positions.shape[1] + self.dropped
-            future = torch.arange(first, max(first, self.max_cache_len), device=positions.device)
+            future = torch.arange(first, max(first, self.max_cache_len), dtype=torch.long, device=positions.device)
             memo[key] = torch.cat([positions, future.expand(positions.shape[0], -1)], 1)
         self._shared = memo[key]
         self.positions = fixed_address(memo[key].clone())

@@ -87,8 +87,10 @@ def earlier_features(seen: Features, number: Tensor) -> Tensor:
     """
     high, wide = int(seen.row.max()) + 1, int(seen.column.max()) + 1
     place = seen.row * wide + seen.column
-    table = torch.full((len(place), (int(seen.frame.max()) + 1) * high * wide), -1, device=place.device)
-    index = torch.arange(place.shape[1], device=place.device).expand_as(place)
+    table = torch.full(
+        (len(place), (int(seen.frame.max()) + 1) * high * wide), -1, dtype=torch.long, device=place.device
+    )
+    index = torch.arange(place.shape[1], dtype=torch.long, device=place.device).expand_as(place)
     table.scatter_(1, seen.frame * high * wide + place, index)
     back = number - (number & (number - 1))
     found = table.gather(1, (seen.frame - back) * high * wide + place)

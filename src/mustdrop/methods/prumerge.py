@@ -51,7 +51,9 @@ class PruneAndMerge(VisionRule):
         others = kept.long().argsort(dim=1, stable=True)[:, : n - int(kept[0].sum())]
         # The released sampling names some features twice. Their copies lie where the first of the others go, which
         # nothing takes in then (so it is in the released code).
-        again = torch.isin(names[0], names[0, :top]) & (torch.arange(names.shape[1], device=names.device) >= top)
+        again = torch.isin(names[0], names[0, :top]) & (
+            torch.arange(names.shape[1], dtype=torch.long, device=names.device) >= top
+        )
         copies, gone = others.tensor_split([int(again.sum())], dim=1)
         slots = names.clone()
         slots[:, again] = copies
@@ -69,7 +71,9 @@ class PruneAndMerge(VisionRule):
             return top, count - 1 - top
         ratio = self.ratio
         if ratio is None:
-            low, high = torch.quantile(attention.float(), torch.tensor([0.25, 0.75], device=attention.device))
+            low, high = torch.quantile(
+                attention.float(), torch.tensor([0.25, 0.75], dtype=torch.float32, device=attention.device)
+            )
             ratio = float((attention > high + 1.5 * (high - low)).sum()) / attention.numel()
         top = max(1, min(int(n * ratio), n - 1))
         if not self.plus:
@@ -81,21 +85,23 @@ class PruneAndMerge(VisionRule):
         if number is None:
             return self._released_samples(ranked, top, n)
         rest = ranked[:, top:].sort(1).values
-        place = (torch.arange(number, device=ranked.device) * 2 + 1) * rest.shape[1] // max(1, 2 * number)
+        place = (
+            (torch.arange(number, dtype=torch.long, device=ranked.device) * 2 + 1) * rest.shape[1] // max(1, 2 * number)
+        )
         return rest[:, place]
 
     def _released_samples(self, ranked: Tensor, top: int, n: int) -> Tensor:
         """(1, k) long: every s-th feature, never the last one; with a fixed ratio also those that are kept already."""
         if self.ratio is not None:
             step = int(1 / self.ratio)
-            return torch.arange(int(step / 2), n - 1, step, device=ranked.device)[None]
+            return torch.arange(int(step / 2), n - 1, step, dtype=torch.long, device=ranked.device)[None]
         step = int(int(n / top) / 3)
         if not step:
             raise ConfigError(
                 f"the authors' sampling fails where more than a third is kept; it would keep {top} of {n} features: "
                 'use compat="paper".'
             )
-        every = torch.arange(0, n - 1, step, device=ranked.device)
+        every = torch.arange(0, n - 1, step, dtype=torch.long, device=ranked.device)
         return every[~torch.isin(every, ranked[0, :top])][None]
 
     def _near(self, names: Tensor, gone: Tensor, keys: Tensor, attention: Tensor) -> Tensor:

@@ -50,14 +50,14 @@ class SoftMatching(InnerRule):
     def choose(self, seen: Features, count: int | None) -> Chosen:
         """See `VisionRule.choose`: what the layers left is matched again, as often as it takes."""
         values = seen.values
-        slot = torch.arange(values.shape[1], device=values.device).expand(values.shape[:2])
+        slot = torch.arange(values.shape[1], dtype=torch.long, device=values.device).expand(values.shape[:2])
         size = torch.ones_like(slot, dtype=torch.float32) if seen.size is None else seen.size
         names, weight, own = slot, size, size
         while count is not None and values.shape[1] > count:
             into, slots = bipartite.join(values, values.shape[1] - count)
             values = kernels.merge_tokens(values, into, slots, weight)
             weight = weight.new_zeros(len(weight), slots).scatter_add_(1, into, weight)
-            first = torch.full((len(into), slots), seen.values.shape[1], device=into.device)
+            first = torch.full((len(into), slots), seen.values.shape[1], dtype=torch.long, device=into.device)
             names, slot = first.scatter_reduce(1, into, names, "amin"), into.gather(1, slot)
         return Chosen.merged(names, slot, own)
 

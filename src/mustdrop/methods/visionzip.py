@@ -45,13 +45,13 @@ class DominantAndContextual(VisionRule):
             return Chosen(dominant)
         rest = ranked[:, count - targets :].sort(1).values
         step = rest.shape[1] // targets
-        target = torch.arange(0, step * targets, step, device=rest.device)
+        target = torch.arange(0, step * targets, step, dtype=torch.long, device=rest.device)
         keys = keys.gather(1, rest[..., None].expand(-1, -1, keys.shape[2]))
         _, slot = kernels.best_match(keys, keys[:, target])
-        slot[:, target] = torch.arange(targets, device=slot.device)
-        into = torch.full((batch, n), -1, device=rest.device)
+        slot[:, target] = torch.arange(targets, dtype=torch.long, device=slot.device)
+        into = torch.full((batch, n), -1, dtype=torch.long, device=rest.device)
         into.scatter_(1, rest, slot + dominant.shape[1])
-        columns = torch.arange(dominant.shape[1], device=rest.device).expand_as(dominant)
+        columns = torch.arange(dominant.shape[1], dtype=torch.long, device=rest.device).expand_as(dominant)
         into.scatter_(1, dominant, columns)
         centre = rest[:, target]
         joined = into.scatter(1, centre, -1).scatter(1, dominant, -1)

@@ -60,7 +60,7 @@ class TwoScans(VisionRule):
 def nearest(values: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """(B, N) long, column of `keep` (B, M) that each feature (B, N, C) resembles most; a kept one, its own."""
     _, into = kernels.best_match(values, values.gather(1, keep[..., None].expand(-1, -1, values.shape[2])))
-    return into.scatter(1, keep, torch.arange(keep.shape[1], device=keep.device).expand_as(keep))
+    return into.scatter(1, keep, torch.arange(keep.shape[1], dtype=torch.long, device=keep.device).expand_as(keep))
 
 
 class VScan(Recipe):

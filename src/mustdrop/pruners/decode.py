@@ -105,5 +105,5 @@ class DecodeCachePruner(Settings):
         Returns:
             `Selection` over the N entries, ascending.
         """
-        count = torch.as_tensor(count, device=attended.device).expand(attended.shape[0])
+        count = torch.as_tensor(count, dtype=torch.long, device=attended.device).expand(attended.shape[0])
         return Selection.from_mask(keep_best(attended, count, vision) | ~vision)

@@ -268,7 +268,7 @@ class PrefillPruner(Settings):
         kept = wanted
         if self.keep is not None:
             room = [self.recycle.kept(*pair) for pair in zip(alive.sum(1).tolist(), wanted.tolist(), strict=True)]
-            kept = torch.tensor(room, device=wanted.device)
+            kept = torch.tensor(room, dtype=torch.long, device=wanted.device)
         # no room for a token and a cluster: those rows keep what they may, and recycle nothing
         crowded = (kept == 0)[:, None]
         keep = torch.where(crowded, choose(count=wanted), choose(count=kept))
@@ -281,7 +281,7 @@ def _wanted(count: Tensor | int | None, alive: Tensor) -> Tensor:
         raise ConfigError(
             "PrefillPruner(keep=...) called without count: pass counts(total, n_layers)[k] at the k-th filter layer."
         )
-    return torch.as_tensor(count, device=alive.device).expand(len(alive))
+    return torch.as_tensor(count, dtype=torch.long, device=alive.device).expand(len(alive))
 
 
 def needs_rows(pruner: object) -> bool:

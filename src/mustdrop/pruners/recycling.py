@@ -72,13 +72,15 @@ class Recycling(Settings):
                 noise = None if self.seed is None else tie_noise(recycled, self.seed, hidden.device)
                 centres, member = density_peaks(hidden[b, best], clusters, noise)
                 slots = torch.cat([stays, best[centres]])
-                order = torch.arange(len(slots), device=slots.device) if released else slots.argsort()
-                place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+                order = torch.arange(len(slots), dtype=torch.long, device=slots.device) if released else slots.argsort()
+                place = torch.empty_like(order).scatter_(
+                    0, order, torch.arange(len(order), dtype=torch.long, device=order.device)
+                )
                 slots = slots[order]
                 into[b, best] = place[len(stays) + member]
                 into[b, stays] = place[: len(stays)]
             else:
-                into[b, stays] = torch.arange(len(stays), device=stays.device)
+                into[b, stays] = torch.arange(len(stays), dtype=torch.long, device=stays.device)
             rows.append(slots)
         most = max((len(row) for row in rows), default=0)
         index = torch.zeros(batch, most, dtype=torch.long, device=keep.device)

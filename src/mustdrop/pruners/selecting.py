@@ -95,7 +95,7 @@ class Features:
         frames, rows, columns = (1, *grid)[-3:]
         if frames * rows * columns != values.shape[1]:
             raise ConfigError(f"a grid of {grid} has {frames * rows * columns} cells, got {values.shape[1]} features.")
-        cell = torch.arange(values.shape[1], device=values.device).expand(len(values), -1)
+        cell = torch.arange(values.shape[1], dtype=torch.long, device=values.device).expand(len(values), -1)
         frame, row, column = cell // (rows * columns), cell // columns % rows, cell % columns
         return cls(values.float(), frame, row, column, read, question)
 
@@ -176,7 +176,7 @@ class VisionRule(Settings):
         if count is not None and not 0 < count <= n:
             raise ConfigError(f"{type(self).__name__}: expected 1 to {n} features to keep, got count={count}.")
         if count == n:
-            return Chosen(torch.arange(n, device=seen.values.device).expand(len(seen.values), -1))
+            return Chosen(torch.arange(n, dtype=torch.long, device=seen.values.device).expand(len(seen.values), -1))
         chosen = self.choose(seen, count)
         if count is not None and chosen.keep.shape[1] != count:
             raise ConfigError(

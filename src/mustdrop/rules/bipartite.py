@@ -28,7 +28,7 @@ def join(metric: Tensor, number: int, protected: int = 0) -> tuple[Tensor, int]:
     number = min(number, (metric.shape[1] - protected) // 2)
     slots = metric.shape[1] - max(number, 0)
     if number <= 0:
-        return torch.arange(slots, device=metric.device).expand(metric.shape[:2]), slots
+        return torch.arange(slots, dtype=torch.long, device=metric.device).expand(metric.shape[:2]), slots
     similar, best = kernels.best_match(source, destination)
     if protected:
         similar[:, 0] = -torch.inf
@@ -36,9 +36,9 @@ def join(metric: Tensor, number: int, protected: int = 0) -> tuple[Tensor, int]:
     goes, stays = ranked[:, :number], ranked[:, number:].sort(1).values
     left = stays.shape[1]
     into = metric.new_empty(metric.shape[:2], dtype=torch.long)
-    into[:, 1::2] = torch.arange(left, slots, device=metric.device)
+    into[:, 1::2] = torch.arange(left, slots, dtype=torch.long, device=metric.device)
     even = torch.empty_like(similar, dtype=torch.long)
-    even.scatter_(1, stays, torch.arange(left, device=metric.device).expand_as(stays))
+    even.scatter_(1, stays, torch.arange(left, dtype=torch.long, device=metric.device).expand_as(stays))
     even.scatter_(1, goes, best.gather(1, goes) + left)
     into[:, ::2] = even
     return into, slots

@@ -35,10 +35,10 @@ def density_peaks(x: Tensor, clusters: int, noise: Tensor | None = None) -> tupl
     delta = torch.where(rank == 0, distance.max(), delta)
     centres = (density * delta).argsort(descending=True, stable=True)[:clusters]
     member = distance[:, centres].argmin(1)
-    member[centres] = torch.arange(clusters, device=x.device)
+    member[centres] = torch.arange(clusters, dtype=torch.long, device=x.device)
     return centres, member
 
 
 def tie_noise(n: int, seed: int, device: torch.device | None = None) -> Tensor:
     """(n,) in [0, 1), what the released code breaks ties of densities with. It depends on (n, seed) alone."""
-    return torch.rand(n, generator=torch.Generator().manual_seed(seed)).to(device)
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu").to(device)

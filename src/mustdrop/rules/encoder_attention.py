@@ -16,7 +16,7 @@ def uniform_scores(n: int, device: torch.device | None = None) -> Tensor:
     Returns:
         (n,) float64.
     """
-    index = torch.arange(n, device=device)
+    index = torch.arange(n, dtype=torch.long, device=device)
     score = torch.zeros(n, dtype=torch.float64, device=device)
     half = 0.5
     while bool(index.any()):
@@ -28,4 +28,4 @@ def uniform_scores(n: int, device: torch.device | None = None) -> Tensor:
 def random_scores(n: int, seed: int, device: torch.device | None = None) -> Tensor:
     """(n,) float64 scores in [0, 1). They depend on (n, seed) alone, so a row of a batch gets what it gets alone."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(n, generator=generator, dtype=torch.float64).to(device)
+    return torch.rand(n, generator=generator, dtype=torch.float64, device="cpu").to(device)

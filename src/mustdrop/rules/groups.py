@@ -19,7 +19,7 @@ def rank_in_group(score: Tensor, group: Tensor) -> Tensor:
     best = score.argsort(dim=1, descending=True, stable=True)
     order = best.gather(1, group.gather(1, best).argsort(dim=1, stable=True))
     sorted_group = group.gather(1, order)
-    place = torch.arange(group.shape[1], device=group.device).expand_as(group)
+    place = torch.arange(group.shape[1], dtype=torch.long, device=group.device).expand_as(group)
     starts = torch.ones_like(group, dtype=torch.bool)
     starts[:, 1:] = sorted_group[:, 1:] != sorted_group[:, :-1]
     first = place.masked_fill(~starts, 0).cummax(1).values

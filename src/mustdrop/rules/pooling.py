@@ -34,12 +34,12 @@ def square_cells(place: Tensor, cells: int) -> Tensor:
         bands = round(math.sqrt(number * lines * lines / len(mine)))
         bands = min(max(bands, -(-number * lines // len(mine))), lines, number)
         band = _runs(here[:2], bands)
-        sizes, shares = torch.bincount(band), torch.tensor(_shares(band, number))
-        order = torch.arange(len(mine))
+        sizes, shares = torch.bincount(band), torch.tensor(_shares(band, number), dtype=torch.long, device="cpu")
+        order = torch.arange(len(mine), dtype=torch.long, device="cpu")
         for key in (row, frame, column, band):  # the last sort counts most
             order = order[key[order].argsort(stable=True)]
         band = band[order]
-        rank = torch.arange(len(mine)) - (sizes.cumsum(0) - sizes)[band]
+        rank = torch.arange(len(mine), dtype=torch.long, device="cpu") - (sizes.cumsum(0) - sizes)[band]
         out[mine[order]] = first + (shares.cumsum(0) - shares)[band] + rank * shares[band] // sizes[band]
         first += number
     return out
@@ -56,7 +56,7 @@ def centres(place: Tensor, cell: Tensor) -> Tensor:
         (K,) long.
     """
     size = torch.bincount(cell)
-    total = torch.zeros(len(place), len(size), dtype=torch.long).index_add_(1, cell, place)
+    total = torch.zeros(len(place), len(size), dtype=torch.long, device="cpu").index_add_(1, cell, place)
     away = (place * size[cell] - total[:, cell]).square().sum(0)  # whole numbers: ties are exact
     order = away.argsort(stable=True)
     order = order[cell[order].argsort(stable=True)]

@@ -18,7 +18,7 @@ def rank_descending(score: Tensor) -> Tensor:
     """
     order = score.argsort(dim=1, descending=True, stable=True)
     return torch.empty_like(order).scatter_(
-        1, order, torch.arange(score.shape[1], device=score.device).expand_as(order)
+        1, order, torch.arange(score.shape[1], dtype=torch.long, device=score.device).expand_as(order)
     )
 
 

@@ -113,7 +113,7 @@ def merge_windows(
         count = count.min().expand(batch)
     merged = rank < count[:, None]
 
-    itself = torch.arange(total, device=device).expand(batch, -1)
+    itself = torch.arange(total, dtype=torch.long, device=device).expand(batch, -1)
     centre = index[:, _centre(grid, window)].expand(batch, -1)
     target = torch.where(merged[..., None], centre[..., None], index)
     representative = itself.scatter(1, index.flatten().expand(batch, -1), target.flatten(1))

@@ -32,7 +32,7 @@ def cut(mask: BlockMask, layout: Layout) -> BlockMask:
     columns = layout.columns(layout.first(mask))
     rows, there, slots = layout.rows.clamp(min=0), columns != PAD, columns.clamp(min=0)
     # one function for rows with and without padding: the kernel is compiled once per function
-    itself = torch.arange(k - n, k, device=rows.device).where(layout.queries == PAD, PAD)
+    itself = torch.arange(k - n, k, dtype=torch.long, device=rows.device).where(layout.queries == PAD, PAD)
     asks = mask.mask_mod
 
     def sees(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:

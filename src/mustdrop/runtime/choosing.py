@@ -208,7 +208,7 @@ def of_features(run: EncoderRun, read: Read, patches: Tensor) -> Tensor:
 
 def places(layout: Layout) -> Tensor:
     """(4, N) long: frame (over all grids), row, column, and first frame of the grid, of each feature; structural 0."""
-    out = torch.zeros(4, layout.size, dtype=torch.long)
+    out = torch.zeros(4, layout.size, dtype=torch.long, device="cpu")
     first = 0
     for (frames, rows, columns), start in zip(layout.grids, layout.offsets, strict=False):
         if not frames * rows * columns:
@@ -236,7 +236,7 @@ def owners(run: EncoderRun, patches: Tensor) -> Tensor:
     the first of the window's features that it leaves.
     """
     number = len(patches)
-    index = torch.arange(number, device=patches.device)
+    index = torch.arange(number, dtype=torch.long, device=patches.device)
     if run.merged is None:
         return index
     total = run.merged.merge_into.numel() if run.merged.merge_into is not None else int(patches.max()) + 1
@@ -244,7 +244,7 @@ def owners(run: EncoderRun, patches: Tensor) -> Tensor:
     holds = (patches == key[:, None]).any(1)
     rank = torch.where(holds, index, index + number)
     structural = patches[:, 0] < 0
-    table = torch.full((total,), 2 * number, device=patches.device)
+    table = torch.full((total,), 2 * number, dtype=torch.long, device=patches.device)
     table = table.scatter_reduce(0, key[~structural], rank[~structural], "amin")
     return torch.where(structural, index, table[key] % number)
 

@@ -190,14 +190,14 @@ class Runtime:
         tokens = [modality.token for modality in self.modalities]
         # of kinds that share a token, the one that came with the call
         kinds = [i for i, m in enumerate(self.modalities) if tokens.count(m.token) == 1 or _came(m, kwargs)]
-        wanted = torch.tensor([tokens[i] for i in kinds])
+        wanted = torch.tensor([tokens[i] for i in kinds], dtype=torch.long, device=HOST)
         if ids is not None:
             same = ids.to(HOST)[..., None] == wanted
         else:
             given = cast(Tensor, embeds)
             rows = self.text.get_input_embeddings()(wanted.to(given.device))
             same = (given[:, :, None] == rows.to(given)).all(-1).to(HOST)
-        return torch.where(same, torch.tensor(kinds), -1).amax(-1)
+        return torch.where(same, torch.tensor(kinds, dtype=torch.long, device=HOST), -1).amax(-1)
 
     def _has_media(self, kwargs: dict[str, Any]) -> bool:
         return any(_came(modality, kwargs) for modality in self.modalities)

@@ -181,7 +181,7 @@ class EncoderStage:
         if isinstance(borders, Tensor):
             return borders.diff()
         rows, length = (1, hidden.shape[0]) if hidden.ndim == 2 else hidden.shape[:2]
-        return torch.full((rows,), length)
+        return torch.full((rows,), length, dtype=torch.long, device=HOST)
 
     def _merge(self, run: EncoderRun, hidden: Tensor, module: nn.Module) -> Tensor:
         prefix = self.tower.prefix
@@ -209,7 +209,7 @@ class EncoderStage:
                 made = encoder_mask(visible, implementation_of(module), hidden)
             else:
                 slots = nn.functional.pad(merged.keep + prefix, (prefix, 0))
-                slots[:, :prefix] = torch.arange(prefix, device=slots.device)
+                slots[:, :prefix] = torch.arange(prefix, dtype=torch.long, device=slots.device)
                 made = cut_encoder_mask(given, on(slots, hidden.device), on(visible, hidden.device))
             run.masks[key] = (merged, made)  # holding what it is made of keeps its id from being used again
         return run.masks[key][1]
@@ -260,7 +260,7 @@ class _Whole:
     """Gives hidden states all patches: each has the value of what it became part of, zero if it is gone."""
 
     def __init__(self, merged: Selection, into: Tensor, prefix: int) -> None:
-        front = torch.arange(prefix, device=into.device).expand(len(into), -1)
+        front = torch.arange(prefix, dtype=torch.long, device=into.device).expand(len(into), -1)
         self.row = torch.cat([front, into.clamp(min=0) + prefix], 1)
         gone = into < 0
         self.gone = nn.functional.pad(gone, (prefix, 0)) if bool(gone.any()) else None

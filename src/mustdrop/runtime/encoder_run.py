@@ -68,7 +68,7 @@ class EncoderRun:
     def owners(self, patches: int) -> Tensor:
         """(patches,) long, for every patch of all items the patch that names its merged window (or itself)."""
         if self.merged is None or self.merged.merge_into is None:
-            return torch.arange(patches)
+            return torch.arange(patches, dtype=torch.long, device="cpu")
         owner = self.merged.keep.gather(1, self.merged.merge_into)
-        base = torch.arange(len(owner), device=owner.device)[:, None] * owner.shape[1]
+        base = torch.arange(len(owner), dtype=torch.long, device=owner.device)[:, None] * owner.shape[1]
         return (owner + base).flatten()

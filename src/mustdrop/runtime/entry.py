@@ -123,7 +123,7 @@ def valid_tokens(tokens: Tensor, mask: Any, start: int = 0) -> Tensor:
 
 def last_token(valid: Tensor) -> Tensor:
     """(B, length) bool, True at the last valid token of each row."""
-    index = torch.arange(valid.shape[1], device=valid.device)
+    index = torch.arange(valid.shape[1], dtype=torch.long, device=valid.device)
     return index == torch.where(valid, index, -1).amax(1, keepdim=True)
 
 
@@ -135,7 +135,7 @@ def words(embeds: Tensor, vision: Tensor, valid: Tensor) -> list[Tensor]:
         vision: (B, length) bool.
         valid: (B, length) bool, tokens that are not padding.
     """
-    index = torch.arange(vision.shape[1], device=vision.device)
+    index = torch.arange(vision.shape[1], dtype=torch.long, device=vision.device)
     text = valid & ~vision
     behind = text & (index > torch.where(vision, index, -1).amax(1, keepdim=True))
     text = torch.where(behind.any(1, keepdim=True), behind, text)
@@ -149,7 +149,7 @@ def _prompt(valid: Tensor, call: Call | None) -> Tensor:
     """
     if call is None or call.length is None:
         return valid
-    return valid & (torch.arange(valid.shape[1], device=valid.device) < call.length)
+    return valid & (torch.arange(valid.shape[1], dtype=torch.long, device=valid.device) < call.length)
 
 
 def _pin_the_end(media: Media, call: Call | None) -> None:
@@ -167,7 +167,7 @@ def _raters(vision: Tensor, valid: Tensor) -> Tensor:
 
     `valid` marks the tokens of the prompt. Labels decide nothing: what is dropped is the same with and without them.
     """
-    index = torch.arange(vision.shape[1], device=vision.device)
+    index = torch.arange(vision.shape[1], dtype=torch.long, device=vision.device)
     last = torch.where(vision, index, -1).amax(1, keepdim=True)
     text = valid & ~vision & (index > last)
     return torch.where(text.any(1, keepdim=True), text, last_token(valid))
@@ -217,11 +217,11 @@ def _marks(call: Call | None, media: list[list[Medium]]) -> list[Marks]:
         pairs = [(medium.index, by_layout[id(medium.layout)].to(HOST)) for medium in own]
         n = sum(len(index) for index, _ in pairs)
         row = Marks(
-            alive=torch.ones(n, dtype=torch.bool),
-            pinned=torch.zeros(n, dtype=torch.bool),
-            importance=torch.zeros(n),
-            order=torch.arange(n),
-            assignment=torch.arange(n),
+            alive=torch.ones(n, dtype=torch.bool, device=HOST),
+            pinned=torch.zeros(n, dtype=torch.bool, device=HOST),
+            importance=torch.zeros(n, dtype=torch.float32, device=HOST),
+            order=torch.arange(n, dtype=torch.long, device=HOST),
+            assignment=torch.arange(n, dtype=torch.long, device=HOST),
         )
         for index, mark in pairs:
             row.alive[index], row.pinned[index] = mark.alive, mark.pinned
@@ -235,8 +235,8 @@ def _marks(call: Call | None, media: list[list[Medium]]) -> list[Marks]:
 def _spread_marks(media: Media, reorder: bool) -> None:
     """Write the marks of each row to the positions of its vision tokens."""
     media.pinned = torch.zeros_like(media.vision)
-    media.importance = torch.zeros(media.vision.shape)
-    order = torch.arange(media.vision.shape[1]).expand_as(media.vision).clone()
+    media.importance = torch.zeros(media.vision.shape, dtype=torch.float32, device=HOST)
+    order = torch.arange(media.vision.shape[1], dtype=torch.long, device=HOST).expand_as(media.vision).clone()
     for b, row in enumerate(media.marks):
         place = media.places[b].nonzero()[:, 0]
         seen = media.valid[b, place]
@@ -265,6 +265,6 @@ def _counts(runtime: Runtime, media: Media) -> list[Tensor]:
     counts = []
     for k in range(len(runtime.filters)):
         wanted = [row[k] for row in rows]
-        counts.append(torch.tensor(wanted if wanted != present else [], dtype=torch.long))
+        counts.append(torch.tensor(wanted if wanted != present else [], dtype=torch.long, device=HOST))
         present = wanted
     return counts

@@ -100,10 +100,10 @@ class Inside:
         if self.keys is None or not any(group.here(index) for group in groups):
             return None
         device, (items, tokens, _) = hidden.device, hidden.shape
-        slot = torch.full((items, tokens), -1, device=device)
+        slot = torch.full((items, tokens), -1, dtype=torch.long, device=device)
         counts = torch.zeros(items, dtype=torch.long, device=device)
         for group in groups:
-            mine = slice(None) if group.items is None else torch.tensor(group.items, device=device)
+            mine = slice(None) if group.items is None else torch.tensor(group.items, dtype=torch.long, device=device)
             own = tokens if group.tokens is None else group.tokens
             slot[mine, :own], group.tokens = self.rule.join(self.keys[mine, :own], group.here(index), self.prefix)
             counts[mine] = group.tokens
@@ -113,13 +113,13 @@ class Inside:
         # padding has no slot: its size, which is 0, goes anywhere
         self.size = size.new_zeros(items, slots).scatter_add_(1, slot.clamp(min=0), size)
         patches = slot[:, self.prefix :] - self.prefix  # the tokens before the patches stay where they are
-        before = torch.arange(tokens - self.prefix, device=device).expand_as(patches)
+        before = torch.arange(tokens - self.prefix, dtype=torch.long, device=device).expand_as(patches)
         into = patches if merged is None or merged.merge_into is None else patches.gather(1, merged.merge_into)
         names = before if merged is None else merged.keep.masked_fill(~merged.valid, into.shape[1])
         # each slot is named by the first of its patches
-        keep = torch.full((items, slots - self.prefix), into.shape[1], device=device)
+        keep = torch.full((items, slots - self.prefix), into.shape[1], dtype=torch.long, device=device)
         keep = keep.scatter_reduce(1, patches.clamp(min=0), names, "amin")
-        valid = torch.arange(slots - self.prefix, device=device) < (counts - self.prefix)[:, None]
+        valid = torch.arange(slots - self.prefix, dtype=torch.long, device=device) < (counts - self.prefix)[:, None]
         return Selection(keep.masked_fill(~valid, 0), valid, into)
 
     def _grouped(self, items: int) -> list[Group]:

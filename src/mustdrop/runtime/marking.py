@@ -53,8 +53,8 @@ def means(features: Tensor, into: Tensor) -> Tensor:
     target = into.to(features.device)
     total = torch.zeros(features.shape, dtype=torch.float32, device=features.device)
     total = total.index_add(0, target, features.float())
-    ones = torch.ones(len(features), device=features.device)
-    size = torch.zeros(len(features), device=features.device).index_add(0, target, ones)
+    ones = torch.ones(len(features), dtype=torch.float32, device=features.device)
+    size = torch.zeros(len(features), dtype=torch.float32, device=features.device).index_add(0, target, ones)
     alone = (size <= 1)[:, None]
     return torch.where(alone, features, (total / size.clamp(min=1)[:, None]).to(features.dtype))
 
@@ -68,7 +68,7 @@ def must_remain(pruner: VisionStagePruner, layouts: Sequence[Layout], least: Seq
     assert pruner.window is not None
     patches = run.grid[0] * run.grid[1]
     items = max(int(layout.patches.max()) for layout in layouts if layout.size) // patches + 1
-    remain = torch.zeros(items, dtype=torch.long)
+    remain = torch.zeros(items, dtype=torch.long, device=HOST)
     window, square = pruner.window**2 - 1, (pruner.window * run.pool) ** 2 - 1
     for layout, fewest in zip(layouts, least, strict=True):
         item, count = torch.unique(layout.patches[~layout.structural, 0] // patches, return_counts=True)
@@ -134,7 +134,9 @@ def decide(
             if order is not None:
                 own = order[starts[i] : starts[i + 1]]
                 front = int((own < 0).sum())
-                marks[i] = replace(mark, order=torch.where(own < 0, torch.arange(size), own + front))
+                marks[i] = replace(
+                    mark, order=torch.where(own < 0, torch.arange(size, dtype=torch.long, device=HOST), own + front)
+                )
     done = [mark for mark in marks if mark is not None]
     if not behind:
         return Decided(done, None)
@@ -162,7 +164,11 @@ def _by_rule(
         mine = slice(start, start + layout.size)
         keep, into = kept[mine], became[mine]
         picture = keep & ~layout.structural
-        order = ordered[mine] - start if pruner.compat == "released" else torch.arange(layout.size)
+        order = (
+            ordered[mine] - start
+            if pruner.compat == "released"
+            else torch.arange(layout.size, dtype=torch.long, device=HOST)
+        )
         marks.append(
             Marks(
                 alive=keep,
@@ -210,7 +216,7 @@ def _marked(sizes: Sequence[int], places: Mapping[int, int]) -> Tensor:
 def _importance(pruner: VisionStagePruner, run: EncoderRun, patches: Tensor) -> Tensor:
     """(F,) mean encoder attention of each feature's patches; 0 for structural rows."""
     if not pruner.needs_attention:
-        return torch.zeros(len(patches))
+        return torch.zeros(len(patches), dtype=torch.float32, device=HOST)
     return of_features(run, pruner.importance, patches)
 
 
@@ -218,11 +224,11 @@ def _merge_behind(
     pruner: VisionStagePruner, layouts: Sequence[Layout], features: Tensor, least: Sequence[int]
 ) -> Tensor:
     """(F,) long as `owners`, for windows over the cells of each grid of features."""
-    owner = torch.arange(len(features))
+    owner = torch.arange(len(features), dtype=torch.long, device=HOST)
     start = 0
     for layout, fewest in zip(layouts, least, strict=True):
         cells = layout.cells
-        place = torch.empty(layout.offsets[-1], dtype=torch.long)
+        place = torch.empty(layout.offsets[-1], dtype=torch.long, device=HOST)
         place[cells[cells >= 0]] = (cells >= 0).nonzero()[:, 0] + start  # cell -> feature
         sizes = [b - a for a, b in zip(layout.offsets[:-1], layout.offsets[1:], strict=True)]
         gone = share_out(min(max(0, layout.size - fewest), sum(sizes)), sizes)
@@ -230,7 +236,7 @@ def _merge_behind(
             if not size:  # a picture so thin that nothing of its tiles is left
                 continue
             mine = place[first : first + size]
-            limit = torch.tensor([size - n], device=features.device) if pruner.selects else None
+            limit = torch.tensor([size - n], dtype=torch.long, device=features.device) if pruner.selects else None
             merged = pruner.merge(features[mine][None].float(), grid, limit).to(HOST)
             if merged.merge_into is not None:
                 owner[mine] = mine[merged.keep[0, merged.merge_into[0]]]

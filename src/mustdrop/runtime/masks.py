@@ -62,8 +62,8 @@ class Layout:
         A padded query sees itself, so no row is empty.
         """
         n, k = self.queries.shape[1], self.slots.shape[1]
-        here = torch.arange(k - n, k, device=self.slots.device)
-        there = torch.arange(k, device=self.slots.device)
+        here = torch.arange(k - n, k, dtype=torch.long, device=self.slots.device)
+        there = torch.arange(k, dtype=torch.long, device=self.slots.device)
         before = there <= here[:, None] if self.reordered else self.slots[:, None] <= self.queries[..., None]
         return ((self.slots != PAD)[:, None] & before) | (there == here[:, None]) & (self.queries == PAD)[..., None]
 
@@ -226,7 +226,7 @@ def visible_keys(rows: Tensor, mask: Mask, queries: int, keys: int) -> tuple[Ten
     if isinstance(mask, BlockMask):
         return block_masks.seen_by(mask, rows, keys), None
     if mask is None or mask.ndim == 2:
-        causal = torch.arange(keys, device=rows.device) <= (rows + keys - queries)[..., None]
+        causal = torch.arange(keys, dtype=torch.long, device=rows.device) <= (rows + keys - queries)[..., None]
         return (causal if mask is None else causal & mask[:, None, :keys].bool()), None
     picked = take(mask.expand(rows.shape[0], -1, -1, -1), rows, 2)[..., :keys]
     if picked.dtype == torch.bool:

@@ -22,11 +22,11 @@ def record(runtime: Runtime, call: Call) -> Trace:
     prefill = call.prefill
     depth = runtime.depth
     if prefill is None:  # nothing went through the text model
-        empty = torch.zeros(1, 1, dtype=torch.bool)
+        empty = torch.zeros(1, 1, dtype=torch.bool, device="cpu")
         prefill = Prefill(empty, 0, empty)
     rows: list[Tensor | None] = prefill.rows or [None] * (depth + 1)
     alive = _alive(prefill, rows)
-    tokens = torch.tensor([[len(a) for a in layer] for layer in alive[:depth]])
+    tokens = torch.tensor([[len(a) for a in layer] for layer in alive[:depth]], dtype=torch.long, device="cpu")
     cache = call.cache
     valid = prefill.valid
     if cache is not None and isinstance(cache.layers[0], kv.PrunedStaticLayer):  # compiled steps count nothing
@@ -56,7 +56,7 @@ def _entries(cache: Any, prefill: Prefill, depth: int, batch: int) -> tuple[Tens
     Layers with the same entries share the result.
     """
     if cache is None:
-        nothing = torch.zeros(depth, batch, dtype=torch.long)
+        nothing = torch.zeros(depth, batch, dtype=torch.long, device="cpu")
         return nothing, nothing
     done: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     layers = cache.layers[:depth]
@@ -113,7 +113,7 @@ def _flops(
     past = prefill.past[:depth] or [0] * depth
     start = [prefill.start] * depth
     scoring = sum(text.scoring(i, rows, new[b][i] + past[i]) for b in range(batch) for i, rows in prefill.scored)
-    logical = [int(n) for n in (torch.tensor(whole) + prefill.start + call.steps)]
+    logical = [int(n) for n in (torch.tensor(whole, dtype=torch.long, device="cpu") + prefill.start + call.steps)]
     parts = {
         "vision": _encoder_cost(runtime, call),
         "projector": _projector_cost(runtime, call),

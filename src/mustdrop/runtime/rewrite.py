@@ -122,7 +122,7 @@ class Rewriter:
             kwargs["attention_mask"] = memo[key][1]
         if self.runtime.method.renumber:
             stored = layer.cumulative_length - (layer.positions == PAD).sum(1, keepdim=True)
-            place = stored + torch.arange(hidden.shape[1], device=hidden.device)
+            place = stored + torch.arange(hidden.shape[1], dtype=torch.long, device=hidden.device)
             for name, value in kwargs.items():
                 if name.startswith("position_embeddings") and value is not None:
                     kwargs[name] = tuple(self.runtime.text.rotary_emb(hidden, place))

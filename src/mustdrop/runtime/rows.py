@@ -60,7 +60,7 @@ def pack(keep: Tensor, order: Tensor | None = None) -> Tensor:
     (B, M) long.
     """
     n = keep.shape[1]
-    index = torch.arange(n, device=keep.device).expand_as(keep)
+    index = torch.arange(n, dtype=torch.long, device=keep.device).expand_as(keep)
     key = (index if order is None else order).masked_fill(~keep, PAD)
     most = int(keep.sum(1).max()) if keep.numel() else 0
     place = key.argsort(dim=1, stable=True)[:, n - most :]

@@ -154,7 +154,7 @@ def merged(selection: Selection, hidden: Tensor) -> Tensor:
 
 def released_order(selection: Selection, n: int) -> Tensor:
     """(B, n) long sort key of the rows: survivors stand, in the order of the selection, where survivors stood."""
-    order = torch.arange(n, device=selection.keep.device).repeat(len(selection.keep), 1)
+    order = torch.arange(n, dtype=torch.long, device=selection.keep.device).repeat(len(selection.keep), 1)
     for b, valid in enumerate(selection.valid):
         slots = selection.keep[b, valid]
         order[b, slots] = slots.sort().values

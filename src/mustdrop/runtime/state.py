@@ -203,7 +203,7 @@ class Forward:
         """(B, n) chunk index of each current row."""
         if self.rows is not None:
             return self.rows
-        return torch.arange(self.length).expand(self.batch, -1)
+        return torch.arange(self.length, dtype=torch.long, device="cpu").expand(self.batch, -1)
 
     def current(self, x: Tensor) -> Tensor:
         """(B, n) values of a (B, length) bool tensor at the current rows, False on padding."""

@@ -116,7 +116,7 @@ class TextStage:
                 decoding.before_step(self._decode, forward.cache, Later.of(self.spans, forward, self.local.call))
             forward.idle = self._idle(forward)
             if self._is_recorded(forward):
-                nothing = torch.zeros(tokens.shape[:2], dtype=torch.bool)
+                nothing = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=HOST)
                 self._record(forward, Prefill(nothing, start, entry.valid_tokens(nothing, mask, start)))
             return (), kwargs
         media = forward.media = entry.read(runtime, embeds, kinds, mask)
@@ -340,7 +340,7 @@ class TextStage:
     def _scatter(self, forward: Forward, rows: Tensor, call: Call | None, output: Any) -> Any:
         """Hidden states at the logical length again; caches cut to what the last layer processed."""
         target = rows.masked_fill(rows == PAD, forward.length)  # padding goes to one row too many, cut off below
-        here = torch.zeros(forward.batch, forward.length + 1, dtype=torch.bool)
+        here = torch.zeros(forward.batch, forward.length + 1, dtype=torch.bool, device=HOST)
         here = here.scatter(1, target, True)[:, :-1]
         if forward.cache is not None and self._decode.cascade:
             evict_dropped(forward.cache.layers[self._decode.full_layers :], forward.start, here)

@@ -215,7 +215,7 @@ def text_statistics(
 def received_attention(q: Tensor, k: Tensor, visible: Tensor, scaling: float) -> Tensor:
     """See `mustdrop.kernels.received_attention`."""
     length = q.shape[2]
-    rows = torch.arange(length, device=q.device).expand(q.shape[0], -1).masked_fill(~visible, -1)
+    rows = torch.arange(length, dtype=torch.long, device=q.device).expand(q.shape[0], -1).masked_fill(~visible, -1)
     seen = visible[:, None].expand(-1, length, -1)
     total = launch(q, k, rows, seen, scaling, None, None, 0, as_rows=False)[:, 0]
     return total / visible.sum(1, keepdim=True).clamp(min=1)

@@ -132,5 +132,5 @@ def _sorted(slot: Tensor, slots: int) -> tuple[Tensor, Tensor]:
         )
         return members, borders
     by_slot, members = slot.masked_fill(slot < 0, slots).sort(dim=1, stable=True)
-    edges = torch.arange(slots + 1, device=slot.device).expand(batch, -1).contiguous()
+    edges = torch.arange(slots + 1, dtype=torch.long, device=slot.device).expand(batch, -1).contiguous()
     return members, torch.searchsorted(by_slot, edges)
