@@ -71,6 +71,9 @@ def dynamic_cache(config: Any) -> Any:
     return DynamicCache(config=config)
 
 
+#: A `cache_implementation` that files of older models ask for: transformers leaves it out.
+TAKEN_BACK = "hybrid"
+
 CACHE_NAMES = ("past_key_values",) if older_than("5.24") else ("cache", "past_key_values")
 _PAGED = (
     "PagedAttentionCache"  # of continuous batching, which takes texts alone: nothing is dropped, and it is left alone

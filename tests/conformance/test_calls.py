@@ -14,7 +14,7 @@ import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from mustdrop.errors import NotPatchedError, UnsupportedOptionError
 from mustdrop.patching import unpatched
-from support.builders import IMAGE, LLAMA, answer, batch, clone, plain, vision_positions
+from support.builders import IMAGE, LLAMA, answer, batch, clone, defaults, plain, vision_positions
 from support.checks import TOLERANCE, distance, patched
 from support.oracle import MaskedOracle, hidden_by
 from support.versions import CACHE
@@ -183,23 +183,26 @@ def test_a_model_that_drafts_for_itself():
     assert cost(mustdrop.trace(model))[0] == kept[0]
 
 
-def test_a_decoding_loop_of_the_callers_own():
-    """`custom_generate`: passes that nothing prepares, and those on the caller's cache, belong to the call."""
-    model, inputs = patched(LLAMA, **EVICTING), batch(LLAMA, (1,), seed=10)
-    expected, kept, _ = run(model, inputs)
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "without_cache"])
+def test_a_decoding_loop_of_the_callers_own(cached):
+    """`custom_generate`: passes that nothing prepares belong to the call, by its cache or by its media."""
+    model, inputs = patched(LLAMA, **(EVICTING if cached else MERGING)), batch(LLAMA, (1,), seed=10)
+    expected, kept, _ = run(model, inputs, use_cache=cached)
 
     def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-        given = {key: value for key, value in kwargs.items() if key in ("attention_mask", *MEDIA)}
-        out = model(input_ids=input_ids, **given, use_cache=True)
+        media = {key: value for key, value in kwargs.items() if key in MEDIA}
+        given, cache, length = {"input_ids": input_ids, **media}, {}, input_ids.shape[1]
         while True:
+            out = model(**given, **cache, use_cache=cached)
             token = out.logits[:, -1].argmax(-1)[:, None]
             input_ids = torch.cat([input_ids, token], 1)
-            if input_ids.shape[1] == inputs["input_ids"].shape[1] + 4:
+            if input_ids.shape[1] == length + 4:
                 return input_ids
             model(**batch(LLAMA, (2,), seed=11))
-            out = model(input_ids=token, **{CACHE: out[CACHE]}, use_cache=True)
+            given, cache = ({"input_ids": token}, {CACHE: out[CACHE]}) if cached else (given, {})
+            given["input_ids"] = token if cached else input_ids
 
-    got = model.generate(**inputs, max_new_tokens=4, do_sample=False, custom_generate=loop)
+    got = model.generate(**inputs, max_new_tokens=4, do_sample=False, use_cache=cached, custom_generate=loop)
     assert torch.equal(got, expected.sequences)
     assert cost(mustdrop.trace(model)) == kept
 
@@ -335,6 +338,13 @@ def test_what_is_refused_is_refused_however_it_comes(option):
     with refused:  # a configuration that says nothing leaves it to the model's
         model.generate(ids, bare, **rest)
     assert model.generate(ids, bare, **rest, **dict.fromkeys(settings)).shape[1] == ids.shape[1] + 2
+
+
+def test_a_cache_that_files_of_older_models_ask_for_is_left_out_as_transformers_does():
+    model, inputs = patched(LLAMA, **MERGING), batch(LLAMA, (1,), seed=17)
+    expected = answer(model, inputs)
+    model.generation_config.cache_implementation = "hybrid"
+    assert same(answer(model, inputs), expected)
 
 
 def test_an_assistant_by_position_is_refused_where_drafts_would_evict():
@@ -504,3 +514,53 @@ def test_a_prompt_that_continues_a_cache_inside_another_call():
     assert again == kept
     assert all(same(each, alone) for each in made)
     assert len(vision_positions(inner["input_ids"], 0)) == int((inner["input_ids"] == IMAGE).sum())
+
+
+# ---------------------------------------------------------------------------------------------- defaults of the process
+
+
+@pytest.mark.parametrize("default", ["dtype", "device", "context"])
+@pytest.mark.parametrize("method", mustdrop.methods())
+def test_methods_do_not_look_at_defaults_of_the_process(method, default):
+    """Every method, its trace and its table, under another default type and another default device."""
+    knobs = {} if method == "none" else {"keep": 0.6}
+    model, inputs = mustdrop.patch(clone(), method, **knobs), batch(LLAMA, (2,), seed=29)
+    expected, kept = answer(model, inputs, steps=3), cost(mustdrop.trace(model))
+    with defaults(default):
+        got = answer(model, inputs, steps=3)
+        trace = mustdrop.trace(model)
+        assert cost(trace) == kept
+        assert trace.to_dict()["tokens"] == kept[0]
+        assert str(trace)
+        assert trace.assignment(0).dtype == trace.kept(0).dtype == torch.long
+    assert same(got, expected)
+
+
+@pytest.mark.parametrize("default", ["dtype", "device"])
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 2}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 2}, {"use_cache": False}],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_do_not_look_at_defaults_of_the_process(options, default):
+    model, inputs = patched(LLAMA, **MERGING), batch(LLAMA, (1,), seed=30)
+    untouched = answer(clone(), inputs, steps=3, **options)
+    expected = answer(model, inputs, steps=3, **options)
+    with defaults(default):
+        try:
+            plainly = answer(clone(), inputs, steps=3, **options)
+        except (RuntimeError, NotImplementedError) as error:
+            pytest.skip(f"the unpatched model raises: {error}")
+        got = answer(model, inputs, steps=3, **options)
+    assert same(got, expected) or not same(plainly, untouched)
+
+
+@pytest.mark.parametrize("default", ["dtype", "device"])
+def test_a_training_step_does_not_look_at_defaults_of_the_process(default):
+    model, inputs = patched(LLAMA, **MERGING), batch(LLAMA, (1, 2), seed=31)
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    expected = model(**inputs, labels=labels).loss
+    with defaults(default):
+        loss = model(**inputs, labels=labels).loss
+        loss.backward()
+    assert torch.equal(loss, expected)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,6 +210,21 @@ def answer(model: Any, inputs: dict[str, Any], steps: int = 8, **options: Any) -
         )
     scores = getattr(out, "sequences_scores", None)
     return Answer(out.sequences, torch.stack(out.logits, 1), getattr(out, CACHE), scores)
+
+
+@contextlib.contextmanager
+def defaults(which: str) -> Iterator[None]:
+    """Another default type of the process ("dtype"), or another default device ("device", or as a "context")."""
+    if which == "context":
+        with torch.device("meta"):
+            yield
+        return
+    set_default: Any = torch.set_default_dtype if which == "dtype" else torch.set_default_device
+    set_default(torch.float64 if which == "dtype" else "meta")
+    try:
+        yield
+    finally:
+        set_default(torch.float32 if which == "dtype" else None)
 
 
 def anatomy(model: Any) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class Calls:
         if not self._belongs(level, kwargs):
             self._begin_forward(level, kwargs)
         elif not local.levels and local.call is not None:
-            local.call.prepared = None
+            local.call.passes(kwargs)
         local.levels, local.reached, local.arrived = (*local.levels, level), level, module
         return kwargs
 
@@ -141,11 +141,11 @@ def _own(call: Call, kwargs: dict[str, Any]) -> bool:
 
 
 def _share(known: dict[str, Any], given: dict[str, Any]) -> bool:
-    """Whether any tensor came under the same name in both, or the same cache."""
+    """Whether any tensor, or what was encoded, came under the same name in both, or the same cache."""
     cache = cache_of(known)
     if cache is not None and cache is cache_of(given):
         return True
-    return any(isinstance(value, Tensor) and given.get(name) is value for name, value in known.items())
+    return any(isinstance(value, Tensor | dict) and given.get(name) is value for name, value in known.items())
 
 
 class Direct:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from mustdrop import kv
-from mustdrop.compat import by_name, cache_of, eager, static_cache
+from mustdrop.compat import TAKEN_BACK, by_name, cache_of, eager, static_cache
 from mustdrop.errors import UnsupportedOptionError
 from mustdrop.runtime import checks
 from mustdrop.runtime.calls import PrepareWrapper
@@ -71,6 +71,8 @@ class GenerateWrapper:
             return next((value for value in given if value is not None), None)
 
         implementation = option("cache_implementation")
+        if implementation == TAKEN_BACK and kwargs.get("cache_implementation") is None:
+            implementation = None
         if option("use_cache") is not False:
             if implementation not in (None, "dynamic", "static"):
                 raise UnsupportedOptionError(

@@ -114,7 +114,7 @@ class Call:
         layouts: kind of media -> per prompt and medium, how its features lie.
         encoded: what each pass through an encoder saw.
         prefill: record of the first pass through the text model.
-        media: arguments of the call that hold media.
+        media: arguments that hold media: of the call, and then of its first pass.
         labels: our copies of `labels` and of `shift_labels`, which say at each token what it predicts.
         cache: the cache that the call used.
         steps: logical tokens that followed the first pass.
@@ -141,6 +141,13 @@ class Call:
     cache: Any = None
     steps: int = 0
     kernels: set[str] = field(default_factory=fresh_log)
+
+    def passes(self, arguments: dict[str, Any]) -> None:
+        """A pass that belongs to a `generate` begins."""
+        self.prepared = None
+        if self.prefill is None:
+            names = (*self.media, "mm_encoder_outputs")
+            self.media = {name: arguments[name] for name in names if arguments.get(name) is not None}
 
     def out_of_the_loss(self, gone: Tensor) -> None:
         """A dropped token predicts nothing: the labels of what follows the tokens `gone`, (B, length) bool, go."""
