@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
 from mustdrop.adapters import find as find_adapter
+from mustdrop.adapters.unsupported import inside, unwrapped
 from mustdrop.budget import Keep
-from mustdrop.errors import ConfigError, NotPatchedError
+from mustdrop.errors import AmbiguousBudgetWarning, BudgetError, ConfigError, NotPatchedError, warn
 from mustdrop.method import DEFAULT_METHOD, Method
-from mustdrop.method import find as find_method
 from mustdrop.pruners import DecodeCachePruner, PrefillPruner, VisionStagePruner
+from mustdrop.pruners.answers import forget
+from mustdrop.registry import MethodLike, resolve
 from mustdrop.runtime.core import Runtime
+from mustdrop.runtime.plan import require_possible
 from mustdrop.trace import Trace
 
 M = TypeVar("M", bound=nn.Module)
@@ -24,7 +27,7 @@ _ATTRIBUTE = "_mustdrop"
 
 def patch(
     model: M,
-    method: Method | str | None = None,
+    method: MethodLike | None = None,
     *,
     keep: Keep | None = None,
     vision: VisionStagePruner | None = None,
@@ -37,8 +40,8 @@ def patch(
     Args:
         model: a Hugging Face vision-language model of a known family (`mustdrop.adapters()`), or a peft model around
             one: then the model inside is patched.
-        method: a published method by name (`mustdrop.methods()`), or a `Method`. Default: "mustdrop", unless one of
-            the three pruners is given.
+        method: a method by name (`mustdrop.list_methods()`), a `Recipe` class or object, or a `Method`. Default:
+            "mustdrop", unless one of the three pruners is given.
         keep: equal-token budget: int (tokens) or share in (0, 1] of the prompt's vision tokens. It is the mean over the
             decoder layers of the vision tokens that a layer processes; never exceeded. Default one third.
         vision: what happens in the vision encoder.
@@ -52,19 +55,13 @@ def patch(
     Raises:
         UnsupportedModelError: no adapter for the model, or it lacks what a stage needs.
         UnknownMethodError, UnknownKnobError: names that do not exist; the message lists the known ones.
-        BudgetError, ConfigError: values out of range, layers that the model does not have, settings that contradict.
+        BudgetError, ConfigError: values out of range, layers that the model does not have, settings that contradict, a
+            share that no prompt can meet on this model.
         UnsupportedOptionError: an attention backend that cannot be pruned.
     """
     chosen = _method(method, keep, vision, prefill, decode, knobs)
-    inner = _inside(model)
-    runtime = Runtime(inner, find_adapter(inner), chosen)  # fails before the model is touched
-    unpatch(model)
-    try:
-        runtime.install()
-    except BaseException:
-        runtime.uninstall()
-        raise
-    object.__setattr__(inner, _ATTRIBUTE, runtime)
+    _put_in(model, chosen)
+    _warn_of_one(chosen)
     return model
 
 
@@ -76,12 +73,12 @@ def unpatch(model: M) -> M:
     runtime = _runtime(model)
     if runtime is not None:
         runtime.uninstall()
-        object.__delattr__(_inside(model), _ATTRIBUTE)
+        object.__delattr__(runtime.model, _ATTRIBUTE)
     return model
 
 
 @contextmanager
-def patched(model: M, method: Method | str | None = None, **settings: Any) -> Iterator[M]:
+def patched(model: M, method: MethodLike | None = None, **settings: Any) -> Iterator[M]:
     """`patch` for the length of a `with` block; afterwards the model is as it was, also after an exception.
 
     A model that was already patched gets its former method back.
@@ -98,7 +95,7 @@ def patched(model: M, method: Method | str | None = None, **settings: Any) -> It
     finally:
         unpatch(model)
         if before is not None:
-            patch(model, before.method)
+            _put_in(model, before.method)
 
 
 @contextmanager
@@ -114,7 +111,7 @@ def unpatched(model: M) -> Iterator[M]:
         yield model
     finally:
         if before is not None:
-            patch(model, before.method)
+            _put_in(model, before.method)
 
 
 def trace(model: nn.Module) -> Trace:
@@ -132,27 +129,20 @@ def trace(model: nn.Module) -> Trace:
     return found
 
 
+last_trace = trace
+
+
 def _runtime(model: object) -> Runtime | None:
-    inner = _inside(model)
-    return vars(inner).get(_ATTRIBUTE) if isinstance(inner, nn.Module) else None
-
-
-def _inside(model: Any) -> Any:
-    """The model that peft has wrapped and runs; any other model is itself.
-
-    Told by the package of its class, since peft need not be installed.
-    """
-    while isinstance(model, nn.Module) and any(kind.__module__.startswith("peft.") for kind in type(model).__mro__):
-        children = dict(model.named_children())  # attributes that peft's classes lack are looked up in the model inside
-        inner = children.get("base_model", children.get("model"))
-        if inner is None:
-            break
-        model = inner
-    return model
+    """Of a model, or of the one that `torch.compile`, data parallel, a pipeline or the like has wrapped."""
+    for thing in (model, *(inner for _, inner in unwrapped(model))):
+        found = vars(inside(thing)).get(_ATTRIBUTE) if isinstance(thing, nn.Module) else None
+        if found is not None:
+            return cast(Runtime, found)
+    return None
 
 
 def _method(
-    given: Method | str | None,
+    given: MethodLike | None,
     keep: Keep | None,
     vision: VisionStagePruner | None,
     prefill: PrefillPruner | None,
@@ -170,12 +160,39 @@ def _method(
                 "the pruners, e.g. prefill=PrefillPruner(keep=64)."
             )
         return Method(vision, prefill, decode)
-    if isinstance(given, Method):
-        if keep is not None or knobs:
-            raise ConfigError(
-                "a Method object is complete: give keep and knobs to its pruners, or name a method instead."
-            )
-        return given
     if keep is not None:
         knobs = {"keep": keep, **knobs}
-    return find_method(DEFAULT_METHOD if given is None else given, **knobs)
+    return resolve(DEFAULT_METHOD if given is None else given, **knobs)
+
+
+def _put_in(model: nn.Module, chosen: Method) -> None:
+    """Patch with a method that is known to be one."""
+    inner = inside(model)
+    runtime = Runtime(inner, find_adapter(inner), chosen)  # fails before the model is touched
+    try:
+        require_possible(chosen, runtime.depth, runtime.filters)
+    except BudgetError as error:
+        hint = (
+            "" if chosen.name == DEFAULT_METHOD else f" Or name a method that also drops earlier: {DEFAULT_METHOD!r}."
+        )
+        raise BudgetError(f"{error}{hint}") from None
+    for pruner in (chosen.vision, chosen.prefill, chosen.decode):
+        forget(getattr(pruner, "score", None))
+    unpatch(model)
+    try:
+        runtime.install()
+    except BaseException:
+        runtime.uninstall()
+        raise
+    object.__setattr__(inner, _ATTRIBUTE, runtime)
+
+
+def _warn_of_one(chosen: Method) -> None:
+    """keep=1 and keep=1.0 look alike, and are the least and the most."""
+    budgets = [getattr(pruner, "keep", None) for pruner in (chosen.vision, chosen.prefill, chosen.decode)]
+    if any(isinstance(keep, int) and keep == 1 for keep in budgets):
+        warn(
+            f"method {chosen.name!r} with keep=1 keeps one token: an int counts tokens. A float is a share: keep=1.0 "
+            "(100%) keeps all of them. Write that if you meant it.",
+            AmbiguousBudgetWarning,
+        )

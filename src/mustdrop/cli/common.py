@@ -20,22 +20,15 @@ WRONG = 2  # the command could not run as it was called
 
 
 def budget(text: str) -> Keep:
-    """`--keep` as a number: "64" is tokens, "0.25" a share.
+    """`--keep` as a number: "64" is tokens, "0.25" and "25%" are shares.
 
     Raises:
         typer.BadParameter: it is neither, or no budget.
     """
-    from mustdrop.budget import check_keep
+    from mustdrop.budget import check_keep, parse_keep
 
     try:
-        number: Keep = int(text)
-    except ValueError:
-        try:
-            number = float(text)
-        except ValueError:
-            raise typer.BadParameter(f"{text!r} is neither a number of tokens (64) nor a share (0.25).") from None
-    try:
-        return check_keep(number, "--keep")
+        return check_keep(parse_keep(text), "--keep")
     except BudgetError as error:
         raise typer.BadParameter(str(error)) from None
 

@@ -21,7 +21,7 @@ def methods(
 
         python -m mustdrop methods --json
     """
-    from mustdrop.method import registry
+    from mustdrop.registry import registry
 
     found = {name: _recipe(kind) for name, kind in sorted(registry().items())}
     if json:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -13,10 +12,11 @@ from mustdrop import kv
 from mustdrop.adapters.base import Adapter, Modality, Tower
 from mustdrop.compat import cache_of, require_supported_transformers
 from mustdrop.cost import EncoderCost, TextCost
-from mustdrop.errors import ConfigError, NothingDroppedWarning, UnsupportedModelError
+from mustdrop.errors import ConfigError, NothingDroppedWarning, UnsupportedModelError, warn
 from mustdrop.method import Method
 from mustdrop.runtime import checks
 from mustdrop.runtime.compiled import outside_steps
+from mustdrop.runtime.copying import Copied
 from mustdrop.runtime.encoder import EncoderStage
 from mustdrop.runtime.entry import last_token, valid_tokens, words
 from mustdrop.runtime.installation import Installation
@@ -30,7 +30,7 @@ from mustdrop.trace import Trace
 T = TypeVar("T")
 
 
-class Runtime:
+class Runtime(Copied):
     """What one patched model carries: its layers, method, budgets and run state; its methods are the hooks."""
 
     def __init__(self, model: nn.Module, adapter: Adapter, method: Method) -> None:
@@ -174,10 +174,9 @@ class Runtime:
         local.record = self.last = record(self, call)
         if self.method.drops and any(call.totals) and not self.warned and not self.last.dropped_anything:
             self.warned = True
-            warnings.warn(
+            warn(
                 f"method {self.method.name!r} kept every vision token of this prompt: {self.method.why_nothing}",
                 NothingDroppedWarning,
-                stacklevel=3,
             )
 
     def placeholders(self, ids: Tensor | None, embeds: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:

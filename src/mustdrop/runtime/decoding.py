@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mustdrop import kernels, kv
 from mustdrop.errors import MustDropError
-from mustdrop.pruners import CacheScorer, DecodeCachePruner, Received
+from mustdrop.pruners import CacheScorer, DecodeCachePruner, Received, answers
 from mustdrop.runtime import parallel
 from mustdrop.runtime.block_masks import Mask
 from mustdrop.runtime.masks import visible_keys
@@ -100,12 +100,12 @@ def read_prompt(scorer: CacheScorer, layer: kv.Slots, forward: Forward, media: M
         (B, R) rows that were read, -1 on padding.
     """
     prompt = forward.current(media.prompt)
-    rows = on(pack(scorer.rows(forward.current(media.text) & prompt, prompt)), asked.q.device)
+    rows = on(pack(answers.rows(scorer, forward.current(media.text) & prompt, prompt)), asked.q.device)
     if scorer.by_row:
         arguments = asked.arguments(rows)
         attention = asked.over_heads(kernels.row_probabilities(*arguments))
         own = (rows + asked.k.shape[2] - asked.q.shape[2]).masked_fill(rows == PAD, PAD)
-        read = Received(scorer.gather(attention, own), _seeing(rows, arguments[3]))
+        read = Received(answers.gathered(scorer, attention, own), _seeing(rows, arguments[3]))
         mass = attention.sum(1)
     else:
         parts = [_sums(asked, part) for part in torch.split(rows, asked.at_once(rows), dim=1)]
@@ -128,7 +128,7 @@ def read_step(scorer: CacheScorer, layer: Any, asked: Asked) -> None:
     n = layer.positions.shape[1]
     step = Received(step.given[:, :n], step.queries[:, :n])
     known = None if layer.attended is None or layer.queries is None else Received(layer.attended, layer.queries)
-    read = step if known is None else scorer.add(known, step)
+    read = step if known is None else answers.added(scorer, known, step)
     layer.attended, layer.queries = read.given, read.queries
 
 
@@ -157,7 +157,7 @@ def after_prompt(decode: DecodeCachePruner | None, forward: Forward, depth: int)
     if decode.scorer.by_layer:
         entries = torch.stack([layer.slot_vision().sum(1).cpu() for layer in layers])
         mass = torch.stack([own.cpu() for own in forward.masses])
-        budgets = list(decode.scorer.budgets(mass, count.cpu(), entries))
+        budgets = list(answers.budgets(decode.scorer, mass, count.cpu(), entries))
     for layer, own in zip(layers, budgets, strict=True):
         _evict(decode, layer, own)
         layer.attended = layer.queries = None  # nothing is read any more
@@ -167,7 +167,7 @@ def _evict(decode: DecodeCachePruner, layer: Any, count: Tensor) -> None:
     vision, pad = layer.slot_vision(), (0, layer.slots - layer.attended.shape[1])
     read = Received(nn.functional.pad(layer.attended, pad), nn.functional.pad(layer.queries, pad))
     vision = on(vision, read.given.device)
-    score = decode.scorer.score(read, vision)
+    score = answers.entries(decode.scorer, read, vision)
     layer.evict(decode(score, vision, on(count, score.device)).mask(layer.slots))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mustdrop import budget
+from mustdrop.pruners import answers
 from mustdrop.runtime.rows import HOST, on
 from mustdrop.runtime.state import Call, Marks, Medium
 
@@ -81,7 +82,7 @@ def read(runtime: Runtime, embeds: Tensor, kinds: Tensor, mask: Tensor | None) -
     prefill = runtime.method.prefill
     if prefill is not None and prefill.score is not None:
         entering, given = on(vision & alive, embeds.device), on(raters, embeds.device)
-        raters = prefill.score.raters(embeds.nan_to_num(0.0), entering, given).to(HOST)
+        raters = answers.raters(prefill.score, embeds.nan_to_num(0.0), entering, given).to(HOST)
     names = [modality.name for modality in runtime.modalities]
     found = _media(call, names, kinds.masked_fill(~valid, -1))
     marks = _marks(call, found) if found else []

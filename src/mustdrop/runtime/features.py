@@ -16,6 +16,7 @@ from mustdrop.budget import share_out
 from mustdrop.compat import eager
 from mustdrop.errors import MustDropError, UnsupportedOptionError
 from mustdrop.layout import Layout
+from mustdrop.pruners import answers
 from mustdrop.runtime import checks
 from mustdrop.runtime.choosing import Chooser, patches_left
 from mustdrop.runtime.encoder import EncoderStage
@@ -154,7 +155,7 @@ class FeaturesWrapper:
             return None
         rows, columns = runtime.adapter.encoder_grid(runtime.model, kind, arguments)
         targets = patches_left(layouts, most, rows * columns)
-        amounts = [rule.amounts(rows * columns, target, stage.last + 1) for target in targets]
+        amounts = [answers.amounts(rule, rows * columns, target, stage.last + 1) for target in targets]
         return Inside.of(rule, amounts, stage.tower)
 
     def _chooser(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mustdrop import budget
+from mustdrop.budget import keep_text
 from mustdrop.errors import BudgetError
 from mustdrop.method import Method
 
@@ -61,6 +62,40 @@ def plan_row(method: Method, total: int, n_layers: int, layers: tuple[int, ...])
             what=f"keep={method.prefill.keep}" if method.prefill else "keep",
         )
     return RowPlan(total, tokens, at_most, min(at_least, at_most))
+
+
+#: Vision tokens of a prompt beyond all that come: what cannot be met there can be met nowhere.
+_ENDLESS = 1_000_000
+_SMALL = 32  # vision tokens of a prompt for which the share that a message names must do
+
+
+def require_possible(method: Method, n_layers: int, layers: tuple[int, ...]) -> None:
+    """Refuse a share that no prompt can meet, since the layers before the first filter alone process more.
+
+    A number of tokens is not looked at: a prompt of no more than that many always meets it.
+
+    Raises:
+        BudgetError: the message names the smallest share that can be met.
+    """
+    prefill = method.prefill
+    if prefill is None or not isinstance(prefill.keep, float) or not layers:
+        return
+    try:
+        plan_row(method, _ENDLESS, n_layers, layers)
+        return
+    except BudgetError:
+        before = layers[0] + 1
+    vision = method.vision.keep if method.vision is not None else 1.0
+    limit = (vision if isinstance(vision, float) else 1.0) * before / n_layers  # only an endless prompt can meet it
+    room = (n_layers - before) / n_layers
+    least = math.ceil(100 * (limit + room / _SMALL) - 1e-6) / 100
+    tokens = math.ceil(room / (least - limit))
+    raise BudgetError(
+        f"keep={prefill.keep} is impossible on this model: the first filter of {method.name!r} follows decoder layer "
+        f"{layers[0]}, and the first {before} of {n_layers} layers alone process {keep_text(limit)} of the tokens. The "
+        f"smallest possible share lies above that: keep={least} works for prompts of {tokens} vision tokens and more. "
+        "Filter earlier, or drop tokens at the vision stage."
+    )
 
 
 def _merge_floor(tokens: float, total: int) -> int:

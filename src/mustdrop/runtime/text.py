@@ -17,6 +17,7 @@ from mustdrop.pruners.prefill import needs_rows
 from mustdrop.runtime import checks, decoding, entry, scores
 from mustdrop.runtime.block_masks import Mask
 from mustdrop.runtime.compiled import compiled_step, outside_steps
+from mustdrop.runtime.copying import Copied
 from mustdrop.runtime.decoding import Asked
 from mustdrop.runtime.entry import Media
 from mustdrop.runtime.eviction import evict_dropped
@@ -66,7 +67,7 @@ class AttentionCapture:
         self.stage.capture(self.index, module, q, k, mask, kwargs)
 
 
-class TextStage:
+class TextStage(Copied):
     """Runs the prefill and decode sockets of one patched model."""
 
     def __init__(self, runtime: Runtime) -> None:

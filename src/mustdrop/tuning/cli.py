@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mustdrop.cli.common import budget
 from mustdrop.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def command(
     image: Annotated[Path | None, typer.Option(help="Image file, in place of --samples.")] = None,
     question: Annotated[list[str] | None, typer.Option(help="Question about it; several times.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="Method to try; several times; default: all.")] = None,
-    keep: Annotated[list[str] | None, typer.Option(help="Budget to try: 64 or 0.25; several times.")] = None,
+    keep: Annotated[list[str] | None, typer.Option(help="Budget to try: 64, 0.25 or 25%; several times.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens after which an answer is cut off.")] = 32,
     dtype: Annotated[str, typer.Option(help="Weights of --model: auto, float32, bfloat16, float16.")] = "auto",
     out: Annotated[Path, typer.Option(help="Folder for config.json and tune.png.")] = Path("mustdrop-tune"),
@@ -46,14 +47,13 @@ def command(
     """
     from transformers.utils import logging
 
-    from mustdrop.method import methods
+    from mustdrop.registry import resolve
     from mustdrop.tuning import KEEPS, Goal, tune
 
     logging.disable_progress_bar()  # there is one of our own
     Goal(agreement, kl, time)  # fails before a model is loaded
-    unknown = [name for name in method or () if name not in methods()]
-    if unknown:
-        raise ConfigError(f"there is no method {unknown[0]!r}. Known: {', '.join(methods())}.")
+    for name in method or ():
+        resolve(name)
     subject = _subject(model, samples, image, question or [], dtype)
     inputs = [subject.inputs(item) for item in subject.items]
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -66,7 +66,7 @@ def command(
             kl=kl,
             time=time,
             methods=method,
-            keeps=[_budget(text) for text in keep] if keep else KEEPS,
+            keeps=[budget(text) for text in keep] if keep else KEEPS,
             max_new_tokens=tokens,
             on_step=lambda done, total: progress.update(task, completed=done, total=total),
         )
@@ -135,12 +135,3 @@ def _scenes() -> tuple[Item, ...]:
     scenes = [maker.scene() for _ in range(SCENES)]
     pictures = [(Image.fromarray(scene.image), maker.questions(scene)) for scene in scenes]
     return tuple(Item(picture, q.text, q.answer) for picture, questions in pictures for q in questions)
-
-
-def _budget(text: str) -> int | float:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    raise ConfigError(f"--keep {text!r} is neither a number of tokens (64) nor a share (0.25).")
