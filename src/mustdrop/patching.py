@@ -61,7 +61,7 @@ def patch(
     """
     chosen = _method(method, keep, vision, prefill, decode, knobs)
     _put_in(model, chosen)
-    _warn_of_one(chosen)
+    warn_of_one(chosen)
     return model
 
 
@@ -187,12 +187,14 @@ def _put_in(model: nn.Module, chosen: Method) -> None:
     object.__setattr__(inner, _ATTRIBUTE, runtime)
 
 
-def _warn_of_one(chosen: Method) -> None:
-    """keep=1 and keep=1.0 look alike, and are the least and the most."""
-    budgets = [getattr(pruner, "keep", None) for pruner in (chosen.vision, chosen.prefill, chosen.decode)]
-    if any(isinstance(keep, int) and keep == 1 for keep in budgets):
-        warn(
-            f"method {chosen.name!r} with keep=1 keeps one token: an int counts tokens. A float is a share: keep=1.0 "
-            "(100%) keeps all of them. Write that if you meant it.",
-            AmbiguousBudgetWarning,
-        )
+def warn_of_one(*methods: Method) -> None:
+    """Say once that keep=1 is one token: it looks like keep=1.0, and the two are the least and the most."""
+    for method in methods:
+        budgets = [getattr(pruner, "keep", None) for pruner in (method.vision, method.prefill, method.decode)]
+        if any(isinstance(keep, int) and keep == 1 for keep in budgets):
+            warn(
+                f"method {method.name!r} with keep=1 keeps one token: an int counts tokens. A float is a share: keep=1.0 "
+                "(100%) keeps all of them. Write that if you meant it.",
+                AmbiguousBudgetWarning,
+            )
+            return

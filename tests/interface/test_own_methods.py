@@ -104,7 +104,7 @@ def test_it_has_a_name_in_the_trace_and_unknown_knobs_are_named():
     model = mustdrop.patch(clone(), Half(keep=7))
     kept(model)
     assert mustdrop.last_trace(model).method == "half"
-    with pytest.raises(errors.UnknownKnobError, match="'half' has no knob 'keeep'.*Did you mean 'keep'"):
+    with pytest.raises(errors.UnknownKnobError, match=r"'half' has no knob 'keeep'.*Did you mean 'keep'"):
         mustdrop.patch(model, Half, keeep=3)
 
 
@@ -390,7 +390,7 @@ def test_tune_says_why_a_file_cannot_name_what_it_chose(tmp_path):
     for given in (Inside, Half(keep=0.5).build()):
         found = mustdrop.tune(plain(), [batch()], kl=100.0, methods=[given], keeps=[0.5], max_new_tokens=2)
         assert kept(mustdrop.patch(clone(), found.method)) == 18
-        with pytest.raises(errors.ConfigError, match="a file cannot name .*register it"):
+        with pytest.raises(errors.ConfigError, match=r"a file cannot name .*register it"):
             found.save(tmp_path / "config.json")
 
 
@@ -425,7 +425,7 @@ def test_an_evaluation_takes_it_and_names_it(settings, name, knobs, folder, tmp_
     assert evaluate(made).score == result.score  # what is there already fits
 
 
-# ------------------------------------------------------------------------------------------------------------------ names
+# ---------------------------------------------------------------------------------------------------------------- names
 
 
 def test_the_documented_names_and_the_old_ones_are_the_same():

@@ -12,7 +12,7 @@ from mustdrop.errors import nearest
 
 EXAMPLE = "LlavaForConditionalGeneration"
 #: What a class name says beside the family.
-_KIND = re.compile(r"(For[A-Z]\w*|(Text|Vision)?(Model|Config)|(Image|Video)?Processor(Fast)?|Tokenizer(Fast)?)$")
+_KIND = re.compile(r"(For[A-Z]\w*|Model|Config|(Image|Video)?Processor(Fast)?|Tokenizer(Fast)?)$")
 
 #: Attributes in which wrappers hold the model: data parallel, DeepSpeed and FSDP; torch.compile; pipelines.
 _INSIDE_OF = ("module", "_orig_mod", "model")

@@ -176,8 +176,8 @@ def slots(rule: InnerRule, keys: Tensor, number: int, protected: int) -> tuple[T
         fits = bool(((slot >= 0) & (slot < total)).all()) and bool((slot[:, :protected] == front).all())
         _require(
             fits and bool((slot[:, protected:] >= protected).all()),
-            f"{_name(rule)}.join: expected slots 0 to {total - 1}, the first {protected} for the tokens at the front, which "
-            f"nothing joins, got {_some(slot)}.",
+            f"{_name(rule)}.join: expected slots 0 to {total - 1}, the first {protected} for the tokens at the front, "
+            f"which nothing joins, got {_some(slot)}.",
         )
     return slot, total
 
@@ -282,8 +282,8 @@ def _finite(owner: object, what: str, got: Tensor, where: Tensor | None, given: 
         return
     cause = "" if bool(given.isfinite().all()) else " So are numbers that it was given: the model's own overflow."
     raise ConfigError(
-        f"{_name(owner)}.{what}: expected finite numbers, and {int(wrong.sum())} of {got.numel()} are not, the first is "
-        f"{float(got[wrong][0])}.{cause}"
+        f"{_name(owner)}.{what}: expected finite numbers, and {int(wrong.sum())} of {got.numel()} are not, the first "
+        f"is {float(got[wrong][0])}.{cause}"
     )
 
 

@@ -21,7 +21,7 @@ class Copied:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise PatchedModelError(
-            "a patched model cannot be pickled (pickle, torch.save(model), sending it to another process), for what was "
-            "put into it belongs to this process. Call mustdrop.unpatch(model) first and patch again after loading; "
+            "a patched model cannot be pickled (pickle, torch.save(model), multiprocessing): what was put "
+            "into it stays in this process. Call mustdrop.unpatch(model) first and patch again after loading; "
             "model.save_pretrained(...), torch.save(model.state_dict(), ...) and copy.deepcopy(model) work as they are."
         )

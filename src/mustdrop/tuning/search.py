@@ -14,6 +14,7 @@ from typing import Any
 import mustdrop
 from mustdrop.budget import Keep
 from mustdrop.errors import (
+    AmbiguousBudgetWarning,
     BudgetError,
     ConfigError,
     NothingDroppedWarning,
@@ -22,6 +23,7 @@ from mustdrop.errors import (
 )
 from mustdrop.fidelity import Reference, measure, reference
 from mustdrop.method import Method, Recipe
+from mustdrop.patching import warn_of_one
 from mustdrop.registry import MethodLike, look_up, name_of, registry, resolve
 from mustdrop.tuning.goal import Goal
 from mustdrop.tuning.result import Candidate, Tuning
@@ -80,7 +82,9 @@ def tune(
     """
     goal = Goal(agreement, kl, time)
     _check(model, samples)
-    search = _Search(model, samples, goal, _candidates(methods, keeps, knobs or {}), timed_pairs, on_step)
+    candidates = _candidates(methods, keeps, knobs or {})
+    warn_of_one(*(candidate.build() for candidate in candidates))
+    search = _Search(model, samples, goal, candidates, timed_pairs, on_step)
     search.references = [reference(model, sample, max_new_tokens) for sample in samples]
     return search.run()
 
@@ -164,6 +168,7 @@ class _Search:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", NothingDroppedWarning)  # the table says how much was kept
+                warnings.simplefilter("ignore", AmbiguousBudgetWarning)  # that was said
                 with mustdrop.patched(self.model, method):
                     close = measure(self.model, self.samples[place], self.references[place])
                     trace = mustdrop.trace(self.model)
