@@ -193,8 +193,8 @@ def warn_of_one(*methods: Method) -> None:
         budgets = [getattr(pruner, "keep", None) for pruner in (method.vision, method.prefill, method.decode)]
         if any(isinstance(keep, int) and keep == 1 for keep in budgets):
             warn(
-                f"method {method.name!r} with keep=1 keeps one token: an int counts tokens. A float is a share: keep=1.0 "
-                "(100%) keeps all of them. Write that if you meant it.",
+                f"method {method.name!r} with keep=1 keeps one token: an int counts tokens. A float is a share, and "
+                "keep=1.0 (100%) keeps all of them: write that if you meant it.",
                 AmbiguousBudgetWarning,
             )
             return

@@ -178,11 +178,11 @@ BAD = {
     "gather_rows": (cache_scorer(gather=lambda attention: attention), f"gather: {FLOAT}"),
     "add_tensor": (cache_scorer(add=lambda step: step.given), r"add returned a tensor.*expected a Received"),
     "add_short": (
-        cache_scorer(add=lambda step: Received(step.given[:, :1], step.queries)),
+        cache_scorer(add=lambda s: Received(s.given[:, :1], s.queries)),
         rf"Received\.given: {FLOAT}",
     ),
     "add_nan": (
-        cache_scorer(add=lambda step: Received(step.given * NAN, step.queries)),
+        cache_scorer(add=lambda s: Received(s.given * NAN, s.queries)),
         r"Received\.given: expected finite",
     ),
     "budgets_flat": (cache_scorer(budgets=lambda count, entries: count), rf"budgets: {LONG}"),

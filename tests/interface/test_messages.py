@@ -19,6 +19,7 @@ from mustdrop.cli.common import budget
 from mustdrop.demo.model import load
 from mustdrop.runtime.plan import plan_row
 from support.builders import answer, batch, clone, plain
+from support.checks import distance
 
 # ------------------------------------------------------------------------------------------------- what wraps a model
 
@@ -64,9 +65,7 @@ WRAPPERS = {
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_a_wrapped_model_is_found_and_the_message_names_where(name):
     wrap, says = WRAPPERS[name]
-    with pytest.raises(
-        errors.UnsupportedModelError, match=f"It wraps a LlavaForConditionalGeneration: .*{says}"
-    ) as told:
+    with pytest.raises(errors.UnsupportedModelError, match=f"It wraps a LlavaForCond.*{says}") as told:
         mustdrop.patch(wrap(plain()))
     assert len(str(told.value)) < 400
 
@@ -159,7 +158,7 @@ def test_copies_and_weights_need_no_unpatching(tmp_path):
     torch.save(twin.state_dict(), tmp_path / "weights.pt")
     model.load_state_dict(torch.load(tmp_path / "weights.pt"))
     again = mustdrop.patch(type(model).from_pretrained(tmp_path).eval(), keep=0.4)
-    assert torch.equal(answer(again, batch(), steps=3).logits, expected.logits)
+    assert distance(answer(again, batch(), steps=3).logits, expected.logits) <= 1e-5
 
 
 # ------------------------------------------------------------------------------------------------- impossible budgets
@@ -172,13 +171,13 @@ def test_a_share_that_no_prompt_can_meet_is_refused_when_patching(family):
     layer = depth - 2
     limit = (layer + 1) / depth
     with pytest.raises(errors.BudgetError, match=r"^keep=\S+ is impossible on this model") as told:
-        mustdrop.patch(model, "fastv", keep=limit * 0.9, layer=layer)
+        mustdrop.patch(model, "fastv", keep=limit * 0.9, layer=layer + 1)
     assert "Or name a method that also drops earlier: 'mustdrop'." in str(told.value)
     assert not hasattr(model, "_mustdrop")
     smallest = float(str(told.value).split("keep=")[2].split()[0])
     enough = int(str(told.value).split(" vision tokens and more")[0].split()[-1])
     assert limit < smallest
-    mustdrop.patch(model, "fastv", keep=smallest, layer=layer)
+    mustdrop.patch(model, "fastv", keep=smallest, layer=layer + 1)
     runtime = model._mustdrop
     plan_row(runtime.method, enough, depth, runtime.filters)
     plan_row(runtime.method, 7 * enough, depth, runtime.filters)
@@ -239,7 +238,7 @@ def told_by(action, category=errors.AmbiguousBudgetWarning):
         {"method": "random", "keep": 1},
         {"method": "snapkv", "keep": 1},
         {"method": "mustdrop+", "keep": 1},
-        {"prefill": PrefillPruner(keep=1)},
+        {"decode": DecodeCachePruner(keep=1)},
         {"vision": VisionStagePruner(keep=1)},
     ],
     ids=str,

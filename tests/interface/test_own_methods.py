@@ -313,7 +313,7 @@ def test_files_with_several_recipes_or_none_that_works(tmp_path):
     assert fastv == "fastv"
 
 
-# -------------------------------------------------------------------------------------------------- config and addresses
+# ---------------------------------------------------------------------------------------------- config and addresses
 
 
 def config(path, method, **knobs):

@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mustdrop.cli.common import budget
-from mustdrop.errors import ConfigError
+from mustdrop.budget import Keep, parse_keep
+from mustdrop.errors import BudgetError, ConfigError
 
 if TYPE_CHECKING:
     from mustdrop.demo.run import Item, Subject
@@ -66,7 +66,7 @@ def command(
             kl=kl,
             time=time,
             methods=method,
-            keeps=[budget(text) for text in keep] if keep else KEEPS,
+            keeps=[_budget(text) for text in keep] if keep else KEEPS,
             max_new_tokens=tokens,
             on_step=lambda done, total: progress.update(task, completed=done, total=total),
         )
@@ -135,3 +135,10 @@ def _scenes() -> tuple[Item, ...]:
     scenes = [maker.scene() for _ in range(SCENES)]
     pictures = [(Image.fromarray(scene.image), maker.questions(scene)) for scene in scenes]
     return tuple(Item(picture, q.text, q.answer) for picture, questions in pictures for q in questions)
+
+
+def _budget(text: str) -> Keep:
+    try:
+        return parse_keep(text)
+    except BudgetError as error:
+        raise ConfigError(f"--keep {error}") from None
