@@ -13,13 +13,13 @@ import transformers
 import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner, errors
 from mustdrop.adapters import find, registry
-from mustdrop.adapters.tiny import build
 from mustdrop.budget import keep_text, knob_text, parse_keep
 from mustdrop.cli.common import budget
 from mustdrop.demo.model import load
 from mustdrop.runtime.plan import plan_row
 from support.builders import answer, batch, clone, plain
 from support.checks import distance
+from support.families import plain as plain_family
 
 # ------------------------------------------------------------------------------------------------- what wraps a model
 
@@ -166,7 +166,7 @@ def test_copies_and_weights_need_no_unpatching(tmp_path):
 
 @pytest.mark.parametrize("family", [name for name, adapter in registry().items() if adapter.available()])
 def test_a_share_that_no_prompt_can_meet_is_refused_when_patching(family):
-    model = build(registry()[family])
+    model = plain_family(family)
     depth = len(find(model).decoder_layers(model))
     layer = depth - 2
     limit = (layer + 1) / depth
@@ -177,8 +177,8 @@ def test_a_share_that_no_prompt_can_meet_is_refused_when_patching(family):
     smallest = float(str(told.value).split("keep=")[2].split()[0])
     enough = int(str(told.value).split(" vision tokens and more")[0].split()[-1])
     assert limit < smallest
-    mustdrop.patch(model, "fastv", keep=smallest, layer=layer + 1)
-    runtime = model._mustdrop
+    with mustdrop.patched(model, "fastv", keep=smallest, layer=layer + 1):
+        runtime = model._mustdrop
     plan_row(runtime.method, enough, depth, runtime.filters)
     plan_row(runtime.method, 7 * enough, depth, runtime.filters)
     with pytest.raises(errors.BudgetError):
