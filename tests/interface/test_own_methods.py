@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import mustdrop
-from mustdrop import Method, Recipe, VisionStagePruner, errors
+from mustdrop import Method, Recipe, VisionStagePruner, cli, errors
 from mustdrop.bench import Setting, benchmark
 from mustdrop.demo.model import load, prompt
 from mustdrop.eval.run import evaluate
@@ -452,3 +452,62 @@ def _image():
     from mustdrop.demo.scenes import SceneMaker
 
     return Image.fromarray(SceneMaker("heldout", seed=7).scene().image)
+
+
+# ------------------------------------------------------------------------------------------------------------- commands
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Exit code, output and errors of a command."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mustdrop", *map(str, arguments)])
+        for console in (cli.common.console, cli.common.errors):
+            monkeypatch.setattr(console, "_width", 200)
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_commands_take_the_address_of_a_recipe(own, run, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run("eval", "scenes", "--method", "own_recipes.py:FirstOne", "--keep", "8.334%", "--limit", 2)
+    assert code == 0
+    assert "own_recipes.py:FirstOne keep=8.334%" in out
+    assert "48.00 ± 0.00" in out
+    (folder,) = (tmp_path / "mustdrop-eval" / "scenes" / "bundled").iterdir()
+    assert folder.name.startswith("own_recipes.py_FirstOne-0.0833")
+
+    code, out, _ = run("tune", "--kl", 100, "--method", "own_recipes:FirstOne", "--keep", "50%", "--tokens", 2)
+    assert code == 0
+    assert "keep=50%" in out
+    written = json.loads((tmp_path / "mustdrop-tune" / "config.json").read_text())
+    assert (written["method"], written["knobs"]) == ("own_recipes:FirstOne", {"keep": 0.5})
+
+    code, _, err = run("eval", "scenes", "--method", "own_recipes.py:Nothing")
+    assert code == 2
+    assert "there is no 'Nothing'" in err
+
+
+def test_the_list_of_methods_shows_own_ones_and_what_is_broken(own, run):
+    (own / "own_strange.py").write_text(
+        "from mustdrop import Method, PrefillPruner, Recipe\n"
+        "class Strange(Recipe):\n"
+        "    needed: int\n"
+        "    prefill: PrefillPruner = PrefillPruner(keep=0.5)\n"
+        "    def build(self):\n"
+        "        return Method(prefill=self.prefill)\n"
+    )
+    announce(own, strange="own_strange:Strange", ill="own_nothing")
+    for arguments in (["methods"], ["methods", "--json"]):
+        with pytest.warns(errors.BrokenMethodWarning, match="entry point ill"):
+            code, out, _ = run(*arguments)
+        assert code == 0
+        assert "strange" in out
+    assert json.loads(out)["strange"]["knobs"]["needed"] == "required"

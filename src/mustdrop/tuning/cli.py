@@ -47,13 +47,13 @@ def command(
     """
     from transformers.utils import logging
 
-    from mustdrop.registry import resolve
+    from mustdrop.registry import look_up
     from mustdrop.tuning import KEEPS, Goal, tune
 
     logging.disable_progress_bar()  # there is one of our own
     Goal(agreement, kl, time)  # fails before a model is loaded
     for name in method or ():
-        resolve(name)
+        look_up(name)
     subject = _subject(model, samples, image, question or [], dtype)
     inputs = [subject.inputs(item) for item in subject.items]
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
