@@ -114,7 +114,7 @@ def announced(base: type[Any], known: dict[str, type[Any]]) -> Found:
     """
     found = Found(dict(known))
     for point in entry_points():
-        what = f"the entry point {point.name} = {point.value!r} of the group {GROUP}"
+        what = f"the entry point {point.name} = {getattr(point, 'value', None)!r} of the group {GROUP}"
         try:
             found.add(point.name, what, _loaded(point, base))
         except (Exception, SystemExit) as error:
@@ -136,7 +136,7 @@ def _loaded(point: metadata.EntryPoint, base: type[Any]) -> dict[str, type[Any]]
 
 def entry_name(kind: type[Any]) -> str | None:
     """The name under which an entry point announces this class, or None."""
-    return next((point.name for point in entry_points() if point.value == address(kind)), None)
+    return next((point.name for point in entry_points() if getattr(point, "value", None) == address(kind)), None)
 
 
 def address(kind: type[Any]) -> str:

@@ -59,10 +59,10 @@ def registry() -> dict[str, type[Recipe]]:
 
     Warns (`BrokenMethodWarning`) of each file and entry point that cannot be loaded; the others are there.
     """
-    found = announced(Recipe, _here())
+    found = announced(Recipe, _built_in().recipes)
     for why in (*_built_in().broken.values(), *found.broken.values()):
         warn(f"{why} It is left out.", BrokenMethodWarning)
-    return found.recipes | _here()
+    return found.recipes | _registered
 
 
 def list_methods() -> tuple[str, ...]:
@@ -98,8 +98,8 @@ def register(recipe: Any = None, name: str | None = None, *, replace: bool = Fal
         ConfigError: not a recipe class, a name that cannot be one, or one that is taken. The same class, defined again
             (a cell of a notebook that was run twice, a reload), takes the place of its former self.
     """
-    if isinstance(recipe, str):
-        recipe, name = None, recipe
+    if isinstance(recipe, str):  # the name came first, of a decorator or before the class
+        recipe, name = name, recipe
     if recipe is None:
         return partial(register, name=name, replace=replace)
     if not isinstance(recipe, type) or not issubclass(recipe, Recipe) or recipe.build is Recipe.build:
@@ -111,7 +111,7 @@ def register(recipe: Any = None, name: str | None = None, *, replace: bool = Fal
     if ":" in name or name.split() != [name]:
         raise ConfigError(f"{name!r} cannot be the name of a method: expected one word without a colon.")
     taken: Any = _here().get(name)
-    taken = taken or next((point.value for point in entry_points() if point.name == name), None)
+    taken = taken or next((str(point.value) for point in entry_points() if point.name == name), None)
     if taken is not None and not replace and not _same(taken, recipe):
         owner = taken if isinstance(taken, str) else address(taken)
         raise ConfigError(f"the name {name!r} is taken by {owner}: give another name=, or replace=True.")

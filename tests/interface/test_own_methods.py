@@ -187,6 +187,8 @@ def test_names_that_clash_are_refused_unless_they_are_to_be_replaced():
     mustdrop.register(Other, "fastv", replace=True)
     assert registry()["fastv"] is Other
     mustdrop.unregister(Other)
+    mustdrop.register("before-the-class", Other)
+    assert registry()["before-the-class"] is Other
     assert registry()["fastv"].__module__ == "mustdrop.methods.fastv"
 
 
@@ -273,6 +275,21 @@ def test_a_package_never_takes_the_name_of_another_method(own):
         assert registry()["fastv"].__module__ == "mustdrop.methods.fastv"
     with pytest.raises(errors.ConfigError, match="'fastv' is taken"):
         mustdrop.register(Half, "fastv")
+
+
+def test_a_registered_recipe_may_take_the_place_of_a_packages(own):
+    announce(own, first="own_recipes:FirstOne")
+    with pytest.raises(errors.ConfigError, match="'first' is taken by own_recipes:FirstOne"):
+        mustdrop.register(Half, "first")
+    mustdrop.register(Half, "first", replace=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert registry()["first"] is Half
+        mustdrop.unregister("first")
+        assert registry()["first"].__name__ == "FirstOne"
+    import own_recipes
+
+    mustdrop.register(own_recipes.FirstOne, "first")  # the package's own class is no clash
 
 
 def test_names_that_need_no_package_import_none(own):

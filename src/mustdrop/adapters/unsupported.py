@@ -135,7 +135,8 @@ def _instead(thing: object, names: list[str], known: Sequence[str]) -> str:
     for path, inner in unwrapped(thing):
         kinds = [kind.__name__ for kind in type(inside(inner)).__mro__]
         if set(kinds) & set(known):
-            return f"It wraps a {type(inner).__name__}: pass that, {path} of what you passed (and wrap it afterwards)."
+            outside = "wrap it afterwards" if isinstance(thing, nn.Module) else "the pipeline goes on with it"
+            return f"It wraps a {type(inner).__name__}: pass that, {path} of what you passed; {outside}."
     if isinstance(thing, str):
         return (
             f"Load the model first, transformers.AutoModelForImageTextToText.from_pretrained({thing!r}), and pass what "
