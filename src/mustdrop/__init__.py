@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mustdrop import errors
-    from mustdrop.adapters import adapters
+    from mustdrop.adapters import adapters, list_adapters
     from mustdrop.config import load_config
-    from mustdrop.method import Method, methods
-    from mustdrop.patching import patch, patched, trace, unpatch
+    from mustdrop.method import Method, Recipe
+    from mustdrop.patching import last_trace, patch, patched, trace, unpatch
     from mustdrop.pruners import DecodeCachePruner, PrefillPruner, VisionStagePruner
+    from mustdrop.registry import list_methods, methods, register, unregister
     from mustdrop.selection import Selection
     from mustdrop.trace import Trace
     from mustdrop.tuning import tune
@@ -27,18 +28,24 @@ __all__ = [
     "DecodeCachePruner",
     "Method",
     "PrefillPruner",
+    "Recipe",
     "Selection",
     "Trace",
     "VisionStagePruner",
     "adapters",
     "errors",
+    "last_trace",
+    "list_adapters",
+    "list_methods",
     "load_config",
     "methods",
     "patch",
     "patched",
+    "register",
     "trace",
     "tune",
     "unpatch",
+    "unregister",
 ]
 
 # Where each public name lives. Its module, and torch with it, is imported when the name is first asked for: the command
@@ -47,18 +54,24 @@ _HOMES = {
     "DecodeCachePruner": "pruners",
     "Method": "method",
     "PrefillPruner": "pruners",
+    "Recipe": "method",
     "Selection": "selection",
     "Trace": "trace",
     "VisionStagePruner": "pruners",
     "adapters": "adapters",
     "errors": "",
+    "last_trace": "patching",
+    "list_adapters": "adapters",
+    "list_methods": "registry",
     "load_config": "config",
-    "methods": "method",
+    "methods": "registry",
     "patch": "patching",
     "patched": "patching",
+    "register": "registry",
     "trace": "patching",
     "tune": "tuning",
     "unpatch": "patching",
+    "unregister": "registry",
 }
 
 

@@ -21,16 +21,27 @@ from transformers import StoppingCriteria
 import mustdrop
 from mustdrop.budget import Keep
 from mustdrop.provenance import provenance
+from mustdrop.registry import MethodLike, described
 
 WARM_UP = 2  # rounds that are run and forgotten
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A method at a budget."""
+    """A method at a budget.
 
-    method: str
-    keep: Keep
+    Attributes:
+        method: a name, a recipe class, or an object that is complete.
+        keep: its budget; None leaves it as the method has it.
+    """
+
+    method: MethodLike
+    keep: Keep | None = None
+
+    @property
+    def knobs(self) -> dict[str, Any]:
+        """What `patch` is given beside the method."""
+        return {} if self.keep is None else {"keep": self.keep}
 
 
 @dataclass
@@ -95,7 +106,7 @@ def benchmark(
 
 
 def _settings(setting: Setting | None) -> dict[str, Any]:
-    return {} if setting is None else {"method": setting.method, "keep": setting.keep}
+    return {} if setting is None else {"method": setting.method, **setting.knobs}
 
 
 class _Watch(StoppingCriteria):
@@ -152,9 +163,10 @@ def _kept(model: Any, inputs: Any, setting: Setting, new_tokens: int) -> mustdro
 
 
 def _row(setting: Setting, plain: Times, patched: Times, trace: mustdrop.Trace) -> dict[str, Any]:
+    name, knobs = described(setting.method, setting.knobs)
     return {
-        "method": setting.method,
-        "keep": setting.keep,
+        "method": name,
+        "keep": knobs.get("keep"),
         "vision_tokens": trace.total.tolist(),
         "equal_tokens": [round(float(tokens), 3) for tokens in trace.equal_tokens],
         "flops_ratio": trace.flops.ratio,

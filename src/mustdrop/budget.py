@@ -239,3 +239,33 @@ def share_out(amount: int, sizes: Sequence[int], needs: int | None = None) -> li
         parts[parts.index(max(parts))] -= 1
         parts[needs] = 1
     return parts
+
+
+def keep_text(keep: Keep) -> str:
+    """A budget for a table: tokens as a number, a share in per cent, so that 1 and 100% cannot be taken for another.
+
+    `parse_keep` reads it, and so does `--keep`; four digits are left of a share.
+    """
+    return f"{100 * keep:.4g}%" if isinstance(keep, float) else str(keep)
+
+
+def knob_text(name: str, value: object) -> str:
+    """A setting for a table: `keep=25%`, `window=2`."""
+    if name == "keep" and isinstance(value, int | float) and not isinstance(value, bool):
+        return f"keep={keep_text(value)}"
+    return f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
+
+
+def parse_keep(text: str) -> Keep:
+    """A budget that somebody typed: "64" is tokens, "0.25" and "25%" are shares.
+
+    Raises:
+        BudgetError: it is none of these.
+    """
+    number = text.strip()
+    try:
+        if number.endswith("%"):
+            return float(number[:-1]) / 100
+        return float(number) if set(number.lower()) & set(".en") else int(number)
+    except ValueError:
+        raise BudgetError(f"{text!r} is neither a number of tokens (64) nor a share (0.25, 25%).") from None

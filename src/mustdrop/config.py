@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mustdrop.errors import ConfigError
-from mustdrop.method import Method, find
+from mustdrop.errors import ConfigError, UnknownMethodError
+from mustdrop.method import Method
+from mustdrop.registry import MethodLike, look_up, resolve, written
 
 FORMAT = 1
 
@@ -17,8 +18,10 @@ def load_config(path: str | Path) -> Method:
     """The method that a config file describes: `mustdrop.patch(model, mustdrop.load_config("config.json"))`.
 
     Args:
-        path: a JSON file with `format` (1), `method` (a registered name) and `knobs` (its settings, `keep` among them);
-            `mustdrop tune` writes more, which tells where the choice comes from and is not read.
+        path: a JSON file with `format` (1), `method` and `knobs` (its settings, `keep` among them); `mustdrop tune`
+            writes more, which tells where the choice comes from and is not read. `method` is a name, or says where the
+            `Recipe` class is: `package.module:Class`, or `file.py:Class` with a path from the folder of the config
+            file. That module is run.
 
     Returns:
         A method for `patch`.
@@ -42,21 +45,30 @@ def load_config(path: str | Path) -> Method:
     method, knobs = content.get("method"), content.get("knobs")
     if not isinstance(method, str) or not isinstance(knobs, dict):
         raise ConfigError(f"{where}: expected {expected}, got method {method!r} and knobs {knobs!r}.")
-    return find(method, **knobs)
+    try:
+        named: MethodLike = look_up(method, where.parent) if ":" in method else method
+        return resolve(named, **knobs)
+    except UnknownMethodError as error:
+        hint = "" if ":" in method else " A method of your own: register it first, or write module:Class in the file."
+        raise UnknownMethodError(f"{where}: {error}{hint}") from error
 
 
-def save_config(path: str | Path, method: str, knobs: Mapping[str, Any], **about: Any) -> None:
+def save_config(path: str | Path, method: MethodLike, knobs: Mapping[str, Any], **about: Any) -> None:
     """Write a config file.
 
     Args:
         path: where to.
-        method: a registered name.
+        method: a name, or a recipe class that another process can import.
         knobs: its settings, as JSON can hold them.
         **about: what else the file tells its reader.
 
     Raises:
         UnknownMethodError, UnknownKnobError, BudgetError, ConfigError: `load_config` could not read it back.
     """
-    find(method, **knobs)
-    content = {"format": FORMAT, "method": method, "knobs": dict(knobs), **about}
-    Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    resolve(method, **knobs)
+    content = {"format": FORMAT, "method": written(method), "knobs": dict(knobs), **about}
+    try:
+        text = json.dumps(content, indent=1)
+    except TypeError as error:
+        raise ConfigError(f"the knobs {dict(knobs)!r} cannot be written to a config file: {error}.") from error
+    Path(path).write_text(text + "\n", encoding="utf-8")

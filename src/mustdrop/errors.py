@@ -7,6 +7,8 @@ built-in class that a caller who does not know mustdrop would catch (`ValueError
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
 
 
@@ -46,6 +48,10 @@ class CacheStateError(MustDropError, RuntimeError):
     """A pruned cache was used in a way that would give wrong numbers."""
 
 
+class PatchedModelError(MustDropError, TypeError):
+    """Something that a model can only do while it is not patched."""
+
+
 class MissingPackageError(MustDropError, ImportError):
     """A package of an extra that is not installed."""
 
@@ -66,6 +72,26 @@ class NothingDroppedWarning(UserWarning):
     """A patched model ran on an image and kept every vision token."""
 
 
+class AmbiguousBudgetWarning(UserWarning):
+    """A budget of 1, which is one token, where 1.0 would be all of them."""
+
+
+class BrokenMethodWarning(UserWarning):
+    """A file or an entry point with a method that cannot be loaded, and was left out."""
+
+
+#: Packages whose frames lie between a user's line and what is wrong.
+_BETWEEN = frozenset({"mustdrop", "torch", "transformers", "accelerate", "peft", "contextlib", "functools"})
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn at the line of the caller's own code, however many frames of libraries lie between."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A sentence that lists the known names and, if there is one, the nearest.
 
@@ -77,3 +103,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"Known: {', '.join(names) or 'none'}.{hint}"
+
+
+def nearest(name: str, known: Iterable[str], most: int = 3) -> list[str]:
+    """The `most` known names that are most like `name`, best first; those that are not like it are left out."""
+    return difflib.get_close_matches(name, sorted(known), n=most, cutoff=0.5)

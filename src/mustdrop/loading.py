@@ -21,7 +21,7 @@ def place(device: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device or "")
-        torch.empty(0, device=found)
+        torch.empty(0, dtype=torch.float32, device=found)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
     if found.type == "meta":

@@ -1,16 +1,14 @@
-"""A method is a recipe that fills the three sockets. One file in `methods/` per published method, found by its name."""
+"""A method is a recipe that fills the three sockets. `mustdrop.registry` knows recipes by their names."""
 
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, ClassVar, Literal
 
 import mustdrop.methods  # noqa: F401  (loaded before the package binds this name to the function `methods`)
 from mustdrop.budget import Keep
-from mustdrop.errors import ConfigError, UnknownKnobError, UnknownMethodError, did_you_mean
+from mustdrop.errors import ConfigError
 from mustdrop.pruners import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from mustdrop.pruners.base import Settings
 
@@ -99,10 +97,12 @@ class Method:
 
 
 class Recipe(Settings):
-    """Base of the recipes in `methods/`: the knobs are fields, `build` fills the sockets.
+    """Base of all recipes: the knobs are fields with their defaults, `build` fills the sockets.
+
+    A class or an object of it is taken wherever a method is named. See docs/add-a-method.md.
 
     Attributes:
-        called: the method's name, where no file can have it; None: the name of its file.
+        called: the method's name; None: the name of its file in `mustdrop.methods`, or what it is registered as.
         strict: see `Method.strict`; a knob of every method.
     """
 
@@ -128,38 +128,8 @@ class Recipe(Settings):
         return {}
 
 
-@cache
-def registry() -> dict[str, type[Recipe]]:
-    """Name -> recipe class of every module in `mustdrop.methods`; a module defines exactly one public `Recipe`."""
-    found: dict[str, type[Recipe]] = {}
-    package = importlib.import_module("mustdrop.methods")  # the attribute mustdrop.methods is the function
-    for module in pkgutil.iter_modules(package.__path__):
-        namespace = vars(importlib.import_module(f"{package.__name__}.{module.name}"))
-        (recipe,) = [v for v in namespace.values() if isinstance(v, type) and issubclass(v, Recipe) and v is not Recipe]
-        found[recipe.called or module.name] = recipe
-    return found
-
-
-def methods() -> tuple[str, ...]:
-    """Names that `patch(model, name)` knows, sorted."""
-    return tuple(sorted(registry()))
-
-
-def find(name: str, **knobs: Any) -> Method:
-    """The registered method `name` with its knobs.
-
-    Raises:
-        UnknownMethodError: no such method; the message lists the known ones and the nearest.
-        UnknownKnobError: the method has no such knob.
-        BudgetError, ConfigError: a knob out of range.
-    """
-    known = registry()
-    if name not in known:
-        raise UnknownMethodError(f"there is no method {name!r}. {did_you_mean(str(name), known)}")
-    recipe = known[name]
-    for knob in knobs:
-        if knob not in recipe.model_fields:
-            raise UnknownKnobError(f"method {name!r} has no knob {knob!r}. {did_you_mean(knob, recipe.model_fields)}")
-    settings = recipe(**knobs)
-    built = settings.build()
-    return Method(built.vision, built.prefill, built.decode, name, settings.strict)
+def __getattr__(name: str) -> Any:
+    """What moved to `mustdrop.registry`, which needs this module, can still be had from here."""
+    if name in ("find", "methods", "registry"):
+        return getattr(importlib.import_module("mustdrop.registry"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

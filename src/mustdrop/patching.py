@@ -6,18 +6,21 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
 from mustdrop.adapters import find as find_adapter
+from mustdrop.adapters.unsupported import inside, unwrapped
 from mustdrop.budget import Keep
-from mustdrop.errors import ConfigError, NotPatchedError
+from mustdrop.errors import AmbiguousBudgetWarning, BudgetError, ConfigError, NotPatchedError, warn
 from mustdrop.method import DEFAULT_METHOD, Method
-from mustdrop.method import find as find_method
 from mustdrop.pruners import DecodeCachePruner, PrefillPruner, VisionStagePruner
+from mustdrop.pruners.answers import forget
+from mustdrop.registry import MethodLike, resolve
 from mustdrop.runtime.core import Runtime
 from mustdrop.runtime.ledger import Ledger
+from mustdrop.runtime.plan import require_possible
 from mustdrop.trace import Trace
 
 M = TypeVar("M", bound=nn.Module)
@@ -29,7 +32,7 @@ _left: weakref.WeakKeyDictionary[nn.Module, Ledger] = weakref.WeakKeyDictionary(
 
 def patch(
     model: M,
-    method: Method | str | None = None,
+    method: MethodLike | None = None,
     *,
     keep: Keep | None = None,
     vision: VisionStagePruner | None = None,
@@ -43,8 +46,8 @@ def patch(
     Args:
         model: a Hugging Face vision-language model of a known family (`mustdrop.adapters()`), or a peft model around
             one: then the model inside is patched.
-        method: a published method by name (`mustdrop.methods()`), or a `Method`. Default: "mustdrop", unless one of
-            the three pruners is given.
+        method: a method by name (`mustdrop.list_methods()`), a `Recipe` class or object, or a `Method`. Default:
+            "mustdrop", unless one of the three pruners is given.
         keep: equal-token budget: int (tokens) or share in (0, 1] of the prompt's vision tokens. It is the mean over the
             decoder layers of the vision tokens that a layer processes; never exceeded. Default one third.
         vision: what happens in the vision encoder.
@@ -60,21 +63,15 @@ def patch(
     Raises:
         UnsupportedModelError: no adapter for the model, or it lacks what a stage needs.
         UnknownMethodError, UnknownKnobError: names that do not exist; the message lists the known ones.
-        BudgetError, ConfigError: values out of range, layers that the model does not have, settings that contradict.
+        BudgetError, ConfigError: values out of range, layers that the model does not have, settings that contradict, a
+            share that no prompt can meet on this model.
         UnsupportedOptionError: an attention backend that cannot be pruned.
     """
     chosen = _method(method, keep, vision, prefill, decode, knobs)
     if strict is not None:
         chosen = replace(chosen, strict=bool(strict))
-    inner = _inside(model)
-    runtime = Runtime(inner, find_adapter(inner), chosen)  # fails before the model is touched
-    unpatch(model)
-    try:
-        runtime.install()
-    except BaseException:
-        runtime.uninstall()
-        raise
-    object.__setattr__(inner, _ATTRIBUTE, runtime)
+    _put_in(model, chosen)
+    warn_of_one(chosen)
     return model
 
 
@@ -85,15 +82,14 @@ def unpatch(model: M) -> M:
     """
     runtime = _runtime(model)
     if runtime is not None:
-        inner = _inside(model)
         runtime.uninstall()
-        object.__delattr__(inner, _ATTRIBUTE)
-        _left[inner] = runtime.ledger
+        object.__delattr__(runtime.model, _ATTRIBUTE)
+        _left[runtime.model] = runtime.ledger
     return model
 
 
 @contextmanager
-def patched(model: M, method: Method | str | None = None, **settings: Any) -> Iterator[M]:
+def patched(model: M, method: MethodLike | None = None, **settings: Any) -> Iterator[M]:
     """`patch` for the length of a `with` block; afterwards the model is as it was, also after an exception.
 
     A model that was already patched gets its former method back. The trace of the last call in the block stays.
@@ -110,7 +106,7 @@ def patched(model: M, method: Method | str | None = None, **settings: Any) -> It
     finally:
         unpatch(model)
         if before is not None:
-            _again(model, before, _left.pop(_inside(model), before.ledger))
+            _again(model, before, _left.pop(before.model, before.ledger))
 
 
 @contextmanager
@@ -139,7 +135,7 @@ def trace(model: nn.Module) -> Trace:
         NotPatchedError: the model was never patched, or has not run since, or its last call failed.
     """
     runtime = _runtime(model)
-    ledger = _left.get(_inside(model)) if runtime is None else runtime.ledger
+    ledger = _former(model) if runtime is None else runtime.ledger
     if ledger is None or (runtime is None and ledger.outcome() is None):
         raise NotPatchedError(f"this {type(model).__name__} is not patched: call mustdrop.patch(model) first.")
     return ledger.trace()
@@ -147,33 +143,35 @@ def trace(model: nn.Module) -> Trace:
 
 def _again(model: nn.Module, before: Runtime, ledger: Ledger) -> None:
     """Patch as before, with what a block inside has left, or else with what there was before it."""
-    patch(model, before.method)
+    _put_in(model, before.method)
     runtime = _runtime(model)
     assert runtime is not None  # it has just been patched
     runtime.ledger = before.ledger if ledger.newest is None else ledger
 
 
+last_trace = trace
+
+
 def _runtime(model: object) -> Runtime | None:
-    inner = _inside(model)
-    return vars(inner).get(_ATTRIBUTE) if isinstance(inner, nn.Module) else None
+    """Of a model, or of the one that `torch.compile`, data parallel, a pipeline or the like has wrapped."""
+    for thing in (model, *(inner for _, inner in unwrapped(model))):
+        found = vars(inside(thing)).get(_ATTRIBUTE) if isinstance(thing, nn.Module) else None
+        if found is not None:
+            return cast(Runtime, found)
+    return None
 
 
-def _inside(model: Any) -> Any:
-    """The model that peft has wrapped and runs; any other model is itself.
-
-    Told by the package of its class, since peft need not be installed.
-    """
-    while isinstance(model, nn.Module) and any(kind.__module__.startswith("peft.") for kind in type(model).__mro__):
-        children = dict(model.named_children())  # attributes that peft's classes lack are looked up in the model inside
-        inner = children.get("base_model", children.get("model"))
-        if inner is None:
-            break
-        model = inner
-    return model
+def _former(model: object) -> Ledger | None:
+    """What became of the calls of a model that was patched, or of one that is wrapped likewise."""
+    for thing in (model, *(inner for _, inner in unwrapped(model))):
+        found = _left.get(inside(thing)) if isinstance(thing, nn.Module) else None
+        if found is not None:
+            return found
+    return None
 
 
 def _method(
-    given: Method | str | None,
+    given: MethodLike | None,
     keep: Keep | None,
     vision: VisionStagePruner | None,
     prefill: PrefillPruner | None,
@@ -191,12 +189,41 @@ def _method(
                 "the pruners, e.g. prefill=PrefillPruner(keep=64)."
             )
         return Method(vision, prefill, decode)
-    if isinstance(given, Method):
-        if keep is not None or knobs:
-            raise ConfigError(
-                "a Method object is complete: give keep and knobs to its pruners, or name a method instead."
-            )
-        return given
     if keep is not None:
         knobs = {"keep": keep, **knobs}
-    return find_method(DEFAULT_METHOD if given is None else given, **knobs)
+    return resolve(DEFAULT_METHOD if given is None else given, **knobs)
+
+
+def _put_in(model: nn.Module, chosen: Method) -> None:
+    """Patch with a method that is known to be one."""
+    inner = inside(model)
+    runtime = Runtime(inner, find_adapter(inner), chosen)  # fails before the model is touched
+    try:
+        require_possible(chosen, runtime.depth, runtime.filters)
+    except BudgetError as error:
+        hint = (
+            "" if chosen.name == DEFAULT_METHOD else f" Or name a method that also drops earlier: {DEFAULT_METHOD!r}."
+        )
+        raise BudgetError(f"{error}{hint}") from None
+    for pruner in (chosen.vision, chosen.prefill, chosen.decode):
+        forget(getattr(pruner, "score", None))
+    unpatch(model)
+    try:
+        runtime.install()
+    except BaseException:
+        runtime.uninstall()
+        raise
+    object.__setattr__(inner, _ATTRIBUTE, runtime)
+
+
+def warn_of_one(*methods: Method) -> None:
+    """Say once that keep=1 is one token: it looks like keep=1.0, and the two are the least and the most."""
+    for method in methods:
+        budgets = [getattr(pruner, "keep", None) for pruner in (method.vision, method.prefill, method.decode)]
+        if any(isinstance(keep, int) and keep == 1 for keep in budgets):
+            warn(
+                f"method {method.name!r} with keep=1 keeps one token: an int counts tokens. A float is a share, and "
+                "keep=1.0 (100%) keeps all of them: write that if you meant it.",
+                AmbiguousBudgetWarning,
+            )
+            return

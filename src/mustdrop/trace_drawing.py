@@ -207,7 +207,7 @@ def _rows(media: Sequence[Medium], pictures: list[list[Any]]) -> Iterator[Row]:
         kind = medium.kind
         name = f"{kind} {kinds[:place].count(kind) + 1}" if kinds.count(kind) > 1 else kind
         layout = medium.layout
-        tokens = torch.full((layout.offsets[-1],), -1, dtype=torch.long)
+        tokens = torch.full((layout.offsets[-1],), -1, dtype=torch.long, device="cpu")
         tokens[layout.cells[~layout.structural]] = medium.index[~layout.structural]
         for grid, ((frames, height, width), first) in enumerate(zip(layout.grids, layout.offsets, strict=False)):
             if not height * width:  # a picture so thin that nothing of its tiles is left
@@ -235,10 +235,10 @@ def _coverage(trace: Trace, layer: int, sample: int) -> Tensor:
     The last one stands for cells without a token.
     """
     n = int(trace.total[sample])
-    alive = torch.zeros(n + 1)
+    alive = torch.zeros(n + 1, dtype=torch.float32, device="cpu")
     kept = trace.kept(layer, sample)
     slots = trace.assignment(sample)
-    owner = torch.full((n + 1,), -1)
+    owner = torch.full((n + 1,), -1, dtype=torch.long, device="cpu")
     entered = trace.kept(0, sample)
     owner[slots[entered]] = entered  # slot -> the patch that names it
     living = torch.isin(owner[slots.clamp(min=0)], kept) & (slots >= 0)

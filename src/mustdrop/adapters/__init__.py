@@ -7,12 +7,11 @@ import pkgutil
 from functools import cache
 
 import transformers
-from torch import nn
 
 from mustdrop.adapters.base import Adapter
-from mustdrop.adapters.unsupported import reason
+from mustdrop.adapters.unsupported import refusal
 from mustdrop.compat import older_than
-from mustdrop.errors import UnsupportedModelError, did_you_mean
+from mustdrop.errors import UnsupportedModelError
 
 
 @cache
@@ -29,17 +28,20 @@ def registry() -> dict[str, Adapter]:
     return found
 
 
-def adapters() -> tuple[str, ...]:
+def list_adapters() -> tuple[str, ...]:
     """Names of the model families that `patch` knows, sorted."""
     return tuple(sorted(registry()))
+
+
+adapters = list_adapters
 
 
 def find(model: object) -> Adapter:
     """The adapter for `model`.
 
     Raises:
-        UnsupportedModelError: no adapter, or not for this model; the message says why where that is known, and lists
-            the supported classes and the nearest.
+        UnsupportedModelError: no adapter, or not for this model; the message says why where that is known, what to pass
+            in its place, and which supported classes have names like its own.
     """
     names = [kind.__name__ for kind in type(model).__mro__]
     for adapter in registry().values():
@@ -51,13 +53,4 @@ def find(model: object) -> Adapter:
                 )
             adapter.check(model)
             return adapter
-    known = [name for adapter in registry().values() for name in adapter.classes]
-    hint = " Pass the model itself, not its processor, config or pipeline." if not isinstance(model, nn.Module) else ""
-    for name in ("module", "_orig_mod"):  # DistributedDataParallel and the like; torch.compile
-        wrapped = type(getattr(model, name, None)).__name__
-        if wrapped in known:
-            hint = f" It wraps a {wrapped}: pass that, .{name} of what you passed."
-    raise UnsupportedModelError(
-        f"{reason(names) or f'mustdrop has no adapter for {type(model).__name__}.'} "
-        f"{did_you_mean(type(model).__name__, known)}{hint} docs/add-a-model.md shows how to add one."
-    )
+    raise UnsupportedModelError(refusal(model, [name for adapter in registry().values() for name in adapter.classes]))

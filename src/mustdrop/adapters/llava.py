@@ -88,4 +88,7 @@ def _grids(model: Any, arguments: dict[str, Any]) -> list[tuple[int, int]]:
         sizes = [pixels.shape[-2:]] * len(pixels)
     side = model.config.vision_config.patch_size
     high, wide = side if isinstance(side, list | tuple) else (side, side)
-    return [(height // high, width // wide) for height, width in torch.as_tensor(sizes).tolist()]
+    return [
+        (height // high, width // wide)
+        for height, width in torch.as_tensor(sizes, dtype=torch.long, device="cpu").tolist()
+    ]

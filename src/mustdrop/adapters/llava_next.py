@@ -107,7 +107,7 @@ def tiny_tiles(adapter: LlavaNext, model: Any, images: list[Tensor]) -> dict[str
         high, wide = get_anyres_image_grid_shape(size, PINPOINTS, 24)
         scale = min(high * 24 / int(size[0]), wide * 24 / int(size[1]))
         fitted = resize(image[None], size=[max(1, round(int(side) * scale)) for side in size])[0]
-        canvas = torch.zeros(3, high * 24, wide * 24)
+        canvas = torch.zeros(3, high * 24, wide * 24, dtype=torch.float32, device="cpu")
         top, left = (canvas.shape[1] - fitted.shape[1]) // 2, (canvas.shape[2] - fitted.shape[2]) // 2
         canvas[:, top : top + fitted.shape[1], left : left + fitted.shape[2]] = fitted
         tiles = canvas.view(3, high, 24, wide, 24).permute(1, 3, 0, 2, 4).flatten(0, 1)

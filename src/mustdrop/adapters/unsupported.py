@@ -1,6 +1,22 @@
-"""Architectures that were looked at and cannot be patched, each with its reason. `find` says so instead of guessing."""
+"""What cannot be patched, each with its reason and what to pass in its place. `find` says so instead of guessing."""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from mustdrop.errors import nearest
+
+EXAMPLE = "LlavaForConditionalGeneration"
+#: What a class name says beside the family.
+_KIND = re.compile(r"(For[A-Z]\w*|Model|Config|(Image|Video)?Processor(Fast)?|Tokenizer(Fast)?)$")
+
+#: Attributes in which wrappers hold the model: data parallel, DeepSpeed and FSDP; torch.compile; pipelines.
+_INSIDE_OF = ("module", "_orig_mod", "model")
+_DEPTH = 4  # wrappers in wrappers
 
 _RECURRENT = (
     "most of its decoder layers fold all tokens into one recurrent state, which decays with every step: no mask gives "
@@ -75,3 +91,76 @@ def reason(names: list[str]) -> str | None:
             family, why = UNSUPPORTED[name]
             return f"{family} ({name}) cannot be patched: {why}"
     return None
+
+
+def inside(model: Any) -> Any:
+    """The model that peft has wrapped and runs; any other model is itself.
+
+    Told by the package of its class, since peft need not be installed.
+    """
+    while isinstance(model, nn.Module) and any(kind.__module__.startswith("peft.") for kind in type(model).__mro__):
+        children = dict(model.named_children())  # attributes that peft's classes lack are looked up in the model inside
+        inner = children.get("base_model", children.get("model"))
+        if inner is None:
+            break
+        model = inner
+    return model
+
+
+def unwrapped(thing: Any) -> Iterator[tuple[str, Any]]:
+    """What lies inside of wrappers, from the outermost on: (".module", model), (".module._orig_mod", model), ..."""
+    path = ""
+    for _ in range(_DEPTH):
+        name = next((name for name in _INSIDE_OF if isinstance(getattr(thing, name, None), nn.Module)), None)
+        if name is None:
+            return
+        path, thing = f"{path}.{name}", getattr(thing, name)
+        yield path, thing
+
+
+def refusal(thing: object, known: Sequence[str]) -> str:
+    """Why something cannot be patched, and what to do.
+
+    Args:
+        thing: what came in the place of a model.
+        known: names of the supported classes.
+    """
+    names = [kind.__name__ for kind in type(thing).__mro__]
+    why = reason(names) or f"mustdrop has no adapter for {names[0]}."
+    return f"{why} {_instead(thing, names, known)} docs/add-a-model.md shows how to add one."
+
+
+def _instead(thing: object, names: list[str], known: Sequence[str]) -> str:
+    """What to pass."""
+    for path, inner in unwrapped(thing):
+        kinds = [kind.__name__ for kind in type(inside(inner)).__mro__]
+        if set(kinds) & set(known):
+            outside = "wrap it afterwards" if isinstance(thing, nn.Module) else "the pipeline goes on with it"
+            return f"It wraps a {type(inner).__name__}: pass that, {path} of what you passed; {outside}."
+    if isinstance(thing, str):
+        return (
+            f"Load the model first, transformers.AutoModelForImageTextToText.from_pretrained({thing!r}), and pass what "
+            f"that returns, a {EXAMPLE} or the like."
+        )
+    near = like(names[0], known)
+    if not isinstance(thing, nn.Module):
+        kind = " or ".join(near[:1] if EXAMPLE in near[:1] else [*near[:1], EXAMPLE])
+        return f"Pass the model itself, not its processor, config, checkpoint or pipeline: a {kind} or the like."
+    whole = [other for other in near if stem(other) == stem(names[0])] if names[0].endswith("Model") else []
+    if whole:
+        return f"A {names[0]} has no head: pass the {whole[0]} that holds it."
+    hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
+    return f"Known are {len(known)} classes, such as {EXAMPLE} (mustdrop.list_adapters() names the families).{hint}"
+
+
+def stem(name: str) -> str:
+    """What the classes of one family share: `LlavaForConditionalGeneration`, `LlavaProcessor` -> `Llava`."""
+    return _KIND.sub("", name)
+
+
+def like(name: str, known: Sequence[str], most: int = 3) -> list[str]:
+    """The known classes whose families have names most like that of `name`, best first."""
+    families: dict[str, list[str]] = {}
+    for other in known:
+        families.setdefault(stem(other), []).append(other)
+    return [other for family in nearest(stem(name), families, most) for other in families[family]][:most]

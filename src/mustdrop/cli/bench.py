@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from mustdrop.budget import keep_text
 from mustdrop.cli.common import budget, check_run, console, print_json, write_json
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def _print(result: dict[str, Any]) -> None:
         equal = sum(row["equal_tokens"]) / len(row["equal_tokens"])
         peak = row["peak_bytes"]
         table.add_row(
-            f"{row['method']} keep={row['keep']}",
+            row["method"] if row["keep"] is None else f"{row['method']} keep={keep_text(row['keep'])}",
             f"{equal:.1f} of {row['vision_tokens'][0]}",
             f"{row['flops_ratio']:.0%}",
             f"{row['kv_ratio']:.0%}",

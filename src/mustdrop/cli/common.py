@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from mustdrop.budget import Keep
-from mustdrop.errors import BudgetError, ConfigError
+from mustdrop.errors import ConfigError
 
 console = Console()
 errors = Console(stderr=True)
@@ -21,22 +21,14 @@ WRONG = 2  # the command could not run as it was called
 
 
 def budget(text: str) -> Keep:
-    """`--keep` as a number: "64" is tokens, "0.25" a share.
+    """`--keep` as a number: "64" is tokens, "0.25" and "25%" are shares.
 
     Raises:
-        ConfigError: it is neither.
-        BudgetError: it is no budget.
+        BudgetError: it is neither, or no budget.
     """
-    from mustdrop.budget import check_keep
+    from mustdrop.budget import check_keep, parse_keep
 
-    for kind in (int, float):
-        try:
-            return check_keep(kind(text), "--keep")
-        except BudgetError:
-            raise
-        except ValueError:
-            continue
-    raise ConfigError(f"--keep {text!r} is neither a number of tokens (64) nor a share (0.25).")
+    return check_keep(parse_keep(text), "--keep")
 
 
 def check_folder(path: Path) -> None:
@@ -62,7 +54,7 @@ def check_run(methods: Sequence[str], budgets: Sequence[Keep], device: str | Non
         UnknownMethodError, UnknownKnobError, BudgetError, ConfigError: see `mustdrop.patch` and `mustdrop.loading`.
     """
     from mustdrop.loading import check_dtype, place
-    from mustdrop.method import find
+    from mustdrop.registry import find
 
     for name in methods:
         for settings in [{"keep": keep} for keep in budgets] or [{}]:

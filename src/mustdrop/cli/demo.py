@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
+from mustdrop.budget import keep_text
 from mustdrop.cli.common import budget, check_folder, check_run, console, write_json
 from mustdrop.extras import need
 
@@ -77,7 +78,7 @@ def _print_demo(subject: Any, rows: list[Any], trace: Any) -> None:
     if known:
         answers.add_column("truth", style="bold")
     for row in shown:
-        answers.add_column("unpruned" if row.keep is None else f"keep={row.keep}")
+        answers.add_column("unpruned" if row.keep is None else f"keep={keep_text(row.keep)}")
     for i, item in enumerate(subject.shown):
         truth = item.truth
         said = [escape(row.answers[i]) for row in shown]
@@ -91,7 +92,7 @@ def _print_demo(subject: Any, rows: list[Any], trace: Any) -> None:
     cost.add_column("vision tokens per layer")
     for row in rows:
         cost.add_row(
-            "unpruned" if row.keep is None else f"{row.method} keep={row.keep}",
+            "unpruned" if row.keep is None else f"{row.method} keep={keep_text(row.keep)}",
             *([f"{row.correct} of {len(subject.items)}"] if known else []),
             f"{row.equal_tokens:.1f}",
             f"{row.flops:.1%}",

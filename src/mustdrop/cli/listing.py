@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from json import dumps
 from typing import Annotated, Any
 
 import typer
@@ -21,7 +22,7 @@ def methods(
 
         python -m mustdrop methods --json
     """
-    from mustdrop.method import registry
+    from mustdrop.registry import registry
 
     found = {name: _recipe(kind) for name, kind in sorted(registry().items())}
     if json:
@@ -36,9 +37,21 @@ def methods(
 
 def _recipe(kind: Any) -> dict[str, Any]:
     return {
-        "what": (inspect.getdoc(kind) or "").splitlines()[0],
-        "knobs": {name: field.get_default() for name, field in kind.model_fields.items()},
+        "what": inspect.cleandoc(kind.__doc__ or "").partition("\n")[0],
+        "knobs": {name: _default(field) for name, field in kind.model_fields.items()},
     }
+
+
+def _default(field: Any) -> Any:
+    """What JSON can hold of a knob's default; own recipes may have others."""
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    try:
+        dumps(value)
+    except TypeError:
+        return repr(value)
+    return value
 
 
 def adapters(

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mustdrop.budget import knob_text
 from mustdrop.eval.published import Published, published, rows
 from mustdrop.eval.result import EvalResult
 
@@ -124,7 +125,7 @@ def setting(run: EvalResult) -> str:
     if run.method == UNPRUNED:
         return "unpruned"
     knobs = {"keep": run.keep} | run.knobs if run.keep is not None else run.knobs
-    return " ".join([run.method, *(f"{name}={value}" for name, value in knobs.items())])
+    return " ".join([run.method, *(knob_text(name, value) for name, value in knobs.items())])
 
 
 def group(results: Iterable[EvalResult]) -> list[Group]:

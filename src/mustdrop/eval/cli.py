@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mustdrop.errors import ConfigError
+from mustdrop.budget import keep_text, parse_keep
+from mustdrop.errors import BudgetError, ConfigError
 from mustdrop.eval.benchmark import Answer, Item
 from mustdrop.eval.benchmarks import benchmarks
 from mustdrop.eval.result import RESULT, EvalResult
@@ -238,7 +239,7 @@ def _acceptable(result: EvalResult, most: float) -> bool:
 
 def table(result: EvalResult) -> Table:
     """A result for the terminal."""
-    keep = "" if result.keep is None else f" keep={result.keep}"
+    keep = "" if result.keep is None else f" keep={keep_text(result.keep)}"
     shown = Table(
         title=f"{result.title}: {result.model.name}, {result.method}{keep}", title_justify="left", show_header=False
     )
@@ -281,15 +282,13 @@ def _pair(text: str) -> tuple[str, Any]:
 
 
 def value(text: str) -> Any:
-    """A number where the text is one; a tuple of them for "2,6,10"; true, false and none; else the text."""
+    """A number where the text is one (25% is 0.25); a tuple for "2,6,10"; true, false and none; else the text."""
     words = {"true": True, "false": False, "none": None}
     if text.lower() in words:
         return words[text.lower()]
     if "," in text:
         return tuple(value(part) for part in text.split(",") if part)
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+    try:
+        return parse_keep(text)
+    except BudgetError:
+        return text

@@ -17,6 +17,7 @@ from mustdrop.eval.journal import digest
 from mustdrop.eval.loading import Batch
 from mustdrop.eval.processes import share
 from mustdrop.loading import place
+from mustdrop.registry import MethodLike
 from mustdrop.trace import Trace
 
 BUNDLED = "bundled"
@@ -48,7 +49,7 @@ class Engine:
 
     Args:
         name: hub id or folder; None is the bundled model.
-        method: name of the method.
+        method: what `patch` takes.
         knobs: its settings.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         dtype: "auto", "float32", "bfloat16" or "float16".
@@ -58,7 +59,7 @@ class Engine:
     def __init__(
         self,
         name: str | None,
-        method: str,
+        method: MethodLike,
         knobs: dict[str, Any],
         device: str = "auto",
         dtype: str = "auto",

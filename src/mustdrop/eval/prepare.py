@@ -19,7 +19,7 @@ from mustdrop.eval.result import DataInfo, PromptInfo
 from mustdrop.eval.settings import Settings
 from mustdrop.extras import install
 from mustdrop.loading import check_dtype
-from mustdrop.method import find as find_method
+from mustdrop.registry import resolve
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Prepared:
     @property
     def identity(self) -> dict[str, Any]:
         """Everything that decides an answer. The batch size and the number of processes do not, by design."""
+        name, knobs = self.settings.described
         return {
             "benchmark": self.benchmark.name,
             "data": self.data.sha256,
@@ -59,8 +60,8 @@ class Prepared:
             "prompt": self.prompt.example,
             "pictures": self.prompt.pictures,
             "max_new_tokens": self.prompt.max_new_tokens,
-            "method": self.settings.method,
-            "knobs": dict(self.settings.knobs),
+            "method": name,
+            "knobs": knobs,
             **self.engine.identity(),
         }
 
@@ -80,7 +81,7 @@ def prepare(settings: Settings) -> Prepared:
     """
     benchmark = find(settings.benchmark)
     _require(benchmark)
-    find_method(settings.method, **settings.knobs)  # a mistake in there should show before a large model is loaded
+    resolve(settings.method, **settings.knobs)  # a mistake in there should show before a large model is loaded
     device_of(settings.device)
     check_dtype(settings.dtype)
     check_template(settings.template)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mustdrop.errors import ConfigError
+from mustdrop.eval.journal import digest
+from mustdrop.method import Method
+from mustdrop.registry import MethodLike, described
 
 
 @dataclass(frozen=True)
@@ -17,8 +21,8 @@ class Settings:
     Attributes:
         benchmark: name of the benchmark.
         model: hub id or folder; None is the bundled model.
-        method: name of the method.
-        knobs: its settings.
+        method: a name, an address `module:Class`, a recipe class, or a `Recipe` or `Method` object, which is complete.
+        knobs: its settings, where it is a name or a class.
         out: folder of the run; None makes a name.
         data: folder of the files; None is the guide's.
         dataset: data set of `datasets` in place of files.
@@ -39,7 +43,7 @@ class Settings:
 
     benchmark: str
     model: str | None = None
-    method: str = "mustdrop"
+    method: MethodLike = "mustdrop"
     knobs: Mapping[str, Any] = field(default_factory=dict)
     out: Path | None = None
     data: Path | None = None
@@ -64,8 +68,17 @@ class Settings:
         if self.out is not None:
             return self.out
         model = "bundled" if self.model is None else Path(self.model).name
-        knobs = "".join(f"-{key}={value}" if key != "keep" else f"-{value}" for key, value in self.knobs.items())
-        return Path("mustdrop-eval") / self.benchmark / model / f"{self.method}{knobs}"
+        name, knobs = self.described
+        parts = [str(value) if key == "keep" else f"{key}={value}" for key, value in knobs.items()]
+        if isinstance(self.method, Method):  # its pruners are too long for a name
+            parts = [digest(knobs)[:8]]
+        run = re.sub(r"[/\\:\s]", "_", "-".join([name, *parts]))
+        return Path("mustdrop-eval") / self.benchmark / model / run
+
+    @property
+    def described(self) -> tuple[str, dict[str, Any]]:
+        """Name and settings of the method, for tables and files."""
+        return described(self.method, self.knobs)
 
     def check(self, processes: int) -> None:
         """Refuse what cannot be meant.

@@ -44,6 +44,7 @@ def summarise(
     said = [line for line in lines if "failed" not in line]
     benchmark, settings, broken = ready.benchmark, ready.settings, ready.folder.broken
     first = starts[0]["start"]
+    name, knobs = settings.described
     return EvalResult(
         benchmark=benchmark.name,
         title=benchmark.title,
@@ -51,9 +52,9 @@ def summarise(
         headline=benchmark.headline,
         headline_max=benchmark.headline_max,
         metric=benchmark.metric,
-        method=settings.method,
-        keep=settings.knobs.get("keep"),
-        knobs=dict(settings.knobs),
+        method=name,
+        keep=knobs.get("keep"),
+        knobs=knobs,
         setup_sha256=ready.setup,
         model=_model(ready.engine, said),
         prompt=ready.prompt,

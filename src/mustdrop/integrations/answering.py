@@ -99,10 +99,10 @@ class Answerer:
         frames: int | None = None,
         **loading: Any,
     ) -> None:
-        from mustdrop.method import find
+        from mustdrop.registry import resolve
 
         settings = dict(knobs or {}) | ({} if keep is None else {"keep": keep})
-        chosen = find(method, **settings)  # a wrong name fails before weights are loaded
+        chosen = resolve(method, **settings)  # a wrong name fails before weights are loaded
         self.model, self.processor = load_model(pretrained, **loading)
         self.frames = frames
         self.kept = Kept()

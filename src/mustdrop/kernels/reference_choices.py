@@ -60,7 +60,7 @@ def farthest_first(x: Tensor, count: int, candidates: Tensor | None = None, coun
     held = _others(x, 0, x.shape[1]) if x.shape[1] <= HELD else None
     first = _nearest(x, gone) if held is None else _hide(held, gone).amax(2)
     pick = (first if gone is None else first.masked_fill(gone, torch.inf)).argmin(1, keepdim=True)
-    nearest = torch.full(x.shape[:2], -torch.inf, device=x.device)
+    nearest = torch.full(x.shape[:2], -torch.inf, dtype=torch.float32, device=x.device)
     nearest = nearest if gone is None else nearest.masked_fill(gone, torch.inf)
     picks = [pick]
     for _ in range(count - 1):
@@ -189,7 +189,7 @@ def without_duplicates(x: Tensor, order: Tensor, count: int, most: int = 8) -> T
         return order.new_zeros(order.shape[0], 0)
     listed = unit(_take(x, order))
     held = listed @ listed.mT if order.shape[1] <= HELD else None
-    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    place = torch.arange(order.shape[1], dtype=torch.long, device=order.device).expand_as(order)
     while place.shape[1] > count:
         even, odd = place[:, ::2], place[:, 1::2]
         if held is None:
@@ -215,7 +215,7 @@ def _ended(picks: Tensor, candidates: Tensor | None, counts: Tensor | None) -> T
     last = picks.new_full((picks.shape[0],), picks.shape[1])
     last = last if candidates is None else last.minimum(candidates.sum(1))
     last = last if counts is None else last.minimum(counts.to(last.device))
-    return picks.masked_fill(torch.arange(picks.shape[1], device=picks.device) >= last[:, None], -1)
+    return picks.masked_fill(torch.arange(picks.shape[1], dtype=torch.long, device=picks.device) >= last[:, None], -1)
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

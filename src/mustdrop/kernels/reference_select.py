@@ -64,7 +64,7 @@ def select(
     # what is alive comes before what is not, whatever its score
     key = key.clamp(min=torch.finfo(key.dtype).min).masked_fill(~pool, -torch.inf)
     order = key.argsort(dim=1, descending=True, stable=True)
-    place = torch.arange(alive.shape[1], device=alive.device)
+    place = torch.arange(alive.shape[1], dtype=torch.long, device=alive.device)
     best = torch.zeros_like(alive).scatter_(1, order, place < need[:, None]) & pool
     stays = best if stays is None else stays | best
     if not slots:

@@ -163,7 +163,7 @@ class PrunedLayer(Slots, DynamicLayer):
                 "the last crop, or start with a new cache."
             )
         known = self.slot_positions()
-        newest = torch.arange(self.logical - remove, self.logical, device=self.home)
+        newest = torch.arange(self.logical - remove, self.logical, dtype=torch.long, device=self.home)
         if known is not None and (known.shape[1] < remove or not bool((known[:, -remove:] == newest).all())):
             raise CacheStateError(
                 f"cannot crop {remove} tokens from a pruned cache: vision tokens were dropped in that range."
@@ -181,7 +181,9 @@ class PrunedLayer(Slots, DynamicLayer):
         if not self.slots:
             return None
         known = 0 if self.positions is None else self.positions.shape[1]
-        tail = torch.arange(self.logical - (self.slots - known), self.logical + extra, device=self.home)
+        tail = torch.arange(
+            self.logical - (self.slots - known), self.logical + extra, dtype=torch.long, device=self.home
+        )
         tail = tail.expand(self.keys.shape[0], -1)
         return tail if self.positions is None else torch.cat([self.positions, tail], 1)
 

@@ -63,8 +63,8 @@ class AttendedAndDiverse(TextScorer):
         most = int(count.max())
         picks = greedy_determinant(seen.hidden, quality, most, seen.alive, count)
         # earlier picks rank higher; pinned tokens that others explain wholly stay all the same
-        rank = torch.zeros(picks.shape[0], score.shape[1] + 1, device=score.device)
-        order = torch.arange(most, 0, -1.0, device=score.device).expand_as(picks)
+        rank = torch.zeros(picks.shape[0], score.shape[1] + 1, dtype=torch.float32, device=score.device)
+        order = torch.arange(most, 0, -1.0, dtype=torch.float32, device=score.device).expand_as(picks)
         rank = rank.scatter(1, picks.masked_fill(picks < 0, score.shape[1]), order)[:, :-1]
         return keep_best(rank, count, seen.alive, must)
 

@@ -22,8 +22,12 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
 
-    def __init__(self, **data: Any) -> None:
+    def __init__(self, *unnamed: Any, **data: Any) -> None:
         known = type(self).model_fields
+        if unnamed:
+            first = next(iter(["keep"] if "keep" in known else known), "setting")
+            name = type(self).__name__
+            raise ConfigError(f"{name} takes its settings by name: write {name}({first}={unnamed[0]!r}).")
         for name in data:
             if name not in known:
                 raise UnknownKnobError(f"{type(self).__name__} has no setting {name!r}. {did_you_mean(name, known)}")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mustdrop.budget import check_layers, scaled_layers, schedule
 from mustdrop.errors import ConfigError
+from mustdrop.pruners import answers
 from mustdrop.pruners.base import Budget, Compat, Settings
 from mustdrop.pruners.recycling import Recycling
 from mustdrop.pruners.scoring import Seen, TextScorer
@@ -257,14 +258,14 @@ class PrefillPruner(Settings):
             score = dual_score(statistics, self.global_threshold or 1.0, self.individual_threshold or 1.0)
             choose: Callable[..., Tensor] = partial(keep_best, score, alive=alive, pinned=pinned, importance=importance)
         else:
-            choose = partial(self.score.choose, seen, pinned=pinned, importance=importance)
+            choose = partial(answers.stays, self.score, seen, pinned=pinned, importance=importance)
             score = attention.new_zeros(0)
         if self.recycle is None:
             return Selection.from_mask(choose(count=wanted))
         if seen.hidden is None:
             raise ConfigError("PrefillPruner(recycle=...) clusters hidden states: call filter() with Seen(hidden=...).")
         if self.score is not None:
-            score = self.score.score(seen)
+            score = answers.scores(self.score, seen)
         kept = wanted
         if self.keep is not None:
             room = [self.recycle.kept(*pair) for pair in zip(alive.sum(1).tolist(), wanted.tolist(), strict=True)]

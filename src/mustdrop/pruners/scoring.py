@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import model_validator
 from torch import Tensor
 
+from mustdrop.errors import ConfigError
+from mustdrop.pruners import answers
 from mustdrop.pruners.base import Settings
 from mustdrop.rules.ranking import keep_best
 
@@ -43,6 +46,16 @@ class TextScorer(Settings):
     rows: ClassVar[Literal["text", "last", "none"]] = "text"
     reads: ClassVar[frozenset[str]] = frozenset()
 
+    @model_validator(mode="after")
+    def _known(self) -> TextScorer:
+        """What is read is something that can be."""
+        if self.rows not in ("text", "last", "none") or not set(self.reads) <= {"keys", "hidden"}:
+            raise ConfigError(
+                f'{type(self).__name__}: expected rows "text", "last" or "none", and reads among {{"keys", "hidden"}}, '
+                f"got rows={self.rows!r} and reads={self.reads!r}."
+            )
+        return self
+
     def raters(self, embeds: Tensor, vision: Tensor, text: Tensor) -> Tensor:
         """Which text tokens score, (B, S) bool, decided once before decoder layer 0; a subset of `text`.
 
@@ -68,7 +81,7 @@ class TextScorer(Settings):
             pinned: (B, n) bool, tokens that come before all others.
             importance: (B, n), orders the pinned ones.
         """
-        return keep_best(self.score(seen), count, seen.alive, pinned, importance)
+        return keep_best(answers.scores(self, seen), count, seen.alive, pinned, importance)
 
 
 class LastRow(TextScorer):

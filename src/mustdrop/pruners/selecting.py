@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mustdrop import kernels
 from mustdrop.errors import ConfigError
+from mustdrop.pruners import answers
 from mustdrop.pruners.base import Settings
 
 
@@ -118,17 +119,21 @@ class Chosen:
             that are not kept are gone.
         blend: (B, N, C) -> (B, M, C), new values of the kept features, in the order of `keep`. It must be linear in the
             features, because it is applied to whichever states the model goes on with. None leaves them as they are.
+        score: (B, N) what `best` ranked by, for whoever checks the choice.
     """
 
     keep: Tensor
     into: Tensor | None = None
     blend: Callable[[Tensor], Tensor] | None = None
+    score: Tensor | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def best(cls, score: Tensor, count: int) -> Chosen:
         """The `count` highest of `score` (B, N), ascending by index; ties go to the lower index."""
+        if score.ndim != 2:
+            raise ConfigError(f"Chosen.best ranks scores (B, N), got a tensor of shape {tuple(score.shape)}.")
         order = score.argsort(dim=1, descending=True, stable=True)[:, :count]
-        return cls(order.sort(1).values)
+        return cls(order.sort(1).values, score=score)
 
     @classmethod
     def merged(cls, keep: Tensor, into: Tensor, weight: Tensor | None = None) -> Chosen:
@@ -151,6 +156,16 @@ class VisionRule(Settings):
     space: ClassVar[Literal["encoder", "language"]] = "language"
     asks: ClassVar[bool] = False
 
+    @model_validator(mode="after")
+    def _known(self) -> VisionRule:
+        """What is read is something that can be."""
+        reads: object = self.reads
+        if not isinstance(reads, tuple) or not all(isinstance(read, Read) for read in reads):
+            raise ConfigError(f"{type(self).__name__}.reads: expected a tuple of Read(...), got {reads!r}.")
+        if self.space not in ("encoder", "language"):
+            raise ConfigError(f'{type(self).__name__}.space: expected "encoder" or "language", got {self.space!r}.')
+        return self
+
     @property
     def reads(self) -> tuple[Read, ...]:
         """What is read from the encoder."""
@@ -170,20 +185,14 @@ class VisionRule(Settings):
         """`choose`, after a look at the numbers.
 
         Raises:
-            ConfigError: there are not that many features.
+            ConfigError: there are not that many features, or the rule returns what is no choice of them.
         """
         n = seen.values.shape[1]
         if count is not None and not 0 < count <= n:
             raise ConfigError(f"{type(self).__name__}: expected 1 to {n} features to keep, got count={count}.")
         if count == n:
             return Chosen(torch.arange(n, dtype=torch.long, device=seen.values.device).expand(len(seen.values), -1))
-        chosen = self.choose(seen, count)
-        if count is not None and chosen.keep.shape[1] != count:
-            raise ConfigError(
-                f"{type(self).__name__}.choose was asked for {count} of {n} features and returned "
-                f"{chosen.keep.shape[1]}."
-            )
-        return chosen
+        return answers.features(self, seen, count)
 
 
 class InnerRule(VisionRule):

@@ -141,8 +141,8 @@ class VisionStagePruner(Settings):
             scale: patches per side of what the window counts.
 
         Returns:
-            `Selection` with `merge_into`; `selection.apply(features)` are the M remaining tokens. A grid that is smaller
-            than one window is not merged.
+            `Selection` with `merge_into`; `selection.apply(features)` are the M remaining tokens. A grid that is
+            smaller than one window is not merged.
 
         Raises:
             ConfigError: the grid does not fit the features.
@@ -236,7 +236,7 @@ class VisionStagePruner(Settings):
             )
         if count is None and not isinstance(self.keep, str):
             tokens = math.floor(tokens_of(self.keep, total, "VisionStagePruner.keep", strict=False) + 1e-6)
-            count = torch.full((features.shape[0],), tokens, device=features.device)
+            count = torch.full((features.shape[0],), tokens, dtype=torch.long, device=features.device)
         merged = self.merge(features, grid, at_least=count)
         alive = merged.mask(total)
         keep, pinned = self.select(importance, alive, count)

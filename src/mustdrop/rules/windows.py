@@ -36,7 +36,7 @@ def window_index(grid: Sides, window: int | Sides, device: torch.device | None =
     """
     (frames, rows, columns), (deep, high, wide) = _solid(grid, window)
     t, h, w = frames // deep, rows // high, columns // wide
-    tokens = torch.arange(frames * rows * columns, device=device).view(frames, rows, columns)
+    tokens = torch.arange(frames * rows * columns, dtype=torch.long, device=device).view(frames, rows, columns)
     tokens = tokens[: t * deep, : h * high, : w * wide]
     return rearrange(tokens, "(t c) (h a) (w b) -> (t h w) (c a b)", c=deep, a=high, b=wide)
 
@@ -49,8 +49,8 @@ def check_window(grid: Sides, window: int | Sides) -> None:
     has = f"{rows}x{columns} patches" if frames == 1 else f"{frames} frames of {rows}x{columns} patches"
     needs = f"{high}x{wide}" if deep == 1 else f"{deep} frames of {high}x{wide}"
     raise ConfigError(
-        f"the {'image' if frames == 1 else 'video'} has {has}, smaller than one window of {needs}: use a smaller window, "
-        "or leave strict out: then such a picture is not merged."
+        f"the {'image' if frames == 1 else 'video'} has {has}, smaller than one window of {needs}: use a smaller "
+        "window, or leave strict out: then such a picture is not merged."
     )
 
 
@@ -76,7 +76,7 @@ def window_similarity(x: Tensor, grid: Sides, window: int | Sides) -> Tensor:
         raise ConfigError(f"got {x.shape[1]} tokens for a grid of {sides} = {math.prod(grid)} patches.")
     index = window_index(grid, window, x.device)
     if not len(index):
-        return torch.zeros(x.shape[0], 0, device=x.device)
+        return torch.zeros(x.shape[0], 0, dtype=torch.float32, device=x.device)
     return kernels.window_similarity(x, index)
 
 

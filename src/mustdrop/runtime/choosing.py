@@ -78,7 +78,7 @@ class Chooser:
             owner: (F,) long, the feature that names the window that each merged into before; None if none did.
         """
         device = features.device
-        index = torch.arange(len(features), device=device)
+        index = torch.arange(len(features), dtype=torch.long, device=device)
         owner = index if owner is None else named(owner, self.layouts, self.ends, self.shown)
         choice = Choice(torch.zeros(len(features), dtype=torch.bool, device=device), torch.full_like(index, -1), index)
         choice.order = index.clone()
@@ -254,8 +254,8 @@ def named(
 ) -> Tensor:
     """What names each merged window, so that no token that must be there is gone.
 
-    A feature that ends a prompt names the window that it is part of, and one that a mask hides names none with others in
-    it.
+    A feature that ends a prompt names the window that it is part of, and one that a mask hides names none with
+    others in it.
 
     Args:
         owner: (F,) long, for each feature of all media the one that names its window.
@@ -265,7 +265,7 @@ def named(
     """
     if not ends and shown is None:
         return owner
-    index, device = torch.arange(len(owner), device=owner.device), owner.device
+    index, device = torch.arange(len(owner), dtype=torch.long, device=owner.device), owner.device
     turn = (owner != index).long()  # whose turn it is to name: the end, what does so far, others that are seen
     if shown is not None:
         turn = torch.where(torch.cat(list(shown)).to(device), turn, 2)

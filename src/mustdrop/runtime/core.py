@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -12,11 +11,12 @@ from torch import Tensor, nn
 from mustdrop.adapters.base import Adapter, Modality, Tower
 from mustdrop.compat import cache_of, require_supported_transformers
 from mustdrop.cost import EncoderCost, TextCost
-from mustdrop.errors import BudgetWarning, ConfigError, NothingDroppedWarning, UnsupportedModelError
+from mustdrop.errors import BudgetWarning, ConfigError, NothingDroppedWarning, UnsupportedModelError, warn
 from mustdrop.method import Method
 from mustdrop.runtime import checks
 from mustdrop.runtime.calls import BASE, MODEL, Calls, raised
 from mustdrop.runtime.compiled import outside_steps
+from mustdrop.runtime.copying import Copied
 from mustdrop.runtime.encoder import EncoderStage
 from mustdrop.runtime.entry import last_token, valid_tokens, words
 from mustdrop.runtime.installation import Installation
@@ -30,7 +30,7 @@ from mustdrop.runtime.text import TextStage
 T = TypeVar("T")
 
 
-class Runtime:
+class Runtime(Copied):
     """What one patched model carries: its layers, method, budgets and run state; its methods are the hooks."""
 
     def __init__(self, model: nn.Module, adapter: Adapter, method: Method) -> None:
@@ -118,7 +118,7 @@ class Runtime:
             made = self.plans[total] = plan_row(self.method, total, self.depth, self.filters)
             if made.exceeds and not self.exceeded:
                 self.exceeded = True
-                warnings.warn(made.exceeds, BudgetWarning, stacklevel=3)
+                warn(made.exceeds, BudgetWarning)
         return self.plans[total]
 
     def install(self) -> None:
@@ -177,10 +177,9 @@ class Runtime:
         self.ledger.note(call.began, made)
         if self.method.drops and any(call.totals) and not self.warned and not made.dropped_anything:
             self.warned = True
-            warnings.warn(
+            warn(
                 f"method {self.method.name!r} kept every vision token of this prompt: {self.method.why_nothing}",
                 NothingDroppedWarning,
-                stacklevel=3,
             )
 
     def placeholders(self, ids: Tensor | None, embeds: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:

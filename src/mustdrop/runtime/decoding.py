@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mustdrop import kernels, kv
 from mustdrop.compat import Span
 from mustdrop.errors import MustDropError
-from mustdrop.pruners import CacheScorer, DecodeCachePruner, Received
+from mustdrop.pruners import CacheScorer, DecodeCachePruner, Received, answers
 from mustdrop.runtime import parallel
 from mustdrop.runtime.block_masks import Mask
 from mustdrop.runtime.masks import visible_keys
@@ -146,12 +146,12 @@ def read_prompt(
         (B, R) rows that were read, -1 on padding.
     """
     prompt = forward.current(media.prompt)
-    rows = on(pack(scorer.rows(forward.current(media.text) & prompt, prompt)), asked.q.device)
+    rows = on(pack(answers.rows(scorer, forward.current(media.text) & prompt, prompt)), asked.q.device)
     if scorer.by_row:
         arguments = asked.arguments(rows)
         attention = asked.over_heads(kernels.row_probabilities(*arguments))
         own = (rows + asked.k.shape[2] - asked.q.shape[2]).masked_fill(rows == PAD, PAD)
-        read = Received(scorer.gather(attention, own), _seeing(rows, arguments[3]))
+        read = Received(answers.gathered(scorer, attention, own), _seeing(rows, arguments[3]))
         mass = attention.sum(1)
     else:
         parts = [_sums(asked, part) for part in torch.split(rows, asked.at_once(rows), dim=1)]
@@ -175,7 +175,7 @@ def read_step(scorer: CacheScorer, layer: Any, asked: Asked, valid: Tensor) -> N
     if layer.positions is None:
         return
     asks = on(valid if valid.shape[1] == 1 else scorer.rows(valid, valid), asked.q.device)
-    rows = torch.arange(asks.shape[1], device=asks.device).expand_as(asks).masked_fill(~asks, PAD)
+    rows = torch.arange(asks.shape[1], dtype=torch.long, device=asks.device).expand_as(asks).masked_fill(~asks, PAD)
     step = _sums(asked, rows)
     n = layer.positions.shape[1]
     step = Received(step.given[:, :n], step.queries[:, :n])
@@ -183,7 +183,7 @@ def read_step(scorer: CacheScorer, layer: Any, asked: Asked, valid: Tensor) -> N
         layer.attended, layer.queries = step.given, step.queries
         return
     known = Received(layer.attended, layer.queries)
-    read, some = scorer.add(known, step), asks.any(1, keepdim=True)  # a row of padding alone adds nothing
+    read, some = answers.added(scorer, known, step), asks.any(1, keepdim=True)  # a row of padding alone adds nothing
     layer.attended = torch.where(some, read.given, known.given)
     layer.queries = torch.where(some, read.queries, known.queries)
 
@@ -215,7 +215,7 @@ def after_prompt(decode: DecodeCachePruner | None, forward: Forward, later: Late
     if decode.scorer.by_layer:
         entries = torch.stack([own.sum(1).cpu() for own in candidates])
         mass = torch.stack([own.cpu() for own in forward.masses])
-        budgets = list(decode.scorer.budgets(mass, count.cpu(), entries))
+        budgets = list(answers.budgets(decode.scorer, mass, count.cpu(), entries))
     held = torch.stack([layer.slot_vision().sum(1).cpu() for layer in layers])
     everything = (held <= count.cpu()).all(0)
     for layer, own, vision in zip(layers, budgets, candidates, strict=True):
@@ -243,7 +243,7 @@ def _evict(
     if everything is not None:
         fits |= on(everything, vision.device)
     seen = on(candidates, read.given.device)
-    score = decode.scorer.score(read, seen)
+    score = answers.entries(decode.scorer, read, seen)
     best = decode(score, seen, on(count, score.device)).mask(layer.slots)
     layer.evict(on(best, vision.device) & (candidates | ~vision) | fits[:, None])
 

@@ -22,6 +22,7 @@ from mustdrop.errors import ConfigError
 from mustdrop.pruners import InnerRule, Read, VisionStagePruner
 from mustdrop.runtime import block_masks, parallel, reading
 from mustdrop.runtime.block_masks import Mask
+from mustdrop.runtime.copying import Copied
 from mustdrop.runtime.encoder_run import EncoderRun
 from mustdrop.runtime.masks import attended_keys, cut_encoder_mask, encoder_mask
 from mustdrop.runtime.rows import HOST, on
@@ -72,7 +73,7 @@ class BlockHook:
         return self.stage.before_block(self.index, module, args, kwargs)
 
 
-class EncoderStage:
+class EncoderStage(Copied):
     """Watches one tower, and runs a `VisionStagePruner` in it if there is one."""
 
     def __init__(

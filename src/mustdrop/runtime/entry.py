@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mustdrop.pruners import answers
 from mustdrop.runtime.plan import survivors_of
 from mustdrop.runtime.rows import HOST, on
 from mustdrop.runtime.state import Call, Marks, Medium
@@ -32,7 +33,7 @@ class Media:
         padded: whether any token is padding.
         marks: what the vision stage decided, per row over its vision tokens; empty without a vision stage.
         media: per row, its media in the order of the prompt; empty if the encoder did not run.
-        ends: bool, vision tokens that end their prompts: they predict what follows, so they stay; None if no row has one.
+        ends: bool, vision tokens that end their prompts: they predict what follows and stay; None if no row has one.
         pinned: bool, the key set and the ends, or None.
         importance: float, encoder attention, or None.
         order: long, sort key of the rows where they are reordered (compat="released"), or None.
@@ -86,7 +87,7 @@ def read(runtime: Runtime, embeds: Tensor, kinds: Tensor, mask: Tensor | None) -
     prefill = runtime.method.prefill
     if prefill is not None and prefill.score is not None:
         entering, given = on(vision & alive, embeds.device), on(raters, embeds.device)
-        raters = prefill.score.raters(embeds.nan_to_num(0.0), entering, given).to(HOST)
+        raters = answers.raters(prefill.score, embeds.nan_to_num(0.0), entering, given).to(HOST)
     names = [modality.name for modality in runtime.modalities]
     found = _media(call, names, kinds)
     marks = _marks(call, found) if found else []

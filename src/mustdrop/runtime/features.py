@@ -17,6 +17,7 @@ from mustdrop.budget import share_out
 from mustdrop.compat import eager
 from mustdrop.errors import MustDropError, UnsupportedOptionError
 from mustdrop.layout import Layout
+from mustdrop.pruners import answers
 from mustdrop.runtime import checks
 from mustdrop.runtime.choosing import Chooser, patches_left
 from mustdrop.runtime.encoder import EncoderStage
@@ -166,7 +167,7 @@ class FeaturesWrapper:
         targets = patches_left(layouts, most, rows * columns)
         # a call may read an earlier layer than the config says
         layers = min(stage.last, runtime.adapter.read_layer(runtime.model, kind, arguments)) + 1
-        amounts = [rule.amounts(rows * columns, target, layers) for target in targets]
+        amounts = [answers.amounts(rule, rows * columns, target, layers) for target in targets]
         return Inside.of(rule, amounts, stage.tower)
 
     def _chooser(
@@ -267,7 +268,7 @@ def _ends(
     """Medium -> its feature that ends a prompt; that one predicts what follows."""
     found: dict[int, tuple[int, int]] = {}  # the last one of each prompt counts
     for i, row in enumerate(owners):
-        seen = torch.arange(sizes[i]) if shown is None else shown[i].nonzero()[:, 0]
+        seen = torch.arange(sizes[i], dtype=torch.long, device="cpu") if shown is None else shown[i].nonzero()[:, 0]
         if shares[row].ends and len(seen):
             found[row] = i, int(seen[-1])
     return dict(found.values())

@@ -18,7 +18,7 @@ from mustdrop import kernels
 from mustdrop.adapters.base import Tower
 from mustdrop.compat import eager
 from mustdrop.errors import UnsupportedOptionError
-from mustdrop.pruners import InnerRule
+from mustdrop.pruners import InnerRule, answers
 from mustdrop.runtime.state import Local
 from mustdrop.runtime.tap import implementation_of
 from mustdrop.selection import Selection
@@ -105,7 +105,8 @@ class Inside:
         for group in groups:
             mine = slice(None) if group.items is None else torch.tensor(group.items, dtype=torch.long, device=device)
             own = tokens if group.tokens is None else group.tokens
-            slot[mine, :own], group.tokens = self.rule.join(self.keys[mine, :own], group.here(index), self.prefix)
+            joined = answers.slots(self.rule, self.keys[mine, :own], group.here(index), self.prefix)
+            slot[mine, :own], group.tokens = joined
             counts[mine] = group.tokens
         slots = int(counts.max())
         size = hidden.new_ones(items, tokens, dtype=torch.float32) if self.size is None else self.size

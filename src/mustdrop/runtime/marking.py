@@ -125,7 +125,7 @@ def decide(
             structural=torch.stack([layouts[i].structural for i in group]),
             importance=torch.stack([importance[starts[i] : starts[i + 1]] for i in group]),
             owner=torch.stack([owner[starts[i] : starts[i + 1]] - starts[i] for i in group]),
-            most=torch.tensor([most[i] for i in group]),
+            most=torch.tensor([most[i] for i in group], dtype=torch.long, device=HOST),
             ends=_marked([layouts[i].size for i in group], {group.index(i): k for i, k in ends.items() if i in group}),
             shown=None if shown is None else torch.stack([shown[i] for i in group]),
         )
@@ -196,7 +196,7 @@ class _Group:
     def marks(self, pruner: VisionStagePruner) -> list[Marks]:
         """The decisions. `order` is the feature that names what each became part of, dropped or not."""
         importance, owner = self.importance, self.owner
-        alive = owner == torch.arange(owner.shape[1], device=owner.device)
+        alive = owner == torch.arange(owner.shape[1], dtype=torch.long, device=owner.device)
         seen = alive if self.shown is None else alive & self.shown
         count = self.most if pruner.selects and bool((seen.sum(1) > self.most).any()) else None
         keep, pinned = pruner.select(importance, alive if count is None else seen, count, self.structural, self.ends)
@@ -207,7 +207,7 @@ class _Group:
 
 def _marked(sizes: Sequence[int], places: Mapping[int, int]) -> Tensor:
     """(B, N) bool, True at one place of some rows."""
-    out = torch.zeros(len(sizes), max(sizes, default=0), dtype=torch.bool)
+    out = torch.zeros(len(sizes), max(sizes, default=0), dtype=torch.bool, device=HOST)
     for row, place in places.items():
         out[row, place] = True
     return out

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mustdrop import budget
+from mustdrop.budget import keep_text
 from mustdrop.errors import BudgetError
 from mustdrop.method import Method
 
@@ -34,8 +35,8 @@ def plan_row(method: Method, total: int, n_layers: int, layers: tuple[int, ...])
     """Turn the budgets of `method` into numbers for a prompt with `total` vision tokens.
 
     Raises:
-        BudgetError: a budget that the filter layers cannot meet; with `Method.strict`, also one above the prompt's tokens
-            or below one token.
+        BudgetError: a budget that the filter layers cannot meet; with `Method.strict`, also one above the prompt's
+            tokens or below one token.
     """
     if not total:
         return RowPlan(0, None, 0, 0)
@@ -89,6 +90,40 @@ def _asked(keep: budget.Keep | str | None, total: int) -> float:
     if keep is None or isinstance(keep, str):
         return math.inf
     return keep * total if isinstance(keep, float) else keep
+
+
+#: Vision tokens of a prompt beyond all that come: what cannot be met there can be met nowhere.
+_ENDLESS = 1_000_000
+_SMALL = 32  # vision tokens of a prompt for which the share that a message names must do
+
+
+def require_possible(method: Method, n_layers: int, layers: tuple[int, ...]) -> None:
+    """Refuse a share that no prompt can meet, since the layers before the first filter alone process more.
+
+    A number of tokens is not looked at: a prompt of no more than that many always meets it.
+
+    Raises:
+        BudgetError: the message names the smallest share that can be met.
+    """
+    prefill = method.prefill
+    if prefill is None or not isinstance(prefill.keep, float) or not layers:
+        return
+    try:
+        plan_row(method, _ENDLESS, n_layers, layers)
+        return
+    except BudgetError:
+        before = layers[0] + 1
+    vision = method.vision.keep if method.vision is not None else 1.0
+    limit = (vision if isinstance(vision, float) else 1.0) * before / n_layers  # only an endless prompt can meet it
+    room = (n_layers - before) / n_layers
+    least = math.ceil(100 * (limit + room / _SMALL) - 1e-6) / 100
+    tokens = math.ceil(room / (least - limit))
+    raise BudgetError(
+        f"keep={prefill.keep} is impossible on this model: the first filter of {method.name!r} follows decoder layer "
+        f"{layers[0]}, and the first {before} of {n_layers} layers alone process {keep_text(limit)} of the tokens. The "
+        f"smallest possible share lies above that: keep={least} works for prompts of {tokens} vision tokens and more. "
+        "Filter earlier, or drop tokens at the vision stage."
+    )
 
 
 def _merge_floor(tokens: float, total: int) -> int:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mustdrop.errors import ConfigError
 from mustdrop.pruners import PrefillPruner, Seen
 from mustdrop.runtime import parallel
 from mustdrop.runtime.entry import Media
@@ -137,7 +138,13 @@ def _chosen(
         return prefill.from_statistics(attention.received(), vision, **options)
     options = {name: None if value is None else on(value, attention.device) for name, value in options.items()}
     if type(prefill).__call__ is not PrefillPruner.__call__:  # a rule of somebody's own
-        return prefill(attention, on(vision, attention.device), **options)
+        chosen: object = prefill(attention, on(vision, attention.device), **options)
+        if not isinstance(chosen, Selection):
+            raise ConfigError(
+                f"{type(prefill).__name__} returned a {type(chosen).__name__}, expected a Selection: "
+                "Selection.from_mask(keep) for a mask (B, N) of what stays."
+            )
+        return chosen
     return prefill.filter(seen(runtime, prefill, forward, media, hidden, attention), **options)
 
 

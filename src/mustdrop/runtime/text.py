@@ -18,6 +18,7 @@ from mustdrop.runtime import checks, decoding, entry, scores
 from mustdrop.runtime.block_masks import Mask
 from mustdrop.runtime.calls import TEXT, raised
 from mustdrop.runtime.compiled import compiled_step, outside_steps
+from mustdrop.runtime.copying import Copied
 from mustdrop.runtime.decoding import Asked, Later
 from mustdrop.runtime.entry import Media
 from mustdrop.runtime.eviction import evict_dropped
@@ -67,7 +68,7 @@ class AttentionCapture:
         self.stage.capture(self.index, module, q, k, mask, kwargs)
 
 
-class TextStage:
+class TextStage(Copied):
     """Runs the prefill and decode sockets of one patched model."""
 
     def __init__(self, runtime: Runtime) -> None:

@@ -30,7 +30,7 @@ def command(
     image: Annotated[Path | None, typer.Option(help="Image file, in place of --samples.")] = None,
     question: Annotated[list[str] | None, typer.Option(help="Question about it; several times.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="Method to try; several times; default: all.")] = None,
-    keep: Annotated[list[str] | None, typer.Option(help="Budget to try: 64 or 0.25; several times.")] = None,
+    keep: Annotated[list[str] | None, typer.Option(help="Budget to try: 64, 0.25 or 25%; several times.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens after which an answer is cut off.")] = 32,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: a GPU if any.")] = None,
     dtype: Annotated[str, typer.Option(help="Weights of --model: auto, float32, bfloat16, float16.")] = "auto",

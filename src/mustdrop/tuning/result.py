@@ -10,11 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from mustdrop import figures
+from mustdrop.budget import knob_text
 from mustdrop.config import save_config
 from mustdrop.errors import ConfigError
 from mustdrop.extras import need
-from mustdrop.method import Method, find
+from mustdrop.method import Method
 from mustdrop.provenance import provenance
+from mustdrop.registry import MethodLike, resolve
 from mustdrop.tuning.goal import Goal
 
 
@@ -23,7 +25,7 @@ class Candidate:
     """A method with its knobs, and what was measured on the prompts that it has seen so far.
 
     Attributes:
-        method: registered name.
+        method: its name.
         knobs: its settings, `keep` among them.
         prompts: on how many prompts.
         agreement: share of the unpruned answer's tokens that it chooses too.
@@ -33,6 +35,7 @@ class Candidate:
         kv: share of the unpruned bytes of keys and values at the end.
         time: share of the unpruned time for a prompt; None if it was not measured.
         refused: why it cannot be used on this model or these prompts; empty if it can.
+        given: what is meant by the name: a recipe class, an address, or a `Method`; None is the name itself.
     """
 
     method: str
@@ -45,6 +48,20 @@ class Candidate:
     kv: float = 0.0
     time: float | None = None
     refused: str = ""
+    given: MethodLike | None = None
+
+    @property
+    def meant(self) -> MethodLike:
+        """What `resolve` takes."""
+        return self.method if self.given is None else self.given
+
+    def build(self) -> Method:
+        """The method with its knobs.
+
+        Raises:
+            UnknownKnobError, BudgetError, ConfigError: knobs that it does not take.
+        """
+        return resolve(self.meant, **self.knobs)
 
     def add(self, **numbers: Any) -> None:
         """Take one more batch of prompts into the means.
@@ -90,7 +107,7 @@ class Tuning:
             return self.chosen
         usable = [c for c in self.candidates if not c.refused and c.prompts]
         nearest = (
-            f"The nearest is {usable[0].method} with {usable[0].knobs}: agreement {usable[0].agreement:.3f}, "
+            f"The nearest is {usable[0].method} with {_knobs(usable[0])}: agreement {usable[0].agreement:.3f}, "
             f"KL {usable[0].kl:.3g}" + (f", time {usable[0].time:.2f}." if usable[0].time is not None else ".")
             if usable
             else f"None of them can be used here: {self.candidates[0].refused}"
@@ -106,7 +123,7 @@ class Tuning:
         Raises:
             ConfigError: none meets the goal.
         """
-        return find(self.best.method, **self.best.knobs)
+        return self.best.build()
 
     def save(self, path: str | Path) -> None:
         """Write the config file that `mustdrop.load_config` reads.
@@ -115,14 +132,14 @@ class Tuning:
             path: where to.
 
         Raises:
-            ConfigError: no candidate meets the goal.
+            ConfigError: no candidate meets the goal, or a file cannot name the chosen method.
         """
         best = self.best
         measured = {name: getattr(best, name) for name in ("prompts", "agreement", "kl", "equal_share", "flops", "kv")}
         measured["time"] = best.time
         about = {"goal": str(self.goal), "model": self.model, "measured": measured}
         versions = {name: self._about[name] for name in ("versions", "hardware", "date")}
-        save_config(path, best.method, best.knobs, **about, **versions)
+        save_config(path, best.meant, best.knobs, **about, **versions)
 
     def table(self, rows: int = 12) -> Table:
         """The best candidates, and how many were refused.
@@ -138,17 +155,16 @@ class Tuning:
             out.add_column(header, justify="right")
         usable = [c for c in self.candidates if not c.refused]
         for c in usable[:rows]:
-            knobs = " ".join(
-                f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}"
-                for name, value in c.knobs.items()
-            )
             numbers = (f"{c.agreement:.3f}", f"{c.kl:.4f}", f"{c.equal_share:.1%}", f"{c.flops:.1%}", f"{c.kv:.1%}")
             time = ["" if c.time is None else f"{c.time:.2f}x"] if timed else []
             style = "bold" if c is self.chosen else None
-            out.add_row(c.method, knobs, str(c.prompts), *numbers, *time, style=style)
+            out.add_row(c.method, _knobs(c), str(c.prompts), *numbers, *time, style=style)
         left = len(usable) - rows
         refused = len(self.candidates) - len(usable)
-        out.caption = f"{max(0, left)} more; {refused} cannot be used here" if left > 0 or refused else None
+        notes = [f"{max(0, left)} more; {refused} cannot be used here"] if left > 0 or refused else []
+        if any(isinstance(c.knobs.get("keep"), float) for c in usable[:rows]):
+            notes.append("keep=25% is typed as --keep 25% or keep=0.25; the config file has all digits")
+        out.caption = "\n".join(notes) or None
         return out
 
     def __str__(self) -> str:
@@ -188,3 +204,7 @@ class Tuning:
         if path is not None:
             figures.save(figure, path)
         return figure
+
+
+def _knobs(candidate: Candidate) -> str:
+    return " ".join(knob_text(name, value) for name, value in candidate.knobs.items())

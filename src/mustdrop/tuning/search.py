@@ -14,6 +14,7 @@ from typing import Any
 import mustdrop
 from mustdrop.budget import Keep
 from mustdrop.errors import (
+    AmbiguousBudgetWarning,
     BudgetError,
     ConfigError,
     NothingDroppedWarning,
@@ -21,7 +22,9 @@ from mustdrop.errors import (
     UnsupportedOptionError,
 )
 from mustdrop.fidelity import Reference, measure, reference
-from mustdrop.method import find, registry
+from mustdrop.method import Method, Recipe
+from mustdrop.patching import warn_of_one
+from mustdrop.registry import MethodLike, look_up, name_of, registry, resolve
 from mustdrop.tuning.goal import Goal
 from mustdrop.tuning.result import Candidate, Tuning
 from mustdrop.tuning.timing import prompt_share
@@ -41,7 +44,7 @@ def tune(
     agreement: float | None = None,
     kl: float | None = None,
     time: float | None = None,
-    methods: Sequence[str] | None = None,
+    methods: Sequence[MethodLike] | None = None,
     keeps: Sequence[Keep] = KEEPS,
     knobs: Mapping[str, Mapping[str, Any]] | None = None,
     max_new_tokens: int = 32,
@@ -60,9 +63,11 @@ def tune(
         agreement: least share of the answers' tokens that the pruned model chooses too.
         kl: largest mean divergence from the unpruned distribution, in nats.
         time: largest share of the unpruned model's time for a prompt: encoder, pruning and prefill.
-        methods: names to try; default all that have a budget.
+        methods: what to try, by name or as `Recipe` classes (each at every budget), as `Recipe` objects (the same, with
+            their other settings; at their own budget alone if they were given one) or as `Method` objects (as they
+            are); default all names that have a budget.
         keeps: budgets to try.
-        knobs: method -> further settings for it.
+        knobs: name of a method -> further settings for it.
         max_new_tokens: tokens after which an answer is cut off.
         timed_pairs: alternating pairs of runs behind each time; only with `time`.
         on_step: called with (done, total) while the search goes on; the total may shrink.
@@ -77,7 +82,9 @@ def tune(
     """
     goal = Goal(agreement, kl, time)
     _check(model, samples)
-    search = _Search(model, samples, goal, _candidates(methods, keeps, knobs or {}), timed_pairs, on_step)
+    candidates = _candidates(methods, keeps, knobs or {})
+    warn_of_one(*(candidate.build() for candidate in candidates))
+    search = _Search(model, samples, goal, candidates, timed_pairs, on_step)
     search.references = [reference(model, sample, max_new_tokens) for sample in samples]
     return search.run()
 
@@ -157,10 +164,11 @@ class _Search:
         self.seen[candidate] = max(size, self.seen[candidate])
 
     def _measure(self, candidate: Candidate, place: int) -> None:
-        method = find(candidate.method, **candidate.knobs)
+        method = candidate.build()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", NothingDroppedWarning)  # the table says how much was kept
+                warnings.simplefilter("ignore", AmbiguousBudgetWarning)  # that was said
                 with mustdrop.patched(self.model, method):
                     close = measure(self.model, self.samples[place], self.references[place])
                     trace = mustdrop.trace(self.model)
@@ -185,23 +193,49 @@ def rungs(samples: int) -> list[int]:
 
 
 def _candidates(
-    methods: Sequence[str] | None, keeps: Sequence[Keep], knobs: Mapping[str, Mapping[str, Any]]
+    methods: Sequence[MethodLike] | None, keeps: Sequence[Keep], knobs: Mapping[str, Mapping[str, Any]]
 ) -> list[Candidate]:
-    budgeted = [name for name, recipe in registry().items() if "keep" in recipe.model_fields]
-    names = budgeted if methods is None else list(methods)
-    for name in [*names, *knobs]:
-        find(name)  # a name that does not exist is told at once
-    unused = [name for name in knobs if name not in names]
-    if unused or not names or not keeps:
+    if isinstance(methods, str | Method | Recipe | type):
+        methods = [methods]
+    if methods is None:
+        methods = [name for name, recipe in registry().items() if "keep" in recipe.model_fields]
+    named = _named(methods)
+    for name in set(knobs) - set(named):
+        resolve(name)  # a name that does not exist is told at once
+    unused = [name for name in knobs if name not in named]
+    if unused or not methods or not keeps:
         raise ConfigError(
-            f"knobs are given for {unused}, which are not among methods={names}."
+            f"knobs are given for {unused}, which are not among methods={list(named)}."
             if unused
             else "tune needs at least one method and one budget: leave methods= and keeps= out to try all."
         )
-    out = [Candidate(n, {"keep": k, **knobs.get(n, {})}) for n in names if n in budgeted for k in keeps]
-    out += [Candidate(n, dict(knobs.get(n, {}))) for n in names if n not in budgeted]
+    out = []
+    for name, given in named.items():
+        own = dict(knobs.get(name, {}))
+        if isinstance(given, Recipe):  # its class, and what it was given
+            own = {field: getattr(given, field) for field in given.model_fields_set} | own
+            given = type(given)
+        kind = look_up(given) if isinstance(given, str) else given
+        budgeted = isinstance(kind, type) and "keep" in kind.model_fields and "keep" not in own
+        out += [Candidate(name, {"keep": keep, **own}, given=given) for keep in (keeps if budgeted else ())]
+        out += [] if budgeted else [Candidate(name, own, given=given)]
     for candidate in out:
-        find(candidate.method, **candidate.knobs)
+        candidate.build()
+    return out
+
+
+def _named(methods: Sequence[MethodLike]) -> dict[str, MethodLike]:
+    """What to try, each under a name of its own."""
+    out: dict[str, MethodLike] = {}
+    for given in methods:
+        if isinstance(given, Recipe):
+            name = name_of(type(given))
+        elif isinstance(given, type) and issubclass(given, Recipe):
+            name = name_of(given)
+        else:
+            name = given if isinstance(given, str) else resolve(given).name
+        number = 1 + sum(other.partition(" #")[0] == name for other in out)
+        out[name if number == 1 else f"{name} #{number}"] = given
     return out
 
 
