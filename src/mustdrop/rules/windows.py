@@ -49,8 +49,8 @@ def check_window(grid: Sides, window: int | Sides) -> None:
     has = f"{rows}x{columns} patches" if frames == 1 else f"{frames} frames of {rows}x{columns} patches"
     needs = f"{high}x{wide}" if deep == 1 else f"{deep} frames of {high}x{wide}"
     raise ConfigError(
-        f"the {'image' if frames == 1 else 'video'} has {has}, smaller than one window of {needs}: use a smaller window, "
-        "or leave strict out: then such a picture is not merged."
+        f"the {'image' if frames == 1 else 'video'} has {has}, smaller than one window of {needs}: use a smaller "
+        "window, or leave strict out: then such a picture is not merged."
     )
 
 

@@ -34,8 +34,8 @@ def plan_row(method: Method, total: int, n_layers: int, layers: tuple[int, ...])
     """Turn the budgets of `method` into numbers for a prompt with `total` vision tokens.
 
     Raises:
-        BudgetError: a budget that the filter layers cannot meet; with `Method.strict`, also one above the prompt's tokens
-            or below one token.
+        BudgetError: a budget that the filter layers cannot meet; with `Method.strict`, also one above the prompt's
+            tokens or below one token.
     """
     if not total:
         return RowPlan(0, None, 0, 0)
