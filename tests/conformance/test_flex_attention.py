@@ -291,3 +291,15 @@ def test_compare_has_power():
     """The tests above would notice a difference: other settings give other numbers."""
     ours = compare(patched(LLAMA, FLEX, **PREFILL), batch(LLAMA), LLAMA, FLEX).ours
     assert distance(ours.logits, answer(eager_flex.use(clone(LLAMA)), batch(LLAMA)).logits) > 1e-3
+
+
+def test_the_kernel_of_these_tests_is_that_of_torch():
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, n, 8, generator=draw) for heads, n in ((4, 5), (2, 9), (2, 9)))
+    known = torch.rand(2, 9, generator=draw) < 0.7
+    mask = create_block_mask(lambda b, h, i, j: known[b, j] & (j <= i + 4), 2, None, 5, 9, device="cpu")
+    options = {"score_mod": lambda s, b, h, i, j: 3 * torch.tanh(s / 3), "block_mask": mask, "scale": 0.3}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eager_flex.kernel, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+        expected = eager_flex.kernel.flex_attention(q, k, v, enable_gqa=True, **options)
+    assert distance(eager_flex.attend(q, k, v, **options), expected) <= 1e-6
