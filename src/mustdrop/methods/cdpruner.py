@@ -10,9 +10,11 @@ from torch import Tensor
 
 from mustdrop.errors import ConfigError
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Chosen, Features, VisionRule, VisionStagePruner
+from mustdrop.pruners import Chosen, Features, Read, VisionRule, VisionStagePruner
 from mustdrop.pruners.base import Budget
+from mustdrop.pruners.comparing import STATES, compared
 from mustdrop.rules.diversity import greedy_determinant, unit
+from mustdrop.rules.geometry import Geometry, around_mean, distinctiveness
 
 
 class ConditionalDeterminant(VisionRule):
@@ -23,16 +25,26 @@ class ConditionalDeterminant(VisionRule):
     Attributes:
         theta: weight of relevance against diversity, in [0, 1): relevance r becomes exp(r theta / (2 (1 - theta))).
             None takes r as it is.
+        geometry: how features are compared with each other. Except for "raw", relevance is multiplied with how distinct
+            a feature is, as in Cen-Prune (arXiv 2608.30263).
     """
 
     asks: ClassVar[bool] = True
     theta: float | None = Field(None, ge=0, lt=1)
+    geometry: Geometry = "raw"
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        """What the encoder hands over, if that is what is compared."""
+        return STATES if self.geometry == "standardized" else ()
 
     def choose(self, seen: Features, count: int | None) -> Chosen:
         """See `VisionRule.choose`."""
         assert count is not None
         quality = self.quality(relevance(seen.values, seen.question))
-        return Chosen(greedy_determinant(seen.values, quality, count).sort(1).values)
+        values = compared(seen, self.geometry)
+        quality = quality * distinctiveness(values, self.geometry)
+        return Chosen.picked(greedy_determinant(around_mean(values, self.geometry), quality, count))
 
     def quality(self, relevant: Tensor) -> Tensor:
         """(B, N) positive, from relevances (B, N); equal ones where all relevances of a view are equal."""
@@ -67,12 +79,15 @@ class CDPruner(Recipe):
     Attributes:
         keep: tokens (int) or share of the prompt's vision tokens.
         theta: weight of relevance against diversity, in [0, 1); None leaves relevance unscaled, as the paper does.
+        geometry: "raw" compares features as they are; "centered" around their mean, and distinct ones count more;
+            "standardized" likewise those of the encoder, with channels of equal variance (for Qwen's encoders).
     """
 
     keep: Budget = DEFAULT_KEEP
     theta: float | None = Field(None, ge=0, lt=1)
+    geometry: Geometry = "raw"
 
     def build(self) -> Method:
         """Only the vision socket is filled."""
-        rule = ConditionalDeterminant(theta=self.theta)
+        rule = ConditionalDeterminant(theta=self.theta, geometry=self.geometry)
         return Method(vision=VisionStagePruner(window=None, key_share=0, keep=self.keep, score=rule))

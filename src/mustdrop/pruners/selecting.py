@@ -24,14 +24,15 @@ class Read(Settings):
             average, mean over the heads. "received": what a patch receives on average, also where there is a CLS token.
             "joint_attention": as "attention", with the heads' queries and keys side by side as one long vector (of an
             encoder without CLS, as "attention"). "keys": key vector, mean over the heads. "joint_keys": the heads' keys
-            side by side.
+            side by side. "states": the hidden state that leaves the layer, before the model maps it on; a feature made
+            of several patches has their mean.
         layer: encoder layer (0-based); negative counts from the end, -1 is the last one.
         of: the depth that `layer` is meant for, counted up to the layer that the features are read from: the layer is
-            scaled to the encoder at hand, and to the nearest one whose patches see the whole frame (of two, the deeper
-            one). None takes `layer` as it is.
+            scaled to the encoder at hand, and (but for "states") to the nearest one whose patches see the whole frame
+            (of two, the deeper one). None takes `layer` as it is.
     """
 
-    what: Literal["attention", "received", "joint_attention", "keys", "joint_keys"] = "attention"
+    what: Literal["attention", "received", "joint_attention", "keys", "joint_keys", "states"] = "attention"
     layer: int = -1
     of: int | None = None
 
@@ -55,6 +56,8 @@ class Read(Settings):
         """
         if self.of is not None:
             scaled = last if self.of == 1 else round(self.layer * last / (self.of - 1))
+            if self.what == "states":
+                return scaled
             return min(whole, key=lambda layer: (abs(layer - scaled), -layer), default=scaled)
         if not -depth <= self.layer < depth:
             raise ConfigError(
@@ -72,7 +75,7 @@ class Features:
         frame: (B, N) long, frame of a video, or grid of an image, that each feature lies in.
         row: (B, N) long, its row in the frame.
         column: (B, N) long, its column.
-        read: what the rule asked for: (B, N) for attention, (B, N, D) for keys.
+        read: what the rule asked for: (B, N) for attention, (B, N, D) for keys and states.
         question: per view (T, C), embeddings of the prompt's words after its last picture, if the rule asked for them.
         size: (B, N) float, how many features of the encoder each stands for; None: one.
         first: (B, N) long, first frame of the video that each feature lies in; each grid of an image is a video of one
@@ -134,6 +137,11 @@ class Chosen:
             raise ConfigError(f"Chosen.best ranks scores (B, N), got a tensor of shape {tuple(score.shape)}.")
         order = score.argsort(dim=1, descending=True, stable=True)[:, :count]
         return cls(order.sort(1).values, score=score)
+
+    @classmethod
+    def picked(cls, picks: Tensor) -> Chosen:
+        """The features `picks` (B, M), ascending by index."""
+        return cls(picks.sort(1).values)
 
     @classmethod
     def merged(cls, keep: Tensor, into: Tensor, weight: Tensor | None = None) -> Chosen:

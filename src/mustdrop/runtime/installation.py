@@ -11,7 +11,7 @@ from mustdrop.errors import UnsupportedModelError
 from mustdrop.runtime import tap
 from mustdrop.runtime.additions import AdditionWrapper
 from mustdrop.runtime.calls import BASE, MODEL, TEXT, Direct, PrepareWrapper
-from mustdrop.runtime.encoder import BlockHook, EncoderCapture, EncoderStage, MaskHook, takes_mask
+from mustdrop.runtime.encoder import BlockHook, EncoderCapture, EncoderStage, MaskHook, StatesHook, takes_mask
 from mustdrop.runtime.features import FeaturesWrapper, MarksHook
 from mustdrop.runtime.generate import GenerateWrapper
 from mustdrop.runtime.halves import HalfHooks
@@ -97,6 +97,8 @@ class Installation:
         if stage.inner is not None and tower.halves is not None:
             for i in range(stage.last + 1):
                 self.handles += HalfHooks(runtime.local, i).install(tower.blocks[i], tower.halves)
+        for i in stage.stated:
+            self.handles.append(tower.blocks[i].register_forward_hook(StatesHook(stage, i)))
         for i in stage.tapped:
             self._tap(runtime, tower.blocks[i], (stage.key, i), EncoderCapture(stage, i), f"encoder layer {i}")
 
