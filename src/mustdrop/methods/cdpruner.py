@@ -8,12 +8,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mustdrop.errors import ConfigError
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Chosen, Features, Read, VisionRule, VisionStagePruner
 from mustdrop.pruners.base import Budget
 from mustdrop.pruners.comparing import STATES, compared
-from mustdrop.rules.diversity import greedy_determinant, unit
+from mustdrop.pruners.importance import relevance
+from mustdrop.rules.diversity import greedy_determinant
 from mustdrop.rules.geometry import Geometry, around_mean, distinctiveness
 
 
@@ -55,22 +55,6 @@ class ConditionalDeterminant(VisionRule):
             return scaled
         # a common factor changes no choice: the highest is exp(0), so that nothing overflows
         return (self.theta / (2 * (1 - self.theta)) * (scaled - scaled.amax(1, keepdim=True))).clamp(min=-40).exp()
-
-
-def relevance(values: Tensor, question: tuple[Tensor, ...]) -> Tensor:
-    """(B, N), the mean cosine of features (B, N, C) with the words, per view (T, C); 0 where there are no words.
-
-    Raises:
-        ConfigError: there is not one question per view, or its width is another.
-    """
-    widths = {words.shape[-1] for words in question}
-    if len(question) != len(values) or widths - {values.shape[2]}:
-        raise ConfigError(
-            f"expected embeddings of a question (words, {values.shape[2]}) for each of {len(values)} views, got "
-            f"{[tuple(words.shape) for words in question]}: pass them as Features(question=...)."
-        )
-    mean = torch.stack([unit(words).sum(0) / max(1, len(words)) for words in question])
-    return (unit(values) @ mean[..., None])[..., 0]
 
 
 class CDPruner(Recipe):
