@@ -2,6 +2,7 @@
 
 from mustdrop.pruners.caching import AllRows, CacheScorer, GeneratedRows, LastQuery, ObservationWindow, Received
 from mustdrop.pruners.decode import DecodeCachePruner
+from mustdrop.pruners.importance import Importance
 from mustdrop.pruners.prefill import PrefillPruner
 from mustdrop.pruners.recycling import Recycling
 from mustdrop.pruners.scoring import LastRow, MeanOverText, Raters, Seen, TextScorer
@@ -15,6 +16,7 @@ __all__ = [
     "DecodeCachePruner",
     "Features",
     "GeneratedRows",
+    "Importance",
     "InnerRule",
     "LastQuery",
     "LastRow",

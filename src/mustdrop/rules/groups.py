@@ -109,3 +109,21 @@ def best_in_groups(score: Tensor, group: Tensor, budget: Tensor) -> Tensor:
     """
     stays = rank_in_group(score, group) < budget.gather(1, group)
     return stays.nonzero()[:, 1].view(len(score), -1)
+
+
+def members(group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Entries of each group side by side, padded to the size of the largest.
+
+    Args:
+        group: (N,) long, from 0 to groups - 1.
+        groups: how many.
+
+    Returns:
+        (index, real): (groups, S) long, ascending, 0 where there are no more; (groups, S) bool.
+    """
+    size = torch.bincount(group, minlength=groups)
+    order = group.argsort(stable=True)
+    place = torch.arange(max(1, int(size.max())), dtype=torch.long, device=group.device)
+    real = place < size[:, None]
+    at = (size.cumsum(0) - size)[:, None] + place
+    return torch.where(real, order[at.clamp(max=len(order) - 1)], 0), real
