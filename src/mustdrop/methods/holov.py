@@ -43,7 +43,8 @@ class CropsByContext(VisionRule):
         place = torch.arange(n, dtype=torch.long, device=attention.device)
         crop = place * crops // n
         size = torch.bincount(crop, minlength=crops)
-        pieces = zip(attention.split(size.tolist(), 1), unit(seen.values).split(size.tolist(), 1), strict=True)
+        sides = size.tolist()
+        pieces = zip(attention.split_with_sizes(sides, 1), unit(seen.values).split_with_sizes(sides, 1), strict=True)
         given, varied = (torch.stack(made, 1) for made in zip(*(_context(*piece) for piece in pieces), strict=True))
         # the variance in the unit of the attention: by means over the picture, so that it tells crops apart
         scale = given.mean(1, keepdim=True) / varied.mean(1, keepdim=True).clamp(min=1e-12)

@@ -6,7 +6,7 @@ from mustdrop.pruners.importance import Importance
 from mustdrop.pruners.prefill import PrefillPruner
 from mustdrop.pruners.recycling import Recycling
 from mustdrop.pruners.scoring import LastRow, MeanOverText, Raters, Seen, TextScorer
-from mustdrop.pruners.selecting import Chosen, Features, InnerRule, Read, VisionRule
+from mustdrop.pruners.selecting import Chosen, Features, InnerRule, PictureRule, Read, VisionRule
 from mustdrop.pruners.vision import VisionStagePruner
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "LastRow",
     "MeanOverText",
     "ObservationWindow",
+    "PictureRule",
     "PrefillPruner",
     "Raters",
     "Read",

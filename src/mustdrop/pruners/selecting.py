@@ -203,6 +203,32 @@ class VisionRule(Settings):
         return answers.features(self, seen, count)
 
 
+class PictureRule(VisionRule):
+    """Base of the rules that also change what the encoder sees: a picture of fewer pixels, as few tokens may stay."""
+
+    def reduced(self, grid: tuple[int, int, int], count: int) -> tuple[int, int]:
+        """Rows and columns of the smallest grid of about the same shape that has `count` features in all frames.
+
+        Args:
+            grid: (frames, rows, columns) of the medium's features.
+            count: how many may stay.
+        """
+        frames, rows, columns = grid
+        wanted = -(-count // frames)
+        high = min(rows, max(1, round((wanted * rows / columns) ** 0.5), -(-wanted // columns)))
+        return high, min(columns, -(-wanted // high))
+
+    def blurred(self, pixels: Tensor, scale: float) -> Tensor:
+        """Pixels (items, channels, rows, columns) made `scale` times as large along each side, and as large as before.
+
+        Bilinear both ways, without aliases.
+        """
+        size = [max(1, round(side * scale)) for side in pixels.shape[-2:]]
+        resize = torch.nn.functional.interpolate
+        small = resize(pixels.float(), size, mode="bilinear", antialias=True)
+        return resize(small, pixels.shape[-2:], mode="bilinear").to(pixels.dtype)
+
+
 class InnerRule(VisionRule):
     """Base of the rules that also merge inside the layers of the encoder, between attention and MLP.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from mustdrop.errors import UnsupportedModelError
+from mustdrop.pruners import PictureRule
 from mustdrop.runtime import tap
 from mustdrop.runtime.additions import AdditionWrapper
 from mustdrop.runtime.calls import BASE, MODEL, TEXT, Direct, PrepareWrapper
@@ -15,6 +16,7 @@ from mustdrop.runtime.encoder import BlockHook, EncoderCapture, EncoderStage, Ma
 from mustdrop.runtime.features import FeaturesWrapper, MarksHook
 from mustdrop.runtime.generate import GenerateWrapper
 from mustdrop.runtime.halves import HalfHooks
+from mustdrop.runtime.shrinking import PicturesHook
 from mustdrop.runtime.text import AttentionCapture, LayerHook
 
 if TYPE_CHECKING:
@@ -97,6 +99,8 @@ class Installation:
         if stage.inner is not None and tower.halves is not None:
             for i in range(stage.last + 1):
                 self.handles += HalfHooks(runtime.local, i).install(tower.blocks[i], tower.halves)
+        if isinstance(stage.pruner.rule, PictureRule):
+            self.handles.append(tower.module.register_forward_pre_hook(PicturesHook(runtime.local), with_kwargs=True))
         for i in stage.stated:
             self.handles.append(tower.blocks[i].register_forward_hook(StatesHook(stage, i)))
         for i in stage.tapped:
