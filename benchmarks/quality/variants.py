@@ -4,6 +4,7 @@
     python -m benchmarks quality --variants taper      # the same scenes, larger budgets: what may the filters cost?
     python -m benchmarks quality --variants smallest   # more such scenes, smallest budgets: can it be better there?
     python -m benchmarks quality --variants ablations  # scenes of the selection split
+    python -m benchmarks quality --variants geometry   # the same: features as they are, centred, and standardized
 
 Each writes a result file of its own, and none looks at held-out scenes.
 """
@@ -29,13 +30,15 @@ BUDGETS = {
     "taper": (1 / 2, 1 / 3, 2 / 9),
     "smallest": (1 / 9, 1 / 18),
     "ablations": (2 / 9, 1 / 9, 1 / 18),
+    "geometry": (2 / 9, 1 / 9, 1 / 18),
 }
-SPLITS = {"search": "train", "taper": "train", "smallest": "train", "ablations": "selection"}
+SPLITS = {"search": "train", "taper": "train", "smallest": "train", "ablations": "selection", "geometry": "selection"}
 SEEDS = {
     "search": (2001, 2002),
     "taper": (2001, 2002),
     "smallest": (2001, 2002, 2003, 2004),
     "ablations": (3001, 3002),
+    "geometry": (3001, 3002),
 }
 
 Stages = Mapping[str, Any]
@@ -108,9 +111,9 @@ def smallest() -> dict[str, Callable[[float], Stages]]:
     return rivals | {name: _with(**({"layers": LAYERS} | change)) for name, change in changes.items()}
 
 
-def _named(name: str) -> Callable[[float], Stages]:
+def _named(name: str, **knobs: Any) -> Callable[[float], Stages]:
     def stages(keep: float) -> Stages:
-        method = mustdrop.method.find(name, keep=keep)
+        method = mustdrop.method.find(name, keep=keep, **knobs)
         return {"vision": method.vision, "prefill": method.prefill, "decode": method.decode}
 
     return stages
@@ -159,6 +162,15 @@ def ablations() -> dict[str, Callable[[float], Stages]]:
     }
 
 
+def geometry() -> dict[str, Callable[[float], Stages]]:
+    """Methods that compare features, in each of the coordinates in which they can."""
+    return {
+        f"{name}; {kind}": _named(name, geometry=kind)
+        for name in ("divprune", "cdpruner", "scope", "mmr")
+        for kind in ("raw", "centered", "standardized")
+    }
+
+
 def _whole(keep: float) -> dict[str, Any]:
     method = MustDropPlus(keep=keep).build()
     return {"vision": method.vision, "prefill": method.prefill, "decode": method.decode}
@@ -169,4 +181,5 @@ SETS: dict[str, Callable[[], dict[str, Callable[[float], Stages]]]] = {
     "taper": taper,
     "smallest": smallest,
     "ablations": ablations,
+    "geometry": geometry,
 }

@@ -103,6 +103,60 @@ def check_farthest_first(device: str, n: int, count: int, channels: int, dtype: 
     assert kernels.farthest_first(x, count, candidates, counts).tolist() == padded(expected, count)
 
 
+def worthiest(
+    similar: Tensor, weight: Tensor, bonus: Tensor, candidates: list[int], count: int, first: int | None
+) -> list[int]:
+    """`farthest`, with a factor and a number to add; one pick may be given."""
+    picks: list[int] = [] if first is None else [first]
+    while len(picks) < min(count, len(candidates)):
+        best, chosen = -INF, -1
+        for i in candidates:
+            near = max((float(similar[i, j]) for j in (picks or candidates) if j != i), default=-INF)
+            worth = float(weight[i]) * (1 - near) + float(bonus[i])
+            if i not in picks and (worth > best or chosen < 0):
+                best, chosen = worth, i
+        picks.append(chosen)
+    return picks[:count]
+
+
+@case({"n": 2, "count": 2}, {"n": 40, "count": 12}, {"n": 577, "count": 40, "slow": True})
+def check_farthest_first_with_weights(device: str, n: int, count: int) -> None:
+    x = torch.randn(2, n, 16, device=device)
+    weight, bonus = torch.rand(2, n, device=device), torch.rand(2, n, device=device)
+    weight[:, 0] = 0
+    candidates, _ = ragged(device, 2, n, count)
+    candidates[:, :2] = True
+    able, first = [row.nonzero()[:, 0].tolist() for row in candidates], torch.tensor([0, 1], device=device)
+    for given, start in ((weight, None), (weight, first), (None, first)):
+        each = torch.ones_like(bonus) if given is None else given
+        expected = [
+            worthiest(*row, able[b], count, None if start is None else int(start[b]))
+            for b, row in enumerate(zip(cosines(x), each.double(), bonus.double(), strict=True))
+        ]
+        picks = kernels.farthest_first(x, count, candidates, None, given, bonus, start)
+        assert picks.tolist() == padded(expected, count)
+
+
+@case({"n": 3, "count": 2}, {"n": 20, "count": 9}, {"n": 577, "count": 40, "slow": True})
+def check_greedy_coverage_with_quality(device: str, n: int, count: int) -> None:
+    similar, quality = torch.randn(2, 17, n, device=device), torch.rand(2, n, device=device) + 0.01
+    weight, candidates = torch.rand(2, 17, device=device), torch.rand(2, n, device=device) < 0.8
+    expected = []
+    for c, w, q, able in zip(similar.double(), weight.double(), quality.double(), candidates, strict=True):
+        picks: list[int] = []
+        covered = torch.zeros(17, dtype=torch.float64, device=device)
+        while len(picks) < min(count, int(able.sum())):
+            gain = q * (w[:, None] * (c - covered[:, None]).clamp(min=0)).sum(0)
+            picks.append(
+                max((i for i in able.nonzero()[:, 0].tolist() if i not in picks), key=lambda i: float(gain[i]))
+            )
+            covered = torch.maximum(covered, c[:, picks[-1]])
+        expected.append(picks)
+    assert kernels.greedy_coverage(similar, count, weight, candidates, None, quality).tolist() == padded(
+        expected, count
+    )
+
+
 @case(*SHAPES)
 def check_greedy_determinant(device: str, n: int, count: int, channels: int, dtype: torch.dtype) -> None:
     x, quality = features(device, 2, n, channels, dtype), torch.rand(2, n, device=device) + 0.05

@@ -23,6 +23,7 @@ import mustdrop
 import mustdrop.method
 from mustdrop.adapters import registry
 from mustdrop.errors import UnsupportedModelError
+from mustdrop.pruners import PictureRule
 from support import fake_flash, families, following, turns
 from support.builders import answer
 from support.edges import BUDGETED, share
@@ -55,10 +56,21 @@ class Case:
         return FAMILIES.index((self.name, self.kind)) + BUDGETED.index(self.method)
 
     @property
-    def lacks_a_stage(self) -> bool:
-        """Whether the family has no stage for what the method does."""
-        lacks, method = registry()[self.name].lacks, mustdrop.method.find(self.method, keep=0.5)
-        return any(getattr(method, stage) is not None for stage in lacks)
+    def refusal(self) -> str:
+        """What the error says where the family lacks what the method needs; empty if it lacks nothing."""
+        adapter, method = registry()[self.name], mustdrop.method.find(self.method, keep=0.5)
+        if any(getattr(method, stage) is not None for stage in adapter.lacks):
+            return "no vision stage"
+        resizes = method.vision is not None and isinstance(method.vision.rule, PictureRule)
+        return "resizes pictures" if resizes and adapter.fixed_pictures else ""
+
+    @property
+    def why(self) -> str:
+        """The reason that the adapter gives."""
+        adapter = registry()[self.name]
+        if self.refusal == "resizes pictures":
+            return f"pictures cannot be resized, because {adapter.fixed_pictures}"
+        return f"the family has no vision stage, because {adapter.lacks['vision']}"
 
     @property
     def knobs(self) -> dict[str, Any]:
@@ -89,8 +101,8 @@ POSSIBLE = [
     for attention in BACKENDS
     if not (attention == fake_flash.NAME and registry()[name].refuses_flash)
 ]
-CASES = [case for case in POSSIBLE if not case.lacks_a_stage]
-REFUSED = [case for case in POSSIBLE if case.lacks_a_stage]
+CASES = [case for case in POSSIBLE if not case.refusal]
+REFUSED = [case for case in POSSIBLE if case.refusal]
 #: Tests besides the comparison with the oracle, in the order in which they take turns.
 FURTHER = (
     "test_keep_all_is_bit_identical",
@@ -124,7 +136,7 @@ def runs(case, test, breadth):
 
 def pytest_generate_tests(metafunc):
     test = metafunc.function.__name__
-    of = REFUSED if test == "test_a_missing_stage_is_refused" else CASES
+    of = REFUSED if test == "test_what_is_missing_is_refused" else CASES
     chosen = [case for case in of if runs(case, test, metafunc.config.getoption("--breadth"))]
     metafunc.parametrize("case", chosen, ids=map(str, chosen))
 
@@ -137,11 +149,9 @@ def unpruned(name, kind, attention, rows, cache=False):
     return answer(model, batch(registry()[name], model, rows), 2, **options)
 
 
-def test_a_missing_stage_is_refused(case, flash, record_property):
-    record_property(
-        "refused", f"refused: the family has no vision stage, because {registry()[case.name].lacks['vision']}"
-    )
-    with pytest.raises(UnsupportedModelError, match="no vision stage"):
+def test_what_is_missing_is_refused(case, flash, record_property):
+    record_property("refused", f"refused: {case.why}")
+    with pytest.raises(UnsupportedModelError, match=case.refusal):
         case.patched()
 
 

@@ -16,7 +16,7 @@ import mustdrop
 from mustdrop.adapters import find
 from mustdrop.adapters.base import Adapter
 from mustdrop.layout import Layout
-from mustdrop.pruners.selecting import InnerRule
+from mustdrop.pruners.selecting import InnerRule, PictureRule
 
 from .families import batch, flat_features, vision_positions
 
@@ -229,14 +229,15 @@ class Blends:
 
     Attributes:
         any: it does.
-        more_than_named: it adds features to them that the trace calls gone.
+        more_than_named: it adds features to them that the trace calls gone, or the encoder sees a smaller picture,
+            whose pixels are made of those of several places.
     """
 
     def __init__(self, model: Any) -> None:
         vision = vars(model)["_mustdrop"].method.vision
         self.rule = None if vision is None else vision.rule
         self.any = isinstance(self.rule, InnerRule) or (vision is not None and vision.window is not None)
-        self.more_than_named = False
+        self.more_than_named = isinstance(self.rule, PictureRule)
 
     def __enter__(self) -> Blends:
         if self.rule is not None:

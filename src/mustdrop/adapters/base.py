@@ -77,6 +77,7 @@ class Adapter(ABC):
             per token in dimension 1.
         experts_of: "text" or "vision" -> name of a module in the decoder layers that only tokens of that kind run.
         since: oldest release of transformers in which the family passes its tests.
+        fixed_pictures: why pictures cannot be resized once the processor has made pixels of them; empty if they can.
         lacks: stage that no model of the family can have ("vision", "prefill", "decode") -> why.
     """
 
@@ -94,6 +95,7 @@ class Adapter(ABC):
     row_arguments: tuple[str, ...] = ()
     experts_of: dict[str, str] = {}  # noqa: RUF012 (a constant of the class)
     since: str = MINIMUM_TRANSFORMERS
+    fixed_pictures: str = ""
     lacks: dict[str, str] = {}  # noqa: RUF012 (a constant of the class)
 
     def available(self) -> bool:
@@ -189,6 +191,22 @@ class Adapter(ABC):
         None where features do not lie on squares of patches (resampling): tokens then merge behind the encoder.
         """
         return 1
+
+    def resized(
+        self, model: Any, modality: str, arguments: dict[str, Any], sizes: list[tuple[int, int]]
+    ) -> dict[str, Any] | None:
+        """The arguments of the features method that change when media have other sizes.
+
+        Args:
+            model: the model.
+            modality: kind of media.
+            arguments: of the features method, by name.
+            sizes: (rows, columns) of the features of each medium.
+
+        Returns:
+            None where the encoder takes pictures of one size only.
+        """
+        return None
 
     def read_layers(self, model: Any, modality: str, arguments: dict[str, Any]) -> tuple[int, ...]:
         """Indices of the encoder layers whose outputs the features are read from (0-based).

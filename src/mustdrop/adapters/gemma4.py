@@ -24,6 +24,7 @@ _BEGIN, _END, _PATCHES = 504, 505, 96
 class Gemma4(Adapter):
     """`Gemma4ForConditionalGeneration`."""
 
+    fixed_pictures = "its encoder takes patches, which the processor cut in an order and with positions of its own."
     name = "gemma4"
     since = "5.23"
     classes = ("Gemma4ForConditionalGeneration",)

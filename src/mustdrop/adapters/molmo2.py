@@ -21,6 +21,7 @@ _START, _LOW, _END, _FRAME_START, _FRAME_END, _COLUMN = 502, 503, 504, 505, 506,
 class Molmo2(Adapter):
     """`Molmo2ForConditionalGeneration`."""
 
+    fixed_pictures = "its encoder takes patches, which the processor cut in an order and with positions of its own."
     name = "molmo2"
     classes = ("Molmo2ForConditionalGeneration",)
     refuses_flash = "image tokens see each other both ways, which flash attention cannot express"

@@ -20,6 +20,7 @@ _START, _END = 502, 503
 class PaddleOCRVL(Adapter):
     """`PaddleOCRVLForConditionalGeneration`."""
 
+    fixed_pictures = "its encoder takes patches, which the processor cut in an order and with positions of its own."
     name = "paddleocr_vl"
     classes = ("PaddleOCRVLForConditionalGeneration",)
     token_types: str | None = "mm_token_type_ids"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from mustdrop.adapters.base import Adapter, Tower
@@ -47,6 +48,31 @@ class Qwen2VL(Adapter):
     def order(self, model: Any, grid: tuple[int, int, int]) -> Tensor:
         """(features,) long, where each feature's patches are in the encoder's sequence, counted in features."""
         return torch.arange(grid[0] * grid[1] * grid[2], dtype=torch.long, device="cpu")
+
+    def resized(
+        self, model: Any, modality: str, arguments: dict[str, Any], sizes: list[tuple[int, int]]
+    ) -> dict[str, Any] | None:
+        """Patches of pictures that are put together, resized, and cut again, with their grids."""
+        vision, name = model.config.vision_config, f"{modality}_grid_thw"
+        (pixels,) = [key for key in self.media[modality][1] if arguments.get(key) is not None]
+        side, merge = vision.patch_size, vision.spatial_merge_size
+        grids, pieces = arguments[name].tolist(), []
+        rows = arguments[pixels].split([t * h * w for t, h, w in grids])
+        for patches, (t, h, w), (high, wide) in zip(rows, grids, sizes, strict=True):
+            if (h, w) == (high * merge, wide * merge):
+                pieces.append(patches)
+                continue
+            order = {"a": merge, "b": merge, "p": side, "q": side, "t": t, "c": vision.in_channels}
+            picture = rearrange(
+                patches.float(), "(t h w a b) (c k p q) -> (t k) c (h a p) (w b q)", h=h // merge, w=w // merge, **order
+            )
+            picture = torch.nn.functional.interpolate(
+                picture, (high * merge * side, wide * merge * side), mode="bilinear", antialias=True
+            )
+            made = rearrange(picture, "(t k) c (h a p) (w b q) -> (t h w a b) (c k p q)", **order)
+            pieces.append(made.to(patches.dtype))
+        made_grids = [[t, high * merge, wide * merge] for (t, _, _), (high, wide) in zip(grids, sizes, strict=True)]
+        return {pixels: torch.cat(pieces), name: arguments[name].new_tensor(made_grids)}
 
     def projector_flops(self, model: Any) -> int:
         """The merger."""

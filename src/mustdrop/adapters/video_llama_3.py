@@ -21,6 +21,7 @@ from mustdrop.layout import Layout
 class VideoLlama3(Adapter):
     """`VideoLlama3ForConditionalGeneration`."""
 
+    fixed_pictures = "its encoder takes patches, which the processor cut in an order and with positions of its own."
     name = "video_llama_3"
     classes = ("VideoLlama3ForConditionalGeneration",)
     media = {  # noqa: RUF012

@@ -35,11 +35,21 @@ def _determinant_shape(x: Tensor, quality: Tensor, count: int, *rest: object, **
 
 
 @operation(_farthest_shape, "greedy:farthest_first", 2)
-def farthest_first(x: Tensor, count: int, candidates: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
+def farthest_first(
+    x: Tensor,
+    count: int,
+    candidates: Tensor | None = None,
+    counts: Tensor | None = None,
+    weight: Tensor | None = None,
+    bonus: Tensor | None = None,
+    first: Tensor | None = None,
+) -> Tensor:
     """Greedy max-min diversity: each pick is the feature whose nearest pick is farthest.
 
-    With d(i, j) = 1 - cos(x_i, x_j), the first pick is argmax_i min_{j != i} d(i, j), each later one
-    argmax_i min_{j picked} d(i, j). Source: DivPrune (arXiv 2503.02175).
+    With d(i, j) = 1 - cos(x_i, x_j), the first pick is argmax_i w_i min_{j != i} d(i, j) + b_i, each later one
+    argmax_i w_i min_{j picked} d(i, j) + b_i, with w = 1 and b = 0 unless given. Source: DivPrune (arXiv 2503.02175);
+    the weight is that of Cen-Prune (arXiv 2608.30263), and with w = 1 - l and b = l times a relevance the picks are
+    those of maximal marginal relevance.
 
     N^2 C operations for the first pick and, beyond 4096 features, N C for each later one, of which only the distance to
     the nearest pick is kept.
@@ -49,6 +59,9 @@ def farthest_first(x: Tensor, count: int, candidates: Tensor | None = None, coun
         count: M, picks per row, at most N.
         candidates: (B, N) bool, features that can be picked; None: all.
         counts: (B,) long, picks of each row, at most M; None: M.
+        weight: (B, N), at least 0, factor on the distances of each feature that may be picked; None: 1.
+        bonus: (B, N), added to them; None: 0.
+        first: (B,) long, the first pick of each row, one of its candidates; None: as above.
 
     Returns:
         (B, M) long, in the order of the picks; -1 past a row's count or its candidates.
@@ -58,17 +71,30 @@ def farthest_first(x: Tensor, count: int, candidates: Tensor | None = None, coun
     x = unit(x)
     gone = None if candidates is None else ~candidates
     held = _others(x, 0, x.shape[1]) if x.shape[1] <= HELD else None
-    first = _nearest(x, gone) if held is None else _hide(held, gone).amax(2)
-    pick = (first if gone is None else first.masked_fill(gone, torch.inf)).argmin(1, keepdim=True)
+    if first is None:
+        near = _nearest(x, gone) if held is None else _hide(held, gone).amax(2)
+        near = near if gone is None else near.masked_fill(gone, torch.inf)
+        pick = _farness(near, weight, bonus).argmax(1, keepdim=True)
+    else:
+        pick = first[:, None]
     nearest = torch.full(x.shape[:2], -torch.inf, dtype=torch.float32, device=x.device)
     nearest = nearest if gone is None else nearest.masked_fill(gone, torch.inf)
     picks = [pick]
     for _ in range(count - 1):
         similar = _row(x, pick) if held is None else _take(held, pick)[:, 0]
         nearest = torch.maximum(nearest, similar).scatter(1, pick, torch.inf)
-        pick = nearest.argmin(1, keepdim=True)
+        pick = _farness(nearest, weight, bonus).argmax(1, keepdim=True)
         picks.append(pick)
     return _ended(torch.cat(picks, 1), candidates, counts)
+
+
+def _farness(nearest: Tensor, weight: Tensor | None, bonus: Tensor | None) -> Tensor:
+    """(B, N) what a pick is chosen by; -inf where the nearest pick is at infinity, which marks what cannot be."""
+    if weight is None and bonus is None:
+        return -nearest
+    far = 1 - nearest if weight is None else weight.float() * (1 - nearest)
+    far = far if bonus is None else far + bonus.float()
+    return far.masked_fill(nearest == torch.inf, -torch.inf)
 
 
 @operation(_determinant_shape, "greedy:greedy_determinant", 2)
@@ -128,11 +154,12 @@ def greedy_coverage(
     weight: Tensor | None = None,
     candidates: Tensor | None = None,
     counts: Tensor | None = None,
+    quality: Tensor | None = None,
 ) -> Tensor:
     """Greedy facility location: each pick adds as much as possible to how well the picks cover what is to be covered.
 
-    With m_i the highest similarity of i with any pick, 0 at first, j gains sum_i w_i relu(C_ij - m_i). For picks that
-    stand for all tokens, C holds the cosines of all pairs; for a question, i runs over its words.
+    With m_i the highest similarity of i with any pick, 0 at first, j gains q_j sum_i w_i relu(C_ij - m_i). For picks
+    that stand for all tokens, C holds the cosines of all pairs; for a question, i runs over its words.
 
     Args:
         similarity: C, (B, I, N): of what is to be covered with what can be picked.
@@ -140,6 +167,7 @@ def greedy_coverage(
         weight: (B, I), at least 0, how much each i matters; None: all alike.
         candidates: (B, N) bool, what can be picked; None: all.
         counts: (B,) long, picks of each row, at most M; None: M.
+        quality: (B, N), at least 0, factor on what each pick gains; None: 1.
 
     Returns:
         (B, M) long, in the order of the picks; -1 past a row's count or its candidates.
@@ -152,6 +180,7 @@ def greedy_coverage(
     for _ in range(count):
         more = (similarity - covered[..., None]).clamp(min=0)
         gain = more.sum(1) if weight is None else (weight.to(more.dtype)[:, None] @ more)[:, 0]
+        gain = gain if quality is None else gain * quality.to(gain.dtype)
         pick = gain.masked_fill(gone, -torch.inf).argmax(1, keepdim=True)
         gone = gone.scatter(1, pick, True)
         picks.append(pick)

@@ -8,11 +8,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mustdrop.errors import ConfigError
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Chosen, Features, VisionRule, VisionStagePruner
+from mustdrop.pruners import Chosen, Features, Read, VisionRule, VisionStagePruner
 from mustdrop.pruners.base import Budget
-from mustdrop.rules.diversity import greedy_determinant, unit
+from mustdrop.pruners.comparing import STATES, compared
+from mustdrop.pruners.importance import relevance
+from mustdrop.rules.diversity import greedy_determinant
+from mustdrop.rules.geometry import Geometry, around_mean, distinctiveness
 
 
 class ConditionalDeterminant(VisionRule):
@@ -23,16 +25,26 @@ class ConditionalDeterminant(VisionRule):
     Attributes:
         theta: weight of relevance against diversity, in [0, 1): relevance r becomes exp(r theta / (2 (1 - theta))).
             None takes r as it is.
+        geometry: how features are compared with each other. Except for "raw", relevance is multiplied with how distinct
+            a feature is, as in Cen-Prune (arXiv 2608.30263).
     """
 
     asks: ClassVar[bool] = True
     theta: float | None = Field(None, ge=0, lt=1)
+    geometry: Geometry = "raw"
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        """What the encoder hands over, if that is what is compared."""
+        return STATES if self.geometry == "standardized" else ()
 
     def choose(self, seen: Features, count: int | None) -> Chosen:
         """See `VisionRule.choose`."""
         assert count is not None
         quality = self.quality(relevance(seen.values, seen.question))
-        return Chosen(greedy_determinant(seen.values, quality, count).sort(1).values)
+        values = compared(seen, self.geometry)
+        quality = quality * distinctiveness(values, self.geometry)
+        return Chosen.picked(greedy_determinant(around_mean(values, self.geometry), quality, count))
 
     def quality(self, relevant: Tensor) -> Tensor:
         """(B, N) positive, from relevances (B, N); equal ones where all relevances of a view are equal."""
@@ -45,34 +57,21 @@ class ConditionalDeterminant(VisionRule):
         return (self.theta / (2 * (1 - self.theta)) * (scaled - scaled.amax(1, keepdim=True))).clamp(min=-40).exp()
 
 
-def relevance(values: Tensor, question: tuple[Tensor, ...]) -> Tensor:
-    """(B, N), the mean cosine of features (B, N, C) with the words, per view (T, C); 0 where there are no words.
-
-    Raises:
-        ConfigError: there is not one question per view, or its width is another.
-    """
-    widths = {words.shape[-1] for words in question}
-    if len(question) != len(values) or widths - {values.shape[2]}:
-        raise ConfigError(
-            f"expected embeddings of a question (words, {values.shape[2]}) for each of {len(values)} views, got "
-            f"{[tuple(words.shape) for words in question]}: pass them as Features(question=...)."
-        )
-    mean = torch.stack([unit(words).sum(0) / max(1, len(words)) for words in question])
-    return (unit(values) @ mean[..., None])[..., 0]
-
-
 class CDPruner(Recipe):
     """Relevance to the question times diversity, per view.
 
     Attributes:
         keep: tokens (int) or share of the prompt's vision tokens.
         theta: weight of relevance against diversity, in [0, 1); None leaves relevance unscaled, as the paper does.
+        geometry: "raw" compares features as they are; "centered" around their mean, and distinct ones count more;
+            "standardized" likewise those of the encoder, with channels of equal variance (for Qwen's encoders).
     """
 
     keep: Budget = DEFAULT_KEEP
     theta: float | None = Field(None, ge=0, lt=1)
+    geometry: Geometry = "raw"
 
     def build(self) -> Method:
         """Only the vision socket is filled."""
-        rule = ConditionalDeterminant(theta=self.theta)
+        rule = ConditionalDeterminant(theta=self.theta, geometry=self.geometry)
         return Method(vision=VisionStagePruner(window=None, key_share=0, keep=self.keep, score=rule))

@@ -5,20 +5,39 @@ from __future__ import annotations
 from typing import ClassVar
 
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Chosen, Features, VisionRule, VisionStagePruner
+from mustdrop.pruners import Chosen, Features, Read, VisionRule, VisionStagePruner
 from mustdrop.pruners.base import Budget
+from mustdrop.pruners.comparing import STATES, compared
 from mustdrop.rules.diversity import farthest_first
+from mustdrop.rules.geometry import Geometry, around_mean, distinctiveness
 
 
 class MaxMinDiversity(VisionRule):
-    """Of all features of an image or video, those whose nearest kept feature is farthest, picked greedily."""
+    """Of all features of an image or video, those whose nearest kept feature is farthest, picked greedily.
+
+    Attributes:
+        geometry: how features are compared. Except for "raw", each distance is multiplied with how distinct the feature
+            is that would be picked (but for the first pick), as in Cen-Prune (arXiv 2608.30263).
+    """
 
     by_view: ClassVar[bool] = False
+    geometry: Geometry = "raw"
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        """What the encoder hands over, if that is what is compared."""
+        return STATES if self.geometry == "standardized" else ()
 
     def choose(self, seen: Features, count: int | None) -> Chosen:
         """See `VisionRule.choose`."""
         assert count is not None
-        return Chosen(farthest_first(seen.values, count).sort(1).values)
+        values = compared(seen, self.geometry)
+        if self.geometry == "raw":
+            return Chosen.picked(farthest_first(values, count))
+        distinct = distinctiveness(values, self.geometry)
+        centred = around_mean(values, self.geometry)
+        first = farthest_first(centred, 1)[:, 0]
+        return Chosen.picked(farthest_first(centred, count, weight=distinct, first=first))
 
 
 class DivPrune(Recipe):
@@ -26,10 +45,14 @@ class DivPrune(Recipe):
 
     Attributes:
         keep: tokens (int) or share of the prompt's vision tokens.
+        geometry: "raw" compares features as they are; "centered" around their mean, and distinct ones first;
+            "standardized" likewise those of the encoder, with channels of equal variance (for Qwen's encoders).
     """
 
     keep: Budget = DEFAULT_KEEP
+    geometry: Geometry = "raw"
 
     def build(self) -> Method:
         """Only the vision socket is filled."""
-        return Method(vision=VisionStagePruner(window=None, key_share=0, keep=self.keep, score=MaxMinDiversity()))
+        rule = MaxMinDiversity(geometry=self.geometry)
+        return Method(vision=VisionStagePruner(window=None, key_share=0, keep=self.keep, score=rule))

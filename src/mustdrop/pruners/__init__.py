@@ -2,10 +2,11 @@
 
 from mustdrop.pruners.caching import AllRows, CacheScorer, GeneratedRows, LastQuery, ObservationWindow, Received
 from mustdrop.pruners.decode import DecodeCachePruner
+from mustdrop.pruners.importance import Importance
 from mustdrop.pruners.prefill import PrefillPruner
 from mustdrop.pruners.recycling import Recycling
 from mustdrop.pruners.scoring import LastRow, MeanOverText, Raters, Seen, TextScorer
-from mustdrop.pruners.selecting import Chosen, Features, InnerRule, Read, VisionRule
+from mustdrop.pruners.selecting import Chosen, Features, InnerRule, PictureRule, Read, VisionRule
 from mustdrop.pruners.vision import VisionStagePruner
 
 __all__ = [
@@ -15,11 +16,13 @@ __all__ = [
     "DecodeCachePruner",
     "Features",
     "GeneratedRows",
+    "Importance",
     "InnerRule",
     "LastQuery",
     "LastRow",
     "MeanOverText",
     "ObservationWindow",
+    "PictureRule",
     "PrefillPruner",
     "Raters",
     "Read",

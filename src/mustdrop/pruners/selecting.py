@@ -24,14 +24,15 @@ class Read(Settings):
             average, mean over the heads. "received": what a patch receives on average, also where there is a CLS token.
             "joint_attention": as "attention", with the heads' queries and keys side by side as one long vector (of an
             encoder without CLS, as "attention"). "keys": key vector, mean over the heads. "joint_keys": the heads' keys
-            side by side.
+            side by side. "states": the hidden state that leaves the layer, before the model maps it on; a feature made
+            of several patches has their mean.
         layer: encoder layer (0-based); negative counts from the end, -1 is the last one.
         of: the depth that `layer` is meant for, counted up to the layer that the features are read from: the layer is
-            scaled to the encoder at hand, and to the nearest one whose patches see the whole frame (of two, the deeper
-            one). None takes `layer` as it is.
+            scaled to the encoder at hand, and (but for "states") to the nearest one whose patches see the whole frame
+            (of two, the deeper one). None takes `layer` as it is.
     """
 
-    what: Literal["attention", "received", "joint_attention", "keys", "joint_keys"] = "attention"
+    what: Literal["attention", "received", "joint_attention", "keys", "joint_keys", "states"] = "attention"
     layer: int = -1
     of: int | None = None
 
@@ -55,6 +56,8 @@ class Read(Settings):
         """
         if self.of is not None:
             scaled = last if self.of == 1 else round(self.layer * last / (self.of - 1))
+            if self.what == "states":
+                return scaled
             return min(whole, key=lambda layer: (abs(layer - scaled), -layer), default=scaled)
         if not -depth <= self.layer < depth:
             raise ConfigError(
@@ -72,7 +75,7 @@ class Features:
         frame: (B, N) long, frame of a video, or grid of an image, that each feature lies in.
         row: (B, N) long, its row in the frame.
         column: (B, N) long, its column.
-        read: what the rule asked for: (B, N) for attention, (B, N, D) for keys.
+        read: what the rule asked for: (B, N) for attention, (B, N, D) for keys and states.
         question: per view (T, C), embeddings of the prompt's words after its last picture, if the rule asked for them.
         size: (B, N) float, how many features of the encoder each stands for; None: one.
         first: (B, N) long, first frame of the video that each feature lies in; each grid of an image is a video of one
@@ -136,6 +139,11 @@ class Chosen:
         return cls(order.sort(1).values, score=score)
 
     @classmethod
+    def picked(cls, picks: Tensor) -> Chosen:
+        """The features `picks` (B, M), ascending by index."""
+        return cls(picks.sort(1).values)
+
+    @classmethod
     def merged(cls, keep: Tensor, into: Tensor, weight: Tensor | None = None) -> Chosen:
         """Kept features (B, M) that become the mean of what joins them, weighted with `weight` (B, N)."""
         return cls(keep, into, lambda x: kernels.merge_tokens(x, into, keep.shape[1], weight))
@@ -193,6 +201,32 @@ class VisionRule(Settings):
         if count == n:
             return Chosen(torch.arange(n, dtype=torch.long, device=seen.values.device).expand(len(seen.values), -1))
         return answers.features(self, seen, count)
+
+
+class PictureRule(VisionRule):
+    """Base of the rules that also change what the encoder sees: a picture of fewer pixels, as few tokens may stay."""
+
+    def reduced(self, grid: tuple[int, int, int], count: int) -> tuple[int, int]:
+        """Rows and columns of the smallest grid of about the same shape that has `count` features in all frames.
+
+        Args:
+            grid: (frames, rows, columns) of the medium's features.
+            count: how many may stay.
+        """
+        frames, rows, columns = grid
+        wanted = -(-count // frames)
+        high = min(rows, max(1, round((wanted * rows / columns) ** 0.5), -(-wanted // columns)))
+        return high, min(columns, -(-wanted // high))
+
+    def blurred(self, pixels: Tensor, scale: float) -> Tensor:
+        """Pixels (items, channels, rows, columns) made `scale` times as large along each side, and as large as before.
+
+        Bilinear both ways, without aliases.
+        """
+        size = [max(1, round(side * scale)) for side in pixels.shape[-2:]]
+        resize = torch.nn.functional.interpolate
+        small = resize(pixels.float(), size, mode="bilinear", antialias=True)
+        return resize(small, pixels.shape[-2:], mode="bilinear").to(pixels.dtype)
 
 
 class InnerRule(VisionRule):

@@ -8,10 +8,12 @@ from torch import Tensor
 from mustdrop.rules.ranking import rank_descending
 
 
-def density_peaks(x: Tensor, clusters: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def density_peaks(
+    x: Tensor, clusters: int, noise: Tensor | None = None, neighbours: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Cluster the tokens of one row.
 
-    density = exp(-mean squared distance to the `clusters` nearest tokens, itself included), with distances divided by
+    density = exp(-mean squared distance to the `neighbours` nearest tokens, itself included), with distances divided by
     sqrt(C); delta = distance to the nearest denser token, the largest distance for the densest. Centres are the tokens
     with the largest density * delta, and every token joins its nearest centre. Source: SparseVLM (arXiv 2410.04417).
 
@@ -19,6 +21,7 @@ def density_peaks(x: Tensor, clusters: int, noise: Tensor | None = None) -> tupl
         x: (n, C).
         clusters: how many, at most n.
         noise: (n,) in [0, 1), added to the densities times 1e-6; None breaks ties by index.
+        neighbours: by which density is told; None: as many as clusters.
 
     Returns:
         (centres, member): (clusters,) long, indices of the centres, the best first; (n,) long, the place of each
@@ -26,7 +29,8 @@ def density_peaks(x: Tensor, clusters: int, noise: Tensor | None = None) -> tupl
     """
     x = x.float()
     distance = torch.cdist(x, x) / x.shape[1] ** 0.5
-    density = (-distance.topk(clusters, dim=1, largest=False).values.square().mean(1)).exp()
+    near = min(clusters if neighbours is None else neighbours, len(x))
+    density = (-distance.topk(near, dim=1, largest=False).values.square().mean(1)).exp()
     if noise is not None:
         density = density + noise * 1e-6
     rank = rank_descending(density[None])[0]

@@ -46,3 +46,84 @@ def windows(frame: Tensor, row: Tensor, column: Tensor, side: int) -> Tensor:
     down, across = row // side, column // side
     high, wide = int(down.max()) + 1, int(across.max()) + 1
     return (frame * high + down) * wide + across
+
+
+def spread(values: Tensor, group: Tensor) -> Tensor:
+    """(B, N) or (B, N, C): what each entry's group has, of values (B, groups) or (B, groups, C)."""
+    if values.ndim == 2:
+        return values.gather(1, group)
+    return values.gather(1, group[..., None].expand(-1, -1, values.shape[2]))
+
+
+def largest_remainder(weight: Tensor, amount: int, size: Tensor, least: int = 0) -> Tensor:
+    """Split an amount over groups in proportion to their weights, exactly.
+
+    Each group gets `least` first, as long as the amount is enough for all, and never more than it has. What a full
+    group cannot take goes to the others, in proportion again. Fractions go to the largest remainders, ties to the lower
+    group.
+
+    Args:
+        weight: (B, G), not negative; where all groups that are left have none, they share alike.
+        amount: of each row, at most the sum of its sizes.
+        size: (B, G) long, what each group has.
+        least: for each group that has as much.
+
+    Returns:
+        (B, G) long, each row adds up to `amount`.
+    """
+    floor = size.clamp(max=least) if bool((size.clamp(max=least).sum(1) <= amount).all()) else torch.zeros_like(size)
+    room = (size - floor).double()
+    left = (amount - floor.sum(1, keepdim=True)).double()
+    weight = weight.double().clamp(min=0)
+    open_ = room > 0
+    exact = torch.zeros_like(room)
+    for _ in range(size.shape[1]):
+        pull = torch.where(open_, weight, 0)
+        pull = torch.where(pull.sum(1, keepdim=True) > 0, pull, open_.double())
+        share = left * pull / pull.sum(1, keepdim=True).clamp(min=torch.finfo(torch.double).tiny)
+        full = open_ & (share >= room)
+        exact = torch.where(open_, torch.minimum(share, room), exact)
+        if not bool(full.any()):
+            break
+        open_, left = open_ & ~full, left - torch.where(full, room, 0).sum(1, keepdim=True)
+    whole = (exact + 1e-9).floor()
+    remainder = torch.where(whole < room, exact - whole, -1.0)
+    order = remainder.argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(size.shape[1], dtype=torch.long, device=size.device).expand_as(order)
+    )
+    missing = amount - floor.sum(1, keepdim=True) - whole.sum(1, keepdim=True)
+    return floor + (whole + (rank < missing)).long()
+
+
+def best_in_groups(score: Tensor, group: Tensor, budget: Tensor) -> Tensor:
+    """The best of each group, as many as it may keep.
+
+    Args:
+        score: (B, N), higher stays.
+        group: (B, N) long, from 0 to G - 1.
+        budget: (B, G) long, no more than the group has; all rows keep equally many.
+
+    Returns:
+        (B, M) long, ascending.
+    """
+    stays = rank_in_group(score, group) < budget.gather(1, group)
+    return stays.nonzero()[:, 1].view(len(score), -1)
+
+
+def members(group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Entries of each group side by side, padded to the size of the largest.
+
+    Args:
+        group: (N,) long, from 0 to groups - 1.
+        groups: how many.
+
+    Returns:
+        (index, real): (groups, S) long, ascending, 0 where there are no more; (groups, S) bool.
+    """
+    size = torch.bincount(group, minlength=groups)
+    order = group.argsort(stable=True)
+    place = torch.arange(max(1, int(size.max())), dtype=torch.long, device=group.device)
+    real = place < size[:, None]
+    at = (size.cumsum(0) - size)[:, None] + place
+    return torch.where(real, order[at.clamp(max=len(order) - 1)], 0), real

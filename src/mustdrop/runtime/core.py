@@ -13,7 +13,7 @@ from mustdrop.compat import cache_of, require_supported_transformers
 from mustdrop.cost import EncoderCost, TextCost
 from mustdrop.errors import BudgetWarning, ConfigError, NothingDroppedWarning, UnsupportedModelError, warn
 from mustdrop.method import Method
-from mustdrop.runtime import checks
+from mustdrop.runtime import checks, shrinking
 from mustdrop.runtime.calls import BASE, MODEL, Calls, raised
 from mustdrop.runtime.compiled import outside_steps
 from mustdrop.runtime.copying import Copied
@@ -69,6 +69,7 @@ class Runtime(Copied):
         """
         pruner = self.method.vision
         found: dict[str, EncoderStage] = {}
+        shrinking.check(None if pruner is None else pruner.rule, self.adapter)
         for modality in self.modalities:
             try:
                 tower = self.adapter.tower(self.model, modality.name)

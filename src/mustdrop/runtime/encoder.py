@@ -73,6 +73,18 @@ class BlockHook:
         return self.stage.before_block(self.index, module, args, kwargs)
 
 
+@dataclass
+class StatesHook:
+    """Hook of one encoder layer whose hidden states are read."""
+
+    stage: EncoderStage
+    index: int
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """See `EncoderStage.after_block`."""
+        self.stage.after_block(self.index, output)
+
+
 class EncoderStage(Copied):
     """Watches one tower, and runs a `VisionStagePruner` in it if there is one."""
 
@@ -82,13 +94,17 @@ class EncoderStage(Copied):
         self.pruner, self.tower, self.local, self.key = pruner, tower, local, key
         self.last = read_layer
         self.reads: dict[int, list[Read]] = {}
+        self.compared: set[int] = set()  # layers of which something is read that queries and keys tell
         if pruner is None:
             return
         depth = len(tower.blocks)
         for read in pruner.reads:
             own = pruner.needs_attention and read == pruner.importance
             name = "VisionStagePruner.key_layer" if own else "Read.layer"
-            self.reads.setdefault(read.at(depth, read_layer, tower.whole, name), []).append(read)
+            layer = read.at(depth, read_layer, tower.whole, name)
+            self.reads.setdefault(layer, []).append(read)
+            if read.what != "states":
+                self.compared.add(layer)
         if pruner.window is None or tower.packed:
             return
         if pruner.layer > depth - 2:
@@ -119,7 +135,12 @@ class EncoderStage(Copied):
     @property
     def tapped(self) -> list[int]:
         """Layers whose queries and keys are read."""
-        return sorted({*self.reads, *(range(self.last + 1) if self.inner is not None else ())})
+        return sorted({*self.compared, *(range(self.last + 1) if self.inner is not None else ())})
+
+    @property
+    def stated(self) -> list[int]:
+        """Layers whose hidden states are read."""
+        return sorted(layer for layer, reads in self.reads.items() if any(read.what == "states" for read in reads))
 
     def check(self, read_layer: int) -> None:
         """Raise `ConfigError` if merging would come after the layer that the features are read from."""
@@ -144,7 +165,7 @@ class EncoderStage(Copied):
         if run is None:
             return None
         pruner = self.pruner
-        if index in self.reads or (run.inside is not None and index <= self.last):
+        if index in self.compared or (run.inside is not None and index <= self.last):
             self.local.capture = (self.key, index)
         if index == 0 and run.inside is not None and block_masks.hides(_given_mask(args, kwargs)):
             run.inside = None  # padding must not merge with patches: the rule is asked behind
@@ -228,6 +249,8 @@ class EncoderStage(Copied):
         if run.inside is not None:
             run.inside.keys = k.float().mean(1)
         for read in self.reads.get(index, ()):
+            if read.what == "states":
+                continue
             pieces = run.readings.setdefault(read, [])
             if self.tower.packed:
                 pieces += reading.of_segments(read, q, k, block_masks.dense(mask), kwargs, scaling)
@@ -238,6 +261,17 @@ class EncoderStage(Copied):
             elif mask is not None:  # patches that nobody sees are padding
                 visible = attended_keys(mask).expand(q.shape[0], -1)
             pieces.append(run.whole(reading.of_items(read, self.tower, q, k, visible, scaling)))
+
+    @eager
+    def after_block(self, index: int, output: Any) -> None:
+        """Read the hidden states of one layer."""
+        run: EncoderRun | None = self.local.encoder
+        if run is None:
+            return
+        states = output[0] if isinstance(output, tuple) else output
+        for read in self.reads.get(index, ()):
+            if read.what == "states":
+                run.readings.setdefault(read, []).append(reading.of_states(self.tower, states, run))
 
     @eager
     def after_tower(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

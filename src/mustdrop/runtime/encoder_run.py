@@ -31,6 +31,7 @@ class EncoderRun:
         item: patches of one item of a dense tower; 0 where all items lie in one sequence, or before it has run.
         leave: called with the encoder's output, all of whose patches are there again, before the model goes on with it.
         inside: merging between the halves of its layers, or None.
+        seen: what a dense tower is shown in place of its pixels, or None.
         lengths: per encoder layer, the lengths of the sequences that attended to themselves.
         counted: the last of them after merging, and what merging had left then.
     """
@@ -45,6 +46,7 @@ class EncoderRun:
     item: int = 0
     leave: Callable[[Any], Any] | None = None
     inside: Inside | None = None
+    seen: Callable[[Tensor], Tensor] | None = None
     lengths: list[Tensor] = field(default_factory=list)
     counted: tuple[Selection, Tensor] | None = None
 

@@ -17,7 +17,7 @@ from mustdrop.budget import share_out
 from mustdrop.compat import eager
 from mustdrop.errors import MustDropError, UnsupportedOptionError
 from mustdrop.layout import Layout
-from mustdrop.pruners import answers
+from mustdrop.pruners import PictureRule, answers
 from mustdrop.runtime import checks
 from mustdrop.runtime.choosing import Chooser, patches_left
 from mustdrop.runtime.encoder import EncoderStage
@@ -26,6 +26,7 @@ from mustdrop.runtime.halves import Inside
 from mustdrop.runtime.leaving import EarlyChoice
 from mustdrop.runtime.marking import decide, must_remain
 from mustdrop.runtime.plan import rows_of_media
+from mustdrop.runtime.shrinking import Shrunk
 from mustdrop.runtime.state import Call, Local
 
 if TYPE_CHECKING:
@@ -100,9 +101,12 @@ class FeaturesWrapper:
         if chooser is not None and chooser.rule.space == "encoder":
             early = EarlyChoice(chooser, stage.tower, runtime.adapter.read_layers(runtime.model, kind, arguments))
             run.leave = early
+        shrunk = self._shrunk(stage, run, layouts, most, arguments)
         local.encoder = run
         try:
-            output = self.function(*args, **kwargs)
+            output = (
+                self.function(*args, **kwargs) if shrunk is None else shrunk(self.function, args, kwargs, arguments)
+            )
         finally:
             local.encoder, local.capture = None, None
         if call is not None:
@@ -195,6 +199,23 @@ class FeaturesWrapper:
             questions = [call.words[row] for row in owners]
         budget = None if pruner.keep == "rule" else most
         return Chooser(pruner.rule, run, layouts, budget, ends, shown, questions, pruner.compat == "released")
+
+    def _shrunk(
+        self,
+        stage: EncoderStage,
+        run: EncoderRun,
+        layouts: Sequence[Layout],
+        most: Sequence[int],
+        arguments: dict[str, Any],
+    ) -> Shrunk | None:
+        """Pictures of fewer pixels, if the rule wants them and some tokens leave."""
+        rule = None if stage.pruner is None else stage.pruner.rule
+        fewer = any(0 < n < layout.size for n, layout in zip(most, layouts, strict=True))
+        if not isinstance(rule, PictureRule) or not fewer:
+            return None
+        runtime, kind = self.runtime, self.modality.name
+        item = 0 if stage.tower.packed else math.prod(runtime.adapter.encoder_grid(runtime.model, kind, arguments))
+        return Shrunk(rule, runtime.adapter, runtime.model, kind, layouts, most, item, run)
 
     def _flat(self, features: Any, layouts: Sequence[Layout]) -> Tensor:
         """(F, C) features of all media."""

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from mustdrop.errors import UnsupportedModelError
+from mustdrop.pruners import PictureRule
 from mustdrop.runtime import tap
 from mustdrop.runtime.additions import AdditionWrapper
 from mustdrop.runtime.calls import BASE, MODEL, TEXT, Direct, PrepareWrapper
-from mustdrop.runtime.encoder import BlockHook, EncoderCapture, EncoderStage, MaskHook, takes_mask
+from mustdrop.runtime.encoder import BlockHook, EncoderCapture, EncoderStage, MaskHook, StatesHook, takes_mask
 from mustdrop.runtime.features import FeaturesWrapper, MarksHook
 from mustdrop.runtime.generate import GenerateWrapper
 from mustdrop.runtime.halves import HalfHooks
+from mustdrop.runtime.shrinking import PicturesHook
 from mustdrop.runtime.text import AttentionCapture, LayerHook
 
 if TYPE_CHECKING:
@@ -97,6 +99,10 @@ class Installation:
         if stage.inner is not None and tower.halves is not None:
             for i in range(stage.last + 1):
                 self.handles += HalfHooks(runtime.local, i).install(tower.blocks[i], tower.halves)
+        if isinstance(stage.pruner.rule, PictureRule):
+            self.handles.append(tower.module.register_forward_pre_hook(PicturesHook(runtime.local), with_kwargs=True))
+        for i in stage.stated:
+            self.handles.append(tower.blocks[i].register_forward_hook(StatesHook(stage, i)))
         for i in stage.tapped:
             self._tap(runtime, tower.blocks[i], (stage.key, i), EncoderCapture(stage, i), f"encoder layer {i}")
 

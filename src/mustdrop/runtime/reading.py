@@ -11,6 +11,7 @@ from torch import Tensor
 from mustdrop.adapters.base import Tower
 from mustdrop.kernels import received_attention, row_probabilities
 from mustdrop.pruners import Read
+from mustdrop.runtime.encoder_run import EncoderRun
 
 
 def of_items(read: Read, tower: Tower, q: Tensor, k: Tensor, visible: Tensor, scaling: float) -> Tensor:
@@ -59,6 +60,13 @@ def of_segments(
         score = received_attention(q[:, :, start:end], k[:, :, start:end], everything, scaling)
         scores.append(score[0] * (end - start))
     return scores
+
+
+def of_states(tower: Tower, states: Tensor, run: EncoderRun) -> Tensor:
+    """Hidden states of the patches: (patches, C) of a packed tower, else (items, patches, C)."""
+    if tower.packed:
+        return states.flatten(0, -2).float()
+    return run.whole(states[:, tower.prefix : states.shape[1] - tower.suffix].float())
 
 
 def _keys(read: Read, k: Tensor) -> Tensor:

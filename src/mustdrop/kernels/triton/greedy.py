@@ -79,28 +79,47 @@ def _higher(best, at, value, n0):
 
 
 @triton.jit
+def _farness(far, weight, bonus, n, N, WEIGHT: tl.constexpr, BONUS: tl.constexpr):
+    """What a pick is chosen by, from minus the cosine with the nearest one."""
+    value = far
+    if WEIGHT or BONUS:
+        value = 1.0 + far
+    if WEIGHT:
+        value = value * tl.load(weight + n, mask=n < N, other=0.0)
+    if BONUS:
+        value = value + tl.load(bonus + n, mask=n < N, other=0.0)
+    return tl.where(far == float("-inf"), float("-inf"), value)
+
+
+@triton.jit
 def _farthest(
-    cosine, far, candidates, counts, picks, N, M, CANDIDATES: tl.constexpr, COUNTS: tl.constexpr, BN: tl.constexpr,
-    BI: tl.constexpr,
+    cosine, far, candidates, counts, weight, bonus, first, picks, N, M, CANDIDATES: tl.constexpr, COUNTS: tl.constexpr,
+    WEIGHT: tl.constexpr, BONUS: tl.constexpr, FIRST: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     """`far` is minus the cosine with the nearest pick, -inf for what cannot be picked."""
     b = tl.program_id(0).to(tl.int64)
     limit = _limit(candidates, counts, b, N, M, CANDIDATES, COUNTS, BN)
     cosine += b * N * N
     far += b * N
+    weight += b * N
+    bonus += b * N
     best = float("-inf")
     at = 0
-    for n0 in range(0, N, BN):  # of the first pick: the nearest of all others
+    for n0 in range(0, N, BN):
         n = n0 + tl.arange(0, BN)
-        near = tl.full((BN,), float("-inf"), tl.float32)
-        for i0 in range(0, N, BI):
-            i = i0 + tl.arange(0, BI)
-            both = _able(candidates, b, i, N, CANDIDATES)[:, None] & (n < N)[None, :] & (i[:, None] != n[None, :])
-            part = tl.load(cosine + i[:, None] * N + n[None, :], mask=both, other=float("-inf"))
-            near = tl.maximum(near, tl.max(part, 0))
         able = _able(candidates, b, n, N, CANDIDATES)
-        best, at = _higher(best, at, tl.where(able, -near, float("-inf")), n0)
+        if not FIRST:  # the nearest of all others
+            near = tl.full((BN,), float("-inf"), tl.float32)
+            for i0 in range(0, N, BI):
+                i = i0 + tl.arange(0, BI)
+                both = _able(candidates, b, i, N, CANDIDATES)[:, None] & (n < N)[None, :] & (i[:, None] != n[None, :])
+                part = tl.load(cosine + i[:, None] * N + n[None, :], mask=both, other=float("-inf"))
+                near = tl.maximum(near, tl.max(part, 0))
+            value = _farness(tl.where(able, -near, float("-inf")), weight, bonus, n, N, WEIGHT, BONUS)
+            best, at = _higher(best, at, value, n0)
         tl.store(far + n, tl.where(able, float("inf"), float("-inf")), mask=n < N)
+    if FIRST:
+        at = tl.load(first + b).to(tl.int32)
     for s in range(M):
         pick = at
         tl.store(picks + b * M + s, tl.where(s < limit, pick, -1).to(tl.int64))
@@ -113,7 +132,7 @@ def _farthest(
             left = tl.minimum(tl.load(far + n, mask=n < N, other=float("-inf")), -row)
             left = tl.where(n == pick, float("-inf"), left)
             tl.store(far + n, left, mask=n < N)
-            best, at = _higher(best, at, left, n0)
+            best, at = _higher(best, at, _farness(left, weight, bonus, n, N, WEIGHT, BONUS), n0)
 
 
 @triton.jit
@@ -175,8 +194,9 @@ def _determinant(
 
 @triton.jit
 def _coverage(
-    similarity, weight, candidates, counts, picks, K, N, M, ssb, ssi, ssn, WEIGHT: tl.constexpr,
-    CANDIDATES: tl.constexpr, COUNTS: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr, BT: tl.constexpr,
+    similarity, weight, quality, candidates, counts, picks, K, N, M, ssb, ssi, ssn, WEIGHT: tl.constexpr,
+    QUALITY: tl.constexpr, CANDIDATES: tl.constexpr, COUNTS: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr,
+    BT: tl.constexpr,
 ):  # fmt: skip
     """All picks of a row.
 
@@ -197,6 +217,8 @@ def _coverage(
         if WEIGHT:
             part = part * tl.load(weight + b * K + t, mask=t < K, other=0.0)[:, None]
         bound += tl.sum(part, 0)
+    if QUALITY:
+        bound = bound * tl.load(quality + b * N + n, mask=n < N, other=0.0)
     bound = bound * 1.0001 + 1e-30  # it stays a bound when the same numbers are added in another order
     i = tl.arange(0, BI)
     w = tl.where(i < K, 1.0, 0.0)
@@ -209,6 +231,8 @@ def _coverage(
         while tries < N:
             column = tl.load(similarity + i * ssi + pick * ssn, mask=i < K, other=0.0).to(tl.float32)
             gain = tl.sum(w * tl.maximum(column - covered, 0.0), 0)
+            if QUALITY:
+                gain = gain * tl.load(quality + b * N + pick)
             bound = tl.where(n == pick, gain, bound)
             best = tl.argmax(tl.where(real, bound, float("-inf")), 0)
             tries = tl.where(best == pick, N, tries + 1)
@@ -219,18 +243,28 @@ def _coverage(
         real = real & (n != pick)
 
 
-def farthest_first(x: Tensor, count: int, candidates: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
+def farthest_first(
+    x: Tensor,
+    count: int,
+    candidates: Tensor | None = None,
+    counts: Tensor | None = None,
+    weight: Tensor | None = None,
+    bonus: Tensor | None = None,
+    first: Tensor | None = None,
+) -> Tensor:
     """See `mustdrop.kernels.farthest_first`."""
     if x.shape[1] > MOST:
-        return OPERATIONS["farthest_first"].reference(x, count, candidates, counts)  # type: ignore[no-any-return]
+        reference = OPERATIONS["farthest_first"].reference
+        return reference(x, count, candidates, counts, weight, bonus, first)  # type: ignore[no-any-return]
     picks = x.new_empty(x.shape[0], count, dtype=torch.long)
     if picks.numel():
         block, warps, rows = _shape(x.shape[1])
         far = x.new_empty(x.shape[:2], dtype=torch.float32)
         _farthest[(x.shape[0],)](
-            cosines(x), far, *_given(picks, candidates, counts), picks, x.shape[1], count,
-            CANDIDATES=candidates is not None, COUNTS=counts is not None, BN=block, BI=rows, num_warps=warps,
-            num_stages=1, **FUSED,
+            cosines(x), far, *_given(picks, candidates, counts), _floats(far, weight), _floats(far, bonus),
+            picks if first is None else first.to(x.device).contiguous(), picks, x.shape[1], count,
+            CANDIDATES=candidates is not None, COUNTS=counts is not None, WEIGHT=weight is not None,
+            BONUS=bonus is not None, FIRST=first is not None, BN=block, BI=rows, num_warps=warps, num_stages=1, **FUSED,
         )  # fmt: skip
     return picks
 
@@ -263,20 +297,21 @@ def greedy_coverage(
     weight: Tensor | None = None,
     candidates: Tensor | None = None,
     counts: Tensor | None = None,
+    quality: Tensor | None = None,
 ) -> Tensor:
     """See `mustdrop.kernels.greedy_coverage`."""
     batch, many, n = similarity.shape
     if max(many, n) > TILE:
         reference = OPERATIONS["greedy_coverage"].reference
-        return reference(similarity, count, weight, candidates, counts)  # type: ignore[no-any-return]
+        return reference(similarity, count, weight, candidates, counts, quality)  # type: ignore[no-any-return]
     picks = similarity.new_empty(batch, count, dtype=torch.long)
     if picks.numel():
         _, warps, rows = _shape(max(n, many))
         _coverage[(batch,)](
-            similarity, similarity if weight is None else weight.float().contiguous(),
+            similarity, _floats(similarity, weight), _floats(similarity, quality),
             *_given(picks, candidates, counts), picks, many, n, count, *similarity.stride(), WEIGHT=weight is not None,
-            CANDIDATES=candidates is not None, COUNTS=counts is not None, BN=p2(n, 16), BI=p2(many, 16), BT=rows,
-            num_warps=warps, num_stages=1, **FUSED,
+            QUALITY=quality is not None, CANDIDATES=candidates is not None, COUNTS=counts is not None, BN=p2(n, 16),
+            BI=p2(many, 16), BT=rows, num_warps=warps, num_stages=1, **FUSED,
         )  # fmt: skip
     return picks
 
@@ -292,6 +327,11 @@ def cosines(x: Tensor) -> Tensor:
         num_warps=4, num_stages=3, **FUSED,
     )  # fmt: skip
     return out
+
+
+def _floats(spare: Tensor, values: Tensor | None) -> Tensor:
+    """The pointer of numbers that may be missing."""
+    return spare if values is None else values.to(spare.device).float().contiguous()
 
 
 def _given(spare: Tensor, candidates: Tensor | None, counts: Tensor | None) -> tuple[Any, Any]:

@@ -1,0 +1,149 @@
+"""FastVID: attended features of each frame, and of every fourth one the centres that the rest of a segment joins."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mustdrop import kernels
+from mustdrop.method import DEFAULT_KEEP, Method, Recipe
+from mustdrop.pruners import Chosen, Features, Read, VisionRule, VisionStagePruner
+from mustdrop.pruners.base import Budget
+from mustdrop.pruners.comparing import LAST
+from mustdrop.rules.clusters import density_peaks, tie_noise
+from mustdrop.rules.groups import best_in_groups, largest_remainder, sizes
+from mustdrop.rules.segments import frame_means, segments, videos
+
+CONTEXT, CUT, FEWEST, STRIDE, OWN = 0.4, 0.9, 8, 4, 0.6
+NEIGHBOURS = 4
+
+
+class SalientAndContext(VisionRule):
+    """The most attended features of each frame; the rest of a segment joins dense features of every few frames.
+
+    Attributes:
+        context: share of a frame's budget that goes to the contexts of its segment, in [0, 1].
+        cut: cosine of two frames' means below which a segment ends.
+        fewest: segments, if there are so many frames.
+        stride: frames from one frame with contexts to the next, counted from the end of the segment.
+        own: least part of a context that is its own value, in [0, 1].
+        seed: of the noise that breaks ties between densities; None gives them to the lower index.
+    """
+
+    by_view: ClassVar[bool] = False
+    context: float = Field(CONTEXT, ge=0, le=1)
+    cut: float = Field(CUT, ge=-1, le=1)
+    fewest: int = Field(FEWEST, ge=1)
+    stride: int = Field(STRIDE, ge=1)
+    own: float = Field(OWN, ge=0, le=1)
+    seed: int | None = None
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        """Attention of the layer that features are read from."""
+        return (Read(what="attention", **LAST),)
+
+    def choose(self, seen: Features, count: int | None) -> Chosen:
+        """See `VisionRule.choose`. All frames have the same share; each grid of an image is a video of one frame."""
+        assert count is not None
+        means, size = frame_means(seen.values, seen.frame)
+        parts = segments(means, videos(seen.frame, seen.first, size.shape[1]), self.cut, self.fewest)
+        budget = largest_remainder(size, count, size)
+        attention = seen.of(self.reads[0])
+        rows = zip(seen.values, attention, seen.frame, parts, budget, strict=True)
+        keep, into = map(torch.stack, zip(*(self._of_video(*row) for row in rows), strict=True))
+        return Chosen(keep, into, lambda values: blended(values, keep, into, self.own))
+
+    def _of_video(
+        self, values: Tensor, attention: Tensor, frame: Tensor, segment: Tensor, budget: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(M,) what stays and (N,) what each feature joins, of one video."""
+        context = (budget * self.context + 1e-6).long()
+        salient = best_in_groups(attention[None], frame[None], (budget - context)[None])[0]
+        rest = torch.ones_like(frame, dtype=torch.bool)
+        rest[salient] = False
+        target = torch.full_like(frame, -1)
+        target[salient] = salient
+        for part in range(int(segment.max()) + 1):
+            mine = rest & (segment[frame] == part)
+            wanted = int(context[segment == part].sum())
+            if not wanted:
+                continue
+            centres = self._centres(values, frame, mine, int((segment == part).nonzero()[-1]), wanted)
+            others = mine.nonzero()[:, 0]
+            _, place = kernels.best_match(values[others][None], values[centres][None])
+            target[others] = centres[place[0]]
+            target[centres] = centres
+        keep = (target == torch.arange(len(target), dtype=torch.long, device=target.device)).nonzero()[:, 0]
+        column = torch.full_like(frame, -1)
+        column[keep] = torch.arange(len(keep), dtype=torch.long, device=keep.device)
+        return keep, torch.where(target >= 0, column[target.clamp(min=0)], -1)
+
+    def _centres(self, values: Tensor, frame: Tensor, mine: Tensor, last: int, wanted: int) -> Tensor:
+        """(wanted,) long, density peaks among the features `mine` of every few frames up to the last one."""
+        stride = self.stride
+        while int((anchored := mine & ((last - frame) % stride == 0)).sum()) < wanted:
+            stride -= 1  # too few features there: frames between them help out
+        size = sizes(frame[anchored][None], last + 1)
+        budget = largest_remainder((size > 0).float(), wanted, size)[0]
+        found = []
+        for t, number in enumerate(budget.tolist()):
+            if number:
+                own = (anchored & (frame == t)).nonzero()[:, 0]
+                noise = None if self.seed is None else tie_noise(len(own), self.seed, frame.device)
+                found.append(own[density_peaks(values[own], number, noise, NEIGHBOURS)[0]])
+        return torch.cat(found)
+
+
+def blended(values: Tensor, keep: Tensor, into: Tensor, own: float) -> Tensor:
+    """(B, M, C): each kept feature and the mean of the n that join it, the larger of 1 / (n + 1) and `own` its own.
+
+    Args:
+        values: (B, N, C).
+        keep: (B, M) long.
+        into: (B, N) long, column of `keep` that each feature joins; -1: none.
+        own: least share of its own value.
+    """
+    mine = values.gather(1, keep[..., None].expand(-1, -1, values.shape[2]))
+    joined = into.scatter(1, keep, -1)
+    count = torch.zeros_like(keep).scatter_add_(1, joined.clamp(min=0), (joined >= 0).long())
+    mean = kernels.merge_tokens(values, joined, keep.shape[1])
+    share = (1 / (count + 1).float()).clamp(min=own)[..., None]
+    return torch.where(count[..., None] > 0, share * mine + (1 - share) * mean, mine)
+
+
+class FastVid(Recipe):
+    """Salient features and contexts of segments; before the first decoder layer.
+
+    Attributes:
+        keep: tokens (int) or share of the prompt's vision tokens.
+        context: share of a frame's budget that goes to the contexts of its segment.
+        cut: cosine of two frames' means below which a segment ends; the paper has 0.84 for Qwen.
+        fewest: segments, if there are so many frames.
+        stride: frames from one frame with contexts to the next.
+        own: least part of a context that is its own value.
+        seed: of the noise that breaks ties between densities; None gives them to the lower index.
+    """
+
+    keep: Budget = DEFAULT_KEEP
+    context: float = Field(CONTEXT, ge=0, le=1)
+    cut: float = Field(CUT, ge=-1, le=1)
+    fewest: int = Field(FEWEST, ge=1)
+    stride: int = Field(STRIDE, ge=1)
+    own: float = Field(OWN, ge=0, le=1)
+    seed: int | None = None
+
+    def build(self) -> Method:
+        """Only the vision socket is filled."""
+        rule = SalientAndContext(
+            context=self.context,
+            cut=self.cut,
+            fewest=self.fewest,
+            stride=self.stride,
+            own=self.own,
+            seed=self.seed,
+        )
+        return Method(vision=VisionStagePruner(window=None, key_share=0, keep=self.keep, score=rule))

@@ -1,0 +1,85 @@
+"""MMR: maximal marginal relevance, what is important and unlike what is chosen already (as IDPruner and UniAttn do)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+
+from mustdrop.method import DEFAULT_KEEP, Method, Recipe
+from mustdrop.pruners import Chosen, Features, Read, VisionRule, VisionStagePruner
+from mustdrop.pruners.base import Budget
+from mustdrop.pruners.comparing import STATES, compared
+from mustdrop.pruners.importance import Attention, Importance, Named, importance_of
+from mustdrop.rules.diversity import farthest_first
+from mustdrop.rules.geometry import Geometry, around_mean, distinctiveness
+from mustdrop.rules.scaling import min_max
+
+
+class MarginalRelevance(VisionRule):
+    """The most important feature, then always the one with the highest balance * importance - (1 - balance) * likeness.
+
+    Importance is spread from 0 to 1 in each view; likeness is the cosine with the nearest pick.
+
+    Attributes:
+        importance: what makes a feature important.
+        balance: weight of importance against likeness, in [0, 1].
+        geometry: how features are compared. Except for "raw", importance is multiplied with how distinct a feature is.
+    """
+
+    importance: Importance = Attention()
+    balance: float = Field(0.5, ge=0, le=1)
+    geometry: Geometry = "raw"
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        """What the importance reads, and what leaves the encoder if that is compared."""
+        own = STATES if self.geometry == "standardized" else ()
+        return tuple(dict.fromkeys((*self.importance.reads, *own)))
+
+    def choose(self, seen: Features, count: int | None) -> Chosen:
+        """See `VisionRule.choose`."""
+        assert count is not None
+        values = compared(seen, self.geometry)
+        worth = min_max(self.importance.score(seen).float()) * distinctiveness(values, self.geometry)
+        picks = farthest_first(
+            around_mean(values, self.geometry),
+            count,
+            weight=torch.full_like(worth, 1 - self.balance),
+            bonus=self.balance * worth,
+            first=worth.argmax(1),
+        )
+        return Chosen.picked(picks)
+
+
+class MarginalRelevanceToQuestion(MarginalRelevance):
+    """As `MarginalRelevance`, by an importance that reads the question."""
+
+    asks: ClassVar[bool] = True
+
+
+class MMR(Recipe):
+    """Important features that differ from each other, greedily per view; before the first decoder layer.
+
+    Attributes:
+        keep: tokens (int) or share of the prompt's vision tokens.
+        importance: "attention" of the encoder, the likeness with the "question", what is "distinct" from the mean, or
+            an `Importance` of your own.
+        balance: weight of importance against likeness, in [0, 1]; IDPruner has 0.5, UniAttn 1 / 1.3, and 1 keeps the
+            most important.
+        geometry: "raw" compares features as they are; "centered" around their mean, and distinct ones count more;
+            "standardized" likewise those of the encoder, with channels of equal variance.
+    """
+
+    keep: Budget = DEFAULT_KEEP
+    importance: Named | Importance = "attention"
+    balance: float = Field(0.5, ge=0, le=1)
+    geometry: Geometry = "raw"
+
+    def build(self) -> Method:
+        """Only the vision socket is filled."""
+        found = importance_of(self.importance)
+        kind = MarginalRelevanceToQuestion if found.asks else MarginalRelevance
+        rule = kind(importance=found, balance=self.balance, geometry=self.geometry)
+        return Method(vision=VisionStagePruner(window=None, key_share=0, keep=self.keep, score=rule))

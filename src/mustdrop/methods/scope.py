@@ -1,0 +1,63 @@
+"""SCOPE: attended features that cover, in likeness, what the picks so far do not (arXiv 2510.24214)."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from mustdrop import kernels
+from mustdrop.method import DEFAULT_KEEP, Method, Recipe
+from mustdrop.pruners import Chosen, Features, Read, VisionRule, VisionStagePruner
+from mustdrop.pruners.base import Budget
+from mustdrop.pruners.comparing import LAST, STATES, compared
+from mustdrop.rules.diversity import unit
+from mustdrop.rules.geometry import Geometry, around_mean, distinctiveness
+
+
+class AttendedCoverage(VisionRule):
+    """Each pick adds the most coverage times attention.
+
+    A feature is covered as well as it resembles the pick that it resembles most, and not at all below 0.
+
+    Attributes:
+        alpha: exponent of the attention, 0 or more; 0 leaves coverage alone.
+        geometry: how features are compared. Except for "raw", attention is multiplied with how distinct a feature is.
+    """
+
+    alpha: float = Field(1.0, ge=0)
+    geometry: Geometry = "raw"
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        """Attention of the layer that features are read from, and what leaves it if that is compared."""
+        return Read(what="attention", **LAST), *(STATES if self.geometry == "standardized" else ())
+
+    def choose(self, seen: Features, count: int | None) -> Chosen:
+        """See `VisionRule.choose`."""
+        assert count is not None
+        values = compared(seen, self.geometry)
+        attention = seen.of(self.reads[0])
+        # a common factor changes no choice, and keeps small numbers from vanishing
+        share = attention / attention.amax(1, keepdim=True).clamp(min=1e-30)
+        quality = share**self.alpha * distinctiveness(values, self.geometry)
+        directions = unit(around_mean(values, self.geometry))
+        return Chosen.picked(kernels.greedy_coverage(directions @ directions.mT, count, quality=quality))
+
+
+class Scope(Recipe):
+    """Encoder attention times what a feature adds to the coverage of its view; before the first decoder layer.
+
+    Attributes:
+        keep: tokens (int) or share of the prompt's vision tokens.
+        alpha: exponent of the attention; 0 leaves coverage alone.
+        geometry: "raw" compares features as they are; "centered" around their mean, and distinct ones count more;
+            "standardized" likewise those of the encoder, with channels of equal variance.
+    """
+
+    keep: Budget = DEFAULT_KEEP
+    alpha: float = Field(1.0, ge=0)
+    geometry: Geometry = "raw"
+
+    def build(self) -> Method:
+        """Only the vision socket is filled."""
+        rule = AttendedCoverage(alpha=self.alpha, geometry=self.geometry)
+        return Method(vision=VisionStagePruner(window=None, key_share=0, keep=self.keep, score=rule))
