@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import nox
@@ -126,6 +127,38 @@ def minimums(session: nox.Session) -> None:
     session.install("-c", constraints_without(session, released), "-e", ".", *lowest, *test_tools)
     session.run("python", "-m", "pip", "list")
     session.run("pytest", "-n", "2", *FAMILIES, *posargs, env=OFFLINE)
+
+
+@nox.session
+@nox.parametrize("dependencies", ["committed", "lowest", "newest"])
+def dist(session: nox.Session, dependencies: str) -> None:
+    """Build, check, and use what was built without the repository; `-- --tag v1.2.3` checks that it may be published.
+
+    The wheel is made from the sdist. It is installed with the committed, the lowest or the newest versions of what it
+    requires; torch is at its committed version in all of them.
+    """
+    if dependencies == "committed" or not list(Path("dist").glob("*.whl")):
+        _build(session)
+    (wheel,) = Path("dist").resolve().glob("*.whl")
+    others = {requirement.name for requirement in [*DEPENDENCIES, *EXTRAS["viz"]]} - {"torch"} | FOLLOWERS
+    constraints = str(CONSTRAINTS) if dependencies == "committed" else constraints_without(session, others)
+    direct = [requirement for requirement in [*DEPENDENCIES, *EXTRAS["viz"]] if requirement.name != "torch"]
+    asked = [pin_to_lowest(requirement) for requirement in direct] if dependencies == "lowest" else []
+    session.install("-c", constraints, "--upgrade", f"mustdrop[viz] @ {wheel.as_uri()}", *asked)
+    session.install("--no-deps", "--force-reinstall", str(wheel), "./tools/second_package")
+    scripts = [str(Path(name).resolve()) for name in ("tools/try_installed.py", "examples/one_line.py")]
+    session.chdir(session.create_tmp())
+    session.run("python", *scripts, env=OFFLINE)
+
+
+def _build(session: nox.Session) -> None:
+    """Make dist/ anew, and check what is in it."""
+    install(session, *tools("build", "twine"))
+    shutil.rmtree("dist", ignore_errors=True)
+    session.run("python", "-m", "build")
+    files = [str(path) for path in sorted(Path("dist").iterdir())]
+    session.run("twine", "check", "--strict", *files)
+    session.run("python", "tools/distribution.py", "dist", *session.posargs)
 
 
 @nox.session
