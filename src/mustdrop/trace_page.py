@@ -25,7 +25,7 @@ from mustdrop.trace_view import Row, fitted, media_of, owners, per_medium, pictu
 
 _MARK = '"the facts"'  # what the facts take the place of in the template
 _LONGEST = 640  # pixels of the longer side of a picture
-_SIDES = (4, 32)  # pixels of a patch, least and most
+_SIDES = (4, 96)  # pixels of a patch, least and most
 
 
 @dataclass(frozen=True)
