@@ -159,6 +159,8 @@ def test_what_cannot_be_shown_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory):
+    if browser.missing():
+        pytest.skip(browser.missing())
     driver = browser.start(tmp_path_factory.mktemp("profile"))
     yield driver
     driver.quit()

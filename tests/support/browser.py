@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from pathlib import Path
-
-import pytest
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
@@ -17,7 +16,7 @@ FLAGS = (
     "--no-first-run",
     "--hide-scrollbars",
     "--force-prefers-reduced-motion",
-    "--host-resolver-rules=MAP * ~NOTFOUND",  # no name is looked up
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # no name is looked up
 )
 
 
@@ -27,17 +26,15 @@ def missing() -> str:
         return "no Chromium: apt-get install chromium chromium-driver"
     if not shutil.which("chromedriver"):
         return "no chromedriver: apt-get install chromium-driver"
+    if importlib.util.find_spec("selenium") is None:
+        return "selenium is not installed: pip install '.[dev]'"
     return ""
 
 
 def start(folder: Path):
-    """A driver with a profile of its own; skips the test where there is no browser."""
-    pytest.importorskip("selenium", reason="selenium is not installed: pip install '.[dev]'")
+    """A driver whose profile lies in a folder; there must be a browser."""
     from selenium import webdriver
 
-    why = missing()
-    if why:
-        pytest.skip(why)
     options = webdriver.ChromeOptions()
     options.binary_location = next(filter(None, map(shutil.which, CHROMIUM)))
     for flag in (*FLAGS, f"--user-data-dir={folder}"):

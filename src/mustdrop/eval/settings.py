@@ -6,12 +6,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mustdrop.errors import ConfigError
 from mustdrop.eval.journal import digest
-from mustdrop.method import Method
-from mustdrop.registry import MethodLike, described
+
+if TYPE_CHECKING:
+    from mustdrop.registry import MethodLike
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class Settings:
     @property
     def folder(self) -> Path:
         """The folder of the run."""
+        from mustdrop.method import Method  # and torch with it: not while the command line starts
+
         if self.out is not None:
             return self.out
         model = "bundled" if self.model is None else Path(self.model).name
@@ -78,6 +81,8 @@ class Settings:
     @property
     def described(self) -> tuple[str, dict[str, Any]]:
         """Name and settings of the method, for tables and files."""
+        from mustdrop.registry import described
+
         return described(self.method, self.knobs)
 
     def check(self, processes: int) -> None:
