@@ -37,6 +37,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1"}
 EVERY_FAMILY = "tests/methods/test_every_family.py"
 FAMILIES = ("tests/conformance", EVERY_FAMILY)
 SLIDING = "tests/conformance/test_sliding_windows.py"
+KERNELS = ("tests/kernels", "tests/test_compile.py")
 # The evaluation tools of others, and what of their many requirements our tests run. They are installed without the
 # rest, which would bring another torch.
 LMMS_EVAL = ("lmms-eval==0.7.3", "datasets", "evaluate", "loguru", "numexpr", "pytablewriter", "python-dotenv")
@@ -107,8 +108,16 @@ def matrix(session: nox.Session, transformers: str) -> None:
 
 @nox.session
 def latest(session: nox.Session) -> None:
-    """Run the conformance tests on the newest transformers of the package index."""
-    conform(session, "transformers")
+    """Run the conformance tests and those of the kernels on the newest transformers, torch and triton.
+
+    The newest torch comes with its CUDA libraries: several gigabytes, which run on a machine without a GPU too.
+    """
+    session.warn("downloads several gigabytes: the newest torch with its CUDA libraries, and triton")
+    free = {"transformers", "torch", "triton"} | FOLLOWERS
+    session.install("-c", constraints_without(session, free), "--upgrade", "-e", ".[dev]", "transformers", "torch")
+    session.install("--upgrade", "triton")  # where torch brings none
+    session.run("python", "-m", "pip", "list")
+    session.run("pytest", "-n", "2", *KERNELS, *FAMILIES, *session.posargs, env=OFFLINE)
 
 
 @nox.session

@@ -133,7 +133,9 @@ class _Counted(Places):
         name = getattr(getattr(func, "_schema", None), "name", "")
         if name.startswith("mustdrop::"):
             return self._kernel(name.split("::")[1], func, args, kwargs or {})
-        if not asks(func) and func not in MOVES:
+        if asks(func):  # a transposed view among them
+            return self._at(where(args[0]), lambda: super(_Counted, self).__torch_function__(func, types, args, kwargs))
+        if func not in MOVES:
             self._copies(func, args, kwargs or {})
         return super().__torch_function__(func, types, args, kwargs)
 

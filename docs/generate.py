@@ -28,6 +28,7 @@ from typing import Any
 import evaluation_tables
 import gpu_tables
 import kernel_table
+import launch_table
 import method_cards
 import peer_table
 import product_table
@@ -76,6 +77,7 @@ renderer("cpu-targets")(part(speed_table.targets, "end_to_end_cpu"))
 renderer("serving-cpu")(part(gpu_tables.serving, "serving_cpu"))
 renderer("serving-cpu-eager")(part(gpu_tables.serving, "serving_cpu_eager"))
 renderer("peers-cpu")(part(peer_table.render, "peers_cpu"))
+renderer("launches")(part(launch_table.render, "launches"))
 renderer("kernels-cuda")(part(gpu_tables.kernels, "kernels_cuda"))
 renderer("kernels-growth")(part(gpu_tables.growth, "kernels_cuda"))
 renderer("serving-cuda")(part(gpu_tables.serving, "serving_cuda"))

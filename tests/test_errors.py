@@ -207,7 +207,7 @@ def test_layers_outside_the_model_are_refused(pruner, names):
     model = clone()
     before = anatomy(model)
     try:
-        mustdrop.patch(model, **pruner)
+        mustdrop.patch(model, **pruner, strict=True)
     except errors.ConfigError as error:
         assert re.search(names, str(error))  # noqa: PT017
         assert anatomy(model) == before

@@ -519,7 +519,7 @@ def test_a_prompt_that_continues_a_cache_inside_another_call():
 # ---------------------------------------------------------------------------------------------- defaults of the process
 
 
-@pytest.mark.parametrize("default", ["dtype", "device", "context"])
+@pytest.mark.parametrize("default", ["dtype", "device"])
 @pytest.mark.parametrize("method", mustdrop.methods())
 def test_methods_do_not_look_at_defaults_of_the_process(method, default):
     """Every method, its trace and its table, under another default type and another default device."""

@@ -11,15 +11,33 @@ from transformers import GenerationConfig, StoppingCriteriaList
 import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from mustdrop.adapters import find, registry
+from support.builders import defaults
 from support.families import batch, clone
 
-from .test_families import FAMILIES, each
+from .test_families import FAMILIES
 
 WAYS = (
     {"vision": VisionStagePruner(window=2, threshold=0.2), "prefill": PrefillPruner(keep=0.4)},
     {"prefill": PrefillPruner(keep=0.5), "decode": DecodeCachePruner()},
     {"vision": VisionStagePruner(window=None, keep=0.6), "decode": DecodeCachePruner(keep=4, interval=1)},
 )
+
+
+def pytest_generate_tests(metafunc):
+    """Every family with its first kind of media; with the others too where more than turns are asked for.
+
+    Of the two ways to set a device, families take one each, in turn.
+    """
+    pairs = FAMILIES
+    if metafunc.config.getoption("--breadth") == "turns":
+        pairs = [pair for i, pair in enumerate(FAMILIES) if pair[0] not in dict(FAMILIES[:i])]
+    names, cases = ("name", "kind"), pairs
+    if "default" in metafunc.fixturenames:
+        ways = (("dtype", "device"), ("dtype", "context"))
+        names = (*names, "default")
+        cases = [(*pair, default) for i, pair in enumerate(pairs) for default in ways[i % 2]]
+    if "name" in metafunc.fixturenames:
+        metafunc.parametrize(names, cases, ids=map("-".join, cases))
 
 
 def patched(name, kind):
@@ -41,7 +59,6 @@ def cost(trace):
 
 
 @pytest.mark.filterwarnings("ignore:Both .* are set:FutureWarning")  # what was renamed gets its default as well
-@each
 def test_positional_calls(name, kind):
     """By position or by name, with labels or without, through `__call__` or `forward`: one answer, one trace."""
     model, plain = patched(name, kind), clone(name)
@@ -73,13 +90,12 @@ def test_positional_calls(name, kind):
     assert cost(mustdrop.trace(model)) == kept
 
 
-@each
 def test_nested_calls(name, kind):
     """A forward and a generate inside a generate, and a forward inside a layer, give what they give alone."""
     model, adapter = patched(name, kind), registry()[name]
     outer = batch(adapter, model, ((kind,),), seed=4)
     inner = batch(adapter, model, ((kind, kind),), seed=5, first=1)
-    options = {"max_new_tokens": 4, "do_sample": False}
+    options = {"max_new_tokens": 3, "do_sample": False}
     with torch.no_grad():
         logits = model(**inner).logits
     answer = model.generate(**inner, **options)
@@ -101,37 +117,25 @@ def test_nested_calls(name, kind):
     again = model.generate(**outer, **options, stopping_criteria=StoppingCriteriaList([criterion]))
     assert torch.equal(again, expected)
     assert cost(mustdrop.trace(model)) == kept
-    assert len(found) == 9
+    assert len(found) == 7
     assert all(torch.equal(made, logits if made.is_floating_point() else answer) for made in found)
 
 
-@pytest.mark.parametrize("default", ["dtype", "device", "context"])
-@each
 def test_defaults_of_the_process(name, kind, default):
     """`torch.set_default_dtype`, `torch.set_default_device` and `with torch.device(...)` change no bit.
 
     The device "meta" stands in for one that is not the host: what lands there by default has no values.
     """
-    if default != ("dtype", "device", "context")[FAMILIES.index((name, kind)) % 3] and default != "dtype":
-        pytest.skip("the two ways to set a device take turns")
     plain, model = clone(name), patched(name, kind)
     inputs = batch(registry()[name], plain, ((kind,), (kind, kind)), seed=6)
 
     def answered(some):
-        return some.generate(
-            **inputs, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True
-        )
+        options = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        return some.generate(**inputs, **options)
 
     def changed(some):
-        if default == "context":
-            with torch.device("meta"):
-                return answered(some)
-        set_default = torch.set_default_dtype if default == "dtype" else torch.set_default_device
-        try:
-            set_default(torch.float64 if default == "dtype" else "meta")
+        with defaults(default):
             return answered(some)
-        finally:
-            set_default(torch.float32 if default == "dtype" else None)
 
     untouched = answered(plain)
     try:

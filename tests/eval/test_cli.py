@@ -158,7 +158,7 @@ def test_too_many_failures_exit_with_1(tmp_path):
         (["mme"], "llava_mme.jsonl"),
         (["mme", "--keep", "abc"], "keep must be a number"),  # before anything is read or loaded
         (["scenes", "--keep", "abc"], "keep must be a number"),
-        (["scenes", "--keep", "5000", "--limit", "2", "--workers", "0"], "more than the 576 vision tokens"),
+        (["scenes", "--method", "fastv", "--keep", "20", "--limit", "2", "--workers", "0"], "impossible with 576"),
         (["scenes", "--method", "mustdropp"], "there is no method"),
         (["scenes", "--method", "fastv", "--scale", "1"], "no knob 'scale'"),
         (["scenes", "--no-sparse", "--method", "fastv"], "give one of them"),

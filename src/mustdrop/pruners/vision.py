@@ -19,7 +19,7 @@ from mustdrop.pruners.base import Budget, Compat, Settings
 from mustdrop.pruners.selecting import Read, VisionRule
 from mustdrop.rules.encoder_attention import random_scores, uniform_scores
 from mustdrop.rules.ranking import keep_best
-from mustdrop.rules.windows import check_window, merge_windows, window_similarity
+from mustdrop.rules.windows import check_window, merge_windows, window_index, window_similarity
 from mustdrop.selection import Selection
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -141,12 +141,12 @@ class VisionStagePruner(Settings):
             scale: patches per side of what the window counts.
 
         Returns:
-            `Selection` with `merge_into`; `selection.apply(features)` are the M remaining tokens. A grid that is
-            smaller than one window is not merged.
+            `Selection` with `merge_into`; `selection.apply(features)` are the M remaining tokens.
 
         Raises:
-            ConfigError: the grid does not fit the features.
+            ConfigError: the grid does not fit the features, or is smaller than one window.
         """
+        self.check(grid, scale)
         if self.window is None:
             return Selection.from_mask(torch.ones(features.shape[:2], dtype=torch.bool, device=features.device))
         return self.merge_by(self.similarity(features, grid, scale), grid, at_least, scale)
@@ -165,6 +165,10 @@ class VisionStagePruner(Settings):
     def _window(self, scale: int) -> tuple[int, int, int]:
         assert self.window is not None  # asked only where windows merge
         return self.temporal_window, self.window * scale, self.window * scale
+
+    def merges(self, grid: tuple[int, ...]) -> bool:
+        """Whether a grid holds a window."""
+        return self.window is not None and len(window_index(grid, self._window(1))) > 0
 
     def check(self, grid: tuple[int, ...], scale: int = 1) -> None:
         """Raise `ConfigError` for a grid that is smaller than one window."""

@@ -254,8 +254,8 @@ def named(
 ) -> Tensor:
     """What names each merged window, so that no token that must be there is gone.
 
-    A feature that ends a prompt names the window that it is part of, and one that a mask hides names none with
-    others in it.
+    A feature that ends a prompt names the window that it is part of; one that a mask hides names none that others are
+    part of.
 
     Args:
         owner: (F,) long, for each feature of all media the one that names its window.

@@ -33,7 +33,7 @@ class Media:
         padded: whether any token is padding.
         marks: what the vision stage decided, per row over its vision tokens; empty without a vision stage.
         media: per row, its media in the order of the prompt; empty if the encoder did not run.
-        ends: bool, vision tokens that end their prompts: they predict what follows and stay; None if no row has one.
+        ends: bool, vision tokens that end their prompts: they predict what follows, so they stay; None without such.
         pinned: bool, the key set and the ends, or None.
         importance: float, encoder attention, or None.
         order: long, sort key of the rows where they are reordered (compat="released"), or None.

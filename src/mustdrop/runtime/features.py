@@ -143,15 +143,15 @@ class FeaturesWrapper:
         pool = runtime.adapter.pool(runtime.model, kind, arguments)
         grids = [grid for layout in layouts for grid in layout.grids]
         frames = max((grid[0] for grid in grids), default=1)
-        inside = pool is not None and stage.merges_inside(pool, frames)
-        if inside:
-            grid = runtime.adapter.encoder_grid(runtime.model, kind, arguments)
-        if stage.pruner is not None and runtime.method.strict:
-            for one in [grid] if inside else grids:
-                stage.pruner.check(one, pool if inside and pool is not None else 1)
-        if stage.pruner is None or pool is None or not inside:
+        if stage.pruner is None:
             return run
-        run.grid, run.pool = grid, pool
+        if pool is None or not stage.merges_inside(pool, frames):
+            for grid in grids if runtime.method.strict else ():
+                stage.pruner.check(grid)
+            return run
+        run.grid, run.pool = runtime.adapter.encoder_grid(runtime.model, kind, arguments), pool
+        if runtime.method.strict:
+            stage.pruner.check(run.grid, pool)
         if stage.pruner.selects and any(layout.size for layout in layouts):
             run.at_least = must_remain(stage.pruner, layouts, least, run)
         return run
@@ -259,7 +259,7 @@ def _shown(call: Call, kind: str, sizes: Sequence[int]) -> list[Tensor] | None:
     """Per medium (N,) bool, features that no mask hides; None: all."""
     if kind not in call.shown_of:
         return None
-    return list(torch.cat(call.shown_of[kind]).split(list(sizes)))
+    return list(torch.split(torch.cat(call.shown_of[kind]), list(sizes)))
 
 
 def _ends(

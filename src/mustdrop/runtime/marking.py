@@ -233,7 +233,7 @@ def _merge_behind(
         sizes = [b - a for a, b in zip(layout.offsets[:-1], layout.offsets[1:], strict=True)]
         gone = share_out(min(max(0, layout.size - fewest), sum(sizes)), sizes)
         for grid, first, size, n in zip(layout.grids, layout.offsets, sizes, gone, strict=False):
-            if not size:  # a picture so thin that nothing of its tiles is left
+            if not pruner.merges(grid):
                 continue
             mine = place[first : first + size]
             limit = torch.tensor([size - n], dtype=torch.long, device=features.device) if pruner.selects else None
