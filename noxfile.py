@@ -22,6 +22,9 @@ EXTRAS = {
 }
 TRANSFORMERS = PYPROJECT["tool"]["mustdrop"]["transformers-versions"]
 CONSTRAINTS = Path("constraints.txt")
+PUBLISHING = ("build>=1.2", "twine>=6.1")
+SITE = ".nox/site"  # as mkdocs.yml has it
+HEAVY = {"torch", "transformers", "triton"}
 # Their versions follow from those of transformers, pydantic and datasets.
 FOLLOWERS = {
     "dill",
@@ -93,10 +96,17 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Check links, images and generated blocks; `tests` runs the code that the documents show."""
-    install(session, *tools("markdown-it-py"))
-    session.run("python", "docs/check_links.py")
-    session.run("python", "docs/generate.py", *(session.posargs or ["--check"]))
+    """Check links and generated blocks, build the site strictly and open it in a browser; `tests` runs the code.
+
+    The site needs neither torch nor transformers: the reference is read from the source text.
+    """
+    light = [str(dependency) for dependency in DEPENDENCIES if dependency.name not in HEAVY]
+    helpers = tools("markdown-it-py", "ruff", "selenium")
+    install(session, *map(str, EXTRAS["docs"]), *light, *helpers)
+    session.run("python", "tools/docs/check_links.py")
+    session.run("python", "tools/docs/generate.py", *(session.posargs or ["--check"]))
+    session.run("mkdocs", "build", "--strict", env={"NO_MKDOCS_2_WARNING": "1"})
+    session.run("python", "tools/docs/look.py", SITE)
 
 
 @nox.session
@@ -162,7 +172,7 @@ def dist(session: nox.Session, dependencies: str) -> None:
 
 def _build(session: nox.Session) -> None:
     """Make dist/ anew, and check what is in it."""
-    install(session, *tools("build", "twine"))
+    install(session, *PUBLISHING)
     shutil.rmtree("dist", ignore_errors=True)
     session.run("python", "-m", "build")
     files = [str(path) for path in sorted(Path("dist").iterdir())]
@@ -172,7 +182,7 @@ def _build(session: nox.Session) -> None:
 
 @nox.session
 def support(session: nox.Session) -> None:
-    """Write down which model family passes which conformance test; docs/generate.py makes a table of it."""
+    """Write down which model family passes which conformance test; tools/docs/generate.py makes a table of it."""
     install(session, "-e", ".[dev]")
     files = [f"tests/conformance/{name}.py" for name in ("test_families", "test_family_weights")]
     out = "benchmarks/results/support.json"

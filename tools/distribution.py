@@ -33,6 +33,7 @@ ALONE_IN_SDIST = (
     "README.md",
     "SECURITY.md",
     "constraints.txt",
+    "mkdocs.yml",
     "noxfile.py",
     "pyproject.toml",
 )

@@ -6,7 +6,7 @@ import importlib.util
 import shutil
 from pathlib import Path
 
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = ("chromium", "google-chrome", "chromium-browser")
 FLAGS = (
     "--headless",
     "--no-sandbox",

@@ -13,7 +13,7 @@ import posixpath
 import re
 import subprocess
 import sys
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from mkdocs.exceptions import PluginError
@@ -31,7 +31,9 @@ ELSEWHERE = {
     "benchmarks/README.md": "benchmarks/index.md",
     "benchmarks/demo_model/README.md": "benchmarks/demo_model.md",
 }
-LINK = re.compile(r"(?P<before>!?\[(?P<text>(?:[^\[\]]|\[[^\]]*\](?:\([^)]*\))?)*)\]\()(?P<target>[^)\s]+)(?P<after>\))")
+LINK = re.compile(
+    r"(?P<before>!?\[(?P<text>(?:[^\[\]]|\[[^\]]*\](?:\([^)]*\))?)*)\]\()(?P<target>[^)\s]+)(?P<after>\))"
+)
 CODE = re.compile(r"(^```.*?^```|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 
 
@@ -112,7 +114,7 @@ def package() -> list[str]:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_HOMES"
     ]
     apart = {"errors", "trace", "pruners"}
-    names = [f"mustdrop.{home}.{name}" for name, home in homes.items() if home and not (home in apart)]
+    names = [f"mustdrop.{home}.{name}" for name, home in homes.items() if home and home not in apart]
     return names
 
 
