@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import unittest
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from sybil import Sybil
@@ -20,6 +21,7 @@ import check_links
 import mustdrop
 import mustdrop.kernels
 import mustdrop.pruners
+import site_pages
 
 ROOT = Path(__file__).parents[1]
 PAGES = Sybil([PythonCodeBlockParser(), SkipParser()])
@@ -83,9 +85,6 @@ def test_every_page_is_in_the_navigation_and_every_public_name_has_a_page():
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
     pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
     listed = set(re.findall(r": (\S+\.md)$", navigation, re.MULTILINE))
-    pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install '.[docs]'")
-    import site_pages
-
     generated = site_pages.reference()
     assert listed == pages | set(site_pages.ELSEWHERE.values()) | set(generated)
     text = "\n".join(generated.values())
@@ -111,10 +110,5 @@ def test_every_page_is_in_the_navigation_and_every_public_name_has_a_page():
     ],
 )
 def test_links_between_files_become_links_between_pages(link, there, here):
-    pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install '.[docs]'")
-    from types import SimpleNamespace
-
-    import site_pages
-
     page = SimpleNamespace(file=SimpleNamespace(src_uri=site_pages.ELSEWHERE.get(there, there.removeprefix("docs/"))))
     assert site_pages.on_page_markdown(link, page, None, None) == (here or link)

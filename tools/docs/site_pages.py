@@ -16,9 +16,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mkdocs.exceptions import PluginError
-from mkdocs.structure.files import File
-
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "mustdrop"
 # Documents outside of docs/ -> their pages.
@@ -31,14 +28,18 @@ ELSEWHERE = {
     "benchmarks/README.md": "benchmarks/index.md",
     "benchmarks/demo_model/README.md": "benchmarks/demo_model.md",
 }
-LINK = re.compile(
-    r"(?P<before>!?\[(?P<text>(?:[^\[\]]|\[[^\]]*\](?:\([^)]*\))?)*)\]\()(?P<target>[^)\s]+)(?P<after>\))"
-)
+LINK = re.compile(r"(?P<mark>!?)\[(?P<text>(?:[^\[\]]|\[[^\]]*\](?:\([^)]*\))?)*)\]\((?P<target>[^)\s]+)\)")
 CODE = re.compile(r"(^```.*?^```|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
+
+
+class SiteError(Exception):
+    """A page that cannot be made: what is missing, and where."""
 
 
 def on_files(files: Any, config: Any) -> Any:
     """Add the pages that do not lie in docs/."""
+    from mkdocs.structure.files import File
+
     for source, page in ELSEWHERE.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
     for page, content in reference().items():
@@ -57,7 +58,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def _link(match: re.Match[str], source: str, here: str) -> str:
-    path, mark, anchor = match["target"].partition("#")
+    path, hash_, anchor = match["target"].partition("#")
     if not path or re.match(r"[a-z]+:", path):
         return match[0]
     inside = match["text"] if "](" not in match["text"] else LINK.sub(lambda m: _link(m, source, here), match["text"])
@@ -66,10 +67,10 @@ def _link(match: re.Match[str], source: str, here: str) -> str:
     if to is None or file.endswith(".py"):
         address = repository()
         if not (ROOT / file).exists():
-            raise PluginError(f"{source}: {match['target']!r} names no file")
+            raise SiteError(f"{source}: {match['target']!r} names no file")
         return f"[{inside}]({address}/blob/main/{file})" if address else match["text"]
     to = posixpath.relpath(to, posixpath.dirname(here) or ".")
-    return f"{'!' * match['before'].startswith('!')}[{inside}]({to}{mark}{anchor})"
+    return f"{match['mark']}[{inside}]({to}{hash_}{anchor})"
 
 
 def repository() -> str:
@@ -85,7 +86,7 @@ def reference() -> dict[str, str]:
     """The generated pages of the reference: every public name, from its docstring.
 
     Raises:
-        PluginError: a public name without a docstring.
+        SiteError: a public name without a docstring.
     """
     pages = {
         "package": _page("The package", "`from mustdrop import ...`", package()),
@@ -114,8 +115,7 @@ def package() -> list[str]:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_HOMES"
     ]
     apart = {"errors", "trace", "pruners"}
-    names = [f"mustdrop.{home}.{name}" for name, home in homes.items() if home and home not in apart]
-    return names
+    return [f"mustdrop.{home}.{name}" for name, home in homes.items() if home and home not in apart]
 
 
 def exported(path: str) -> list[str]:
@@ -152,15 +152,15 @@ def check(name: str) -> None:
     found = [node for node in ast.walk(tree) if isinstance(node, kinds) and node.name == own]
     aliases = [node for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign) and own in ast.unparse(node)]
     if not any(map(ast.get_docstring, found)) and not aliases:
-        raise PluginError(f"the public name {name} has no docstring")
+        raise SiteError(f"the public name {name} has no docstring")
 
 
 def rules() -> str:
     """All functions and classes of `mustdrop.rules`, module by module."""
-    parts = ["# Rules", "Small pure functions, from scores or features to a choice: what methods are made of."]
-    for path in sorted((SOURCE / "rules").glob("[!_]*.py")):
-        parts.append(f"::: mustdrop.rules.{path.stem}\n    options:\n      show_root_full_path: true")
-    return "\n\n".join(parts) + "\n"
+    head = ["# Rules", "Small pure functions, from scores or features to a choice: what methods are made of."]
+    modules = [path.stem for path in sorted((SOURCE / "rules").glob("[!_]*.py"))]
+    parts = [f"::: mustdrop.rules.{name}\n    options:\n      show_root_full_path: true" for name in modules]
+    return "\n\n".join([*head, *parts]) + "\n"
 
 
 def commands() -> str:
@@ -169,6 +169,6 @@ def commands() -> str:
     paths = os.pathsep.join([str(SOURCE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(ask, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths})
     if done.returncode:
-        raise PluginError(f"typer cannot tell the commands: {done.stderr[-2000:]}")
+        raise SiteError(f"typer cannot tell the commands: {done.stderr[-2000:]}")
     text = done.stdout.replace("# `mustdrop`", "# Commands and options", 1).replace("\b\n", "")
     return re.sub(r"^    (python -m .*)$", r"\n    \1", text, flags=re.MULTILINE)
