@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import nox
@@ -21,6 +22,9 @@ EXTRAS = {
 }
 TRANSFORMERS = PYPROJECT["tool"]["mustdrop"]["transformers-versions"]
 CONSTRAINTS = Path("constraints.txt")
+PUBLISHING = ("build>=1.2", "twine>=6.1")
+SITE = ".nox/site"  # as mkdocs.yml has it
+HEAVY = {"torch", "transformers", "triton"}
 # Their versions follow from those of transformers, pydantic and datasets.
 FOLLOWERS = {
     "dill",
@@ -92,10 +96,17 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Check links, images and generated blocks; `tests` runs the code that the documents show."""
-    install(session, *tools("markdown-it-py"))
-    session.run("python", "docs/check_links.py")
-    session.run("python", "docs/generate.py", *(session.posargs or ["--check"]))
+    """Check links and generated blocks, build the site strictly and open it in a browser; `tests` runs the code.
+
+    The site needs neither torch nor transformers: the reference is read from the source text.
+    """
+    light = [str(dependency) for dependency in DEPENDENCIES if dependency.name not in HEAVY]
+    helpers = tools("markdown-it-py", "ruff", "selenium")
+    install(session, *map(str, EXTRAS["docs"]), *light, *helpers)
+    session.run("python", "tools/docs/check_links.py")
+    session.run("python", "tools/docs/generate.py", *(session.posargs or ["--check"]))
+    session.run("mkdocs", "build", "--strict", env={"NO_MKDOCS_2_WARNING": "1"})
+    session.run("python", "tools/docs/look.py", SITE)
 
 
 @nox.session
@@ -138,8 +149,40 @@ def minimums(session: nox.Session) -> None:
 
 
 @nox.session
+@nox.parametrize("dependencies", ["committed", "lowest", "newest"])
+def dist(session: nox.Session, dependencies: str) -> None:
+    """Build, check, and use what was built without the repository; `-- --tag v1.2.3` checks that it may be published.
+
+    The wheel is made from the sdist. It is installed with the committed, the lowest or the newest versions of what it
+    requires; torch is at its committed version in all of them.
+    """
+    if dependencies == "committed" or not list(Path("dist").glob("*.whl")):
+        _build(session)
+    (wheel,) = Path("dist").resolve().glob("*.whl")
+    others = {requirement.name for requirement in [*DEPENDENCIES, *EXTRAS["viz"]]} - {"torch"} | FOLLOWERS
+    constraints = str(CONSTRAINTS) if dependencies == "committed" else constraints_without(session, others)
+    direct = [requirement for requirement in [*DEPENDENCIES, *EXTRAS["viz"]] if requirement.name != "torch"]
+    asked = [pin_to_lowest(requirement) for requirement in direct] if dependencies == "lowest" else []
+    session.install("-c", constraints, "--upgrade", f"mustdrop[viz] @ {wheel.as_uri()}", *asked)
+    session.install("--no-deps", "--force-reinstall", str(wheel), "./tools/second_package")
+    scripts = [str(Path(name).resolve()) for name in ("tools/try_installed.py", "examples/one_line.py")]
+    session.chdir(session.create_tmp())
+    session.run("python", *scripts, env=OFFLINE)
+
+
+def _build(session: nox.Session) -> None:
+    """Make dist/ anew, and check what is in it."""
+    install(session, *PUBLISHING)
+    shutil.rmtree("dist", ignore_errors=True)
+    session.run("python", "-m", "build")
+    files = [str(path) for path in sorted(Path("dist").iterdir())]
+    session.run("twine", "check", "--strict", *files)
+    session.run("python", "tools/distribution.py", "dist", *session.posargs)
+
+
+@nox.session
 def support(session: nox.Session) -> None:
-    """Write down which model family passes which conformance test; docs/generate.py makes a table of it."""
+    """Write down which model family passes which conformance test; tools/docs/generate.py makes a table of it."""
     install(session, "-e", ".[dev]")
     files = [f"tests/conformance/{name}.py" for name in ("test_families", "test_family_weights")]
     out = "benchmarks/results/support.json"

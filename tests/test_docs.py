@@ -6,8 +6,10 @@ The examples of one document share their names and run in order, in an empty fol
 
 from __future__ import annotations
 
+import re
 import unittest
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from sybil import Sybil
@@ -17,6 +19,9 @@ from sybil.parsers.rest import DocTestParser
 
 import check_links
 import mustdrop
+import mustdrop.kernels
+import mustdrop.pruners
+import site_pages
 
 ROOT = Path(__file__).parents[1]
 PAGES = Sybil([PythonCodeBlockParser(), SkipParser()])
@@ -70,3 +75,40 @@ def test_every_method_has_a_card():
     for name in mustdrop.methods():
         assert f"\n### {name}\n" in page
         assert f"<!-- begin: method-{name.replace('+', '_plus')} -->" in page
+
+
+def test_pages_and_the_scripts_that_write_them_lie_apart():
+    assert [path.name for path in (ROOT / "docs").rglob("*.py")] == []  # they belong to tools/docs
+
+
+def test_every_page_is_in_the_navigation_and_every_public_name_has_a_page():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    listed = set(re.findall(r": (\S+\.md)$", navigation, re.MULTILINE))
+    generated = site_pages.reference()
+    assert listed == pages | set(site_pages.ELSEWHERE.values()) | set(generated)
+    text = "\n".join(generated.values())
+    apart = {"DecodeCachePruner", "PrefillPruner", "VisionStagePruner", "Trace", "errors"}
+    assert all(
+        re.search(rf"^::: mustdrop\.[\w.]+\.{name}$", text, re.MULTILINE) for name in {*mustdrop.__all__} - apart
+    )
+    assert all(f".{name}\n" in text for name in [*mustdrop.pruners.__all__, *mustdrop.kernels.__all__])
+    for command in ("demo", "explain", "doctor"):
+        assert f"## `mustdrop {command}`" in generated["reference/commands.md"]
+
+
+@pytest.mark.parametrize(
+    ("link", "there", "here"),
+    [
+        ("[a](docs/quality.md#x)", "README.md", "[a](quality.md#x)"),
+        ("![a](docs/images/a.png)", "README.md", "![a](images/a.png)"),
+        ("[a](LICENSE)", "README.md", "a"),
+        ("[a](../README.md#models)", "docs/methods.md", "[a](index.md#models)"),
+        ("[a](../tune.md)", "docs/tutorials/video.md", "[a](../tune.md)"),
+        ("[a](../docs/speed.md)", "benchmarks/README.md", "[a](../speed.md)"),
+        ("[a](https://example.org) `[b](docs/quality.md)` [c](#d)", "README.md", None),
+    ],
+)
+def test_links_between_files_become_links_between_pages(link, there, here):
+    page = SimpleNamespace(file=SimpleNamespace(src_uri=site_pages.ELSEWHERE.get(there, there.removeprefix("docs/"))))
+    assert site_pages.on_page_markdown(link, page, None, None) == (here or link)

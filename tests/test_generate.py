@@ -1,4 +1,4 @@
-"""docs/generate.py: blocks come from result files, and a stale or unknown block is found."""
+"""tools/docs/generate.py: blocks come from result files, and a stale or unknown block is found."""
 
 from __future__ import annotations
 

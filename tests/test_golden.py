@@ -20,6 +20,8 @@ from support.checks import distance
 from support.oracle import CacheWatch
 
 HERE = Path(__file__).parent / "golden"
+if not HERE.is_dir():
+    pytest.skip("the recordings are in the repository, not in the sdist", allow_module_level=True)
 META = json.loads((HERE / "mustdrop/meta.json").read_text())
 UNITS = json.loads((HERE / "mustdrop/unit_meta.json").read_text())
 FILTERS = (2, 6, 10, 14)

@@ -10,6 +10,8 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from mustdrop.deprecation import RENAMED, warn
+
 if TYPE_CHECKING:
     from mustdrop import errors
     from mustdrop.adapters import adapters, list_adapters
@@ -94,6 +96,10 @@ if not TYPE_CHECKING:  # type checkers should know the names above, and no other
         if home:
             value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{home}"), name)
             return value
+        if name in RENAMED:
+            new, since = RENAMED[name]
+            warn(f"{__name__}.{name}", f"{__name__}.{new}", since)
+            return getattr(sys.modules[__name__], new)
         if not name.startswith("_"):
             try:
                 return importlib.import_module(f"{__name__}.{name}")

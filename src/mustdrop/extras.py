@@ -89,8 +89,8 @@ def requirements(extra: str | None = None) -> list[Needed]:
 
 
 def names() -> list[str]:
-    """The extras of the installed package, without the one for its developers."""
+    """The extras of the installed package, without those for its developers."""
     if version(_PACKAGE) is None:
         return []
     listed = importlib.metadata.metadata(_PACKAGE).get_all("Provides-Extra") or []
-    return sorted(name for name in listed if name != "dev")
+    return sorted(name for name in listed if name not in ("dev", "docs"))

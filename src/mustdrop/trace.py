@@ -54,6 +54,7 @@ class Trace:
     media: list[list[Medium]]
     _alive: list[list[Tensor]] = field(default_factory=list)
     _marks: list[Marks] = field(default_factory=list)
+    _heard: list[dict[int, Tensor]] = field(default_factory=list)
 
     @property
     def equal_tokens(self) -> Tensor:
@@ -109,6 +110,29 @@ class Trace:
         if not self._marks:
             return torch.zeros(0, dtype=torch.long, device="cpu")
         return self._marks[sample].pinned.nonzero()[:, 0]
+
+    def attention(self, sample: int = 0) -> dict[int, Tensor]:
+        """Attention of the prompt's words to each vision token, where a filter read it.
+
+        Args:
+            sample: batch row.
+
+        Returns:
+            Filter layer -> (N,) float, the sum over the words that score (see "raters" in the glossary), mean over the
+            heads; NaN where a token did not come that far. Empty if no filter reads attention.
+
+        Raises:
+            ConfigError: no such sample.
+        """
+        self._check(0, sample)
+        return dict(self._heard[sample]) if self._heard else {}
+
+    def importance(self, sample: int = 0) -> Tensor | None:
+        """(N,) float, what the vision stage ranked the tokens by, the encoder's attention; None if it ranked none."""
+        self._check(0, sample)
+        if not self._marks or not bool(self._marks[sample].importance.any()):
+            return None
+        return self._marks[sample].importance
 
     def _check(self, layer: int, sample: int) -> None:
         layers, batch = self.tokens.shape
@@ -177,3 +201,26 @@ class Trace:
         from mustdrop.trace_drawing import draw
 
         return draw(self, image, path, sample)
+
+    def html(self, path: str | Path, image: Any, sample: int = 0, *, question: str = "", answer: str = "") -> Path:
+        """Write a page on which one can follow the patches layer by layer, in any browser, without a network.
+
+        Several traces of one prompt side by side: `mustdrop.trace_page.write`, or `mustdrop explain`.
+
+        Args:
+            path: where to write it.
+            image: as `draw` takes it.
+            sample: batch row.
+            question: what was asked, for the heading.
+            answer: what came out, for the table.
+
+        Returns:
+            The path.
+
+        Raises:
+            ConfigError: as `draw` raises it, or the path is a folder.
+            PictureError: a picture that cannot be read.
+        """
+        from mustdrop.trace_page import Told, write
+
+        return write(path, image, [Told(self, answer, sample)], question=question)

@@ -98,14 +98,14 @@ class Inputs(Dataset[Batch]):
             arguments["images"] = [[media[place]] for place in places]
         elif kinds == {"video"}:
             arguments["videos"] = [media[place] for place in places]
-            if _takes(self.prompter.processor, "do_sample_frames"):
+            if takes(self.prompter.processor, "do_sample_frames"):
                 arguments["do_sample_frames"] = False  # they are chosen already
         if not self.prompter.special_tokens(texts[0]):
             arguments["add_special_tokens"] = False
         return Batch(places, dict(self.prompter.processor(**arguments)), failed)
 
 
-def _takes(processor: Any, name: str) -> bool:
+def takes(processor: Any, name: str) -> bool:
     """Whether a processor may be called with an argument of this name; those of older families take few."""
     known = inspect.signature(processor).parameters
     return name in known or any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values())

@@ -66,6 +66,8 @@ class Settings:
     @property
     def folder(self) -> Path:
         """The folder of the run."""
+        from mustdrop.method import Method  # and torch with it: not while the command line starts
+
         if self.out is not None:
             return self.out
         model = "bundled" if self.model is None else Path(self.model).name

@@ -77,6 +77,8 @@ class Prefill:
         valid: (B, q) bool, tokens that the attention mask does not hide.
         past: per decoder layer, entries that its cache held before.
         scored: (decoder layer, rows whose attention was read there: the most of any sample), once per reader.
+        heard: (decoder layer, (B, k, n) the sum over the rows that score of their attention, first of k, on its way to
+            the host, (B, n) chunk index of each of these tokens), once per filter that read attention.
         marks: per row, what the vision stage decided over its vision tokens (empty without one).
         media: per row, its media in the order of the prompt: layout, kind, and where its features are among the row's
             vision tokens (empty if the encoder did not run).
@@ -88,8 +90,23 @@ class Prefill:
     rows: list[Tensor | None] = field(default_factory=list)
     past: list[int] = field(default_factory=list)
     scored: list[tuple[int, int]] = field(default_factory=list)
+    heard: list[tuple[int, Sent, Tensor]] = field(default_factory=list)
     marks: list[Marks] = field(default_factory=list)
     media: list[list[Medium]] = field(default_factory=list)
+
+    def hear(self, layer: int, attention: Tensor | Sent, index: Tensor) -> None:
+        """Keep for the trace what a filter read.
+
+        Args:
+            layer: decoder layer.
+            attention: (B, R, n) of the rows that score, or (B, 2, n), their sum and maximum on the way to the host.
+            index: (B, n) chunk index of each token.
+        """
+        if isinstance(attention, Tensor):
+            if not attention.shape[1]:  # this rule asks no row
+                return
+            attention = Sent.off((attention if attention.shape[1] == 1 else attention.sum(1, keepdim=True)).detach())
+        self.heard.append((layer, attention, index))
 
 
 @dataclass

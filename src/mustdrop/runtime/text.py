@@ -225,6 +225,8 @@ class TextStage(Copied):
                 f"decoder layer {self.runtime.filters[k]} ran without its attention being read: its attention module "
                 "does not ask its config which function to use."
             )
+        if forward.record is not None:
+            forward.record.hear(self.runtime.filters[k], attention, forward.index)
         vision = forward.current(media.vision)
         selection = scores.choose(self.runtime, prefill, forward, media, hidden, attention, k)
         keep = selection.mask(vision.shape[1]).to(HOST) | ~vision

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-FILE = Path(__file__).parents[1] / "src" / "mustdrop" / "eval" / "published.json"
+FILE = Path(__file__).parents[2] / "src" / "mustdrop" / "eval" / "published.json"
 MODEL, HUB = "LLaVA-1.5-7B", "llava-hf/llava-1.5-7b-hf"
 METHOD, BUDGETS = "mustdrop", (192, 128, 64)
 TITLES = {

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-METHODS = Path(__file__).parents[1] / "src" / "mustdrop" / "methods"
+METHODS = Path(__file__).parents[2] / "src" / "mustdrop" / "methods"
 STAGES = {"vision": "vision encoder", "prefill": "prefill", "decode": "KV cache"}
 
 Table = Callable[..., str]

@@ -1,4 +1,4 @@
-"""Draw docs/images/quality.png from benchmarks/results/quality.json: `python docs/figures/quality.py`.
+"""Draw docs/images/quality.png from benchmarks/results/quality.json: `python tools/docs/figures/quality.py`.
 
 Accuracy of every method against what it processed, and against what it computed; bands are 95 % intervals.
 """
@@ -15,7 +15,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TARGET = ROOT / "docs" / "images" / "quality.png"
 MARKERS = "osD^v<>PX*hp"
 

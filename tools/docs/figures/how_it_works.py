@@ -1,4 +1,4 @@
-"""Draw docs/images/how-it-works.png from one run of the bundled model: `python docs/figures/how_it_works.py`.
+"""Draw docs/images/how-it-works.png from one run of the bundled model: `python tools/docs/figures/how_it_works.py`.
 
 Every length in the picture is read off the trace of that run, and the kept patches are those that it kept.
 """
@@ -19,7 +19,7 @@ import mustdrop
 from mustdrop.demo import model as bundled
 from mustdrop.demo.scenes import GRID, SceneMaker
 
-TARGET = Path(__file__).parents[1] / "images" / "how-it-works.png"
+TARGET = Path(__file__).parents[3] / "docs" / "images" / "how-it-works.png"
 KEEP, SEED = 64, 7
 VISION, TEXT, GONE, EDGE = "#2f6fb5", "#8a8f98", "#eef1f5", "#aab2bd"
 FULL, SIDE = 60.0, 6.0  # drawing units: all vision tokens, and the text on either side (drawn wider than it is)

@@ -6,7 +6,7 @@ A block stands between two comments, each alone on its line:
     whatever stands here is replaced
     <!-- end: versions -->
 
-Run `python docs/generate.py` to rewrite the blocks, and with `--check` to fail where one is out of date. A
+Run `python tools/docs/generate.py` to rewrite the blocks, and with `--check` to fail where one is out of date. A
 new kind of block is one function here, registered with `renderer("its name")`: result files in, Markdown out.
 A result file is a JSON object; beside its own numbers it records `versions` (a mapping), `hardware`, `seed`,
 `commit` and `dirty`.
@@ -36,7 +36,7 @@ import quality_table
 import speed_table
 import support_table
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(
     r"^(?P<begin><!-- begin: (?P<name>\S+) -->\n)(?P<body>.*?)^(?P<end><!-- end: (?P=name) -->)$",
     flags=re.MULTILINE | re.DOTALL,
@@ -259,7 +259,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
             path.write_text(new, encoding="utf-8")
             print(f"wrote {name}")
     if check and stale:
-        print(f"{stale} out of date: run `python docs/generate.py`", file=sys.stderr)
+        print(f"{stale} out of date: run `python tools/docs/generate.py`", file=sys.stderr)
     return int(check and stale > 0)
 
 

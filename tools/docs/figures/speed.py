@@ -1,4 +1,4 @@
-"""Draw docs/images/speed.png from benchmarks/results: `python docs/figures/speed.py`.
+"""Draw docs/images/speed.png from benchmarks/results: `python tools/docs/figures/speed.py`.
 
 Left: what scoring costs as vision tokens grow. Right: the prefill's speed-up beside what its FLOPs promise.
 """
@@ -13,7 +13,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TARGET = ROOT / "docs" / "images" / "speed.png"
 
 
