@@ -124,13 +124,13 @@ def reference(
     if request.videos:
         inputs["videos"] = list(request.videos)
         inputs |= {"do_sample_frames": False}
-        if family.startswith("qwen3"):
+        if family.startswith("qwen"):
             inputs["video_metadata"] = [metadata(video) for video in request.videos]
     made = processor(**inputs)
     options = {"max_new_tokens": new, "do_sample": False}
     if pruner is None or not (request.images or request.videos):
         out = model.generate(**made, **options)
-        return out[0, made["input_ids"].shape[1] :].tolist(), 0, 0
+        return out[0, made["input_ids"].shape[1] :].tolist(), made["input_ids"].shape[1], 0
     with mustdrop.patched(model, vision=pruner):
         out = model.generate(**made, **options)
         trace = mustdrop.trace(model)

@@ -46,6 +46,8 @@ def config(family: str) -> dict[str, Any]:
         text["layer_types"] = text["layer_types"][:3] + ["full_attention"]
     if "head_dim" in text:
         text["head_dim"] = HEAD
+    if text.get("sliding_window"):
+        text["sliding_window"] = 1024  # as in published checkpoints: wider than the prompts of the tests
     if "query_pre_attn_scalar" in text:
         text["query_pre_attn_scalar"] = HEAD
     rope = text.get("rope_parameters") or {}
@@ -152,7 +154,8 @@ def mistral3(name: str) -> Any:
 def qwen(name: str) -> Any:
     special = {"<|image_pad|>": IMAGE, "<|video_pad|>": VIDEO, "<|vision_start|>": START, "<|vision_end|>": END}
     special |= {"<|im_start|>": 506, "<|im_end|>": 507}
-    sides = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "min_pixels": 256, "max_pixels": 6400}
+    sides = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
+    shades = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # the same for videos: vLLM knows one of them
     videos = transformers.Qwen3VLVideoProcessor if name.startswith("qwen3") else transformers.Qwen2VLVideoProcessor
     sizes = {"shortest_edge": 256, "longest_edge": 25600}
     kind = {
@@ -160,9 +163,9 @@ def qwen(name: str) -> Any:
         "qwen2_5_vl": transformers.Qwen2_5_VLProcessor,
     }.get(name, transformers.Qwen3VLProcessor)
     return kind(
-        transformers.Qwen2VLImageProcessor(**sides),
+        transformers.Qwen2VLImageProcessor(**sides, **shades, min_pixels=256, max_pixels=6400),
         tokenizer(special),
-        videos(patch_size=4, merge_size=2, temporal_patch_size=2, size=sizes),
+        videos(**sides, **shades, size=sizes),
     )
 
 

@@ -24,26 +24,29 @@ class ThreeAxes(PrunedModel):
     mustdrop_axes = 3
 
     def mustdrop_offsets(self, kind: str, i: int, arguments: Mapping[str, Any], announced: Announced) -> Tensor:
-        """As in a prompt of one text token and this image or video."""
+        """As in a prompt of this image or video between the markers of its start and end."""
         names = [name for name in arguments if name in (f"{kind}_grid_thw", "second_per_grid_ts", "timestamps")]
         item = MultiModalKwargsItem({name: Version.element(kind, arguments[name][i]) for name in names})
-        feature = MultiModalFeatureSpec(item, kind, "", PlaceholderRange(1, announced.whole))
-        start = self.config.vision_start_token_id  # type: ignore[attr-defined]
-        rows, _ = super().get_mrope_input_positions([start, *self._ids(announced)], [feature])  # type: ignore[misc]
-        return rows[:, 1:] - 1
+        # where frames have times between them, vLLM looks for their markers, the first of which is before the rows
+        first = 0 if len(announced.woven) else 1
+        feature = MultiModalFeatureSpec(item, kind, "", PlaceholderRange(first, announced.whole + 2 - 2 * first))
+        start, end = (getattr(self.config, f"vision_{side}_token_id") for side in ("start", "end"))  # type: ignore[attr-defined]
+        tokens = [start, *self._ids(announced), end]
+        rows, _ = super().get_mrope_input_positions(tokens, [feature])  # type: ignore[misc]
+        return rows[:, 1:-1] - 1
 
     def get_mrope_input_positions(self, input_tokens: Sequence[int], mm_features: Sequence[Any]) -> tuple[Tensor, int]:
         """Positions of the text as in the whole prompt; rows of an image or video have that of its first token."""
-        tokens, whole, stays, spans = list[int](), [], [], []
+        tokens, whole, stays = list[int](), list[Any](), list[int]()
         at = 0
         for feature in sorted(mm_features, key=lambda one: one.mm_position.offset):
             announced = Announced.of(feature.data[FIELD].data)
-            offset = feature.mm_position.offset + self._first(feature.mm_position)
+            before = self._first(feature.mm_position)
+            offset = feature.mm_position.offset + before
             stays += range(len(tokens), len(tokens) + offset - at)
             tokens += input_tokens[at:offset]
-            position = PlaceholderRange(len(tokens), announced.whole)
-            whole.append(replace(feature, mm_position=position))
-            spans.append((len(stays), announced.rows, len(tokens)))
+            length = feature.mm_position.length + announced.whole - announced.rows
+            whole.append(replace(feature, mm_position=PlaceholderRange(len(tokens) - before, length)))
             stays += [len(tokens)] * announced.rows
             tokens += self._ids(announced)
             at = offset + announced.rows
