@@ -16,6 +16,7 @@ BENCHMARKS = {
     "kernels_aot": "registers, spills and shared memory of every kernel, compiled for GPUs that need not be there",
     "peers": "speed and KV bytes beside what pip can install instead, in one run",
     "serving": "time to the first token by parts, decoding and memory, by model, attention, batch and budget",
+    "vllm": "throughput, latency and KV cache of vLLM with the plugin and without, at several budgets",
     "quality": "accuracy on scenes and fidelity to the unpruned model, of every method at every budget",
 }
 

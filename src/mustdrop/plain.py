@@ -96,7 +96,9 @@ class PlainStage:
                 visible = torch.ones(q.shape[0], k.shape[2], dtype=torch.bool, device=q.device)
                 pieces.append(reading.of_items(read, self.tower, q, k, visible, scaling))
 
-    def choose_early(self, run: EncoderRun, layouts: Sequence[Layout], features: Tensor, counts: Sequence[int]) -> Choice:
+    def choose_early(
+        self, run: EncoderRun, layouts: Sequence[Layout], features: Tensor, counts: Sequence[int]
+    ) -> Choice:
         """What a rule for the encoder's own features decides; `Choice.blend` gives the values that are projected.
 
         Args:
@@ -129,9 +131,7 @@ class PlainStage:
             rows: (F, D) what is handed on, if that is more than the features (DeepStack); merged like them.
         """
         most = [min(count, layout.size) for count, layout in zip(counts, layouts, strict=True)]
-        decided = decide(
-            self.pruner, run, layouts, features, most, most, (), self._chooser(run, layouts, most), choice
-        )
+        decided = decide(self.pruner, run, layouts, features, most, most, (), self._chooser(run, layouts, most), choice)
         values = decided.write(features if rows is None else rows)
         return _kept(decided, values, [layout.size for layout in layouts])
 

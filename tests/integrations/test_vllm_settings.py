@@ -55,7 +55,9 @@ def test_methods_of_the_vision_stage_are_served(method):
 
 @pytest.mark.parametrize("method", [name for name in mustdrop.methods() if name not in SERVED])
 def test_all_others_are_refused_with_one_that_works(method):
-    with pytest.raises(UnsupportedOptionError, match=rf"{method.replace('+', '.')} .*nearest method that works") as raised:
+    with pytest.raises(
+        UnsupportedOptionError, match=rf"{method.replace('+', '.')} .*nearest method that works"
+    ) as raised:
         settings.parse({"method": method})
     nearest = str(raised.value).rsplit('"', 2)[1]
     assert nearest in SERVED

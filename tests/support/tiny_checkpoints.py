@@ -55,6 +55,8 @@ def config(family: str) -> dict[str, Any]:
         text["rope_parameters"] = rope | {"mrope_section": [6, 5, 5]}
         if family.startswith("qwen3"):
             text["rope_parameters"]["mrope_interleaved"] = True
+        if family == "qwen3_vl_moe":
+            text["norm_topk_prob"] = True  # as published checkpoints say
         width = "hidden_size" if family == "qwen2_vl" else "out_hidden_size"
         found["vision_config"][width] = WIDTH
     return found
@@ -210,10 +212,15 @@ def save(family: str, folder: Path) -> tuple[Any, Any]:
 
 
 def _rename(path: Path) -> None:
-    """Give the weights of CLIP and SigLIP the names that published checkpoints have, which vLLM reads."""
-    weights = load_file(path)
+    """Give weights the names and shapes that published checkpoints have, which vLLM reads."""
+    weights = {
+        name: tensor.transpose(1, 2).contiguous() if ".experts." in name else tensor
+        for name, tensor in load_file(path).items()
+    }
     named = {
-        re.sub(r"vision_tower\.(?=(embeddings|encoder|pre_layrnorm|post_layernorm)\.)", "vision_tower.vision_model.", name)
+        re.sub(
+            r"vision_tower\.(?=(embeddings|encoder|pre_layrnorm|post_layernorm)\.)", "vision_tower.vision_model.", name
+        )
         if not _has_own_names(weights)
         else name: tensor
         for name, tensor in weights.items()

@@ -56,9 +56,7 @@ def ask() -> str:
     command = [sys.executable, "-m", "mustdrop.integrations.vllm.selftest"]
     environment = {name: value for name, value in os.environ.items() if name not in (plugin.VARIABLE, "VLLM_PLUGINS")}
     try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS
-        )
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS)
     except subprocess.TimeoutExpired:
         raise TimeoutError(f"vLLM took more than {SECONDS} s") from None
     lines = (done.stdout if done.returncode == 0 else done.stderr or done.stdout).strip().splitlines()

@@ -272,9 +272,7 @@ class _Whole:
         return out if self.gone is None else out.masked_fill(on(self.gone, state.device)[..., None], 0)
 
 
-def layers_read(
-    pruner: VisionStagePruner, depth: int, last: int, whole: Sequence[int] = ()
-) -> dict[int, list[Read]]:
+def layers_read(pruner: VisionStagePruner, depth: int, last: int, whole: Sequence[int] = ()) -> dict[int, list[Read]]:
     """Encoder layer -> what the pruner reads from it.
 
     Args:

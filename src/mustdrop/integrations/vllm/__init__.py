@@ -37,6 +37,11 @@ NOT_YET = {
     "InternVLChatModel": "its checkpoints need remote code; use one converted to InternVLForConditionalGeneration.",
     "PixtralForConditionalGeneration": "checkpoints in Mistral's own format have an encoder of their own in vLLM; use "
     "one in the format of transformers (Mistral3ForConditionalGeneration).",
+    **{
+        name: "mustdrop has no adapter for its family, so nothing says what a pruned prompt of its layers of linear "
+        "attention must give."
+        for name in ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
+    },
 }
 
 

@@ -45,9 +45,7 @@ def check(vllm_config: Any) -> None:
     options = {
         "--pipeline-parallel-size above 1": parallel.pipeline_parallel_size > 1,
         "speculative decoding (--speculative-config)": vllm_config.speculative_config is not None,
-        "LoRA on the vision tower (--enable-tower-connector-lora)": getattr(
-            lora, "enable_tower_connector_lora", False
-        ),
+        "LoRA on the vision tower (--enable-tower-connector-lora)": getattr(lora, "enable_tower_connector_lora", False),
         "CUDA graphs of the encoder (cudagraph_mm_encoder)": compilation.cudagraph_mm_encoder,
         "embeddings in place of images (--enable-mm-embeds)": multimodal.enable_mm_embeds,
         f"{settings.REQUEST} in --mm-processor-kwargs (give keep in the settings)": settings.REQUEST

@@ -106,9 +106,7 @@ class Llava(ClipOrSiglip, LlavaForConditionalGeneration):
         """A square; strategy "full" leaves the CLS row in front of it."""
         side = self._mustdrop_side()
         prefix = sizes[0] - side**2
-        return [
-            Layout.of_frames((1, side, side), (side, side), i, prefix=prefix) for i, _ in enumerate(sizes)
-        ]
+        return [Layout.of_frames((1, side, side), (side, side), i, prefix=prefix) for i, _ in enumerate(sizes)]
 
 
 @served

@@ -84,7 +84,9 @@ class Span:
         return (index >= self.first) & (index < self.first + self.rows)
 
 
-def shorten(details: PromptUpdateDetails, kind: str, count: Callable[[int], int]) -> tuple[PromptUpdateDetails, Announced]:
+def shorten(
+    details: PromptUpdateDetails, kind: str, count: Callable[[int], int]
+) -> tuple[PromptUpdateDetails, Announced]:
     """The tokens that stand for one image or video in the prompt, without those that will be dropped.
 
     Args:
