@@ -142,7 +142,7 @@ class PlainStage:
 def _kept(decided: Decided, values: Tensor, sizes: Sequence[int]) -> list[Kept]:
     """The rows that are alive, per medium."""
     found = []
-    for mark, own in zip(decided.marks, values.split(list(sizes)), strict=True):
+    for mark, own in zip(decided.marks, torch.split(values, list(sizes)), strict=True):
         index = mark.alive.nonzero()[:, 0].to(own.device)
         found.append(Kept(index, own[index]))
     return found

@@ -43,7 +43,7 @@ def config(family: str) -> dict[str, Any]:
     text |= {"hidden_size": WIDTH, "num_attention_heads": HEADS, "num_key_value_heads": 2, "intermediate_size": 192}
     text |= {"num_hidden_layers": min(4, text["num_hidden_layers"])}
     if "layer_types" in text:
-        text["layer_types"] = text["layer_types"][:3] + ["full_attention"]
+        text["layer_types"] = [*text["layer_types"][:3], "full_attention"]
     if "head_dim" in text:
         text["head_dim"] = HEAD
     if text.get("sliding_window"):
@@ -181,14 +181,10 @@ FAMILIES: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "idefics3": (idefics3, "<image>", ""),
     "smolvlm": (idefics3, "<image>", ""),
     "mistral3": (mistral3, "[IMG]", ""),
-    **{
-        name: (
-            qwen,
-            "<|vision_start|><|image_pad|><|vision_end|>",
-            "<|vision_start|><|video_pad|><|vision_end|>",
-        )
-        for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
-    },
+    **dict.fromkeys(
+        ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"),
+        (qwen, "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"),
+    ),
 }
 
 

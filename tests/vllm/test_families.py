@@ -15,7 +15,7 @@ from support.engines import Request
 SIDE = tiny.TILE
 KEEP = 0.5
 # Where an image of several tiles is one medium here and several in transformers, a rule must choose by tile.
-METHODS = {name: "fastervlm" for name in ("internvl", "idefics3", "smolvlm")}
+METHODS = dict.fromkeys(("internvl", "idefics3", "smolvlm"), "fastervlm")
 FAMILIES = tuple(tiny.FAMILIES)
 # Tokens per step, of all requests together. It is also the size of the encoder's cache, into which the largest picture
 # must fit whole; Gemma's see both ways, so that they are not split.

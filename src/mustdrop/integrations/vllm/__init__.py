@@ -1,7 +1,7 @@
 """vLLM: drops vision tokens behind the encoder, before the language model sees them, without a fork.
 
-vLLM finds `register` by the entry point in its group `vllm.general_plugins`, and calls it in every one of its processes.
-So this module imports nothing but the standard library, and calling it again changes nothing.
+vLLM finds `register` by the entry point in its group `vllm.general_plugins`, and calls it in each of its processes. So
+this module imports nothing but the standard library, and calling it again changes nothing.
 
     MUSTDROP_VLLM='{"method": "divprune", "keep": 128}' vllm serve MODEL
 
@@ -37,11 +37,11 @@ NOT_YET = {
     "InternVLChatModel": "its checkpoints need remote code; use one converted to InternVLForConditionalGeneration.",
     "PixtralForConditionalGeneration": "checkpoints in Mistral's own format have an encoder of their own in vLLM; use "
     "one in the format of transformers (Mistral3ForConditionalGeneration).",
-    **{
-        name: "mustdrop has no adapter for its family, so nothing says what a pruned prompt of its layers of linear "
-        "attention must give."
-        for name in ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
-    },
+    **dict.fromkeys(
+        ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"),
+        "mustdrop has no adapter for its family, so nothing says what a pruned prompt of its layers of linear "
+        "attention must give.",
+    ),
 }
 
 
@@ -59,8 +59,8 @@ def register() -> None:
     wanted = bool(os.environ.get(VARIABLE))
     if not supported(found):
         text = (
-            f"mustdrop's plugin is for vLLM {SUPPORTED}, found {found}: install such a version, or leave pruning out by "
-            f"unsetting {VARIABLE}."
+            f"mustdrop's plugin is for vLLM {SUPPORTED}, found {found}: install such a version, or leave pruning out "
+            f"by unsetting {VARIABLE}."
         )
         if wanted:
             raise ImportError(text)

@@ -37,7 +37,7 @@ def refuse(called: str, architecture: str) -> None:
             """Raise."""
             raise NotImplementedError(f"mustdrop does not prune {architecture} in vLLM yet: {NOT_YET[architecture]}")
 
-    MODELS_CONFIG_MAP[called] = Refusal  # type: ignore[assignment]
+    MODELS_CONFIG_MAP[called] = Refusal
 
 
 def _hook(inner: Any) -> Any:

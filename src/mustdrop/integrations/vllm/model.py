@@ -47,7 +47,7 @@ class PrunedModel:
                 "wrong: name the architecture in --hf-overrides, or set MUSTDROP_VLLM, and leave VLLM_PLUGINS out."
             )
         with _rotary_room(model_config):
-            super().__init__(vllm_config=vllm_config, prefix=prefix)
+            super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.is_multimodal_pruning_enabled = False  # of vLLM's own code in the model: we do what it would do
         self.mustdrop = settings.of(model_config.hf_config)
         self._mustdrop_stages: dict[str, PlainStage] = {}
@@ -148,7 +148,7 @@ class OneAxis(PrunedModel):
         return torch.arange(announced.whole)[None]
 
     def get_mrope_input_positions(self, input_tokens: Sequence[int], mm_features: Sequence[Any]) -> tuple[Tensor, int]:
-        """Positions as if nothing were dropped, known before the encoder has run; and how far the answer's lie ahead."""
+        """Positions as if nothing were dropped, known before the encoder runs; and how far the answer's lie ahead."""
         step = torch.ones(len(input_tokens) + 1, dtype=torch.long)
         spans = []
         for feature in mm_features:
@@ -192,9 +192,8 @@ class OneAxis(PrunedModel):
 
 def places(position: Any) -> Tensor:
     """Where in the prompt the rows of an image or video stand."""
-    if position.is_embed is None:
-        return position.offset + torch.arange(position.length)
-    return position.offset + position.is_embed.nonzero()[:, 0]
+    index = torch.arange(position.length)
+    return index[slice(None) if position.is_embed is None else position.is_embed] + int(position.offset)
 
 
 class _rotary_room:  # noqa: N801 (a context manager that reads like a function)

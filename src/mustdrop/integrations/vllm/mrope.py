@@ -32,7 +32,7 @@ class ThreeAxes(PrunedModel):
         feature = MultiModalFeatureSpec(item, kind, "", PlaceholderRange(first, announced.whole + 2 - 2 * first))
         start, end = (getattr(self.config, f"vision_{side}_token_id") for side in ("start", "end"))  # type: ignore[attr-defined]
         tokens = [start, *self._ids(announced), end]
-        rows, _ = super().get_mrope_input_positions(tokens, [feature])  # type: ignore[misc]
+        rows: Tensor = super().get_mrope_input_positions(tokens, [feature])[0]  # type: ignore[misc]
         return rows[:, 1:-1] - 1
 
     def get_mrope_input_positions(self, input_tokens: Sequence[int], mm_features: Sequence[Any]) -> tuple[Tensor, int]:

@@ -173,8 +173,9 @@ class PrunedProcessor:
             return
         if dropped + config.max_model_len > most:
             raise ConfigError(
-                f"this prompt drops {dropped} tokens, whose positions stay empty, so that an answer could pass position "
-                f"{most}, the last that the model has: start the server with --max-model-len {most - dropped} or less."
+                f"this prompt drops {dropped} tokens, whose positions stay empty, so that an answer could pass "
+                f"position {most}, the last that the model has: start the server with --max-model-len {most - dropped} "
+                "or less."
             )
 
 

@@ -22,11 +22,12 @@ def main() -> None:
         AssertionError: a wrong answer, or a prompt of the wrong length.
     """
     os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
-    from mustdrop.demo.model import CHECKPOINT, prompt
-    from mustdrop.demo.scenes import SceneMaker
     from PIL import Image
     from transformers import AutoProcessor
     from vllm import LLM, SamplingParams
+
+    from mustdrop.demo.model import CHECKPOINT, prompt
+    from mustdrop.demo.scenes import SceneMaker
 
     maker = SceneMaker("heldout", 7)
     scene = maker.scene()

@@ -82,7 +82,8 @@ def environment() -> Mapping[str, Any]:
         given = json.loads(text)
     except ValueError as error:
         raise ConfigError(
-            f'{VARIABLE} must be a JSON object such as \'{{"method": "divprune", "keep": 128}}\', got {text!r}: {error}.'
+            f'{VARIABLE} must be a JSON object such as \'{{"method": "divprune", "keep": 128}}\', got {text!r}: '
+            f"{error}."
         ) from None
     if not isinstance(given, dict):
         raise ConfigError(f"{VARIABLE} must be a JSON object, got {text!r}.")
@@ -105,7 +106,7 @@ def parse(given: Mapping[str, Any]) -> Serving:
     keep = pruner.keep
     if isinstance(keep, str):
         raise UnsupportedOptionError(
-            f"{name} lets each image decide how many tokens stay, and a server must know it before the encoder has run: "
+            f"{name} lets each image decide how many tokens stay, and a server must know it before the encoder runs: "
             "give keep=."
         )
     canonical = json.dumps([__version__, name, knobs], sort_keys=True, default=str)

@@ -37,8 +37,9 @@ def attention_of(block: nn.Module) -> nn.Module:
     """The module of an encoder layer that is given its queries and keys."""
     from vllm.model_executor.layers.attention import MMEncoderAttention
 
-    (found,) = [module for module in block.modules() if isinstance(module, MMEncoderAttention)]
-    return found
+    found: list[nn.Module] = [module for module in block.modules() if isinstance(module, MMEncoderAttention)]
+    assert len(found) == 1, f"expected one attention in an encoder layer, found {len(found)}"
+    return found[0]
 
 
 @dataclass
