@@ -223,7 +223,7 @@ def serve(engine: Any, processor: Any, keep: Any, concurrency: int, requests: in
         while waiting and len(begun) < concurrency:
             number, one = waiting.pop(0)
             at = time.perf_counter()
-            begun[inner.add_request(f"{keep}-{seed}-{concurrency}-{number}", one, sampling)] = at
+            begun[inner.add_request(f"{keep}-{seed}-{concurrency}-{number:04}", one, sampling)] = at
         for output in inner.step():
             if output.finished:
                 name = next(name for name in begun if name.startswith(output.request_id))

@@ -27,8 +27,9 @@ def render(record: Mapping[str, Any], table: Table) -> str:
     setting = (
         f"The {record['model']} model ({record['dtype']}, {record['vision_tokens']} vision tokens, "
         f"`{record['method']}`) in vLLM {record['vllm']} on {record['hardware']}, "
-        f"load average {record['load_average']} before the run; torch {versions['torch']}, transformers {versions['transformers']}, commit {commit}. {record['rounds']} rounds of "
-        f"{record['requests']} requests with different pictures, {record['new_tokens']} tokens each, prefix cache off. "
+        f"load average {record['load_average']} before the run; torch {versions['torch']}, transformers "
+        f"{versions['transformers']}, commit {commit}. {record['rounds']} rounds of {record['requests']} "
+        f"requests with different pictures, {record['new_tokens']} tokens each, prefix cache off. "
         "Throughput and processor time are relative to vLLM's own class in the same round: median (and extremes)."
     )
     rows = [

@@ -19,7 +19,7 @@ METHODS = dict.fromkeys(("internvl", "idefics3", "smolvlm"), "fastervlm")
 FAMILIES = tuple(tiny.FAMILIES)
 # Tokens per step, of all requests together. It is also the size of the encoder's cache, into which the largest picture
 # must fit whole; Gemma's see both ways, so that they are not split.
-STEPS = {"gemma3": 1024, "llava_next": 200, "llava_onevision": 200}
+STEPS = {"gemma3": 1024, "idefics3": 256, "llava_next": 200, "llava_onevision": 200, "smolvlm": 256}
 
 
 def requests(family):

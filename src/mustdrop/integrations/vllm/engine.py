@@ -10,6 +10,8 @@ from mustdrop.integrations.vllm.versions import Version
 
 # Rotary tables of these kinds are computed from the frequencies alone, so that they can be made longer.
 EXTENSIBLE = ("default", "linear", "llama3")
+# How much longer they are made: positions of dropped tokens stay empty, so a prompt reaches further.
+ROOM = 4
 
 
 def prepare(model_config: Any) -> None:
@@ -69,6 +71,12 @@ def rotary_room(text_config: Any) -> bool:
     rope = getattr(text_config, "rope_parameters", None) or {}
     kinds = [part for part in rope.values() if isinstance(part, dict)] or [rope]
     return all(kind.get("rope_type", "default") in EXTENSIBLE for kind in kinds)
+
+
+def positions(text_config: Any) -> int | None:
+    """How many positions the rotary tables of a served text model have; None if its configuration does not say."""
+    known: int | None = getattr(text_config, "max_position_embeddings", None)
+    return known if known is None or not rotary_room(text_config) else ROOM * known
 
 
 def _announce(model_config: Any, serving: settings.Serving) -> None:

@@ -19,8 +19,6 @@ from mustdrop.plain import PlainStage
 
 # A position rides in two columns, since bfloat16 counts to 256 only.
 BASE = 256
-# How much longer rotary tables are made: positions of dropped tokens stay empty, so a prompt reaches further.
-ROOM = 4
 
 
 class PrunedModel:
@@ -46,7 +44,7 @@ class PrunedModel:
                 f"vLLM did not ask mustdrop about the configuration of {type(self).__name__}, so positions would be "
                 "wrong: name the architecture in --hf-overrides, or set MUSTDROP_VLLM, and leave VLLM_PLUGINS out."
             )
-        with _rotary_room(model_config):
+        with _rotary_room(model_config, self.mustdrop_axes):
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.is_multimodal_pruning_enabled = False  # of vLLM's own code in the model: we do what it would do
         self.mustdrop = settings.of(model_config.hf_config)
@@ -199,15 +197,16 @@ def places(position: Any) -> Tensor:
 class _rotary_room:  # noqa: N801 (a context manager that reads like a function)
     """While a model is made, its configuration allows for more positions, so that its rotary tables have them."""
 
-    def __init__(self, model_config: Any) -> None:
+    def __init__(self, model_config: Any, axes: int) -> None:
         text = model_config.hf_text_config
         known = getattr(text, "max_position_embeddings", None) is not None
-        self.text = text if known and engine.rotary_room(text) else None
+        # vLLM makes those of models with three axes four times as long by itself
+        self.text = text if known and axes == 1 and engine.rotary_room(text) else None
 
     def __enter__(self) -> None:
         if self.text is not None:
             self.before = self.text.max_position_embeddings
-            self.text.max_position_embeddings = ROOM * self.before
+            self.text.max_position_embeddings = engine.ROOM * self.before
 
     def __exit__(self, *_: object) -> None:
         if self.text is not None:

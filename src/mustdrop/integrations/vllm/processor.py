@@ -167,11 +167,8 @@ class PrunedProcessor:
     def _check_length(self, dropped: int) -> None:
         """Positions go on as if nothing were dropped: see that the text model has them."""
         config = self.info.ctx.model_config  # type: ignore[attr-defined]
-        text = config.hf_text_config
-        most = getattr(text, "max_position_embeddings", None)
-        if most is None or engine.rotary_room(text):
-            return
-        if dropped + config.max_model_len > most:
+        most = engine.positions(config.hf_text_config)
+        if most is not None and dropped + config.max_model_len > most:
             raise ConfigError(
                 f"this prompt drops {dropped} tokens, whose positions stay empty, so that an answer could pass "
                 f"position {most}, the last that the model has: start the server with --max-model-len {most - dropped} "
