@@ -12,7 +12,7 @@ TARGET = ROOT / "docs" / "images" / "vllm.png"
 
 
 def main() -> None:
-    """Throughput against the tokens that stay, one line per concurrency; crosses are vLLM's own class."""
+    """Requests per processor second against the tokens that stay, a line per concurrency; the cross is vLLM's class."""
     record = json.loads((ROOT / "benchmarks" / "results" / "vllm_cpu.json").read_text(encoding="utf-8"))
     total = record["vision_tokens"]
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
@@ -21,12 +21,12 @@ def main() -> None:
         rows = [row for row in record["rows"] if row["concurrency"] == concurrency]
         ours = [row for row in rows if row["keep"] is not None]
         tokens = [total if row["keep"] == 1.0 else row["keep"] for row in ours]
-        ratios = [row["throughput"]["median"] for row in ours]
+        ratios = [row["processor"]["median"] for row in ours]
         axes.plot(tokens, ratios, marker="o", color=f"C{i}", label=f"{concurrency} at a time")
         axes.plot([total], [1.0], marker="x", color="black", linestyle="none")
     axes.set_xticks([64, 128, 192, total])
     axes.set_xlabel("vision tokens that stay")
-    axes.set_ylabel("throughput, vLLM's own class is 1")
+    axes.set_ylabel("requests per processor second,\nvLLM's own class is 1")
     axes.set_title(record["hardware"], fontsize=9)
     axes.legend()
     axes.grid(alpha=0.3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from mustdrop.adapters import registry
@@ -14,7 +16,11 @@ GIVEN = {"method": "visionzip", "keep": 0.25}  # it reads attention, and merges 
 
 
 @pytest.mark.parametrize("family", ["llava"])
-def test_two_processes(family, tmp_path):
+def test_two_processes(family, tmp_path, monkeypatch):
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("two processes of vLLM want a core each")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[1]}")
     model, processor = tiny.save(family, tmp_path)
     asked = [Request("w6 w7", [tiny.picture(0, 96, 48)]), Request("w8 w9", [tiny.picture(1, 48, 96)])]
     pruner = settings.parse(GIVEN).pruner
