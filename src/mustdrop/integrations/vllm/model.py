@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mustdrop.adapters.base import Tower
 from mustdrop.errors import MustDropError
 from mustdrop.integrations.vllm import engine, settings
-from mustdrop.integrations.vllm.processor import FIELD, Announced
+from mustdrop.integrations.vllm.processor import FIELD, KINDS, Announced
 from mustdrop.integrations.vllm.versions import Version
 from mustdrop.integrations.vllm.watching import Watch, of_first
 from mustdrop.layout import Layout
@@ -49,6 +49,10 @@ class PrunedModel:
         self.is_multimodal_pruning_enabled = False  # of vLLM's own code in the model: we do what it would do
         self.mustdrop = settings.of(model_config.hf_config)
         self._mustdrop_stages: dict[str, PlainStage] = {}
+        multimodal = model_config.multimodal_config
+        for kind in KINDS:  # a tower that cannot be served, or a layer that it lacks, is an error of the start
+            if multimodal.get_limit_per_prompt(kind):
+                _ = self._mustdrop_stage(kind).reads
 
     # -- what a model says of its tower ---------------------------------------------------------------------------
 
