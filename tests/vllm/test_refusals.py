@@ -69,6 +69,21 @@ def test_a_model_that_is_not_served_yet(folder):
         configure(folder, {"keep": 9}, architecture="MustDropInternVLChatModel")
 
 
+def test_a_server_that_is_asked_to_prune_does_not_start_without(monkeypatch):
+    from mustdrop.integrations import vllm as plugin
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    before = dict(MODELS_CONFIG_MAP)
+    monkeypatch.setenv(plugin.VARIABLE, '{"keep": 9}')
+    try:
+        plugin.register()
+        with pytest.raises(NotImplementedError, match="does not prune MiniCPMV in vLLM yet: served are"):
+            MODELS_CONFIG_MAP["MiniCPMV"].verify_and_update_model_config(None)
+    finally:
+        MODELS_CONFIG_MAP.clear()
+        MODELS_CONFIG_MAP.update(before)
+
+
 def test_another_version_of_vllm(monkeypatch, caplog):
     import vllm
 

@@ -69,14 +69,17 @@ def register() -> None:
     from vllm import ModelRegistry
 
     from mustdrop.integrations.vllm import hook
+    from mustdrop.integrations.vllm.versions import Version
 
     for architecture, name in ARCHITECTURES.items():
         for called in (PREFIX + architecture, *((architecture,) if wanted else ())):
             ModelRegistry.register_model(called, f"{__name__}.models:{name}")  # imported when it is used
             hook.install(called, architecture)
     for architecture in NOT_YET:
-        for called in (PREFIX + architecture, *((architecture,) if wanted else ())):
-            hook.refuse(called, architecture)
+        hook.refuse(PREFIX + architecture, architecture)
+    if wanted:  # a server that is asked to prune must not start without
+        for architecture in Version.multimodal() - ARCHITECTURES.keys():
+            hook.refuse(architecture, architecture)
 
 
 def supported(version: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mustdrop.integrations.vllm import NOT_YET
+from mustdrop.integrations.vllm import ARCHITECTURES, NOT_YET, VARIABLE
 
 
 def install(called: str, architecture: str) -> None:
@@ -35,7 +35,8 @@ def refuse(called: str, architecture: str) -> None:
         @staticmethod
         def verify_and_update_model_config(model_config: Any) -> None:
             """Raise."""
-            raise NotImplementedError(f"mustdrop does not prune {architecture} in vLLM yet: {NOT_YET[architecture]}")
+            reason = NOT_YET.get(architecture, f"served are {', '.join(ARCHITECTURES)}. Start it without {VARIABLE}.")
+            raise NotImplementedError(f"mustdrop does not prune {architecture} in vLLM yet: {reason}")
 
     MODELS_CONFIG_MAP[called] = Refusal
 

@@ -75,6 +75,13 @@ class V032:
         CPUModelRunner.is_multimodal_pruning_enabled = property(enabled, ignore)
 
     @classmethod
+    def multimodal(cls) -> set[str]:
+        """Names of vLLM's own models that take images, videos or sound."""
+        from vllm.model_executor.models.registry import _MULTIMODAL_MODELS
+
+        return set(_MULTIMODAL_MODELS)
+
+    @classmethod
     def element(cls, modality: str, data: Any) -> Any:
         """A field of a processed image or video that stays on the host, and stays with items that a cache covers."""
         from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalFieldElem
