@@ -157,7 +157,7 @@ def vlmevalkit(session: nox.Session) -> None:
 
 @nox.session
 def vllm(session: nox.Session) -> None:
-    """Serve tiny models of every family with vLLM on the CPU (6 minutes and 3.5 GB to install); one process per file."""
+    """Serve tiny models of every family with vLLM on the CPU, one process per file (6 minutes, 3.5 GB to install)."""
     session.install(VLLM, "num2words", *tools("pytest"))  # num2words: SmolVLM's processor
     session.run("python", "tests/vllm/environment.py")
     session.install("--no-deps", "-e", ".")  # vLLM brings all that we need

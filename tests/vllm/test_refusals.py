@@ -70,8 +70,9 @@ def test_a_model_that_is_not_served_yet(folder):
 
 
 def test_a_server_that_is_asked_to_prune_does_not_start_without(monkeypatch):
-    from mustdrop.integrations import vllm as plugin
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from mustdrop.integrations import vllm as plugin
 
     before = dict(MODELS_CONFIG_MAP)
     monkeypatch.setenv(plugin.VARIABLE, '{"keep": 9}')
