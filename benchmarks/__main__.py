@@ -17,6 +17,7 @@ BENCHMARKS = {
     "launches": "operations of a prefill and a decode step by place, waits and copies, of every method, without a GPU",
     "peers": "speed and KV bytes beside what pip can install instead, in one run",
     "serving": "time to the first token by parts, decoding and memory, by model, attention, batch and budget",
+    "vllm": "throughput, latency and KV cache of vLLM with the plugin and without, at several budgets",
     "quality": "accuracy on scenes and fidelity to the unpruned model, of every method at every budget",
 }
 

@@ -33,6 +33,7 @@ import method_cards
 import peer_table
 import product_table
 import quality_table
+import serving_table
 import speed_table
 import support_table
 
@@ -76,6 +77,7 @@ renderer("speed-cpu-hardware")(part(speed_table.hardware, "end_to_end_cpu"))
 renderer("cpu-targets")(part(speed_table.targets, "end_to_end_cpu"))
 renderer("serving-cpu")(part(gpu_tables.serving, "serving_cpu"))
 renderer("serving-cpu-eager")(part(gpu_tables.serving, "serving_cpu_eager"))
+renderer("vllm-cpu")(part(serving_table.render, "vllm_cpu"))
 renderer("peers-cpu")(part(peer_table.render, "peers_cpu"))
 renderer("launches")(part(launch_table.render, "launches"))
 renderer("kernels-cuda")(part(gpu_tables.kernels, "kernels_cuda"))

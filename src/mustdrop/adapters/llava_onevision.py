@@ -29,19 +29,25 @@ class LlavaOnevision(LlavaNext):
         if modality == "image":
             return super().layouts(model, modality, arguments)
         side = self.encoder_grid(model, modality, arguments)[0]
-        half = math.ceil(side / 2)
         videos, frames = arguments["pixel_values_videos"].shape[:2]
+        return [self.resampled_frames(frames, side, i * frames) for i in range(videos)]
+
+    @staticmethod
+    def resampled_frames(frames: int, side: int, first: int) -> Layout:
+        """One video: frames of half the side, and a break at the end.
+
+        Args:
+            frames: how many.
+            side: patches per side of a frame.
+            first: place of the first frame in the encoder's batch.
+        """
+        half = math.ceil(side / 2)
         rows = _taps(side, half)  # (half, 2)
         frame = (rows[:, None, :, None] * side + rows[None, :, None, :]).reshape(half * half, 4)
-        found = []
-        for i in range(videos):
-            item = (i * frames + torch.arange(frames, dtype=torch.long, device="cpu")) * side * side
-            patches = (item[:, None, None] + frame).flatten(0, 1)
-            grid = Layout(
-                ((frames, half, half),), torch.arange(frames * half * half, dtype=torch.long, device="cpu"), patches
-            )
-            found.append(grid.with_breaks())
-        return found
+        item = (first + torch.arange(frames, dtype=torch.long, device="cpu")) * side * side
+        patches = (item[:, None, None] + frame).flatten(0, 1)
+        cells = torch.arange(frames * half * half, dtype=torch.long, device="cpu")
+        return Layout(((frames, half, half),), cells, patches).with_breaks()
 
     def _tiles(self, model: Any, arguments: dict[str, Any]) -> list[int]:
         """Encoder items per image: a prompt with several images has no tiles."""

@@ -17,13 +17,16 @@ _TITLES = {
     "attention": "Attention of the text model",
     "kernels": "Kernels (scoring, merging, gathering, cutting)",
     "extras": "Packages",
+    "serving": "Serving with vLLM",
     "hub": "Hugging Face hub",
 }
 _COLOURS = {"passed": "green", "failed": "red", "skipped": "yellow"}
 
 
 def doctor(
-    self_test: Annotated[bool, typer.Option(help="Run the self-test (half a minute on a CPU).")] = True,
+    self_test: Annotated[
+        bool, typer.Option(help="Run the self-test (half a minute on a CPU, one more with vLLM).")
+    ] = True,
     device: Annotated[str | None, typer.Option(help="Where it runs: cpu, cuda, cuda:1. Default: a GPU if any.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, for other programs.")] = False,
 ) -> None:

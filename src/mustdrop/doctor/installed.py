@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mustdrop import extras
+from mustdrop.doctor import serving
 from mustdrop.kernels import dispatch
 
 # Packages that a patched model works with, and whose versions explain a lot.
@@ -20,7 +21,7 @@ def facts() -> dict[str, Any]:
     """Everything about this installation that a report of a problem needs.
 
     Returns:
-        `versions`, `devices`, `attention`, `kernels`, `extras` and `hub`: plain values, ready for JSON.
+        `versions`, `devices`, `attention`, `kernels`, `extras`, `serving` and `hub`: plain values, ready for JSON.
     """
     return {
         "versions": versions(),
@@ -28,6 +29,7 @@ def facts() -> dict[str, Any]:
         "attention": attention(),
         "kernels": kernels(),
         "extras": {"required": _lacking(None)} | {name: _lacking(name) for name in extras.names()},
+        "serving": serving.facts(),
         "hub": {name: os.environ[name] for name in HUB if name in os.environ},
     }
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 import mustdrop
-from mustdrop.doctor import kernels, masking
+from mustdrop.doctor import kernels, masking, serving
 from mustdrop.errors import NothingDroppedWarning
+from mustdrop.integrations import vllm as plugin
 from mustdrop.kernels import dispatch
 
 INTERPRETER_SECONDS = 300
@@ -150,6 +151,21 @@ def kernels_here(bundled: Bundled) -> str:
     return _in_interpreter()
 
 
+def serves(bundled: Bundled) -> str:
+    """vLLM, if it is installed, answers with few tokens what it answers with all."""
+    version = serving.installed()
+    if version is None:
+        raise Skipped("vLLM is not installed")
+    if not plugin.supported(version):
+        raise Skipped(f"the plugin is for vLLM {plugin.SUPPORTED}, found {version}")
+    try:
+        return serving.ask()
+    except TimeoutError as late:
+        raise Skipped(str(late)) from None
+    except RuntimeError as error:
+        raise SelfTestError(f"the bundled model in vLLM: {error}") from None
+
+
 def _agree(differences: dict[str, float], where: str) -> str:
     wrong = {name: value for name, value in differences.items() if not value < kernels.TOLERANCE}
     if wrong:
@@ -179,6 +195,7 @@ CHECKS: dict[str, Callable[[Bundled], str]] = {
     "keep=64 drops and answers": drops,
     "dropping equals masking": equals_masking,
     "kernels equal references": kernels_here,
+    "vLLM serves the bundled model": serves,
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,13 +98,8 @@ class EncoderStage(Copied):
         if pruner is None:
             return
         depth = len(tower.blocks)
-        for read in pruner.reads:
-            own = pruner.needs_attention and read == pruner.importance
-            name = "VisionStagePruner.key_layer" if own else "Read.layer"
-            layer = read.at(depth, read_layer, tower.whole, name)
-            self.reads.setdefault(layer, []).append(read)
-            if read.what != "states":
-                self.compared.add(layer)
+        self.reads = layers_read(pruner, depth, read_layer, tower.whole)
+        self.compared = {i for i, reads in self.reads.items() if any(read.what != "states" for read in reads)}
         if pruner.window is None or tower.packed:
             return
         if pruner.layer > depth - 2:
@@ -308,6 +303,26 @@ class _Whole:
         self.row = on(self.row, state.device)
         out = state.gather(1, self.row[..., None].expand(-1, -1, state.shape[2]))
         return out if self.gone is None else out.masked_fill(on(self.gone, state.device)[..., None], 0)
+
+
+def layers_read(pruner: VisionStagePruner, depth: int, last: int, whole: Sequence[int] = ()) -> dict[int, list[Read]]:
+    """Encoder layer -> what the pruner reads from it.
+
+    Args:
+        pruner: the vision stage.
+        depth: layers of the encoder.
+        last: the layer that its features are read from.
+        whole: layers whose patches see the whole frame; empty if all do.
+
+    Raises:
+        ConfigError: the encoder has no such layer.
+    """
+    found: dict[int, list[Read]] = {}
+    for read in pruner.reads:
+        own = pruner.needs_attention and read == pruner.importance
+        name = "VisionStagePruner.key_layer" if own else "Read.layer"
+        found.setdefault(read.at(depth, last, whole, name), []).append(read)
+    return found
 
 
 def takes_mask(block: nn.Module) -> bool:
