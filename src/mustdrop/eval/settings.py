@@ -73,7 +73,6 @@ class Settings:
         model = "bundled" if self.model is None else Path(self.model).name
         name, knobs = self.described
         parts = [str(value) if key == "keep" else f"{key}={value}" for key, value in knobs.items()]
-        from mustdrop.method import Method
 
         if isinstance(self.method, Method):  # its pruners are too long for a name
             parts = [digest(knobs)[:8]]

@@ -109,7 +109,9 @@ class DiverseAndTrees(VisionRule):
         order = likeness.argsort(descending=True, stable=True)
         allowed = torch.zeros_like(rest)
         allowed[order[: max(0, int(rest.sum()) - fewest)]] = True
-        parent = torch.where(allowed & (likeness > self.like), parent, torch.arange(len(frame), device=frame.device))
+        parent = torch.where(
+            allowed & (likeness > self.like), parent, torch.arange(len(frame), dtype=torch.long, device=frame.device)
+        )
         for _ in range(max(1, math.ceil(math.log2(len(segment) + 1)))):
             parent = parent[parent]
         return parent

@@ -147,11 +147,11 @@ class OneAxis(PrunedModel):
 
     def mustdrop_offsets(self, kind: str, i: int, arguments: Mapping[str, Any], announced: Announced) -> Tensor:
         """One after the other."""
-        return torch.arange(announced.whole)[None]
+        return torch.arange(announced.whole, dtype=torch.long, device="cpu")[None]
 
     def get_mrope_input_positions(self, input_tokens: Sequence[int], mm_features: Sequence[Any]) -> tuple[Tensor, int]:
         """Positions as if nothing were dropped, known before the encoder runs; and how far the answer's lie ahead."""
-        step = torch.ones(len(input_tokens) + 1, dtype=torch.long)
+        step = torch.ones(len(input_tokens) + 1, dtype=torch.long, device="cpu")
         spans = []
         for feature in mm_features:
             announced = Announced.of(feature.data[FIELD].data)
@@ -194,7 +194,7 @@ class OneAxis(PrunedModel):
 
 def places(position: Any) -> Tensor:
     """Where in the prompt the rows of an image or video stand."""
-    index = torch.arange(position.length)
+    index = torch.arange(position.length, dtype=torch.long, device="cpu")
     return index[slice(None) if position.is_embed is None else position.is_embed] + int(position.offset)
 
 

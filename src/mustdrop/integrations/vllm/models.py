@@ -116,7 +116,7 @@ class LlavaNext(ClipOrSiglip, LlavaNextForConditionalGeneration):
     def mustdrop_layouts(self, kind: str, arguments: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
         """The whole image and its tiles."""
         model = SimpleNamespace(config=self.config)
-        sizes_of = {"image_sizes": torch.as_tensor(arguments["image_sizes"])}
+        sizes_of = {"image_sizes": torch.as_tensor(arguments["image_sizes"], dtype=torch.long, device="cpu")}
         return LlavaNextAdapter().layouts(model, "image", sizes_of)
 
 
@@ -128,7 +128,7 @@ class LlavaOnevision(ClipOrSiglip, LlavaOnevisionForConditionalGeneration):
         """As LLaVA-NeXT; resampled where there are many tiles; videos are frames of half the side."""
         model = SimpleNamespace(config=self.config)
         if kind == "image":
-            sizes_of = {"image_sizes": torch.as_tensor(arguments["image_sizes"])}
+            sizes_of = {"image_sizes": torch.as_tensor(arguments["image_sizes"], dtype=torch.long, device="cpu")}
             return LlavaOnevisionAdapter().layouts(model, "image", sizes_of)
         side = self._mustdrop_side()
         found, first = [], 0
@@ -234,7 +234,9 @@ class QwenVL(ThreeAxes):
         """(frames, rows, columns) of each."""
         model = SimpleNamespace(config=self.config)  # type: ignore[attr-defined]
         name = f"{kind}_grid_thw"
-        return self.mustdrop_adapter().layouts(model, kind, {name: torch.as_tensor(arguments[name]).cpu()})
+        return self.mustdrop_adapter().layouts(
+            model, kind, {name: torch.as_tensor(arguments[name], dtype=torch.long, device="cpu")}
+        )
 
 
 @served

@@ -53,7 +53,7 @@ class ThreeAxes(PrunedModel):
         stays += range(len(tokens), len(tokens) + len(input_tokens) - at)
         tokens += input_tokens[at:]
         full, delta = super().get_mrope_input_positions(tokens, whole)  # type: ignore[misc]
-        rows = full[:, torch.tensor(stays)]
+        rows = full[:, torch.tensor(stays, dtype=torch.long, device="cpu")]
         return rows, len(tokens) + delta - len(input_tokens)
 
     def recompute_mrope_positions(
@@ -68,11 +68,11 @@ class ThreeAxes(PrunedModel):
         An image or video is a run of its token, with text before it. A run may have been begun in an earlier step.
         """
         positions = mrope_positions.clone()
-        ids = torch.as_tensor(input_ids, device=positions.device)
-        media = torch.isin(ids, torch.tensor(self._tokens(), device=ids.device))
+        ids = torch.as_tensor(input_ids, dtype=torch.long, device=positions.device)
+        media = torch.isin(ids, torch.tensor(self._tokens(), dtype=torch.long, device=ids.device))
         where = media.nonzero()[:, 0]
         where = where[where >= num_computed_tokens]
-        text = torch.where(media, -1, torch.arange(len(ids), device=ids.device)).cummax(0).values
+        text = torch.where(media, -1, torch.arange(len(ids), dtype=torch.long, device=ids.device)).cummax(0).values
         out, done = [], 0
         for rows in multimodal_embeddings:
             values, place = self._mustdrop_strip(rows)

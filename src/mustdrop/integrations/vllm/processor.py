@@ -55,7 +55,9 @@ class Announced:
     def tensor(self) -> Tensor:
         """All of it in one tensor: vision tokens are written as -1 - id."""
         ids = torch.where(self.vision, -1 - self.woven, self.woven)
-        return torch.cat([torch.tensor([KINDS.index(self.kind), self.kept, self.total]), ids])
+        return torch.cat(
+            [torch.tensor([KINDS.index(self.kind), self.kept, self.total], dtype=torch.long, device="cpu"), ids]
+        )
 
     @classmethod
     def of(cls, data: Tensor) -> Announced:
@@ -80,7 +82,7 @@ class Span:
 
     def __call__(self, full: list[int]) -> Tensor:
         """(len(full),) bool."""
-        index = torch.arange(len(full))
+        index = torch.arange(len(full), dtype=torch.long, device="cpu")
         return (index >= self.first) & (index < self.first + self.rows)
 
 
@@ -94,8 +96,12 @@ def shorten(
         kind: "image" or "video".
         count: how many of so many tokens stay.
     """
-    full = torch.tensor(details.full, dtype=torch.long)
-    vision = torch.ones(len(full), dtype=torch.bool) if details.is_embed is None else details.is_embed(details.full)
+    full = torch.tensor(details.full, dtype=torch.long, device="cpu")
+    vision = (
+        torch.ones(len(full), dtype=torch.bool, device="cpu")
+        if details.is_embed is None
+        else details.is_embed(details.full)
+    )
     places = vision.nonzero()[:, 0]
     if not len(places):
         raise ConfigError(f"expected tokens of an {kind} in {len(full)} tokens of its placeholder, found none.")
