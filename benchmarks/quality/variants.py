@@ -166,7 +166,7 @@ def geometry() -> dict[str, Callable[[float], Stages]]:
     """Methods that compare features, in each of the coordinates in which they can."""
     return {
         f"{name}; {kind}": _named(name, geometry=kind)
-        for name in ("divprune", "cdpruner", "scope", "mmr")
+        for name in ("divprune", "cdpruner", "scope", "mmr", "vispruner")
         for kind in ("raw", "centered", "standardized")
     }
 

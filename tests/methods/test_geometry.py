@@ -11,8 +11,10 @@ from mustdrop.errors import ConfigError
 from mustdrop.method import find
 from mustdrop.methods.cdpruner import ConditionalDeterminant
 from mustdrop.methods.divprune import MaxMinDiversity
+from mustdrop.methods.vispruner import ImportantAndDiverse
 from mustdrop.pruners import Features
 from mustdrop.rules.geometry import around_mean, distinctiveness
+from mustdrop.rules.scaling import min_max
 from support.builders import answer
 from support.families import assert_dropping_equals_masking, batch, clone
 
@@ -101,6 +103,17 @@ def test_cdpruner_multiplies_relevance_with_distinctiveness():
     assert rule(seen, 6).keep.tolist() == [sorted(picks)]
 
 
+def test_a_saliency_is_multiplied_with_distinctiveness():
+    x, attention = random(1, 30, 8) + 1, torch.rand(1, 30, generator=torch.Generator().manual_seed(1))
+    rule = ImportantAndDiverse(important=1.0, geometry="centered")
+    seen = Features.of_grid(x, (5, 6), {rule.reads[0]: attention})
+    worth = min_max(attention) * distinctiveness(x, "centered")
+    assert rule(seen, 9).keep.tolist() == [sorted(worth[0].argsort(descending=True)[:9].tolist())]
+    diverse = ImportantAndDiverse(important=0.0, geometry="centered")
+    centred = Features.of_grid(around_mean(x, "centered"), (5, 6), {rule.reads[0]: worth})
+    assert torch.equal(diverse(seen, 9).keep, ImportantAndDiverse(important=0.0)(centred, 9).keep)
+
+
 def test_standardized_compares_what_the_encoder_hands_over():
     rule = MaxMinDiversity(geometry="standardized")
     states = random(1, 20, 7)
@@ -115,7 +128,7 @@ def test_standardized_compares_what_the_encoder_hands_over():
 @pytest.mark.parametrize(
     ("family", "kind"), [("llava", "image"), ("qwen2_5_vl", "image"), ("qwen3_vl", "video"), ("internvl", "image")]
 )
-@pytest.mark.parametrize("method", ["divprune", "cdpruner"])
+@pytest.mark.parametrize("method", ["divprune", "cdpruner", "scope", "mmr", "vispruner"])
 def test_dropping_equals_masking(family, kind, method):
     assert_dropping_equals_masking(
         family, ((kind,), (), (kind, kind)), method=method, keep=0.4, geometry="standardized"

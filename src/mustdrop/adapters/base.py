@@ -157,7 +157,8 @@ class Adapter(ABC):
         if "vision" in self.lacks:
             raise UnsupportedModelError(
                 f"the {self.name} adapter has no vision stage: {self.lacks['vision']} Leave it out: "
-                "mustdrop.patch(model, prefill=PrefillPruner(...), decode=DecodeCachePruner())."
+                "mustdrop.patch(model, prefill=PrefillPruner(...), decode=DecodeCachePruner()), or take a method "
+                'without one: mustdrop.patch(model, "fastv", keep=...).'
             )
         return self.dense_tower(self.base(model).vision_tower)
 
