@@ -14,6 +14,7 @@ from mustdrop.cli.common import budget, check_run, console
 from mustdrop.errors import ConfigError
 
 if TYPE_CHECKING:
+    from mustdrop.budget import Keep
     from mustdrop.explain import Prompt
 
 QUESTION = "where is the magenta one ?"  # about the bundled scene
@@ -59,8 +60,8 @@ def explain(
     prompt = _prompt(image or [], video, question, model, frames)
     logging.disable_progress_bar()
     subject, processor = _load(model, device, dtype)
-    numbers: list[Keep | None] = list(budgets) or [None]
-    settings = [(name, number) for name in methods for number in numbers]
+    wanted: list[Keep | None] = [*budgets] or [None]
+    settings = [(name, number) for name in methods for number in wanted]
     steps = iter(track(range(len(settings)), "asking", console=Console(stderr=True), transient=True))
     next(steps)
 

@@ -47,21 +47,9 @@ def record(runtime: Runtime, call: Call) -> Trace:
         media=prefill.media,
         _alive=alive,
         _marks=[row.to("cpu") for row in prefill.marks],
-        _heard=_heard(prefill),
+        _heard=prefill.heard,
+        _vision=prefill.vision,
     )
-
-
-def _heard(prefill: Prefill) -> list[dict[int, Tensor]]:
-    """Per sample, decoder layer -> (N,) float, attention that a filter read there; NaN where the token was gone."""
-    vision = prefill.vision.cpu()
-    out: list[dict[int, Tensor]] = [{} for _ in vision]
-    for layer, sent, index in prefill.heard:
-        given, place = sent.received()[:, 0].float(), index.cpu()
-        for b, seen in enumerate(vision):
-            logical = torch.full((len(seen) + 1,), torch.nan, dtype=torch.float32, device="cpu")
-            logical[place[b].masked_fill(place[b] == PAD, len(seen))] = given[b]
-            out[b][layer] = logical[:-1][seen]
-    return out
 
 
 def _entries(cache: Any, prefill: Prefill, depth: int, batch: int) -> tuple[Tensor, Tensor]:

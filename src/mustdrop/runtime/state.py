@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from mustdrop.runtime.encoder_run import EncoderRun
     from mustdrop.runtime.entry import Media
 
+_MANY = 1 << 20  # numbers that a trace may keep of what one filter read
+
 
 @dataclass
 class Marks:
@@ -65,6 +67,38 @@ class Medium:
     index: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Heard:
+    """Attention that a filter read, kept as it came: see `Prefill.hear`."""
+
+    layer: int
+    attention: Tensor | Sent
+    rows: Tensor | None
+
+    def of(self, vision: Tensor, sample: int) -> Tensor:
+        """(N,) float, the sum over the words for each vision token of a prompt; NaN where it did not come that far.
+
+        Args:
+            vision: (B, q) bool, the vision tokens of the chunk.
+            sample: the prompt.
+        """
+        if isinstance(self.attention, Sent):
+            given = self.attention.received()[sample, 0].float()
+        else:
+            given = self.attention[sample].sum(0).float().cpu()
+        seen = vision[sample].cpu()
+        if self.rows is None:
+            return given[seen]
+        logical = torch.full((len(seen) + 1,), torch.nan, dtype=torch.float32, device="cpu")
+        logical[self.rows[sample].cpu()] = given  # PAD is -1: one place too many, cut off
+        return logical[:-1][seen]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the event of a device, which no other process has."""
+        sent = isinstance(self.attention, Sent)
+        return {**vars(self), "attention": Sent(self.attention.received()) if sent else self.attention}  # type: ignore[union-attr]
+
+
 @dataclass
 class Prefill:
     """Record of the prompt's pass, for the trace. Rows are batch rows of that pass.
@@ -77,8 +111,7 @@ class Prefill:
         valid: (B, q) bool, tokens that the attention mask does not hide.
         past: per decoder layer, entries that its cache held before.
         scored: (decoder layer, rows whose attention was read there: the most of any sample), once per reader.
-        heard: (decoder layer, (B, k, n) the sum over the rows that score of their attention, first of k, on its way to
-            the host, (B, n) chunk index of each of these tokens), once per filter that read attention.
+        heard: what each filter read.
         marks: per row, what the vision stage decided over its vision tokens (empty without one).
         media: per row, its media in the order of the prompt: layout, kind, and where its features are among the row's
             vision tokens (empty if the encoder did not run).
@@ -90,23 +123,24 @@ class Prefill:
     rows: list[Tensor | None] = field(default_factory=list)
     past: list[int] = field(default_factory=list)
     scored: list[tuple[int, int]] = field(default_factory=list)
-    heard: list[tuple[int, Sent, Tensor]] = field(default_factory=list)
+    heard: list[Heard] = field(default_factory=list)
     marks: list[Marks] = field(default_factory=list)
     media: list[list[Medium]] = field(default_factory=list)
 
-    def hear(self, layer: int, attention: Tensor | Sent, index: Tensor) -> None:
-        """Keep for the trace what a filter read.
+    def hear(self, layer: int, attention: Tensor | Sent, rows: Tensor | None) -> None:
+        """Keep for the trace what a filter read, as it is: nothing is computed before somebody asks for it.
 
         Args:
             layer: decoder layer.
             attention: (B, R, n) of the rows that score, or (B, 2, n), their sum and maximum on the way to the host.
-            index: (B, n) chunk index of each token.
+            rows: (B, n) chunk index of each token, None if all are there.
         """
         if isinstance(attention, Tensor):
-            if not attention.shape[1]:  # this rule asks no row
-                return
-            attention = Sent.off((attention if attention.shape[1] == 1 else attention.sum(1, keepdim=True)).detach())
-        self.heard.append((layer, attention, index))
+            if attention.requires_grad:
+                attention = attention.detach()
+            if attention.numel() > _MANY:  # a trace is small
+                attention = attention.sum(1, keepdim=True)
+        self.heard.append(Heard(layer, attention, rows))
 
 
 @dataclass

@@ -226,7 +226,7 @@ class TextStage(Copied):
                 "does not ask its config which function to use."
             )
         if forward.record is not None:
-            forward.record.hear(self.runtime.filters[k], attention, forward.index)
+            forward.record.hear(self.runtime.filters[k], attention, forward.rows)
         vision = forward.current(media.vision)
         selection = scores.choose(self.runtime, prefill, forward, media, hidden, attention, k)
         keep = selection.mask(vision.shape[1]).to(HOST) | ~vision
