@@ -14,7 +14,6 @@ from mustdrop.cli.common import budget, check_run, console
 from mustdrop.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mustdrop.budget import Keep
     from mustdrop.explain import Prompt
 
 QUESTION = "where is the magenta one ?"  # about the bundled scene

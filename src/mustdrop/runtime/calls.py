@@ -72,6 +72,23 @@ class Calls:
             local.forward = local.kinds = local.mask = local.encoder = local.capture = None
         return True
 
+    def abandon(self, levels: tuple[int, ...], depth: int, kwargs: dict[str, Any], error: BaseException) -> None:
+        """An interrupt left a module, and no hook was told: of this module, of those inside it, or of calls inside.
+
+        Args:
+            levels: of the module.
+            depth: calls that ran when its forward began.
+            kwargs: of the forward.
+            error: the interrupt.
+        """
+        local = self.local
+        if len(local.aside) > depth:
+            local.end(depth)
+        for level in levels:
+            if level in local.levels:
+                local.levels = local.levels[: local.levels.index(level) + 1]
+                self.leave(level, kwargs, error)
+
     def finish(self, call: Call, depth: int, error: BaseException | None = None, silent: bool = False) -> None:
         """End a call with `depth` others around it. The outermost one leaves its trace, or why there is none."""
         self.local.end(depth)
@@ -182,12 +199,12 @@ class Direct:
         arrived, local.arrived = local.arrived, None
         if arrived is not self.module:
             return self.module(*args, **kwargs)
+        depth = len(local.aside)
         try:
             return self.function(*args, **kwargs)
         except BaseException as error:
             if not isinstance(error, Exception):
-                for level in self.levels:
-                    self.calls.leave(level, kwargs, error)
+                self.calls.abandon(self.levels, depth, kwargs, error)
             raise
 
 

@@ -21,7 +21,7 @@ from mustdrop.runtime.encoder import EncoderStage
 from mustdrop.runtime.entry import last_token, valid_tokens, words
 from mustdrop.runtime.installation import Installation
 from mustdrop.runtime.ledger import Ledger, now
-from mustdrop.runtime.plan import RowPlan, plan_row
+from mustdrop.runtime.plan import RowPlan, plan_row, plan_rows
 from mustdrop.runtime.record import record
 from mustdrop.runtime.rows import HOST
 from mustdrop.runtime.state import Call, Local
@@ -58,7 +58,9 @@ class Runtime(Copied):
         self.calls, self.ledger = Calls(self), Ledger()
         self.warned = self.exceeded = False
         self.sizes: dict[object, Any] = {}
-        self.plans: dict[int, RowPlan] = {}  # per runtime: keep=1 and keep=1.0 are equal and mean different things
+        self.plans: dict[
+            tuple[int, bool], RowPlan
+        ] = {}  # per runtime: keep=1 and keep=1.0 are equal and mean different things
         self.installation = Installation()
         checks.model(self)
 
@@ -113,14 +115,18 @@ class Runtime(Copied):
         """Whether the text model runs a flash-attention kernel."""
         return "flash" in self.implementation
 
-    def plan(self, total: int) -> RowPlan:
+    def plan(self, total: int, spared: bool = False) -> RowPlan:
         """Numbers for a prompt with `total` vision tokens; a server sees the same few sizes all day."""
-        if total not in self.plans:
-            made = self.plans[total] = plan_row(self.method, total, self.depth, self.filters)
+        if (total, spared) not in self.plans:
+            made = self.plans[total, spared] = plan_row(self.method, total, self.depth, self.filters, spared)
             if made.exceeds and not self.exceeded:
                 self.exceeded = True
                 warn(made.exceeds, BudgetWarning)
-        return self.plans[total]
+        return self.plans[total, spared]
+
+    def plan_batch(self, totals: list[int]) -> list[RowPlan]:
+        """Numbers for each prompt of a batch, see `plan_rows`."""
+        return plan_rows(totals, self.plan)
 
     def install(self) -> None:
         """Register hooks, capture points and wrappers."""
@@ -160,7 +166,7 @@ class Runtime(Copied):
             kinds = kinds.masked_fill(~valid, -1)
             call.totals = (kinds >= 0).sum(1).tolist()
             checks.media(self, call.totals_of, kwargs if ids is None else {"input_ids": ids, **kwargs})
-            call.plans = [self.plan(total) for total in call.totals]
+            call.plans = self.plan_batch(call.totals)
             ends = kinds.masked_fill(~last_token(valid), -1).amax(1).tolist()
             rule = None if self.method.vision is None else self.method.vision.rule
             if rule is not None and rule.asks:

@@ -255,14 +255,14 @@ def _counts(runtime: Runtime, media: Media) -> list[Tensor]:
     present = (media.vision & media.alive).sum(1).tolist()
     rows: list[tuple[int, ...]] = []
     prefill = runtime.method.prefill
-    for total, entering in zip(media.totals, present, strict=True):
-        tokens = runtime.plan(total).tokens
+    for plan, entering in zip(runtime.plan_batch(media.totals), present, strict=True):
+        tokens = plan.tokens
         if prefill is not None and prefill.survivors is not None:
             rows.append(prefill.left(entering) if entering else (0,) * len(runtime.filters))
         elif tokens is None:
             rows.append((0,) * len(runtime.filters))
         else:
-            rows.append(survivors_of(runtime.method, entering, runtime.depth, runtime.filters, tokens))
+            rows.append(survivors_of(runtime.method, entering, runtime.depth, runtime.filters, tokens, plan.spared))
     counts = []
     for k in range(len(runtime.filters)):
         wanted = [row[k] for row in rows]

@@ -298,17 +298,17 @@ def _ends(
 def _limits(sizes: Sequence[int], owners: Sequence[int], shares: Sequence[Share], amounts: Sequence[int]) -> list[int]:
     """Per medium, its part of its prompt's `amounts`: shared among the kinds of media first, then among the media.
 
-    The parts of all kinds, each of which is worked out in a call of its own, add up. What ends the prompt has one token
-    at least.
+    The parts of all kinds, each of which is worked out in a call of its own, add up. Where the tokens go round, each
+    medium has one at least (an icon among large pictures); what ends the prompt has one in any case.
     """
     out = [0] * len(sizes)
     for row, amount in enumerate(amounts):
         media = [i for i, owner in enumerate(owners) if owner == row and sizes[i]]
         if media:
             share = shares[row]
-            part = share_out(amount, share.tokens, share.end)[share.own]
+            part = share_out(amount, share.tokens, share.end, each=True)[share.own]
             needs = len(media) - 1 if share.ends else None
-            for i, n in zip(media, share_out(part, [sizes[i] for i in media], needs), strict=True):
+            for i, n in zip(media, share_out(part, [sizes[i] for i in media], needs, each=True), strict=True):
                 out[i] = n
     return out
 
