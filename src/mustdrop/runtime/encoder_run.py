@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,7 @@ class EncoderRun:
         inside: merging between the halves of its layers, or None.
         lengths: per encoder layer, the lengths of the sequences that attended to themselves.
         counted: the last of them after merging, and what merging had left then.
+        borders: the last of them in a packed sequence, and the borders that they are of.
     """
 
     tower: Tower
@@ -45,8 +46,9 @@ class EncoderRun:
     item: int = 0
     leave: Callable[[Any], Any] | None = None
     inside: Inside | None = None
-    lengths: list[Tensor] = field(default_factory=list)
+    lengths: list[Sequence[int] | Tensor] = field(default_factory=list)
     counted: tuple[Selection, Tensor] | None = None
+    borders: tuple[Tensor, Tensor] | None = None
 
     def reading(self, read: Read) -> Tensor | None:
         """(patches,) or (patches, D), what was read of every patch of all items; None if the layer did not run."""

@@ -75,11 +75,21 @@ def read(runtime: Runtime, embeds: Tensor, kinds: Tensor, mask: Tensor | None) -
     """
     call = runtime.local.call
     forward = runtime.local.forward
-    valid = valid_tokens(kinds, mask, forward.start if forward is not None else 0)
+    looked = None if call is None else call.looked
+    if looked is not None and looked.kinds is kinds:
+        valid = looked.valid
+    else:
+        valid = valid_tokens(kinds, mask, forward.start if forward is not None else 0)
     places = kinds >= 0
     vision = places & valid
+    names = [modality.name for modality in runtime.modalities]
+    found = _media(call, names, kinds)
+    marks = _marks(call, found) if found else []
     alive = torch.ones_like(vision)
-    if runtime.method.vision is not None:
+    if marks and call is not None and not call.unmarked:
+        for b, row in enumerate(marks):
+            alive[b, places[b]] = row.alive
+    elif runtime.method.vision is not None:  # only the rows themselves know
         alive = ~(places & embeds[..., 0].isnan().to(HOST))
     totals = vision.sum(1).tolist()
     prompt = _prompt(valid, call)
@@ -88,9 +98,6 @@ def read(runtime: Runtime, embeds: Tensor, kinds: Tensor, mask: Tensor | None) -
     if prefill is not None and prefill.score is not None:
         entering, given = on(vision & alive, embeds.device), on(raters, embeds.device)
         raters = answers.raters(prefill.score, embeds.nan_to_num(0.0), entering, given).to(HOST)
-    names = [modality.name for modality in runtime.modalities]
-    found = _media(call, names, kinds)
-    marks = _marks(call, found) if found else []
     media = Media(vision, places, valid, alive, prompt, text, raters, totals, not bool(valid.all()), marks, found)
     if media.marks:
         _spread_marks(media, reorder=runtime.method.renumber)
@@ -118,7 +125,7 @@ def valid_tokens(tokens: Tensor, mask: Any, start: int = 0) -> Tensor:
     if isinstance(mask, Tensor) and mask.ndim == 2:
         end = start + tokens.shape[1]
         here = mask[:, start:end] if mask.shape[1] > end else mask[:, -tokens.shape[1] :]
-        return here.to(tokens.device).bool()
+        return here.to(tokens.device, torch.bool, copy=True)  # the caller's mask may change before a trace is made
     return torch.ones_like(tokens, dtype=torch.bool)
 
 
