@@ -182,7 +182,7 @@ def test_it_is_a_process_of_its_own(launcher, arguments, code):
         (("demmo",), "demmo"),
         (("bench", "--new-tokens", "1"), "new-tokens"),
         (("demo", "--image", "cat.png"), "--question"),
-        (("demo", "--keep", "70000"), "576 vision tokens"),
+        (("demo", "--keep", "5", "--method", "fastv"), "576 vision tokens"),
         (("report",), "Missing argument"),
         (("doctor", "--device", "cuda:99"), "cuda:99"),
     ],

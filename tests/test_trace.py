@@ -127,7 +127,7 @@ def test_the_trace_describes_the_last_call():
 
 def test_the_trace_of_an_unpatched_model_or_before_a_run_is_an_error():
     with pytest.raises(NotPatchedError):
-        mustdrop.trace(plain())
+        mustdrop.trace(clone())
     with pytest.raises(NotPatchedError, match="run"):
         mustdrop.trace(patched(**ALL_THREE))
 

@@ -314,7 +314,7 @@ def test_flash_attention_is_refused_by_name_before_any_work():
 def test_sliding_windows_of_fixed_size_are_refused_by_name_before_any_work():
     model, inputs = clone(MISTRAL), batch(MISTRAL)
     model.config.text_config.sliding_window = 32
-    mustdrop.patch(model, **CASCADE)
+    mustdrop.patch(model, prefill=PrefillPruner(keep=0.6), decode=DecodeCachePruner())
     refused(model, inputs, "StaticSlidingWindowLayer", **STATIC)
     refused(model, inputs, "StaticSlidingWindowLayer", past_key_values=static(model))
 

@@ -1,7 +1,8 @@
 """Layers on several devices, as `device_map="auto"` spreads them: the numbers of one device, bit for bit.
 
 The devices are imitated (benchmarks/imitated_device.py): everything is computed on the CPU, and tensors that claim
-different devices refuse to meet, as they would on real ones. The hooks that move tensors between layers are accelerate's own.
+different devices refuse to meet, as they would on real ones. The hooks that move tensors between layers are
+accelerate's own.
 """
 
 from __future__ import annotations

@@ -25,7 +25,10 @@ BUDGETED = [name for name, recipe in recipes().items() if "keep" in recipe.model
 
 def share(method: str, family: str) -> float:
     """A budget that the filters of the method can meet in a tiny model, with something left to drop."""
-    prefill = find(method).prefill
+    built = find(method)
+    prefill = built.prefill
+    if prefill is None and built.vision is None:
+        return 0.25  # of a cache: layers with a window hold less than half anyway, and leave the others their share
     if prefill is None:
         return 0.5
     depth = len(registry()[family].decoder_layers(plain(family)))

@@ -6,12 +6,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mustdrop.errors import ConfigError
 from mustdrop.eval.journal import digest
-from mustdrop.method import Method
-from mustdrop.registry import MethodLike, described
+
+if TYPE_CHECKING:  # the command line describes its settings without torch
+    from mustdrop.registry import MethodLike
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class Settings:
         model = "bundled" if self.model is None else Path(self.model).name
         name, knobs = self.described
         parts = [str(value) if key == "keep" else f"{key}={value}" for key, value in knobs.items()]
+        from mustdrop.method import Method
+
         if isinstance(self.method, Method):  # its pruners are too long for a name
             parts = [digest(knobs)[:8]]
         run = re.sub(r"[/\\:\s]", "_", "-".join([name, *parts]))
@@ -78,6 +81,8 @@ class Settings:
     @property
     def described(self) -> tuple[str, dict[str, Any]]:
         """Name and settings of the method, for tables and files."""
+        from mustdrop.registry import described
+
         return described(self.method, self.knobs)
 
     def check(self, processes: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mustdrop import budget
 from mustdrop.budget import keep_text
@@ -109,7 +109,7 @@ def require_possible(method: Method, n_layers: int, layers: tuple[int, ...]) -> 
     if prefill is None or not isinstance(prefill.keep, float) or not layers:
         return
     try:
-        plan_row(method, _ENDLESS, n_layers, layers)
+        plan_row(replace(method, strict=True), _ENDLESS, n_layers, layers)
         return
     except BudgetError:
         before = layers[0] + 1
@@ -129,9 +129,8 @@ def require_possible(method: Method, n_layers: int, layers: tuple[int, ...]) -> 
 def _merge_floor(tokens: float, total: int) -> int:
     """Tokens that merging must leave under a budget of `tokens` equal tokens.
 
-    Merging does not know the question, the filters do. So merging leaves twice the budget, or half-way between budget
-    and
-    image where that is less, and the filters choose from that; at a budget of everything nothing may merge.
+    Merging does not know the question, the filters do. So merging leaves twice the budget, or half-way between
+    budget and image where that is less, and the filters choose from that; at a budget of everything nothing may merge.
     """
     return math.ceil(min(2 * tokens, (tokens + total) / 2) - 1e-6)
 
