@@ -223,6 +223,10 @@ def _marks(call: Call | None, media: list[list[Medium]]) -> list[Marks]:
     rows = []
     for own in media:
         pairs = [(medium.index, by_layout[id(medium.layout)].to(HOST)) for medium in own]
+        if len(pairs) == 1:  # its features are all the vision tokens of the prompt, in their order
+            mark = pairs[0][1]
+            rows.append(Marks(mark.alive, mark.pinned, mark.importance.float(), mark.order, mark.assignment))
+            continue
         n = sum(len(index) for index, _ in pairs)
         row = Marks(
             alive=torch.ones(n, dtype=torch.bool, device=HOST),
@@ -244,17 +248,18 @@ def _spread_marks(media: Media, reorder: bool) -> None:
     """Write the marks of each row to the positions of its vision tokens."""
     media.pinned = torch.zeros_like(media.vision)
     media.importance = torch.zeros(media.vision.shape, dtype=torch.float32, device=HOST)
-    order = torch.arange(media.vision.shape[1], dtype=torch.long, device=HOST).expand_as(media.vision).clone()
+    if reorder:
+        media.order = torch.arange(media.vision.shape[1], dtype=torch.long, device=HOST).repeat(len(media.vision), 1)
     for b, row in enumerate(media.marks):
         place = media.places[b].nonzero()[:, 0]
-        seen = media.valid[b, place]
-        if not bool(seen.all()):  # what the mask hides does not enter, whatever the encoder made of it
+        seen = media.valid[b, place] if media.padded else None
+        if seen is not None and not bool(seen.all()):  # what the mask hides does not enter, whatever became of it
             row.alive, row.pinned = row.alive & seen, row.pinned & seen
             there = (row.assignment >= 0) & row.alive[row.assignment.clamp(min=0)] & seen
             row.assignment = row.assignment.masked_fill(~there, -1)
         media.pinned[b, place], media.importance[b, place] = row.pinned, row.importance
-        order[b, place] = place[row.order]
-    media.order = order if reorder else None
+        if media.order is not None:
+            media.order[b, place] = place[row.order]
 
 
 def _counts(runtime: Runtime, media: Media) -> list[Tensor]:

@@ -270,9 +270,11 @@ def _ends(
     """Medium -> its feature that ends a prompt; that one predicts what follows."""
     found: dict[int, tuple[int, int]] = {}  # the last one of each prompt counts
     for i, row in enumerate(owners):
-        seen = torch.arange(sizes[i], dtype=torch.long, device="cpu") if shown is None else shown[i].nonzero()[:, 0]
-        if shares[row].ends and len(seen):
-            found[row] = i, int(seen[-1])
+        if not shares[row].ends:
+            continue
+        seen = range(sizes[i]) if shown is None else shown[i].nonzero()[:, 0].tolist()
+        if len(seen):
+            found[row] = i, seen[-1]
     return dict(found.values())
 
 
