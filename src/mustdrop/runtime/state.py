@@ -8,6 +8,7 @@ What it says about tokens lies on the host (see `mustdrop.runtime.rows`).
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -143,6 +144,29 @@ class Prefill:
         self.heard.append(Heard(layer, attention, rows))
 
 
+@dataclass(frozen=True, eq=False)
+class Looked:
+    """What the host has seen of a prompt: ids and mask came over once, at the start of the call.
+
+    Attributes:
+        ids: (B, S) that were looked at, or a copy that is known to be one.
+        mask: (B, S) likewise, or what is made of it; None without one.
+        kinds: (B, S) long, index of the modality that each position stands for, -1 for text. On the host.
+        valid: (B, S) bool, tokens that the mask does not hide. On the host.
+        whole: whether it hides none: then no mask says the same, and `generate` leaves it out.
+    """
+
+    ids: Tensor
+    mask: Any
+    kinds: Tensor
+    valid: Tensor
+    whole: bool
+
+    def knows(self, ids: Tensor | None, mask: Any) -> bool:
+        """Whether the host has seen both."""
+        return ids is self.ids and (mask is self.mask if mask is not None else self.whole)
+
+
 @dataclass
 class Call:
     """One generate or one forward of the patched model.
@@ -157,6 +181,8 @@ class Call:
         shown_of: kind of media -> per prompt (N,) bool, those that the mask does not hide; empty if it hides none.
         length: tokens of the prompt that the cache does not hold yet; None in a plain forward, where all are.
         plans: numbers per prompt.
+        looked: what the host has seen of the prompt, if its ids and its mask are given.
+        unmarked: whether some features bear no marks, because the model adds them later.
         open_ended: per prompt, the kind of media whose token it ends with, or None: that token predicts the answer and
             must stay.
         words: per prompt (T, C), embeddings of its words after the last vision token (all of them, if none follow);
@@ -181,6 +207,8 @@ class Call:
     totals_of: dict[str, list[int]] = field(default_factory=dict)
     shown_of: dict[str, list[Tensor]] = field(default_factory=dict)
     plans: list[RowPlan] = field(default_factory=list)
+    looked: Looked | None = None
+    unmarked: bool = False
     open_ended: list[str | None] = field(default_factory=list)
     words: list[Tensor] | None = None
     marks: dict[str, list[list[Marks]]] = field(default_factory=dict)
@@ -216,7 +244,7 @@ class Forward:
 
     Attributes:
         length: logical tokens of the chunk.
-        start: logical tokens that the cache held before.
+        begins: see `start`; asked at most once, before the first layer has run.
         batch: rows.
         cache: the adopted cache, or None.
         media: the vision tokens of this pass; None if it has none.
@@ -235,7 +263,7 @@ class Forward:
     """
 
     length: int
-    start: int
+    begins: Callable[[], int]
     batch: int
     cache: Any = None
     media: Media | None = None
@@ -251,6 +279,11 @@ class Forward:
     mask: Any = None
     later: Later | None = None
 
+    @functools.cached_property
+    def start(self) -> int:
+        """Logical tokens that the cache held before."""
+        return self.begins()
+
     @property
     def end(self) -> int:
         """Logical tokens of the sequence, those of the chunk included."""
@@ -261,11 +294,21 @@ class Forward:
         """(B, n) chunk index of each current row."""
         if self.rows is not None:
             return self.rows
+        return self._all
+
+    @functools.cached_property
+    def _all(self) -> Tensor:
         return torch.arange(self.length, dtype=torch.long, device="cpu").expand(self.batch, -1)
 
     def current(self, x: Tensor) -> Tensor:
         """(B, n) values of a (B, length) bool tensor at the current rows, False on padding."""
-        return x if self.rows is None else take(x, self.rows, 1) & (self.rows != PAD)
+        if self.rows is None:
+            return x
+        key = ("current", id(x))
+        if key not in self.memo:
+            made = take(x, self.rows, 1, self.padded)
+            self.memo[key] = (x, made & (self.rows != PAD) if self.padded else made)
+        return self.memo[key][1]  # type: ignore[no-any-return]
 
 
 class Local(threading.local):
