@@ -189,6 +189,12 @@ def test_shares_add_up_and_whoever_needs_a_token_has_one(amount, sizes, data):
         assert all(abs(part - amount * size / sum(sizes)) < 1 for part, size in zip(parts, sizes, strict=True))
     elif amount:
         assert parts[needs] >= 1
+    shared = share_out(amount, sizes, needs, each=True)
+    assert sum(shared) == amount
+    assert needs is None or not amount or shared[needs] >= 1
+    some = [part for part, size in zip(shared, sizes, strict=True) if size]
+    assert min(some) >= (amount >= len(some))  # one for each where they go round
+    assert max(shared) <= max(parts)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

@@ -103,3 +103,24 @@ def test_what_a_call_starts_keeps_its_bound(methods, cache):
 @pytest.mark.parametrize("batch", launches.BATCHES)
 def test_what_every_method_starts_keeps_its_bound(batch, cache):
     assert launch_bounds.above(measured(launches.every_method(), batch, cache)) == []
+
+
+@pytest.mark.parametrize("method", ["mustdrop", "fastv", "random"])
+def test_a_static_cache_waits_no_more_than_a_growing_one(method):
+    model = launches.build(layers=6, blocks=4, side=8)
+    rows = launches.measure(model, (method,), (1,), launches.CACHES, keep=40, side=8)
+    waits = {row["cache"]: row["prefill"]["own_waits"] for row in rows if row["method"] == method}
+    assert waits["static"] == waits["growing"]
+    assert {row["step"]["own_waits"] for row in rows} == {0}
+
+
+def test_a_prompt_comes_to_the_host_once():
+    """Ids and mask together; nothing else is asked of a prompt that loses tokens by chance."""
+    model = launches.build(layers=6, blocks=4, side=8)
+    inputs = launches.prompt(2, side=8)
+    with mustdrop.patched(model, "random", keep=21):
+        figures, tally = launches.count(model, inputs, "growing")
+    looks = [site for what, site in tally.sites if what == "waits" and "runtime/core.py" in site]
+    assert len(looks) == 1, looks
+    assert tally.sites["waits", looks[0]] == 1
+    assert figures["step"]["own_waits"] == 0

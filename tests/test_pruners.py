@@ -92,6 +92,20 @@ def test_merging_leaves_at_least_the_tokens_that_a_budget_wants(seed, window, at
     assert sorted(done, reverse=True) == pytest.approx(similar[:merges])  # the most similar windows are the ones
 
 
+@pytest.mark.parametrize("grid", [(1, 1), (1, 10), (2, 7), (9, 2)], ids=str)
+@pytest.mark.parametrize("compat", ["paper", "released"])
+def test_a_grid_smaller_than_a_window_is_not_merged(grid, compat):
+    n, pruner = grid[0] * grid[1], VisionStagePruner(window=3, threshold=-1.0, compat=compat)
+    features = torch.randn(2, n, 8)
+    merged = pruner.merge(features, grid)
+    assert torch.equal(merged.apply(features), features)
+    assert pruner(features, torch.rand(2, n), grid)[0].keep.shape == (2, n)
+    with pytest.raises(ConfigError, match="smaller than one window of 3x3"):
+        pruner.check(grid)
+    with pytest.raises(ConfigError, match="tokens for a grid"):
+        pruner.merge(features, (grid[0] + 1, grid[1]))
+
+
 @pytest.mark.parametrize("window", [2, 3])
 def test_merging_a_row_in_a_batch_equals_merging_it_alone(window):
     x = tokens_that_merge(5, 3, (6, 8))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import pickle
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -11,9 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import DynamicCache, StaticCache
 
 import mustdrop
-from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
+from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner, patching
 from mustdrop.errors import NothingDroppedWarning, NotPatchedError
 from support.builders import IMAGE, LLAMA, MISTRAL, QWEN2, SIGLIP, VARIANTS, answer, batch, clone, plain
 from support.checks import patched
@@ -271,3 +275,68 @@ def test_no_warning_when_tokens_went_or_there_was_no_image(setup, images):
         warnings.simplefilter("error", NothingDroppedWarning)
         _, inputs, _ = ran(images=images, **setup)
     assert (inputs["input_ids"] == IMAGE).any() == bool(sum(images))
+
+
+# ------------------------------------------------------------------------------------------ made when somebody asks
+
+
+def ended(model):
+    """What the last call of a patched model left, of which nobody has asked for a trace."""
+    left = patching._runtime(model).ledger.outcome().call
+    assert "trace" not in vars(left)
+    return left
+
+
+@pytest.mark.parametrize("setup", [ALL_THREE, {"method": "mustdrop", "keep": 12}, {"method": "snapkv", "keep": 9}])
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+def test_a_trace_made_later_describes_the_call_as_it_ended(kind, setup):
+    if kind is StaticCache and setup is ALL_THREE:
+        setup = {**ALL_THREE, "decode": DecodeCachePruner()}
+    inputs, made = batch(LLAMA, (1, 2), seed=7), []
+    for later in (False, True):
+        model = patched(LLAMA, **setup)
+        options = {} if kind is DynamicCache else {"max_cache_len": 160}
+        cache = kind(config=model.config.get_text_config(), **options)
+        given = {name: value.clone() for name, value in inputs.items()}
+        answer(model, given, steps=2, past_key_values=cache)
+        left = ended(model)
+        if later:  # all that a call refers to goes on
+            for value in given.values():
+                value.zero_()
+            answer(model, batch(LLAMA, (1,), seed=8), steps=1)
+            token = torch.ones(2, 1, dtype=torch.long)
+            with torch.no_grad():
+                model(input_ids=token, past_key_values=cache)
+            cache.reset()
+        made.append(left.trace.to_dict())
+    assert made[0] == made[1]
+
+
+def test_what_a_call_leaves_keeps_no_keys_and_no_model():
+    model = patched(LLAMA, **ALL_THREE)
+    cache = DynamicCache(config=model.config.get_text_config())
+    answer(model, batch(LLAMA, (1,)), steps=2, past_key_values=cache)
+    left, gone = ended(model), [weakref.ref(cache.layers[0].keys), weakref.ref(cache.layers[0].values)]
+    gone.append(weakref.ref(model))
+    mustdrop.unpatch(model)
+    del cache, model
+    gc.collect()
+    assert [one() for one in gone] == [None] * 3
+    assert left.trace.dropped_anything
+
+
+def test_what_a_call_leaves_can_be_saved_with_the_model():
+    model = patched(LLAMA, **ALL_THREE)
+    answer(model, batch(LLAMA, (1, 2)), steps=1)
+    again = pickle.loads(pickle.dumps(ended(model)))
+    assert again.trace.to_dict() == mustdrop.trace(model).to_dict()
+
+
+@pytest.mark.parametrize("keep", [9, 36])
+def test_what_a_call_leaves_knows_whether_anything_was_dropped(keep):
+    model = patched(LLAMA, method="mustdrop", keep=keep)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NothingDroppedWarning)
+        answer(model, batch(LLAMA, (1,)), steps=1, use_cache=False)
+    left = ended(model)
+    assert left.dropped_anything == left.trace.dropped_anything == (keep < 36)

@@ -44,7 +44,9 @@ def check_keep(keep: Keep, what: str = "keep") -> Keep:
     """
     keep = plain(keep)
     if isinstance(keep, bool) or not isinstance(keep, int | float):
-        raise BudgetError(f"{what} must be a number of tokens (int) or a share in (0, 1] (float), got {keep!r}.")
+        raise BudgetError(
+            f"{what} must be a number of tokens (int) or a share in (0, 1] (float), got {keep!r}.{_typed(keep, what)}"
+        )
     if isinstance(keep, float) and not 0.0 < keep <= 1.0:
         raise BudgetError(
             f"{what}={keep} is a share and must lie in (0, 1]. Write an int for a number of tokens, e.g. {what}=64."
@@ -52,6 +54,14 @@ def check_keep(keep: Keep, what: str = "keep") -> Keep:
     if keep <= 0:
         raise BudgetError(f"{what}={keep} must be positive: the smallest possible budget is 1 token.")
     return keep
+
+
+def _typed(keep: object, what: str) -> str:
+    """What to write in place of a text that says a number, as a command line takes it."""
+    try:
+        return f" Without quotes: {what}={check_keep(parse_keep(keep), what)!r}." if isinstance(keep, str) else ""
+    except BudgetError:
+        return ""
 
 
 def tokens_of(keep: Keep, total: int, what: str = "keep", strict: bool = True) -> float:
@@ -224,13 +234,14 @@ def entry(total: int, n_layers: int, layers: Sequence[int], tokens: float, taper
     return low
 
 
-def share_out(amount: int, sizes: Sequence[int], needs: int | None = None) -> list[int]:
+def share_out(amount: int, sizes: Sequence[int], needs: int | None = None, each: bool = False) -> list[int]:
     """Split `amount` tokens over images in proportion to their `sizes`; the parts add up to `amount`.
 
     Args:
         amount: tokens.
         sizes: of the images, not all of them 0.
         needs: an image that gets one token at least, at the cost of the one that has most; None: none does.
+        each: whether all images that are not empty do, as far as the tokens go round.
     """
     total = sum(sizes)
     ends = [amount * sum(sizes[: i + 1]) // total for i in range(len(sizes))]
@@ -238,6 +249,11 @@ def share_out(amount: int, sizes: Sequence[int], needs: int | None = None) -> li
     if needs is not None and amount and not parts[needs]:
         parts[parts.index(max(parts))] -= 1
         parts[needs] = 1
+    for poor in [i for i, part in enumerate(parts) if each and sizes[i] and not part]:
+        rich = parts.index(max(parts))
+        if parts[rich] > 1:
+            parts[rich] -= 1
+            parts[poor] = 1
     return parts
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,10 +35,15 @@ class Layout:
         """N, features of the medium."""
         return len(self.cells)
 
-    @property
+    @functools.cached_property
     def structural(self) -> Tensor:
         """(N,) bool, rows that stand for no part of the picture."""
         return self.cells < 0
+
+    @functools.cached_property
+    def in_picture(self) -> int:
+        """Rows that stand for a part of the picture."""
+        return self.size - int(self.structural.sum())
 
     @property
     def offsets(self) -> tuple[int, ...]:
@@ -59,17 +66,7 @@ class Layout:
             pool: side of the square of patches that makes one feature.
             prefix: structural rows before the features of each frame (a CLS row that the model keeps).
         """
-        frames, rows, columns = grid
-        height, width = encoder_grid
-        patch = torch.arange(height * width, dtype=torch.long, device="cpu").view(height, width)[
-            : rows * pool, : columns * pool
-        ]
-        patch = patch.reshape(rows, pool, columns, pool).transpose(1, 2).reshape(rows * columns, pool * pool)
-        item = (first + torch.arange(frames, dtype=torch.long, device="cpu")) * height * width
-        patches = torch.nn.functional.pad(item[:, None, None] + patch, (0, 0, prefix, 0), value=-1)
-        cells = torch.arange(frames * rows * columns, dtype=torch.long, device="cpu").view(frames, -1)
-        cells = torch.nn.functional.pad(cells, (prefix, 0), value=-1)
-        return cls((grid,), cells.flatten(), patches.flatten(0, 1))
+        return cls((grid,), *_of_frames(grid, encoder_grid, first, pool, prefix))
 
     def with_breaks(self, count: int = 1, each_row: bool = False) -> Layout:
         """The same features with structural rows: `count` at the end, or one after each row of the (one) grid."""
@@ -100,3 +97,32 @@ class Layout:
                 torch.zeros(0, width, dtype=torch.long, device="cpu"),
             )
         return cls(grids, torch.cat(cells), torch.cat(patches))
+
+
+#: What `_of_frames` has made, for the few grids that a model sees all day.
+_KNOWN: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+_MOST = 64
+
+
+def _of_frames(grid: Grid, encoder_grid: tuple[int, int], first: int, pool: int, prefix: int) -> tuple[Tensor, Tensor]:
+    """Cells and patches of `Layout.of_frames`. Layouts share them, and nobody writes to them."""
+    key = (grid, encoder_grid, first, pool, prefix)
+    if key in _KNOWN:
+        return _KNOWN[key]
+    with torch.inference_mode(False):  # a later call may train
+        frames, rows, columns = grid
+        height, width = encoder_grid
+        patch = torch.arange(height * width, dtype=torch.long, device="cpu").view(height, width)[
+            : rows * pool, : columns * pool
+        ]
+        patch = patch.reshape(rows, pool, columns, pool).transpose(1, 2).reshape(rows * columns, pool * pool)
+        item = (first + torch.arange(frames, dtype=torch.long, device="cpu")) * height * width
+        patches = torch.nn.functional.pad(item[:, None, None] + patch, (0, 0, prefix, 0), value=-1)
+        cells = torch.arange(frames * rows * columns, dtype=torch.long, device="cpu").view(frames, -1)
+        cells = torch.nn.functional.pad(cells, (prefix, 0), value=-1)
+        made = cells.flatten(), patches.flatten(0, 1)
+    if all(type(x) is Tensor for x in made):  # and not what stands in for a tensor while something is traced
+        if len(_KNOWN) >= _MOST:
+            _KNOWN.clear()
+        _KNOWN[key] = made
+    return made

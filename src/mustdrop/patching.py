@@ -12,7 +12,7 @@ from torch import nn
 
 from mustdrop.adapters import find as find_adapter
 from mustdrop.adapters.unsupported import inside, unwrapped
-from mustdrop.budget import Keep
+from mustdrop.budget import Keep, plain
 from mustdrop.errors import AmbiguousBudgetWarning, BudgetError, ConfigError, NotPatchedError, warn
 from mustdrop.method import DEFAULT_METHOD, Method
 from mustdrop.pruners import DecodeCachePruner, PrefillPruner, VisionStagePruner
@@ -69,6 +69,8 @@ def patch(
     """
     chosen = _method(method, keep, vision, prefill, decode, knobs)
     if strict is not None:
+        if not isinstance(plain(strict), bool):
+            raise ConfigError(f"strict must be True or False, got {strict!r}.")
         chosen = replace(chosen, strict=bool(strict))
     _put_in(model, chosen)
     warn_of_one(chosen)
@@ -219,11 +221,17 @@ def _put_in(model: nn.Module, chosen: Method) -> None:
 def warn_of_one(*methods: Method) -> None:
     """Say once that keep=1 is one token: it looks like keep=1.0, and the two are the least and the most."""
     for method in methods:
-        budgets = [getattr(pruner, "keep", None) for pruner in (method.vision, method.prefill, method.decode)]
-        if any(isinstance(keep, int) and keep == 1 for keep in budgets):
-            warn(
-                f"method {method.name!r} with keep=1 keeps one token: an int counts tokens. A float is a share, and "
-                "keep=1.0 (100%) keeps all of them: write that if you meant it.",
-                AmbiguousBudgetWarning,
-            )
-            return
+        for what, pruner in (("keep", method.vision), ("keep", method.prefill), (_decode_knob(method), method.decode)):
+            keep = getattr(pruner, "keep", None)
+            if isinstance(keep, int) and keep == 1:
+                warn(
+                    f"method {method.name!r} with {what}=1 keeps one token: an int counts tokens. A float is a share, "
+                    f"and {what}=1.0 (100%) keeps all of them: write that if you meant it.",
+                    AmbiguousBudgetWarning,
+                )
+                return
+
+
+def _decode_knob(method: Method) -> str:
+    """What the budget of the cache is called: where tokens are dropped earlier, `keep` is theirs."""
+    return "keep" if method.prefill is None and method.vision is None else "decode_keep"

@@ -131,12 +131,13 @@ class PlainStage:
             rows: (F, D) what is handed on, if that is more than the features (DeepStack); merged like them.
         """
         most = [min(count, layout.size) for count, layout in zip(counts, layouts, strict=True)]
-        decided = decide(self.pruner, run, layouts, features, most, most, (), self._chooser(run, layouts, most), choice)
+        chooser = self._chooser(run, layouts, most)
+        decided = decide(self.pruner, run, layouts, features, most, most, {}, None, chooser, choice)
         values = decided.write(features if rows is None else rows)
         return _kept(decided, values, [layout.size for layout in layouts])
 
     def _chooser(self, run: EncoderRun, layouts: Sequence[Layout], counts: Sequence[int]) -> Chooser | None:
-        return None if self.pruner.rule is None else Chooser(self.pruner.rule, run, layouts, counts, (), ())
+        return None if self.pruner.rule is None else Chooser(self.pruner.rule, run, layouts, counts, {}, None, ())
 
 
 def _kept(decided: Decided, values: Tensor, sizes: Sequence[int]) -> list[Kept]:

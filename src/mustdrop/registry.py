@@ -40,6 +40,8 @@ R = TypeVar("R", bound=Recipe)
 #: What is taken wherever a method is named: a name, `module:Class`, a `Recipe` class or object, or a `Method`.
 MethodLike = str | Method | Recipe | type[Recipe]
 
+_SHOWN = 80  # characters of what messages print as it is
+
 _registered: dict[str, type[Recipe]] = {}
 
 
@@ -61,7 +63,7 @@ def registry() -> dict[str, type[Recipe]]:
     """
     found = announced(Recipe, _built_in().recipes)
     for why in (*_built_in().broken.values(), *found.broken.values()):
-        warn(f"{why} It is left out.", BrokenMethodWarning)
+        warn(f"{why.rstrip('. ')}. It is left out.", BrokenMethodWarning)
     return found.recipes | _registered
 
 
@@ -108,7 +110,7 @@ def register(recipe: Any = None, name: str | None = None, *, replace: bool = Fal
             "recipe with its knobs needs no name: pass it to patch as it is."
         )
     name = name or own_name(recipe) or snake_case(recipe.__name__)
-    if ":" in name or name.split() != [name]:
+    if not isinstance(name, str) or ":" in name or name.split() != [name]:
         raise ConfigError(f"{name!r} cannot be the name of a method: expected one word without a colon.")
     taken: Any = _here().get(name)
     taken = taken or next((str(point.value) for point in entry_points() if point.name == name), None)
@@ -176,6 +178,8 @@ def look_up(name: str, folder: Path | None = None) -> MethodLike:
     broken = _built_in().broken | announced(Recipe, {}).broken
     if name in broken:
         raise UnknownMethodError(f"the method {name!r} is there and cannot be used: {broken[name]}")
+    if name.endswith(".json"):
+        raise UnknownMethodError(f"{name!r} is no method. A config file is read first: mustdrop.load_config({name!r}).")
     raise UnknownMethodError(f"there is no method {name!r}. {did_you_mean(name, known)}")
 
 
@@ -214,6 +218,10 @@ def resolve(given: MethodLike, /, **knobs: Any) -> Method:
 
 
 def _build(recipe: Recipe, name: str) -> Method:
+    if type(recipe).build is Recipe.build:
+        raise ConfigError(
+            f"{type(recipe).__name__} has no build(), which makes the mustdrop.Method of a recipe: define it."
+        )
     built: Any = recipe.build()
     if not isinstance(built, Method):
         raise ConfigError(f"{type(recipe).__name__}.build returned {_shown(built)}, expected a mustdrop.Method.")
@@ -228,9 +236,15 @@ def _shown(thing: Any) -> str:
     ):
         if isinstance(thing, kind):
             return f"a {kind.__name__}: write {socket}={kind.__name__}(...)"
+    if isinstance(thing, Path):
+        return f"a path: a config file is read first, mustdrop.load_config({str(thing)!r})"
     if isinstance(thing, dict):
         return f"a dict: write patch(model, {', '.join(f'{k}=...' for k in thing) or 'keep=...'}), or **settings"
-    return f"{thing!r} ({type(thing).__name__})" if not isinstance(thing, type) else f"the class {thing.__name__}"
+    if isinstance(thing, type):
+        return f"the class {thing.__name__}"
+    text = repr(thing)
+    kind = type(thing).__name__
+    return f"{text} ({kind})" if len(text) <= _SHOWN and "\n" not in text else f"a {kind}"
 
 
 def name_of(kind: type[Recipe]) -> str:

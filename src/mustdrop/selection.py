@@ -29,6 +29,9 @@ class Selection:
     @classmethod
     def from_mask(cls, alive: Tensor, order: Tensor | None = None) -> Selection:
         """Selection of the True positions of `alive`, (B, N) bool, ascending by index or by `order`, (B, N) long."""
+        if len(alive) == 1 and alive.device.type == "cpu" and order is None:  # one row needs no padding
+            keep = alive.nonzero()[None, :, 1]
+            return cls(keep, torch.ones(keep.shape, dtype=torch.bool, device=keep.device))
         index = torch.arange(alive.shape[1], dtype=torch.long, device=alive.device).expand_as(alive)
         last = torch.iinfo(torch.long).max
         counts = alive.sum(1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mustdrop.cost import Compared
 from mustdrop.errors import ConfigError
-from mustdrop.runtime.state import Marks, Medium
+from mustdrop.runtime.state import Heard, Marks, Medium
 
 
 @dataclass(frozen=True, repr=False)
@@ -54,7 +54,8 @@ class Trace:
     media: list[list[Medium]]
     _alive: list[list[Tensor]] = field(default_factory=list)
     _marks: list[Marks] = field(default_factory=list)
-    _heard: list[dict[int, Tensor]] = field(default_factory=list)
+    _heard: list[Heard] = field(default_factory=list)
+    _vision: Tensor | None = None
 
     @property
     def equal_tokens(self) -> Tensor:
@@ -125,7 +126,7 @@ class Trace:
             ConfigError: no such sample.
         """
         self._check(0, sample)
-        return dict(self._heard[sample]) if self._heard else {}
+        return {} if self._vision is None else {one.layer: one.of(self._vision, sample) for one in self._heard}
 
     def importance(self, sample: int = 0) -> Tensor | None:
         """(N,) float, what the vision stage ranked the tokens by, the encoder's attention; None if it ranked none."""

@@ -33,7 +33,8 @@ def draw(trace: Trace, image: Any, path: str | Path | None, sample: int) -> Any:
     axes = figure.subplots(len(rows), len(stages) + 1, squeeze=False)
     covered = [coverage(trace, layer, row) for layer in stages.values()]
     for line, (one, cells) in enumerate(zip(rows, axes, strict=True)):
-        pixels = fitted(picture_of(one), trace.fit, *one.tokens.shape, SIDE)
+        height, width = one.tokens.shape
+        pixels = fitted(picture_of(one), trace.fit, height, width, SIDE)
         cells[0].imshow(pixels)
         cells[0].set_ylabel(one.label, fontsize=9)
         for ax, name, alive in zip(cells[1:], stages, covered, strict=True):

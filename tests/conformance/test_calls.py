@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import threading
 
 import pytest
@@ -447,9 +448,9 @@ def test_an_interrupted_forward_leaves_nothing_behind():
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    for name in PLACES:
+    for name, register in itertools.product(PLACES, ("register_forward_hook", "register_forward_pre_hook")):
         for call in (model, model.forward, model.model):
-            handle = place(model, name).register_forward_hook(interrupt)
+            handle = getattr(place(model, name), register)(interrupt)
             if name == "lm_head" and call is model.model:
                 handle.remove()
                 continue
@@ -459,6 +460,30 @@ def test_an_interrupted_forward_leaves_nothing_behind():
             with torch.no_grad():
                 assert torch.equal(model(**other).logits, expected)
             assert mustdrop.trace(model).total.tolist() == [72]
+
+
+def test_an_interrupt_before_an_inner_call_has_begun_leaves_nothing_behind():
+    """Nobody is told of it: the hook in front of the inner call's model raises, in a hook of the outer one."""
+    model, outer, inner = patched(LLAMA, **MERGING), batch(LLAMA, (1,), seed=21), batch(LLAMA, (2,), seed=22)
+    with torch.no_grad():
+        expected = model(**outer).logits
+    handles = []
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def nested(*_):
+        handles.append(model.register_forward_pre_hook(interrupt))
+        model(**inner)
+
+    handles.append(model.model.language_model.layers[2].register_forward_hook(nested))
+    with pytest.raises(KeyboardInterrupt), torch.no_grad():
+        model(**outer)
+    for handle in handles:
+        handle.remove()
+    with torch.no_grad():
+        assert torch.equal(model(**outer).logits, expected)
+    assert mustdrop.trace(model).total.tolist() == [36]
 
 
 def test_a_trace_of_another_thread_is_the_newest_until_this_one_has_a_newer():

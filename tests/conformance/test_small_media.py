@@ -18,7 +18,7 @@ from mustdrop.method import find
 from mustdrop.method import registry as recipes
 from support.builders import answer
 from support.edges import BUDGETED, share, skip_where_the_plain_model_fails, small_sizes, with_sizes
-from support.families import batch, clone, compare, plain, vision_positions
+from support.families import assert_dropping_equals_masking, batch, clone, compare, plain, vision_positions
 
 FAMILIES = [(name, kind) for name, adapter in registry().items() if adapter.available() for kind in adapter.media]
 each = pytest.mark.parametrize(("name", "kind"), FAMILIES, ids=map("-".join, FAMILIES))
@@ -78,6 +78,24 @@ def test_small_and_thin_media_beside_a_usual_one(name, kind, breadth):
 
 
 @each
+@pytest.mark.filterwarnings("ignore::mustdrop.errors.NothingDroppedWarning")
+def test_a_small_picture_beside_a_large_one_keeps_a_token(name, kind):
+    """Its part of the budget is less than one; the tokens go round, so each medium of the prompt has one."""
+    needs_the_vision_stage(name)
+    adapter, sizes = registry()[name], small_sizes(name, kind)
+    if not sizes:
+        pytest.skip("all media of this family become equally many tokens")
+    usual = adapter.tiny_sizes(kind)[0]
+    inputs = batch(with_sizes(adapter, kind, (sizes[0], usual, sizes[0])), plain(name), ((kind,) * 3,))
+    model = mustdrop.patch(clone(name), "random", keep=3)
+    answer(model, inputs, 1)
+    trace = mustdrop.trace(model)
+    kept = trace.kept(0).tolist()
+    assert len(kept) == 3
+    assert all(set(medium.index.tolist()) & set(kept) for medium in trace.media[0])
+
+
+@each
 @pytest.mark.filterwarnings("ignore::mustdrop.errors.BudgetWarning")
 def test_a_mask_may_hide_vision_tokens(name, kind):
     """As ablations and blind baselines do: the hidden tokens are not there, and nothing else changes."""
@@ -129,6 +147,25 @@ def test_a_budget_beyond_a_picture_keeps_what_there_is(method):
     strict = mustdrop.patch(clone("qwen2_vl"), method, keep=26, strict=True)
     with pytest.raises(errors.BudgetError, match="26"):
         answer(strict, inputs, 1)
+
+
+@pytest.mark.parametrize("method", ["fastv", "pyramiddrop", "dart", "sparsevlm"])
+def test_a_batch_is_not_lost_for_a_prompt_whose_budget_the_filters_cannot_meet(method):
+    """Of 36 tokens the layers before the first filter cost more than 5; the picture of 4 meets it."""
+    model, inputs = mustdrop.patch(clone("qwen2_vl"), method, keep=5), tiny_and_usual()
+    knobs = {"method": method, "keep": 5, **recipes()[method].unmerged()}
+    with pytest.warns(errors.BudgetWarning, match="keep=5 of 36 vision tokens.*one stays behind each.*strict=True"):
+        answer(model, inputs, 1)
+    first = model.__dict__["_mustdrop"].filters[0]
+    assert mustdrop.trace(model).tokens[:, 0].tolist() == [4] * 5
+    assert mustdrop.trace(model).tokens[:, 1].tolist() == [36] * (first + 1) + [1] * (4 - first)
+    with pytest.warns(errors.BudgetWarning):
+        assert_dropping_equals_masking("qwen2_vl", (("image",), ("image",)), inputs=inputs, steps=2, **knobs)
+    alone = batch(registry()["qwen2_vl"], model, (("image",), ()))
+    with pytest.raises(errors.BudgetError, match="impossible with 16"):  # no prompt with a picture meets it
+        answer(model, alone, 1)
+    with pytest.raises(errors.BudgetError, match=r"impossible with 36|more than the 4"):
+        answer(mustdrop.patch(model, method, keep=5, strict=True), inputs, 1)
 
 
 def test_the_same_budgets_composed():

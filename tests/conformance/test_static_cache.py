@@ -323,3 +323,43 @@ def test_a_cache_of_an_encoder_and_a_decoder_is_refused_by_name_before_any_work(
     model = patched(LLAMA, **CASCADE)
     cache = transformers.EncoderDecoderCache(static(model), static(model))
     refused(model, batch(), "EncoderDecoderCache", past_key_values=cache)
+
+
+# -------------------------------------------------------------------------------------------------- what the host knows
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_the_host_counts_in_a_pass_only(setup):
+    """Between passes a compiled or captured step moves the counter, and no code of ours is run."""
+    model, cache = patched(LLAMA, **SETUPS[setup]), None
+    cache = static(model)
+    known = []
+    handle = model.model.language_model.layers[-1].register_forward_hook(
+        lambda *_: known.append([(layer.filled, int(layer.cumulative_length)) for layer in cache.layers])
+    )
+    answer(model, batch(LLAMA, (1, 2), seed=3), 1, past_key_values=cache)
+    handle.remove()
+    assert all(filled == counted for filled, counted in known[0])
+    assert [layer.filled for layer in cache.layers] == [None] * LLAMA.n_layers
+    before = [layer.slots for layer in cache.layers]
+    for layer in cache.layers:
+        layer.cumulative_length.add_(1)
+    assert [layer.slots for layer in cache.layers] == [n + 1 for n in before]
+    assert {layer.logical for layer in cache.layers} == {int(cache.get_seq_length())}
+
+
+def test_after_a_pass_that_failed_the_host_asks_the_device():
+    model = patched(LLAMA, **CASCADE)
+    cache, inputs = static(model), batch(LLAMA, (1,), seed=2)
+
+    def fail(*_):
+        raise ValueError("stop")
+
+    handle = model.model.language_model.layers[-1].register_forward_hook(fail)
+    with pytest.raises(ValueError, match="stop"):
+        model(**inputs, past_key_values=cache)
+    handle.remove()
+    assert [layer.filled for layer in cache.layers] == [None] * LLAMA.n_layers
+    cache.reset()
+    expected = answer(model, inputs, 3, past_key_values=static(model)).logits
+    assert torch.equal(answer(model, inputs, 3, past_key_values=cache).logits, expected)

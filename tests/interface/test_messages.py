@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import pickle
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -184,9 +184,8 @@ def test_a_share_that_no_prompt_can_meet_is_refused_when_patching(family):
         runtime = model._mustdrop
     plan_row(runtime.method, enough, depth, runtime.filters)
     plan_row(runtime.method, 7 * enough, depth, runtime.filters)
-    strict = dataclasses.replace(runtime.method, strict=True)
     with pytest.raises(errors.BudgetError):
-        plan_row(strict, enough - 1, depth, runtime.filters)
+        plan_row(replace(runtime.method, strict=True), enough - 1, depth, runtime.filters)
 
 
 @pytest.mark.parametrize(
@@ -256,6 +255,52 @@ def test_one_token_is_told_from_all_of_them_once(settings):
     assert not told_by(lambda: answer(model, batch(), steps=1))
     with mustdrop.patched(clone(), "none"):  # what is put back was told before
         assert not told_by(lambda: mustdrop.patch(model, "random", keep=2))
+
+
+def test_the_budget_of_the_cache_is_told_by_its_own_name():
+    (warning,) = told_by(lambda: mustdrop.patch(clone(), decode_keep=1))
+    assert "decode_keep=1 keeps one token" in str(warning.message)
+
+
+@pytest.mark.parametrize(("keep", "meant"), [("25%", "keep=0.25"), ("0.25", "keep=0.25"), ("64", "keep=64")])
+def test_a_budget_in_quotes_is_told_what_to_write(keep, meant):
+    for make in (lambda: mustdrop.patch(clone(), keep=keep), lambda: PrefillPruner(keep=keep)):
+        with pytest.raises(errors.BudgetError, match=f"got '{keep}'. Without quotes: {meant}."):
+            make()
+
+
+class Unfinished(mustdrop.Recipe):
+    """A recipe that builds nothing."""
+
+
+@pytest.mark.parametrize("method", [mustdrop.Recipe, mustdrop.Recipe(), Unfinished, Unfinished()], ids=repr)
+def test_a_recipe_without_build_is_refused(method):
+    with pytest.raises(errors.ConfigError, match=r"has no build\(\)"):
+        mustdrop.patch(clone(), method)
+
+
+def test_what_is_no_method_is_named_in_one_line():
+    with pytest.raises(errors.ConfigError, match=r"got a LlavaForConditionalGeneration\.$"):
+        mustdrop.patch(clone(), clone())
+
+
+def test_a_config_file_in_the_place_of_a_method_is_told_how_it_is_read(tmp_path):
+    for given in (tmp_path / "chosen.json", str(tmp_path / "chosen.json")):
+        with pytest.raises(ValueError, match=r"mustdrop.load_config\('.*chosen.json'\)"):
+            mustdrop.patch(clone(), given)
+
+
+@pytest.mark.parametrize("strict", ["no", 1, 0.0, []])
+def test_strict_is_a_truth_value(strict):
+    with pytest.raises(errors.ConfigError, match="strict must be True or False"):
+        mustdrop.patch(clone(), strict=strict)
+
+
+def test_a_module_that_holds_a_model_names_the_part():
+    holder = torch.nn.Module()
+    holder.part = torch.nn.ModuleDict({"eye": clone()})
+    with pytest.raises(errors.UnsupportedModelError, match=r"holds a Llava\w+: pass that, \.part\.eye of what"):
+        mustdrop.patch(holder)
 
 
 def test_what_is_put_back_is_not_told_again():

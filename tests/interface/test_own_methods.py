@@ -207,7 +207,7 @@ def test_only_classes_with_a_build_are_registered(thing):
         mustdrop.register(thing, "name")
 
 
-@pytest.mark.parametrize("name", ["two words", "module:Class"])
+@pytest.mark.parametrize("name", ["two words", "module:Class", "  ", 5])
 def test_a_name_is_one_word(name):
     with pytest.raises(errors.ConfigError, match="cannot be the name of a method"):
         mustdrop.register(Half, name)

@@ -47,8 +47,11 @@ class Llava(Adapter):
         prefix = special - (strategy == "default")
         found, start = [], 0
         for rows, columns in _grids(model, arguments):
-            one = Layout.of_frames((1, rows, columns), (rows, columns), prefix=prefix)
-            found.append(Layout(one.grids, one.cells, torch.where(one.patches < 0, -1, one.patches + start)))
+            before, rest = divmod(start, rows * columns)
+            one = Layout.of_frames((1, rows, columns), (rows, columns), before, prefix=prefix)
+            if rest:  # images of other sizes come before this one
+                one = Layout(one.grids, one.cells, torch.where(one.patches < 0, -1, one.patches + rest))
+            found.append(one)
             start += rows * columns
         return found
 

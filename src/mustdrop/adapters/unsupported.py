@@ -149,6 +149,9 @@ def _instead(thing: object, names: list[str], known: Sequence[str]) -> str:
     whole = [other for other in near if stem(other) == stem(names[0])] if names[0].endswith("Model") else []
     if whole:
         return f"A {names[0]} has no head: pass the {whole[0]} that holds it."
+    for path, part in thing.named_modules():  # a module of somebody's own, with the model as a part
+        if path and {kind.__name__ for kind in type(part).__mro__} & set(known):
+            return f"It holds a {type(part).__name__}: pass that, .{path} of what you passed."
     hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
     return f"Known are {len(known)} classes, such as {EXAMPLE} (mustdrop.list_adapters() names the families).{hint}"
 

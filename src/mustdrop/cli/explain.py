@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from mustdrop.budget import Keep
 from mustdrop.cli.common import budget, check_run, console
 from mustdrop.errors import ConfigError
 
@@ -58,7 +59,8 @@ def explain(
     prompt = _prompt(image or [], video, question, model, frames)
     logging.disable_progress_bar()
     subject, processor = _load(model, device, dtype)
-    settings = [(name, number) for name in methods for number in budgets or [None]]
+    wanted: list[Keep | None] = [*budgets] or [None]
+    settings = [(name, number) for name in methods for number in wanted]
     steps = iter(track(range(len(settings)), "asking", console=Console(stderr=True), transient=True))
     next(steps)
 

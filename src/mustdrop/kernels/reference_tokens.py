@@ -146,12 +146,12 @@ def compact(tensors: list[Tensor], index: Tensor) -> list[Tensor]:
     return [take(x, index, 2) for x in tensors]
 
 
-def take(x: Tensor, index: Tensor, dim: int) -> Tensor:
+def take(x: Tensor, index: Tensor, dim: int, padded: bool = True) -> Tensor:
     """Gather `x` along `dim` by `index` (B, M); -1 reads entry 0 (mask it where it matters).
 
-    `x` may have batch size 1.
+    `x` may have batch size 1. Where `index` is known to hold no -1, `padded` may be False, which saves an operation.
     """
-    index = index.clamp(min=0).to(x.device)
+    index = (index.clamp(min=0) if padded else index).to(x.device)
     if x.shape[0] == 1 and index.shape[0] > 1:
         x = x.expand(index.shape[0], *x.shape[1:])
     if index.shape[0] == 1:  # one row: a plain index_select is several times faster than gather on wide rows

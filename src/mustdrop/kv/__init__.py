@@ -9,15 +9,28 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from mustdrop.compat import cache_of, dynamic_cache
 from mustdrop.errors import CacheStateError, UnsupportedOptionError
 from mustdrop.kv.growing import PrunedLayer
-from mustdrop.kv.slots import Arrival, Slots
+from mustdrop.kv.slots import Arrival, Slots, Stored
 from mustdrop.kv.static import PrunedStaticLayer
 
-__all__ = ["Arrival", "PrunedLayer", "PrunedStaticLayer", "Slots", "adopt", "check", "is_step", "settle"]
+__all__ = [
+    "Arrival",
+    "PrunedLayer",
+    "PrunedStaticLayer",
+    "Slots",
+    "Stored",
+    "adopt",
+    "check",
+    "is_step",
+    "length",
+    "settle",
+    "stored",
+]
 
 REFUSED_IMPLEMENTATIONS = "sliding_window and hybrid static caches, quantized, offloaded and paged caches"
 
@@ -111,8 +124,49 @@ def is_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return token is not None and token.shape[1] == 1
 
 
-def settle(cache: Any) -> None:
-    """A pass over `cache` has ended: a static cache is ready for compiled decode steps."""
+def length(cache: Any, counts: bool) -> int:
+    """Logical length of `cache`.
+
+    Of a static cache that holds something the device is asked, once for all layers where the pass that begins `counts`
+    the slots: one whose every update comes with an arrival.
+    """
+    first = cache.layers[0]
+    if not counts or type(first) is not PrunedStaticLayer:
+        return int(cache.get_seq_length())
+    for places, counter in _counters(cache.layers):
+        for i, number in zip(places, counter.tolist(), strict=True):
+            cache.layers[i].filled = number
+    return first.logical
+
+
+def stored(layers: list[Any]) -> list[Stored]:
+    """What each layer stores now. Nothing waits for the device, and no key or value is kept.
+
+    What only the device knows of a static cache is copied there: later steps count in the same place.
+    """
+    numbers: dict[int, Any] = {}
+    for places, counter in _counters(layers):
+        numbers |= dict(zip(places, counter.split(1), strict=True))
+    return [layer.stored(numbers.get(i, 0)) for i, layer in enumerate(layers)]
+
+
+def _counters(layers: list[Any]) -> list[tuple[list[int], Any]]:
+    """Per device, which layers there are of a fixed size and filled, and (layers,) long: a copy of their counters."""
+    by_device: dict[Any, list[int]] = {}
+    for i, layer in enumerate(layers):
+        if type(layer) is PrunedStaticLayer and layer.is_initialized:
+            by_device.setdefault(layer.keys.device, []).append(i)
+    return [(some, torch.stack([layers[i].cumulative_length for i in some])) for some in by_device.values()]
+
+
+def settle(cache: Any, failed: bool = False) -> None:
+    """A pass over `cache` has ended: unless it has failed, a static cache is ready for compiled decode steps."""
+    sent: dict[Any, dict[int, Any]] = {}
     for layer in getattr(cache, "layers", None) or ():
-        if type(layer) is PrunedStaticLayer:
-            layer.ready = True
+        if type(layer) is not PrunedStaticLayer:
+            continue
+        if failed:
+            layer.filled = None
+        elif layer.is_initialized:
+            layer.settle(sent.setdefault(layer.keys.device, {}))
+        layer.ready = layer.ready if failed else True

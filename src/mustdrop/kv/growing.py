@@ -11,8 +11,9 @@ from transformers.cache_utils import DynamicLayer
 
 from mustdrop.compat import crop_length, records_past
 from mustdrop.errors import CacheStateError
-from mustdrop.kv.slots import Slots, reordering
+from mustdrop.kv.slots import Slots, Stored, reordering
 from mustdrop.runtime.eviction import Cut
+from mustdrop.runtime.rows import HOST
 
 _SLIDE = 64  # tokens after which a sliding layer with gaps looks for entries that have left its window
 _KNOWN = ("positions", "vision", "attended", "queries")  # one entry per slot that is described
@@ -66,7 +67,6 @@ class PrunedLayer(Slots, DynamicLayer):
             self.logical += key_states.shape[-2]
             self.steps += 1
         else:
-            arrival = arrival.on(self.home)
             known = self.slot_positions()
             marks = self.slot_vision()
             self.positions = arrival.positions if known is None else torch.cat([known, arrival.positions], 1)
@@ -163,7 +163,7 @@ class PrunedLayer(Slots, DynamicLayer):
                 "the last crop, or start with a new cache."
             )
         known = self.slot_positions()
-        newest = torch.arange(self.logical - remove, self.logical, dtype=torch.long, device=self.home)
+        newest = torch.arange(self.logical - remove, self.logical, dtype=torch.long, device=HOST)
         if known is not None and (known.shape[1] < remove or not bool((known[:, -remove:] == newest).all())):
             raise CacheStateError(
                 f"cannot crop {remove} tokens from a pruned cache: vision tokens were dropped in that range."
@@ -181,11 +181,14 @@ class PrunedLayer(Slots, DynamicLayer):
         if not self.slots:
             return None
         known = 0 if self.positions is None else self.positions.shape[1]
-        tail = torch.arange(
-            self.logical - (self.slots - known), self.logical + extra, dtype=torch.long, device=self.home
-        )
+        tail = torch.arange(self.logical - (self.slots - known), self.logical + extra, dtype=torch.long, device=HOST)
         tail = tail.expand(self.keys.shape[0], -1)
         return tail if self.positions is None else torch.cat([self.positions, tail], 1)
+
+    def stored(self, slots: int | Tensor) -> Stored:
+        """What the layer stores now, `slots` entries."""
+        n = self.slots
+        return Stored(self.positions if n else None, n, self.logical - n, self.keys.shape[0] if n else 0)
 
     def storage_bytes(self) -> int:
         """Bytes of the tensors that hold keys and values."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,15 +37,72 @@ class Arrival:
     whole: bool
     memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
-    def on(self, device: torch.device) -> Arrival:
-        """The same on the device of a cache layer. Layers of one device share it, so that they share their cuts."""
-        if self.positions.device == device:
-            return self
-        key = ("on", device)
-        if key not in self.memo:
-            moved = (self.positions.to(device), self.vision.to(device), self.totals.to(device))
-            self.memo[key] = Arrival(*moved, self.advance, self.whole)
-        return self.memo[key]  # type: ignore[no-any-return]
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """What a cache layer stores at one moment, without the keys and values: what comes later changes nothing in it.
+
+    Attributes:
+        positions: (B, known or more) long, logical position of the first slots, PAD on padding; None: each slot holds
+            the token of its own number. On the host.
+        slots: entries, or (1,) long: those of a static cache, which only the device may know.
+        dropped: logical tokens that have no slot.
+        batch: B.
+    """
+
+    positions: Tensor | None
+    slots: int | Tensor
+    dropped: int
+    batch: int
+
+    @functools.cached_property
+    def number(self) -> int:
+        """Entries per row, padding included."""
+        return int(self.slots)
+
+    @property
+    def logical(self) -> int:
+        """Logical length."""
+        return self.number + self.dropped
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Equal for layers that store entries of the same positions. Both must be there while it is used."""
+        tail_only = self.positions is None or not self.positions.shape[1]
+        return (0 if tail_only else id(self.positions), self.number)
+
+    @functools.cached_property
+    def places(self) -> Tensor | None:
+        """(B, slots) long, logical position per slot, PAD on padding; None without slots."""
+        n, end = self.number, self.logical
+        if not n:
+            return None
+        known = 0 if self.positions is None else min(n, self.positions.shape[1])
+        tail = torch.arange(end - (n - known), end, dtype=torch.long, device=HOST).expand(self.batch, -1)
+        return tail if self.positions is None else torch.cat([self.positions[:, :known], tail], 1)
+
+    def lengths(self, start: int, valid: Tensor) -> Tensor:
+        """(B,) long, stored entries per row without padding.
+
+        `valid` (B, q) marks real tokens of the chunk at `start`.
+        """
+        positions = self.places
+        if positions is None:
+            return torch.zeros(valid.shape[0], dtype=torch.long, device=HOST)
+        real = positions != PAD
+        inside = (positions >= start) & (positions < start + valid.shape[1])
+        if positions.shape[0] == valid.shape[0]:
+            real &= ~inside | take(valid, (positions - start).clamp(0, valid.shape[1] - 1), 1)
+        return real.sum(1)
+
+    def held(self, start: int, marks: Tensor) -> Tensor:
+        """(B,) long, stored entries per row that are marked; `marks` (B, q) covers the chunk at `start`."""
+        positions = self.places
+        if positions is None:
+            return torch.zeros(marks.shape[0], dtype=torch.long, device=HOST)
+        inside = (positions >= start) & (positions < start + marks.shape[1])
+        marks = marks.repeat_interleave(positions.shape[0] // marks.shape[0], 0)
+        return (inside & take(marks, (positions - start).clamp(0, marks.shape[1] - 1), 1)).sum(1)
 
 
 class _Reordering(threading.local):
@@ -61,6 +119,8 @@ reordering = _Reordering()
 
 class Slots:
     """The bookkeeping of one cache layer, mixed into a layer class of transformers.
+
+    `positions`, `vision` and `totals` lie on the host.
 
     Attributes:
         keys: (B, G, slots or more, D), None before the first entry.
@@ -93,7 +153,7 @@ class Slots:
 
     def apply(self, cut: Cut) -> None:
         """Store only the slots that a cut leaves."""
-        keys, values = kernels.compact(self.entries(), on(cut.index, self.keys.device))
+        keys, values = kernels.compact(self.entries(), on(self.index(cut), self.keys.device))
         self.store(cut, keys, values)
 
     def evict(self, keep: Tensor) -> None:
@@ -125,9 +185,17 @@ class Slots:
         """Keys and values of the slots that are filled, each (B, G, slots, D)."""
         return [self.keys[:, :, : self.slots], self.values[:, :, : self.slots]]
 
+    def index(self, cut: Cut) -> Tensor:
+        """(B, n) long, entries that are gathered for a cut of this layer, PAD where nothing is. On the host."""
+        return cut.index
+
     def store(self, cut: Cut, keys: Tensor, values: Tensor) -> None:
-        """Hold what a cut left of `entries`."""
+        """Hold what a cut left of `entries`, gathered by `index`."""
         raise NotImplementedError
+
+    def share(self, other: Slots) -> None:
+        """Describe the same entries by the tensors of another layer."""
+        self.positions, self.vision, self.padded = other.positions, other.vision, other.padded
 
     @property
     def layout(self) -> object:
@@ -145,11 +213,6 @@ class Slots:
         """Physical entries stored."""
         raise NotImplementedError
 
-    @property
-    def home(self) -> torch.device:
-        """Where `positions`, `vision` and `totals` lie: on the host, unless compiled code reads them."""
-        return HOST
-
     def slot_positions(self, extra: int = 0) -> Tensor | None:
         """(B, slots + extra) logical position per slot, PAD on padding; `extra` counts tokens about to arrive."""
         raise NotImplementedError
@@ -160,7 +223,7 @@ class Slots:
         if not slots:
             return None
         known = 0 if self.vision is None else self.vision.shape[1]
-        tail = torch.zeros(self.keys.shape[0], slots - known, dtype=torch.bool, device=self.home)
+        tail = torch.zeros(self.keys.shape[0], slots - known, dtype=torch.bool, device=HOST)
         return tail if self.vision is None else torch.cat([self.vision, tail], 1)
 
     def same_entries(self, other: Slots) -> bool:
@@ -170,28 +233,14 @@ class Slots:
             x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in zip(a, b, strict=True)
         )
 
-    def lengths(self, start: int, valid: Tensor) -> Tensor:
-        """(B,) long, stored entries per row without padding.
+    def stored(self, slots: int | Tensor) -> Stored:
+        """What the layer stores now, `slots` entries."""
+        raise NotImplementedError
 
-        `valid` (B, q) marks real tokens of the chunk at `start`.
-        """
-        positions = self.slot_positions()
-        if positions is None:
-            return torch.zeros(valid.shape[0], dtype=torch.long, device=HOST)
-        real = positions != PAD
-        inside = (positions >= start) & (positions < start + valid.shape[1])
-        if positions.shape[0] == valid.shape[0]:
-            real &= ~inside | take(valid.to(positions.device), (positions - start).clamp(0, valid.shape[1] - 1), 1)
-        return real.sum(1)
-
-    def held(self, start: int, marks: Tensor) -> Tensor:
-        """(B,) long, stored entries per row that are marked; `marks` (B, q) covers the chunk at `start`."""
-        positions = self.slot_positions()
-        if positions is None:
-            return torch.zeros(marks.shape[0], dtype=torch.long, device=HOST)
-        inside = (positions >= start) & (positions < start + marks.shape[1])
-        marks = marks.to(positions.device).repeat_interleave(positions.shape[0] // marks.shape[0], 0)
-        return (inside & take(marks, (positions - start).clamp(0, marks.shape[1] - 1), 1)).sum(1)
+    @property
+    def described(self) -> bool:
+        """Whether slots may hold other tokens than those of their own number, so that layers need their hooks."""
+        return self.positions is not None
 
     def expect_hook(self) -> Arrival | None:
         """What arrives with this `update`.
@@ -199,7 +248,7 @@ class Slots:
         Raises:
             CacheStateError: the layer holds entries of a pruned prompt, and no layer hook has run.
         """
-        if self.positions is not None and not self.prepared:
+        if self.described and not self.prepared:
             raise CacheStateError(
                 "this cache holds entries of a pruned prompt, and the model that uses it is not patched (any more). "
                 "Patch it again with mustdrop.patch(model, ...), or start with a new cache."

@@ -2,11 +2,17 @@
 
 Everything about the layout is decided in the prefill, outside of any compiled code: how many entries there is room for,
 and which logical position each of them has, those of tokens yet to come included. A decode step writes one entry, reads
-`positions` and moves one counter, so it is the same program every time.
+`fixed` and moves one counter, so it is the same program every time.
+
+The counter lies on the device, and a compiled or captured step moves it without any of this code being run. So the host
+keeps a number of its own beside it (`filled`) only from the moment at which a pass of the prompt has read or set the
+counter to the end of that pass: there each update comes through the hook of its layer (`_receive`) or is a cut
+(`store`). Before and after, who asks reads the counter and waits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +20,9 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
 from mustdrop.compat import eager, fixed_address
-from mustdrop.kv.slots import Arrival, Slots
+from mustdrop.kv.slots import Arrival, Slots, Stored
 from mustdrop.runtime.eviction import Cut
+from mustdrop.runtime.rows import HOST, PAD, on
 
 
 class PrunedStaticLayer(Slots, StaticLayer):
@@ -27,6 +34,9 @@ class PrunedStaticLayer(Slots, StaticLayer):
     Attributes:
         dropped: logical tokens that have no slot.
         ready: whether a pass over this cache has ended, so that a compiled decode step may follow.
+        filled: slots that are filled, as far as the host can know (see above); None: ask the device.
+        fixed: `positions` on the device of the entries, for decode steps; made when a pass has ended. A tensor of its
+            own: to a compiler, layers that share one are another program than layers that do not.
     """
 
     def __init__(self, max_cache_len: int) -> None:
@@ -37,7 +47,8 @@ class PrunedStaticLayer(Slots, StaticLayer):
     def forget(self) -> None:
         """Start the bookkeeping anew."""
         super().forget()
-        self._shared: Tensor | None = None
+        self.filled: int | None = None
+        self.fixed: Tensor | None = None
 
     @classmethod
     def adopt(cls, layer: StaticLayer) -> PrunedStaticLayer:
@@ -66,6 +77,8 @@ class PrunedStaticLayer(Slots, StaticLayer):
         arrival = self.expect_hook()
         if arrival is not None:
             return self._receive(arrival, key_states, value_states)
+        if self.filled is not None:
+            self.filled = None
         return super().update(key_states, value_states)
 
     def get_seq_length(self, *args: Any) -> Any:
@@ -89,28 +102,24 @@ class PrunedStaticLayer(Slots, StaticLayer):
     # -- what the runtime asks ----------------------------------------------------------------------------------------
 
     @property
-    def layout(self) -> object:
-        """What layers with the same entries share.
-
-        Their `positions` are copies: to a compiler, layers that share a tensor are another program than layers that do
-        not.
-        """
-        return None if self.positions is None else self._shared
-
-    @property
     def slots(self) -> int:
-        """Physical entries stored (waits for the device)."""
-        return int(self.cumulative_length) if self.is_initialized else 0
+        """Physical entries stored (waits for the device where `filled` is not known)."""
+        if not self.is_initialized:
+            return 0
+        return int(self.cumulative_length) if self.filled is None else self.filled
 
     @property
     def logical(self) -> int:
-        """Logical length (waits for the device)."""
+        """Logical length (waits like `slots`)."""
         return self.slots + self.dropped
 
     @property
-    def home(self) -> torch.device:
-        """The device of the entries, where compiled code looks."""
-        return self.keys.device  # type: ignore[no-any-return]
+    def described(self) -> bool:
+        """Whether slots may hold other tokens than those of their own number.
+
+        A compiler is shown nothing but `fixed`: which layers share `positions` would make another program of each.
+        """
+        return self.fixed is not None if torch.compiler.is_compiling() else super().described
 
     def slot_positions(self, extra: int = 0) -> Tensor | None:
         """(B, slots + extra) logical position per slot, PAD on padding; `extra` counts tokens about to arrive."""
@@ -119,7 +128,13 @@ class PrunedStaticLayer(Slots, StaticLayer):
             return None
         if self.positions is not None:
             return self.positions[:, : slots + extra]
-        return torch.arange(slots + extra, dtype=torch.long, device=self.keys.device).expand(self.keys.shape[0], -1)
+        return torch.arange(slots + extra, dtype=torch.long, device=HOST).expand(self.keys.shape[0], -1)
+
+    def stored(self, slots: int | Tensor) -> Stored:
+        """What the layer stores now, `slots` entries."""
+        if not self.is_initialized:
+            return Stored(None, 0, 0, 0)
+        return Stored(self.positions, slots, self.dropped, self.keys.shape[0])
 
     def storage_bytes(self) -> int:
         """Bytes of the tensors that hold keys and values, room for tokens to come included."""
@@ -130,18 +145,49 @@ class PrunedStaticLayer(Slots, StaticLayer):
         room = self.keys.shape[2] if self.is_initialized else 0
         return self.storage_bytes() // room * self.max_cache_len if room else 0
 
+    def index(self, cut: Cut) -> Tensor:
+        """(B, room) long: what a cut leaves, then the room for later tokens, which nothing sees before it is filled."""
+        gone = self.slots - cut.index.shape[1]
+        free = max(0, self.max_cache_len - self.dropped - gone - cut.index.shape[1])
+        if ("room", free) not in cut.memo:
+            cut.memo["room", free] = torch.nn.functional.pad(cut.index, (0, free), value=PAD)
+        return cut.memo["room", free]  # type: ignore[no-any-return]
+
     def store(self, cut: Cut, keys: Tensor, values: Tensor) -> None:
-        """Hold what a cut left of `entries`, in smaller tensors."""
+        """Hold what a cut left of `entries`, in smaller tensors that have the room."""
         self.carry(cut)
         self.dropped += self.slots - cut.index.shape[1]
-        self._store(keys, values)
+        self.keys, self.values = fixed_address(keys), fixed_address(values)
+        self._count(cut.index.shape[1])
         self._place(cut.positions, cut.memo)
         self.vision, self.padded, self.whole = cut.vision, cut.padded, False
+
+    def share(self, other: Slots) -> None:
+        """Describe the same entries by the tensors of another layer."""
+        super().share(other)
+        self.fixed = None
+
+    def select_rows(self, select: Callable[[Tensor], Tensor]) -> None:
+        """Apply `select` to the batch rows of the bookkeeping."""
+        super().select_rows(select)
+        self.fixed = None if self.fixed is None else select(self.fixed)
+
+    def settle(self, sent: dict[int, Tensor]) -> None:
+        """A pass has ended: what is known of the slots goes to the device, and the host stops counting.
+
+        Args:
+            sent: positions by the id of those on the host, shared by the layers of one device.
+        """
+        self.filled = None
+        if self.positions is not None and self.fixed is None:
+            key = id(self.positions)
+            if key not in sent:
+                sent[key] = on(self.positions, self.keys.device)
+            self.fixed = fixed_address(sent[key].clone())
 
     @eager
     def _receive(self, arrival: Arrival, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """A chunk in which tokens may have been dropped before this layer."""
-        arrival = arrival.on(key_states.device)
         known, marks, slots = self.slot_positions(), self.slot_vision(), self.slots
         self.whole &= arrival.whole
         lost = arrival.advance - key_states.shape[2]
@@ -149,6 +195,7 @@ class PrunedStaticLayer(Slots, StaticLayer):
         if lost and self.is_initialized:
             self._store(self.keys[:, :, :slots], self.values[:, :, :slots])
         keys, values = super().update(key_states, value_states)
+        self.filled = slots + key_states.shape[2]
         key = ("arrived", id(self.layout), slots)
         if key not in arrival.memo:
             new = arrival.positions if known is None else torch.cat([known, arrival.positions], 1)
@@ -168,7 +215,11 @@ class PrunedStaticLayer(Slots, StaticLayer):
         self.lazy_initialization(keys, values)
         n = keys.shape[2]
         self.keys[:, :, :n], self.values[:, :, :n] = keys, values
-        self.cumulative_length.fill_(n)
+        self._count(n)
+
+    def _count(self, filled: int) -> None:
+        self.cumulative_length.fill_(filled)
+        self.filled = filled
 
     def _place(self, positions: Tensor, memo: dict[Any, Any]) -> None:
         """Note the positions (B, n) of filled slots, and those of the tokens that will fill the others.
@@ -180,5 +231,4 @@ class PrunedStaticLayer(Slots, StaticLayer):
             first = positions.shape[1] + self.dropped
             future = torch.arange(first, max(first, self.max_cache_len), dtype=torch.long, device=positions.device)
             memo[key] = torch.cat([positions, future.expand(positions.shape[0], -1)], 1)
-        self._shared = memo[key]
-        self.positions = fixed_address(memo[key].clone())
+        self.positions, self.fixed, self.ready = memo[key], None, False

@@ -141,12 +141,12 @@ class VisionStagePruner(Settings):
             scale: patches per side of what the window counts.
 
         Returns:
-            `Selection` with `merge_into`; `selection.apply(features)` are the M remaining tokens.
+            `Selection` with `merge_into`; `selection.apply(features)` are the M remaining tokens: all of them where the
+            grid is smaller than one window (`check` says so).
 
         Raises:
-            ConfigError: the grid does not fit the features, or is smaller than one window.
+            ConfigError: the grid does not fit the features.
         """
-        self.check(grid, scale)
         if self.window is None:
             return Selection.from_mask(torch.ones(features.shape[:2], dtype=torch.bool, device=features.device))
         return self.merge_by(self.similarity(features, grid, scale), grid, at_least, scale)

@@ -50,7 +50,7 @@ def check_window(grid: Sides, window: int | Sides) -> None:
     needs = f"{high}x{wide}" if deep == 1 else f"{deep} frames of {high}x{wide}"
     raise ConfigError(
         f"the {'image' if frames == 1 else 'video'} has {has}, smaller than one window of {needs}: use a smaller "
-        "window, or leave strict out: then such a picture is not merged."
+        "window, or leave strict=True out: then such a picture is not merged."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable
@@ -64,13 +65,29 @@ class Calls:
         if local.levels:
             return True
         local.reached = 0
-        if error is None:
-            kv.settle(cache_of(kwargs))
+        kv.settle(cache_of(kwargs), failed=error is not None)
         if local.call is not None and not local.call.generates:
             self.finish(local.call, len(local.aside) - 1, error, silent=level == TEXT)
         elif error is not None:
             local.forward = local.kinds = local.mask = local.encoder = local.capture = None
         return True
+
+    def abandon(self, levels: tuple[int, ...], depth: int, kwargs: dict[str, Any], error: BaseException) -> None:
+        """An interrupt left a module, and no hook was told: of this module, of those inside it, or of calls inside.
+
+        Args:
+            levels: of the module.
+            depth: calls that ran when its forward began.
+            kwargs: of the forward.
+            error: the interrupt.
+        """
+        local = self.local
+        if len(local.aside) > depth:
+            local.end(depth)
+        for level in levels:
+            if level in local.levels:
+                local.levels = local.levels[: local.levels.index(level) + 1]
+                self.leave(level, kwargs, error)
 
     def finish(self, call: Call, depth: int, error: BaseException | None = None, silent: bool = False) -> None:
         """End a call with `depth` others around it. The outermost one leaves its trace, or why there is none."""
@@ -87,6 +104,15 @@ class Calls:
         call = self.local.call
         if call is not None and call.generates and not self.local.levels and isinstance(arguments, dict):
             call.prepared, call.loose = arguments, False
+
+    def copied(self, ids: Any, mask: Any, arguments: dict[str, Any]) -> None:
+        """The arguments of the next pass hold copies of these ids, and this mask or one that is made of it."""
+        call = self.local.call
+        if call is None or call.looked is None or not call.looked.knows(ids, mask):
+            return
+        new = arguments.get("input_ids")
+        if isinstance(new, Tensor) and new.shape == ids.shape:
+            call.looked = dataclasses.replace(call.looked, ids=new, mask=arguments.get("attention_mask"))
 
     @property
     def encoding(self) -> Call | None:
@@ -182,12 +208,12 @@ class Direct:
         arrived, local.arrived = local.arrived, None
         if arrived is not self.module:
             return self.module(*args, **kwargs)
+        depth = len(local.aside)
         try:
             return self.function(*args, **kwargs)
         except BaseException as error:
             if not isinstance(error, Exception):
-                for level in self.levels:
-                    self.calls.leave(level, kwargs, error)
+                self.calls.abandon(self.levels, depth, kwargs, error)
             raise
 
 
@@ -203,4 +229,8 @@ class PrepareWrapper:
         """The arguments of the next pass, as before."""
         arguments = self.function(*args, **kwargs)
         self.calls.prepared(arguments)
+        # what is transformers' own copies the ids of a prompt and makes nothing else of them
+        if getattr(self.function, "__module__", "").startswith("transformers.") and isinstance(arguments, dict):
+            ids = kwargs.get("input_ids", args[0] if args else None)
+            self.calls.copied(ids, kwargs.get("attention_mask"), arguments)
         return arguments

@@ -16,6 +16,7 @@ from mustdrop.runtime.block_masks import FLEX
 
 if TYPE_CHECKING:
     from mustdrop.runtime.core import Runtime
+    from mustdrop.runtime.state import Forward
 
 
 def model(runtime: Runtime) -> None:
@@ -74,19 +75,19 @@ def backend(runtime: Runtime) -> None:
         )
 
 
-def windows(runtime: Runtime, spans: list[Span | None], end: int) -> None:
-    """Raise `UnsupportedOptionError` for a sequence of `end` tokens whose windows a kernel would count wrongly.
+def windows(runtime: Runtime, spans: list[Span | None], forward: Forward) -> None:
+    """Raise `UnsupportedOptionError` for a pass whose windows a kernel would count wrongly.
 
     Flash attention counts the entries that are left, and a window counts positions.
     """
     if not runtime.flash or not runtime.method.drops:
         return
     sizes = [span.size for span in spans if span is not None]
-    if sizes and end > min(sizes):
+    if sizes and forward.end > min(sizes):
         raise UnsupportedOptionError(
             f"{runtime.adapter.name} with attn_implementation={runtime.implementation!r} and a sliding window of "
-            f"{min(sizes)} tokens cannot be pruned over a sequence of {end}: its kernel would count what is left "
-            "instead of positions. Use model.set_attn_implementation('sdpa')."
+            f"{min(sizes)} tokens cannot be pruned over a sequence of {forward.end}: its kernel would count what is "
+            "left instead of positions. Use model.set_attn_implementation('sdpa')."
         )
 
 

@@ -21,10 +21,10 @@ from mustdrop.runtime.encoder import EncoderStage
 from mustdrop.runtime.entry import last_token, valid_tokens, words
 from mustdrop.runtime.installation import Installation
 from mustdrop.runtime.ledger import Ledger, now
-from mustdrop.runtime.plan import RowPlan, plan_row
-from mustdrop.runtime.record import record
+from mustdrop.runtime.plan import RowPlan, plan_row, plan_rows
+from mustdrop.runtime.record import Ended
 from mustdrop.runtime.rows import HOST
-from mustdrop.runtime.state import Call, Local
+from mustdrop.runtime.state import Call, Local, Looked
 from mustdrop.runtime.text import TextStage
 
 T = TypeVar("T")
@@ -58,7 +58,9 @@ class Runtime(Copied):
         self.calls, self.ledger = Calls(self), Ledger()
         self.warned = self.exceeded = False
         self.sizes: dict[object, Any] = {}
-        self.plans: dict[int, RowPlan] = {}  # per runtime: keep=1 and keep=1.0 are equal and mean different things
+        self.plans: dict[
+            tuple[int, bool], RowPlan
+        ] = {}  # per runtime: keep=1 and keep=1.0 are equal and mean different things
         self.installation = Installation()
         checks.model(self)
 
@@ -95,6 +97,11 @@ class Runtime(Copied):
         """Sizes of an encoder, as it is now."""
         return self._sizes(id(tower.module), lambda: EncoderCost.of(tower.module, tower.blocks))
 
+    @property
+    def projector_flops(self) -> int:
+        """FLOPs per feature of what maps features into the language model, as it is now."""
+        return self._sizes("projector", lambda: self.adapter.projector_flops(self.model))
+
     def _sizes(self, key: object, read: Callable[[], T]) -> T:
         """What `read` finds in the modules: once, for it takes a while, unless adapters may be switched and merged."""
         if getattr(self.model, "peft_config", None):
@@ -113,14 +120,18 @@ class Runtime(Copied):
         """Whether the text model runs a flash-attention kernel."""
         return "flash" in self.implementation
 
-    def plan(self, total: int) -> RowPlan:
+    def plan(self, total: int, spared: bool = False) -> RowPlan:
         """Numbers for a prompt with `total` vision tokens; a server sees the same few sizes all day."""
-        if total not in self.plans:
-            made = self.plans[total] = plan_row(self.method, total, self.depth, self.filters)
+        if (total, spared) not in self.plans:
+            made = self.plans[total, spared] = plan_row(self.method, total, self.depth, self.filters, spared)
             if made.exceeds and not self.exceeded:
                 self.exceeded = True
                 warn(made.exceeds, BudgetWarning)
-        return self.plans[total]
+        return self.plans[total, spared]
+
+    def plan_batch(self, totals: list[int]) -> list[RowPlan]:
+        """Numbers for each prompt of a batch, see `plan_rows`."""
+        return plan_rows(totals, self.plan)
 
     def install(self) -> None:
         """Register hooks, capture points and wrappers."""
@@ -146,11 +157,17 @@ class Runtime(Copied):
         checks.call(self, kwargs)
         call = Call(began=now())
         call.media = {name: kwargs.get(name) for modality in self.modalities for name in modality.pixels}
-        kinds = self.placeholders(ids, kwargs.get("inputs_embeds"), kwargs) if self._has_media(kwargs) else None
+        if not self._has_media(kwargs):
+            return call
+        given = kwargs.get("attention_mask")
+        seen, mask = _together(ids, given)
+        kinds = self.placeholders(seen, kwargs.get("inputs_embeds"), kwargs)
         if kinds is not None:
             cache = cache_of(kwargs)
             start = 0 if cache is None else int(cache.get_seq_length())
-            valid = valid_tokens(kinds, kwargs.get("attention_mask"), start)
+            valid = valid_tokens(kinds, mask, start)
+            if ids is not None and not start and (given is None or getattr(given, "shape", None) == ids.shape):
+                call.looked = Looked(ids, given, kinds, valid, bool(valid.all()))
             call.totals_of = {m.name: (kinds == i).sum(1).tolist() for i, m in enumerate(self.modalities)}
             if bool(((kinds >= 0) & ~valid).any()):  # each still stands for a feature, so the encoder's marks know them
                 call.shown_of = {
@@ -160,7 +177,7 @@ class Runtime(Copied):
             kinds = kinds.masked_fill(~valid, -1)
             call.totals = (kinds >= 0).sum(1).tolist()
             checks.media(self, call.totals_of, kwargs if ids is None else {"input_ids": ids, **kwargs})
-            call.plans = [self.plan(total) for total in call.totals]
+            call.plans = self.plan_batch(call.totals)
             ends = kinds.masked_fill(~last_token(valid), -1).amax(1).tolist()
             rule = None if self.method.vision is None else self.method.vision.rule
             if rule is not None and rule.asks:
@@ -174,7 +191,7 @@ class Runtime(Copied):
         """A call has ended well: keep its trace."""
         if call.prefill is None and self.ledger.newest is not None:  # a compiled step ran inside
             return
-        made = record(self, call)
+        made = Ended.of(self, call)
         self.ledger.note(call.began, made)
         if self.method.drops and any(call.totals) and not self.warned and not made.dropped_anything:
             self.warned = True
@@ -224,8 +241,14 @@ class Runtime(Copied):
         if ids is None and embeds is not None and call is not None and call.length and call.prefill is None:
             call.length = embeds.shape[1]  # peft's prompt tuning puts rows before the ids that generate was given
         # without media, a placeholder id is a token that somebody generated or guessed, not an image
-        self.local.kinds = self.placeholders(ids, embeds, kwargs) if self._has_media(kwargs) else None
-        mask = kwargs.get("attention_mask")
+        mask, looked = kwargs.get("attention_mask"), None if call is None else call.looked
+        first = call is not None and call.prefill is None
+        if not self._has_media(kwargs):
+            self.local.kinds = None
+        elif first and looked is not None and looked.knows(ids, mask):
+            self.local.kinds = looked.kinds
+        else:
+            self.local.kinds = self.placeholders(ids, embeds, kwargs)
         self.local.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         return (), kwargs
 
@@ -239,6 +262,16 @@ class Runtime(Copied):
     def after_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """End the call that `before_model` began."""
         self.calls.leave(MODEL, kwargs, raised(output))
+
+
+def _together(ids: Tensor | None, mask: Any) -> tuple[Tensor | None, Any]:
+    """Ids and mask of a prompt on the host, where both are (B, S): what lies on a device comes in one copy."""
+    if ids is None or not isinstance(mask, Tensor) or mask.shape != ids.shape or mask.device != ids.device:
+        return ids, mask
+    if ids.device == HOST or mask.dtype.is_floating_point:
+        return ids, mask
+    both = torch.stack([ids, mask.to(ids.dtype)]).to(HOST)
+    return both[0], both[1]
 
 
 def _came(modality: Modality, kwargs: dict[str, Any]) -> bool:

@@ -188,17 +188,21 @@ class EncoderStage(Copied):
             return (args[0], mask, *args[2:]), kwargs
         return args, kwargs if mask is None and given is None else {**kwargs, "attention_mask": mask}
 
-    def _lengths(self, run: EncoderRun, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def _lengths(self, run: EncoderRun, hidden: Tensor, kwargs: dict[str, Any]) -> Sequence[int] | Tensor:
         """Lengths of the sequences that attend to themselves in one layer."""
+        if run.inside is not None and run.inside.lengths:
+            return run.inside.lengths
         if run.merged is not None:
             if run.counted is None or run.counted[0] is not run.merged:
                 run.counted = run.merged, run.merged.counts + self.tower.prefix
             return run.counted[1]
         borders = kwargs.get("cu_seqlens")
         if isinstance(borders, Tensor):
-            return borders.diff()
+            if run.borders is None or run.borders[0] is not borders:
+                run.borders = borders, borders.diff()
+            return run.borders[1]
         rows, length = (1, hidden.shape[0]) if hidden.ndim == 2 else hidden.shape[:2]
-        return torch.full((rows,), length, dtype=torch.long, device=HOST)
+        return [length] * rows
 
     def _merge(self, run: EncoderRun, hidden: Tensor, module: nn.Module) -> Tensor:
         prefix = self.tower.prefix

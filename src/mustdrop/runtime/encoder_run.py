@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,7 @@ class EncoderRun:
         seen: what a dense tower is shown in place of its pixels, or None.
         lengths: per encoder layer, the lengths of the sequences that attended to themselves.
         counted: the last of them after merging, and what merging had left then.
+        borders: the last of them in a packed sequence, and the borders that they are of.
     """
 
     tower: Tower
@@ -47,8 +48,9 @@ class EncoderRun:
     leave: Callable[[Any], Any] | None = None
     inside: Inside | None = None
     seen: Callable[[Tensor], Tensor] | None = None
-    lengths: list[Tensor] = field(default_factory=list)
+    lengths: list[Sequence[int] | Tensor] = field(default_factory=list)
     counted: tuple[Selection, Tensor] | None = None
+    borders: tuple[Tensor, Tensor] | None = None
 
     def reading(self, read: Read) -> Tensor | None:
         """(patches,) or (patches, D), what was read of every patch of all items; None if the layer did not run."""

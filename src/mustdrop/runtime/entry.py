@@ -75,11 +75,21 @@ def read(runtime: Runtime, embeds: Tensor, kinds: Tensor, mask: Tensor | None) -
     """
     call = runtime.local.call
     forward = runtime.local.forward
-    valid = valid_tokens(kinds, mask, forward.start if forward is not None else 0)
+    looked = None if call is None else call.looked
+    if looked is not None and looked.kinds is kinds:
+        valid = looked.valid
+    else:
+        valid = valid_tokens(kinds, mask, forward.start if forward is not None else 0)
     places = kinds >= 0
     vision = places & valid
+    names = [modality.name for modality in runtime.modalities]
+    found = _media(call, names, kinds)
+    marks = _marks(call, found) if found else []
     alive = torch.ones_like(vision)
-    if runtime.method.vision is not None:
+    if marks and call is not None and not call.unmarked:
+        for b, row in enumerate(marks):
+            alive[b, places[b]] = row.alive
+    elif runtime.method.vision is not None:  # only the rows themselves know
         alive = ~(places & embeds[..., 0].isnan().to(HOST))
     totals = vision.sum(1).tolist()
     prompt = _prompt(valid, call)
@@ -88,9 +98,6 @@ def read(runtime: Runtime, embeds: Tensor, kinds: Tensor, mask: Tensor | None) -
     if prefill is not None and prefill.score is not None:
         entering, given = on(vision & alive, embeds.device), on(raters, embeds.device)
         raters = answers.raters(prefill.score, embeds.nan_to_num(0.0), entering, given).to(HOST)
-    names = [modality.name for modality in runtime.modalities]
-    found = _media(call, names, kinds)
-    marks = _marks(call, found) if found else []
     media = Media(vision, places, valid, alive, prompt, text, raters, totals, not bool(valid.all()), marks, found)
     if media.marks:
         _spread_marks(media, reorder=runtime.method.renumber)
@@ -118,7 +125,7 @@ def valid_tokens(tokens: Tensor, mask: Any, start: int = 0) -> Tensor:
     if isinstance(mask, Tensor) and mask.ndim == 2:
         end = start + tokens.shape[1]
         here = mask[:, start:end] if mask.shape[1] > end else mask[:, -tokens.shape[1] :]
-        return here.to(tokens.device).bool()
+        return here.to(tokens.device, torch.bool, copy=True)  # the caller's mask may change before a trace is made
     return torch.ones_like(tokens, dtype=torch.bool)
 
 
@@ -216,6 +223,10 @@ def _marks(call: Call | None, media: list[list[Medium]]) -> list[Marks]:
     rows = []
     for own in media:
         pairs = [(medium.index, by_layout[id(medium.layout)].to(HOST)) for medium in own]
+        if len(pairs) == 1:  # its features are all the vision tokens of the prompt, in their order
+            mark = pairs[0][1]
+            rows.append(Marks(mark.alive, mark.pinned, mark.importance.float(), mark.order, mark.assignment))
+            continue
         n = sum(len(index) for index, _ in pairs)
         row = Marks(
             alive=torch.ones(n, dtype=torch.bool, device=HOST),
@@ -237,17 +248,18 @@ def _spread_marks(media: Media, reorder: bool) -> None:
     """Write the marks of each row to the positions of its vision tokens."""
     media.pinned = torch.zeros_like(media.vision)
     media.importance = torch.zeros(media.vision.shape, dtype=torch.float32, device=HOST)
-    order = torch.arange(media.vision.shape[1], dtype=torch.long, device=HOST).expand_as(media.vision).clone()
+    if reorder:
+        media.order = torch.arange(media.vision.shape[1], dtype=torch.long, device=HOST).repeat(len(media.vision), 1)
     for b, row in enumerate(media.marks):
         place = media.places[b].nonzero()[:, 0]
-        seen = media.valid[b, place]
-        if not bool(seen.all()):  # what the mask hides does not enter, whatever the encoder made of it
+        seen = media.valid[b, place] if media.padded else None
+        if seen is not None and not bool(seen.all()):  # what the mask hides does not enter, whatever became of it
             row.alive, row.pinned = row.alive & seen, row.pinned & seen
             there = (row.assignment >= 0) & row.alive[row.assignment.clamp(min=0)] & seen
             row.assignment = row.assignment.masked_fill(~there, -1)
         media.pinned[b, place], media.importance[b, place] = row.pinned, row.importance
-        order[b, place] = place[row.order]
-    media.order = order if reorder else None
+        if media.order is not None:
+            media.order[b, place] = place[row.order]
 
 
 def _counts(runtime: Runtime, media: Media) -> list[Tensor]:
@@ -255,14 +267,14 @@ def _counts(runtime: Runtime, media: Media) -> list[Tensor]:
     present = (media.vision & media.alive).sum(1).tolist()
     rows: list[tuple[int, ...]] = []
     prefill = runtime.method.prefill
-    for total, entering in zip(media.totals, present, strict=True):
-        tokens = runtime.plan(total).tokens
+    for plan, entering in zip(runtime.plan_batch(media.totals), present, strict=True):
+        tokens = plan.tokens
         if prefill is not None and prefill.survivors is not None:
             rows.append(prefill.left(entering) if entering else (0,) * len(runtime.filters))
         elif tokens is None:
             rows.append((0,) * len(runtime.filters))
         else:
-            rows.append(survivors_of(runtime.method, entering, runtime.depth, runtime.filters, tokens))
+            rows.append(survivors_of(runtime.method, entering, runtime.depth, runtime.filters, tokens, plan.spared))
     counts = []
     for k in range(len(runtime.filters)):
         wanted = [row[k] for row in rows]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mustdrop import kernels
-from mustdrop.runtime.rows import HOST, PAD, has_padding, on, pack, take
+from mustdrop.runtime.rows import PAD, has_padding, on, pack, take
 
 if TYPE_CHECKING:
     from mustdrop.kv import Slots
@@ -34,10 +34,12 @@ class Cut:
         if bool((keep | ~real).all()):
             return None
         index = pack(keep & real)
-        gone = index == PAD
-        return cls(
-            index, take(positions, index, 1).masked_fill(gone, PAD), take(vision, index, 1) & ~gone, has_padding(index)
-        )
+        padded = has_padding(index)
+        positions, vision = (take(x, index, 1, padded) for x in (positions, vision))
+        if padded:
+            gone = index == PAD
+            positions, vision = positions.masked_fill(gone, PAD), vision & ~gone
+        return cls(index, positions, vision, padded)
 
 
 def evict_dropped(layers: list[Slots], start: int, here: Tensor) -> None:
@@ -51,7 +53,7 @@ def evict_dropped(layers: list[Slots], start: int, here: Tensor) -> None:
         here: (B, length) bool, tokens of the chunk that the last decoder layer still processed.
     """
     shared: dict[int, Cut | None] = {}
-    alike: dict[tuple[int, torch.device], list[Slots]] = {}
+    alike: dict[tuple[int, int, torch.device], list[Slots]] = {}
     for layer in layers:
         key = id(layer.layout)
         if key not in shared:
@@ -63,13 +65,13 @@ def evict_dropped(layers: list[Slots], start: int, here: Tensor) -> None:
             shared[key] = Cut.of(positions, vision, ~vision | ~inside | stays)
         cut = shared[key]
         if cut is not None:
-            alike.setdefault((key, layer.keys.device), []).append(layer)
-    for (key, device), some in alike.items():
+            alike.setdefault((key, id(layer.index(cut)), layer.keys.device), []).append(layer)
+    for (key, _, device), some in alike.items():
         cut = shared[key]
         assert cut is not None  # only layers that lose something are collected
         while some:  # as many layers at once as may exist twice for a moment
             part = [some.pop() for _ in range(min(len(some), max(1, AT_ONCE // some[-1].storage_bytes())))]
-            stored = kernels.compact([t for layer in part for t in layer.entries()], on(cut.index, device))
+            stored = kernels.compact([t for layer in part for t in layer.entries()], on(part[0].index(cut), device))
             for layer, keys, values in zip(part, stored[::2], stored[1::2], strict=True):
                 layer.store(cut, keys, values)
     _share(layers)
@@ -80,7 +82,7 @@ def _share(layers: list[Slots]) -> None:
     known: list[Slots] = []
     for layer in layers:
         positions = layer.positions
-        if positions is None or layer.home != HOST or any(positions is one.positions for one in known):
+        if positions is None or any(positions is one.positions for one in known):
             continue
         same = next((one for one in known if one.same_entries(layer)), None)
         if same is None:
@@ -88,4 +90,4 @@ def _share(layers: list[Slots]) -> None:
             continue
         for other in layers:
             if other.positions is positions:
-                other.positions, other.vision, other.padded = same.positions, same.vision, same.padded
+                other.share(same)

@@ -116,6 +116,8 @@ class FeaturesWrapper:
         field = self.runtime.adapter.features
         flat = self._flat(getattr(output, field), layouts)
         choice = None if early is None else early.choice
+        if call is not None and _structural(layouts) and _count(getattr(output, field)) < len(flat):
+            call.unmarked = True  # rows that the model adds later bear no marks
         decided = decide(stage.pruner, run, layouts, flat, least, most, ends, shown, chooser, choice)
         setattr(output, field, _restored(decided.write(flat), getattr(output, field), layouts))
         for name in self.runtime.adapter.added_features:
@@ -221,8 +223,8 @@ class FeaturesWrapper:
         """(F, C) features of all media."""
         made = _rows(features)
         expected = sum(layout.size for layout in layouts)
-        picture = ~torch.cat([layout.structural for layout in layouts]).to(made.device)
-        if len(made) == int(picture.sum()) < expected:  # some releases add the structural rows only afterwards
+        if len(made) == expected - _structural(layouts) < expected:  # some releases add these rows only afterwards
+            picture = ~torch.cat([layout.structural for layout in layouts]).to(made.device)
             made = made.new_zeros(expected, made.shape[1]).masked_scatter(picture[:, None], made)
         if len(made) != expected:
             raise MustDropError(
@@ -289,26 +291,28 @@ def _ends(
     """Medium -> its feature that ends a prompt; that one predicts what follows."""
     found: dict[int, tuple[int, int]] = {}  # the last one of each prompt counts
     for i, row in enumerate(owners):
-        seen = torch.arange(sizes[i], dtype=torch.long, device="cpu") if shown is None else shown[i].nonzero()[:, 0]
-        if shares[row].ends and len(seen):
-            found[row] = i, int(seen[-1])
+        if not shares[row].ends:
+            continue
+        seen = range(sizes[i]) if shown is None else shown[i].nonzero()[:, 0].tolist()
+        if len(seen):
+            found[row] = i, seen[-1]
     return dict(found.values())
 
 
 def _limits(sizes: Sequence[int], owners: Sequence[int], shares: Sequence[Share], amounts: Sequence[int]) -> list[int]:
     """Per medium, its part of its prompt's `amounts`: shared among the kinds of media first, then among the media.
 
-    The parts of all kinds, each of which is worked out in a call of its own, add up. What ends the prompt has one token
-    at least.
+    The parts of all kinds, each of which is worked out in a call of its own, add up. Where the tokens go round, each
+    medium has one at least (an icon among large pictures); what ends the prompt has one in any case.
     """
     out = [0] * len(sizes)
     for row, amount in enumerate(amounts):
         media = [i for i, owner in enumerate(owners) if owner == row and sizes[i]]
         if media:
             share = shares[row]
-            part = share_out(amount, share.tokens, share.end)[share.own]
+            part = share_out(amount, share.tokens, share.end, each=True)[share.own]
             needs = len(media) - 1 if share.ends else None
-            for i, n in zip(media, share_out(part, [sizes[i] for i in media], needs), strict=True):
+            for i, n in zip(media, share_out(part, [sizes[i] for i in media], needs, each=True), strict=True):
                 out[i] = n
     return out
 
@@ -318,6 +322,17 @@ def _rows(features: Any) -> Tensor:
     if isinstance(features, Tensor):
         return features.flatten(0, -2)
     return torch.cat([part.flatten(0, -2) for part in features])
+
+
+def _structural(layouts: Sequence[Layout]) -> int:
+    """Rows of all media that stand for no part of a picture."""
+    return sum(layout.size - layout.in_picture for layout in layouts)
+
+
+def _count(features: Any) -> int:
+    """F of features in whatever container."""
+    parts = [features] if isinstance(features, Tensor) else features
+    return sum(math.prod(part.shape[:-1]) for part in parts)
 
 
 def _restored(flat: Tensor, like: Any, layouts: Sequence[Layout]) -> Any:

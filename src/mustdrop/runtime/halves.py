@@ -59,6 +59,7 @@ class Inside:
         keys: (items, tokens, D) of the layer that is running.
         mid: its tokens between the halves.
         out: its output.
+        lengths: tokens that each item has, those before the patches included; empty before anything has merged.
     """
 
     rule: InnerRule
@@ -69,6 +70,7 @@ class Inside:
     keys: Tensor | None = None
     mid: Tensor | None = None
     out: Tensor | None = None
+    lengths: list[int] = field(default_factory=list)
 
     @classmethod
     def of(cls, rule: InnerRule, amounts: Sequence[Sequence[int]], tower: Tower) -> Inside:
@@ -101,14 +103,13 @@ class Inside:
             return None
         device, (items, tokens, _) = hidden.device, hidden.shape
         slot = torch.full((items, tokens), -1, dtype=torch.long, device=device)
-        counts = torch.zeros(items, dtype=torch.long, device=device)
         for group in groups:
             mine = slice(None) if group.items is None else torch.tensor(group.items, dtype=torch.long, device=device)
             own = tokens if group.tokens is None else group.tokens
             joined = answers.slots(self.rule, self.keys[mine, :own], group.here(index), self.prefix)
             slot[mine, :own], group.tokens = joined
-            counts[mine] = group.tokens
-        slots = int(counts.max())
+        self.lengths = self._lengths(items)
+        slots = max(self.lengths)
         size = hidden.new_ones(items, tokens, dtype=torch.float32) if self.size is None else self.size
         self.mid = kernels.merge_tokens(hidden, slot, slots, size)
         # padding has no slot: its size, which is 0, goes anywhere
@@ -120,8 +121,20 @@ class Inside:
         # each slot is named by the first of its patches
         keep = torch.full((items, slots - self.prefix), into.shape[1], dtype=torch.long, device=device)
         keep = keep.scatter_reduce(1, patches.clamp(min=0), names, "amin")
-        valid = torch.arange(slots - self.prefix, dtype=torch.long, device=device) < (counts - self.prefix)[:, None]
-        return Selection(keep.masked_fill(~valid, 0), valid, into)
+        valid = torch.ones(items, slots - self.prefix, dtype=torch.bool, device=device)
+        if min(self.lengths) < slots:
+            counts = torch.tensor(self.lengths, dtype=torch.long, device=device)
+            valid = torch.arange(slots - self.prefix, dtype=torch.long, device=device) < (counts - self.prefix)[:, None]
+            keep = keep.masked_fill(~valid, 0)
+        return Selection(keep, valid, into)
+
+    def _lengths(self, items: int) -> list[int]:
+        """Tokens that each item has after a merge."""
+        out = [0] * items
+        for group in self.groups:
+            for item in range(items) if group.items is None else group.items:
+                out[item] = group.tokens or 0
+        return out
 
     def _grouped(self, items: int) -> list[Group]:
         """The groups of so many items; those that nobody asked for merge like the items with the fewest tokens left."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mustdrop.errors import NotPatchedError
-from mustdrop.trace import Trace
+
+if TYPE_CHECKING:
+    from mustdrop.runtime.record import Ended
+    from mustdrop.trace import Trace
 
 _clock = itertools.count(1)  # of this process: traces of all models, in the order of things
 
@@ -23,13 +26,13 @@ class Outcome:
     """How a call ended.
 
     Attributes:
-        trace: what it kept; None if it failed.
+        call: what it left; None if it failed.
         failure: what it raised, in one line; empty if it did not fail.
         began: when.
         ended: when.
     """
 
-    trace: Trace | None
+    call: Ended | None
     failure: str
     began: int
     ended: int
@@ -49,10 +52,10 @@ class Ledger:
         self.newest: Outcome | None = None
         self._own = _Own()
 
-    def note(self, began: int, trace: Trace | None = None, error: BaseException | None = None) -> None:
-        """A call of this thread has ended, with a trace or with an exception."""
-        failure = "" if trace is not None else _line(error)
-        self.newest = self._own.outcome = Outcome(trace, failure, began, now())
+    def note(self, began: int, call: Ended | None = None, error: BaseException | None = None) -> None:
+        """A call of this thread has ended, well or with an exception."""
+        failure = "" if call is not None else _line(error)
+        self.newest = self._own.outcome = Outcome(call, failure, began, now())
 
     def outcome(self) -> Outcome | None:
         """The last outcome of this thread, unless a call of another thread began and ended after it.
@@ -65,7 +68,7 @@ class Ledger:
         return own
 
     def trace(self) -> Trace:
-        """The trace of that outcome.
+        """The trace of that outcome. It is made now, if it has not been asked for before.
 
         Raises:
             NotPatchedError: no call has ended yet, or the last one failed.
@@ -73,11 +76,11 @@ class Ledger:
         found = self.outcome()
         if found is None:
             raise NotPatchedError("the patched model has not run yet: call model.generate(...) or model(...) first.")
-        if found.trace is None:
+        if found.call is None:
             raise NotPatchedError(
                 f"the last call of this model failed and left no trace ({found.failure}): mend that and run it again."
             )
-        return found.trace
+        return found.call.trace
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ledger:
         copy = Ledger()

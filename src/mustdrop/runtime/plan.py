@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from mustdrop import budget
@@ -22,6 +22,7 @@ class RowPlan:
         at_most: vision tokens that may enter the language model.
         at_least: vision tokens that merging must leave.
         exceeds: why the prompt keeps more than its budget, for a warning; empty where it does not.
+        spared: whether the filters leave one token each where they cannot meet the budget, which is an error otherwise.
     """
 
     total: int
@@ -29,14 +30,22 @@ class RowPlan:
     at_most: int
     at_least: int
     exceeds: str = ""
+    spared: bool = False
 
 
-def plan_row(method: Method, total: int, n_layers: int, layers: tuple[int, ...]) -> RowPlan:
+def plan_row(method: Method, total: int, n_layers: int, layers: tuple[int, ...], spared: bool = False) -> RowPlan:
     """Turn the budgets of `method` into numbers for a prompt with `total` vision tokens.
 
+    Args:
+        method: whose budgets.
+        total: vision tokens.
+        n_layers: decoder layers.
+        layers: filter layers.
+        spared: see `RowPlan`.
+
     Raises:
-        BudgetError: a budget that the filter layers cannot meet; with `Method.strict`, also one above the prompt's
-            tokens or below one token.
+        BudgetError: a budget that the filter layers cannot meet, unless `spared`; with `Method.strict`, also
+            one above the prompt's tokens or below one token.
     """
     if not total:
         return RowPlan(0, None, 0, 0)
@@ -57,7 +66,7 @@ def plan_row(method: Method, total: int, n_layers: int, layers: tuple[int, ...])
             at_most = budget.entry(total, n_layers, layers, tokens, vision.taper_at(tokens / total))
     if tokens is not None:
         # the counts depend on how many tokens merging leaves; the most that can come must be possible
-        survivors = survivors_of(method, at_most, n_layers, layers, tokens)
+        survivors = survivors_of(method, at_most, n_layers, layers, tokens, spared)
         cost = sum(n * width for n, width in zip((at_most, *survivors), budget.spans(n_layers, layers), strict=True))
         if cost > n_layers * _asked(keep, total) + 1e-6:
             exceeds = f"keep={keep}"
@@ -65,24 +74,61 @@ def plan_row(method: Method, total: int, n_layers: int, layers: tuple[int, ...])
         exceeds = f"VisionStagePruner.keep={vision.keep}"
     if exceeds:
         exceeds += (
-            f" of {total} vision tokens cannot be met: a token is the least that stays, and such a prompt keeps more "
-            "than its budget. strict=True refuses it."
+            f" of {total} vision tokens cannot be met: {_least(spared, layers)}, and such a prompt keeps more than its "
+            "budget. strict=True refuses it."
         )
-    return RowPlan(total, tokens, at_most, min(at_least, at_most), exceeds)
+    return RowPlan(total, tokens, at_most, min(at_least, at_most), exceeds, spared)
+
+
+def plan_rows(totals: Sequence[int], plan: Callable[[int, bool], RowPlan]) -> list[RowPlan]:
+    """A plan for each prompt of a batch.
+
+    A prompt whose budget the filters cannot meet is spared where others of its batch meet theirs: a batch is not lost
+    for one item.
+
+    Args:
+        totals: vision tokens per prompt.
+        plan: makes a plan from a total and `RowPlan.spared`.
+
+    Raises:
+        BudgetError: none of the prompts with vision tokens can meet its budget, or `Method.strict` refuses one.
+    """
+    rows: list[RowPlan | BudgetError] = []
+    for total in totals:
+        try:
+            rows.append(plan(total, False))
+        except BudgetError as error:
+            rows.append(error)
+    refused = [row for row in rows if isinstance(row, BudgetError)]
+    if refused and not any(isinstance(row, RowPlan) and row.total for row in rows):
+        raise refused[0]
+    return [plan(n, True) if isinstance(row, BudgetError) else row for n, row in zip(totals, rows, strict=True)]
 
 
 def survivors_of(
-    method: Method, entering: int, n_layers: int, layers: tuple[int, ...], tokens: float
+    method: Method, entering: int, n_layers: int, layers: tuple[int, ...], tokens: float, spared: bool = False
 ) -> tuple[int, ...]:
     """Tokens after each filter of the prefill stage, of `entering` tokens and for a budget of `tokens` equal ones.
 
     Raises:
-        BudgetError: the filters cannot meet it.
+        BudgetError: the filters cannot meet it, and the prompt is not `spared` (see `RowPlan`), or the method strict.
     """
     keep = None if method.prefill is None else method.prefill.keep
     # a share that larger pictures meet is not refused for a small one; a number of tokens fits the small ones anyway
     strict = method.strict or not isinstance(keep, float)
-    return budget.spread(entering, n_layers, layers, tokens, f"keep={keep}", strict)
+    try:
+        return budget.spread(entering, n_layers, layers, tokens, f"keep={keep}", strict)
+    except BudgetError:
+        if method.strict or not spared or not layers:
+            raise
+        return (1,) * len(layers)
+
+
+def _least(spared: bool, layers: tuple[int, ...]) -> str:
+    """What stays where a budget cannot be met."""
+    if spared:
+        return f"all of them enter the layers up to {layers[0]}, where the first filter is, and one stays behind each"
+    return "a token is the least that stays"
 
 
 def _asked(keep: budget.Keep | str | None, total: int) -> float:

@@ -1,14 +1,17 @@
-"""From the run state of a finished call to its `Trace`."""
+"""What a call leaves when it has ended, and the `Trace` that is made of it when somebody asks."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from mustdrop import kv
-from mustdrop.cost import Compared, total
+from mustdrop.cost import Compared, EncoderCost, TextCost, total
 from mustdrop.runtime.rows import PAD, take
 from mustdrop.runtime.state import Call, Prefill
 from mustdrop.trace import Trace
@@ -17,68 +20,150 @@ if TYPE_CHECKING:
     from mustdrop.runtime.core import Runtime
 
 
-def record(runtime: Runtime, call: Call) -> Trace:
-    """The trace of a finished call."""
-    prefill = call.prefill
-    depth = runtime.depth
-    if prefill is None:  # nothing went through the text model
-        empty = torch.zeros(1, 1, dtype=torch.bool, device="cpu")
-        prefill = Prefill(empty, 0, empty)
-    rows: list[Tensor | None] = prefill.rows or [None] * (depth + 1)
-    alive = _alive(prefill, rows)
-    tokens = torch.tensor([[len(a) for a in layer] for layer in alive[:depth]], dtype=torch.long, device="cpu")
-    cache = call.cache
-    valid = prefill.valid
-    if cache is not None and isinstance(cache.layers[0], kv.PrunedStaticLayer):  # compiled steps count nothing
-        call.steps = cache.layers[0].logical - prefill.start - valid.shape[1]
-    kv_lengths, held = _entries(cache, prefill, depth, len(alive[0]))
-    return Trace(
-        method=runtime.method.name,
-        total=prefill.vision.sum(1).cpu(),
-        tokens=tokens,
-        kv_lengths=kv_lengths,
-        kv_vision=held,
-        flops=_flops(runtime, call, prefill, rows, tokens, kv_lengths),
-        kv_bytes=_kv_bytes(cache, depth),
-        backend=runtime.implementation,
-        kernels=", ".join(sorted(call.kernels)) or "none",
-        filters=runtime.filters,
-        fit=runtime.adapter.fit(runtime.model),
-        media=prefill.media,
-        _alive=alive,
-        _marks=[row.to("cpu") for row in prefill.marks],
-        _heard=_heard(prefill),
-    )
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A pass of media through an encoder.
+
+    Attributes:
+        cost: of the encoder.
+        prefix: tokens before the patches.
+        lengths: per encoder layer, the lengths of the sequences that attended to themselves.
+        merged: whether tokens merged.
+    """
+
+    cost: EncoderCost
+    prefix: int
+    lengths: list[Sequence[int] | Tensor]
+    merged: bool
 
 
-def _heard(prefill: Prefill) -> list[dict[int, Tensor]]:
-    """Per sample, decoder layer -> (N,) float, attention that a filter read there; NaN where the token was gone."""
-    vision = prefill.vision.cpu()
-    out: list[dict[int, Tensor]] = [{} for _ in vision]
-    for layer, sent, index in prefill.heard:
-        given, place = sent.received()[:, 0].float(), index.cpu()
-        for b, seen in enumerate(vision):
-            logical = torch.full((len(seen) + 1,), torch.nan, dtype=torch.float32, device="cpu")
-            logical[place[b].masked_fill(place[b] == PAD, len(seen))] = given[b]
-            out[b][layer] = logical[:-1][seen]
-    return out
+@dataclass(frozen=True, eq=False)
+class Ended:
+    """What is left of a call: numbers and references, gathered without asking a device for anything.
+
+    The references are to tensors that nobody changes in place; of the cache only what is small is kept. So the trace
+    that is made later, or never, describes the call as it ended.
+
+    Attributes:
+        method: name of the method.
+        filters: decoder layers after which tokens left.
+        depth: decoder layers.
+        prefill: record of the prompt's pass.
+        stored: what each cache layer stores; empty without a cache.
+        kv_bytes: of keys and values.
+        steps: logical tokens that followed the first pass, as far as the hooks saw them.
+        text: sizes of the text model.
+        encoded: passes through encoders.
+        projector: FLOPs of what maps features into the language model.
+        backend: see `Trace`.
+        kernels: see `Trace`.
+        fit: see `Trace`.
+    """
+
+    method: str
+    filters: tuple[int, ...]
+    depth: int
+    prefill: Prefill
+    stored: list[kv.Stored]
+    kv_bytes: Compared
+    steps: int
+    text: TextCost
+    encoded: list[Encoded]
+    projector: int
+    backend: str
+    kernels: str
+    fit: Literal["crop", "stretch"]
+
+    @classmethod
+    def of(cls, runtime: Runtime, call: Call) -> Ended:
+        """What is left of a call of a patched model."""
+        prefill, depth = call.prefill, runtime.depth
+        if prefill is None:  # nothing went through the text model
+            empty = torch.zeros(1, 1, dtype=torch.bool, device="cpu")
+            prefill = Prefill(empty, 0, empty)
+        layers = [] if call.cache is None else call.cache.layers[:depth]
+        encoded = [
+            Encoded(runtime.encoder_cost(run.tower), run.tower.prefix, run.lengths, run.merged is not None)
+            for run in call.encoded
+            if run.lengths
+        ]
+        return cls(
+            method=runtime.method.name,
+            filters=runtime.filters,
+            depth=depth,
+            prefill=prefill,
+            stored=kv.stored(layers),
+            kv_bytes=_kv_bytes(layers),
+            steps=call.steps,
+            text=runtime.text_cost,
+            encoded=encoded,
+            projector=_projector_flops(runtime, call),
+            backend=runtime.implementation,
+            kernels=", ".join(sorted(call.kernels)) or "none",
+            fit=runtime.adapter.fit(runtime.model),
+        )
+
+    @property
+    def dropped_anything(self) -> bool:
+        """As `Trace.dropped_anything`, from little: what is gone after the last layer tells it of all layers."""
+        if self.kv_bytes.actual < self.kv_bytes.unpruned:
+            return True
+        vision, last = self.prefill.vision, self.prefill.rows[-1] if self.prefill.rows else None
+        left = vision & self.prefill.valid if last is None else take(vision, last, 1) & (last != PAD)
+        return bool((left.sum(1) < vision.sum(1)).any())
+
+    @functools.cached_property
+    def trace(self) -> Trace:
+        """The trace of the call."""
+        prefill, depth = self.prefill, self.depth
+        rows: list[Tensor | None] = prefill.rows or [None] * (depth + 1)
+        alive = _alive(prefill, rows)
+        tokens = torch.tensor([[len(a) for a in layer] for layer in alive[:depth]], dtype=torch.long, device="cpu")
+        kv_lengths, held = _entries(self.stored, prefill, depth, len(alive[0]))
+        return Trace(
+            method=self.method,
+            total=prefill.vision.sum(1).cpu(),
+            tokens=tokens,
+            kv_lengths=kv_lengths,
+            kv_vision=held,
+            flops=_flops(self, rows, tokens, kv_lengths),
+            kv_bytes=self.kv_bytes,
+            backend=self.backend,
+            kernels=self.kernels,
+            filters=self.filters,
+            fit=self.fit,
+            media=prefill.media,
+            _alive=alive,
+            _marks=[row.to("cpu") for row in prefill.marks],
+            _heard=prefill.heard,
+            _vision=prefill.vision,
+        )
+
+    @property
+    def logical_steps(self) -> int:
+        """Logical tokens that followed the first pass.
+
+        Of a static cache those that it counted: the hooks see no compiled step.
+        """
+        if self.stored and isinstance(self.stored[0].slots, Tensor):
+            return self.stored[0].logical - self.prefill.start - self.prefill.valid.shape[1]
+        return self.steps
 
 
-def _entries(cache: Any, prefill: Prefill, depth: int, batch: int) -> tuple[Tensor, Tensor]:
+def _entries(layers: list[kv.Stored], prefill: Prefill, depth: int, batch: int) -> tuple[Tensor, Tensor]:
     """(L, B) long: entries of each cache layer, and those of this prompt's vision tokens.
 
     Layers with the same entries share the result.
     """
-    if cache is None:
+    if not layers:
         nothing = torch.zeros(depth, batch, dtype=torch.long, device="cpu")
         return nothing, nothing
     done: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-    layers = cache.layers[:depth]
+    seen = prefill.vision & prefill.valid
     for layer in layers:
-        if layer.layout_key not in done:
-            lengths = layer.lengths(prefill.start, prefill.valid)
-            done[layer.layout_key] = lengths.cpu(), layer.held(prefill.start, prefill.vision & prefill.valid).cpu()
-    lengths, held = zip(*(done[layer.layout_key] for layer in layers), strict=True)
+        if layer.key not in done:
+            done[layer.key] = layer.lengths(prefill.start, prefill.valid), layer.held(prefill.start, seen)
+    lengths, held = zip(*(done[layer.key] for layer in layers), strict=True)
     return torch.stack(lengths), torch.stack(held)
 
 
@@ -105,19 +190,14 @@ def _alive(prefill: Prefill, rows: list[Tensor | None]) -> list[list[Tensor]]:
     return out
 
 
-def _kv_bytes(cache: Any, depth: int) -> Compared:
-    if cache is None:
-        return Compared(0, 0)
-    actual = sum(layer.storage_bytes() for layer in cache.layers[:depth])
-    unpruned = sum(layer.unpruned_bytes() for layer in cache.layers[:depth])
-    return Compared(actual, unpruned)
+def _kv_bytes(layers: list[Any]) -> Compared:
+    actual = sum(layer.storage_bytes() for layer in layers)
+    return Compared(actual, sum(layer.unpruned_bytes() for layer in layers))
 
 
-def _flops(
-    runtime: Runtime, call: Call, prefill: Prefill, rows: list[Tensor | None], tokens: Tensor, kv_lengths: Tensor
-) -> Compared:
-    depth, batch = runtime.depth, prefill.vision.shape[0]
-    text = runtime.text_cost
+def _flops(ended: Ended, rows: list[Tensor | None], tokens: Tensor, kv_lengths: Tensor) -> Compared:
+    prefill, depth, text = ended.prefill, ended.depth, ended.text
+    batch = prefill.vision.shape[0]
     whole, seen = prefill.valid.sum(1).tolist(), (prefill.vision & prefill.valid).sum(1).tolist()
     counts: dict[int, list[int]] = {}
     for row in rows:
@@ -127,10 +207,10 @@ def _flops(
     past = prefill.past[:depth] or [0] * depth
     start = [prefill.start] * depth
     scoring = sum(text.scoring(i, rows, new[b][i] + past[i]) for b in range(batch) for i, rows in prefill.scored)
-    logical = [int(n) for n in (torch.tensor(whole, dtype=torch.long, device="cpu") + prefill.start + call.steps)]
+    logical = [int(n) + prefill.start + ended.logical_steps for n in whole]
     parts = {
-        "vision": _encoder_cost(runtime, call),
-        "projector": _projector_cost(runtime, call),
+        "vision": _encoder_cost(ended.encoded),
+        "projector": Compared(ended.projector, ended.projector),
         "scoring": Compared(scoring, 0),
         "prefill": Compared(
             sum(text.prefill(new[b], past, tokens[:, b].tolist()) for b in range(batch)),
@@ -144,26 +224,20 @@ def _flops(
     return total(parts, ("vision", "projector", "scoring", "prefill"))
 
 
-def _encoder_cost(runtime: Runtime, call: Call) -> Compared:
+def _encoder_cost(passes: list[Encoded]) -> Compared:
     """Of every pass through an encoder, merged and as long as it came in."""
     actual = unpruned = 0
-    for run in call.encoded:
-        if not run.lengths:
-            continue
-        distinct = {id(length): length for length in run.lengths}
-        known = {key: length.tolist() for key, length in distinct.items()}
+    for run in passes:
+        known = {id(length): length.tolist() if isinstance(length, Tensor) else length for length in run.lengths}
         lengths = [known[id(length)] for length in run.lengths]
-        tower, merged = run.tower, run.merged is not None
-        cost = runtime.encoder_cost(tower)
-        embedding = cost.embedding * (sum(lengths[0]) - tower.prefix * len(lengths[0]))
-        actual += embedding + cost.layers(lengths)
+        embedding = run.cost.embedding * (sum(lengths[0]) - run.prefix * len(lengths[0]))
+        actual += embedding + run.cost.layers(lengths)
         # before windows merge, every layer sees what the first one sees
-        whole = [lengths[0]] * len(lengths) if merged else lengths
-        unpruned += embedding + cost.layers(whole)
+        whole = [lengths[0]] * len(lengths) if run.merged else lengths
+        unpruned += embedding + run.cost.layers(whole)
     return Compared(actual, unpruned)
 
 
-def _projector_cost(runtime: Runtime, call: Call) -> Compared:
+def _projector_flops(runtime: Runtime, call: Call) -> int:
     features = sum(layout.size for rows in call.layouts.values() for row in rows for layout in row)
-    flops = runtime.adapter.projector_flops(runtime.model) * features if features else 0
-    return Compared(flops, flops)
+    return runtime.projector_flops * features if features else 0

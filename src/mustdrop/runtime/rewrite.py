@@ -111,17 +111,19 @@ class Rewriter:
         """
         if layer.whole:
             return False
-        assert layer.positions is not None  # fixed when the first token was dropped
+        if layer.fixed is None:  # in a pass after one that has failed
+            layer.settle({})
+        assert layer.fixed is not None  # the layer has lost something, so it knows positions
         mask = kwargs.get("attention_mask")
         if memo is None:
-            kwargs["attention_mask"] = fixed_mask(mask, layer.positions, layer.padded)
+            kwargs["attention_mask"] = fixed_mask(mask, layer.fixed, layer.padded)
         else:
             key = ("step", id(mask), id(layer.layout))
             if key not in memo:
-                memo[key] = (mask, fixed_mask(mask, layer.positions, layer.padded))
+                memo[key] = (mask, fixed_mask(mask, layer.fixed, layer.padded))
             kwargs["attention_mask"] = memo[key][1]
         if self.runtime.method.renumber:
-            stored = layer.cumulative_length - (layer.positions == PAD).sum(1, keepdim=True)
+            stored = layer.cumulative_length - (layer.fixed == PAD).sum(1, keepdim=True)
             place = stored + torch.arange(hidden.shape[1], dtype=torch.long, device=hidden.device)
             for name, value in kwargs.items():
                 if name.startswith("position_embeddings") and value is not None:

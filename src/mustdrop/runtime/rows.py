@@ -60,6 +60,9 @@ def pack(keep: Tensor, order: Tensor | None = None) -> Tensor:
     (B, M) long.
     """
     n = keep.shape[1]
+    if len(keep) == 1 and keep.device == HOST:  # nothing to pad
+        place = keep[0].nonzero()[:, 0]
+        return (place if order is None else place[order[0, place].argsort(stable=True)])[None]
     index = torch.arange(n, dtype=torch.long, device=keep.device).expand_as(keep)
     key = (index if order is None else order).masked_fill(~keep, PAD)
     most = int(keep.sum(1).max()) if keep.numel() else 0
@@ -68,5 +71,5 @@ def pack(keep: Tensor, order: Tensor | None = None) -> Tensor:
 
 
 def has_padding(index: Tensor) -> bool:
-    """Whether `index` holds PAD anywhere (waits for its device)."""
-    return bool((index < 0).any())
+    """Whether `index`, as `pack` makes it, holds PAD anywhere (waits for its device); one row alone never does."""
+    return len(index) > 1 and bool((index < 0).any())

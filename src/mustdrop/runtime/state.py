@@ -8,6 +8,7 @@ What it says about tokens lies on the host (see `mustdrop.runtime.rows`).
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from mustdrop.runtime.decoding import Later
     from mustdrop.runtime.encoder_run import EncoderRun
     from mustdrop.runtime.entry import Media
+
+_MANY = 1 << 20  # numbers that a trace may keep of what one filter read
 
 
 @dataclass
@@ -65,6 +68,38 @@ class Medium:
     index: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Heard:
+    """Attention that a filter read, kept as it came: see `Prefill.hear`."""
+
+    layer: int
+    attention: Tensor | Sent
+    rows: Tensor | None
+
+    def of(self, vision: Tensor, sample: int) -> Tensor:
+        """(N,) float, the sum over the words for each vision token of a prompt; NaN where it did not come that far.
+
+        Args:
+            vision: (B, q) bool, the vision tokens of the chunk.
+            sample: the prompt.
+        """
+        if isinstance(self.attention, Sent):
+            given = self.attention.received()[sample, 0].float()
+        else:
+            given = self.attention[sample].sum(0).float().cpu()
+        seen = vision[sample].cpu()
+        if self.rows is None:
+            return given[seen]
+        logical = torch.full((len(seen) + 1,), torch.nan, dtype=torch.float32, device="cpu")
+        logical[self.rows[sample].cpu()] = given  # PAD is -1: one place too many, cut off
+        return logical[:-1][seen]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the event of a device, which no other process has."""
+        sent = isinstance(self.attention, Sent)
+        return {**vars(self), "attention": Sent(self.attention.received()) if sent else self.attention}  # type: ignore[union-attr]
+
+
 @dataclass
 class Prefill:
     """Record of the prompt's pass, for the trace. Rows are batch rows of that pass.
@@ -77,8 +112,7 @@ class Prefill:
         valid: (B, q) bool, tokens that the attention mask does not hide.
         past: per decoder layer, entries that its cache held before.
         scored: (decoder layer, rows whose attention was read there: the most of any sample), once per reader.
-        heard: (decoder layer, (B, k, n) the sum over the rows that score of their attention, first of k, on its way to
-            the host, (B, n) chunk index of each of these tokens), once per filter that read attention.
+        heard: what each filter read.
         marks: per row, what the vision stage decided over its vision tokens (empty without one).
         media: per row, its media in the order of the prompt: layout, kind, and where its features are among the row's
             vision tokens (empty if the encoder did not run).
@@ -90,23 +124,47 @@ class Prefill:
     rows: list[Tensor | None] = field(default_factory=list)
     past: list[int] = field(default_factory=list)
     scored: list[tuple[int, int]] = field(default_factory=list)
-    heard: list[tuple[int, Sent, Tensor]] = field(default_factory=list)
+    heard: list[Heard] = field(default_factory=list)
     marks: list[Marks] = field(default_factory=list)
     media: list[list[Medium]] = field(default_factory=list)
 
-    def hear(self, layer: int, attention: Tensor | Sent, index: Tensor) -> None:
-        """Keep for the trace what a filter read.
+    def hear(self, layer: int, attention: Tensor | Sent, rows: Tensor | None) -> None:
+        """Keep for the trace what a filter read, as it is: nothing is computed before somebody asks for it.
 
         Args:
             layer: decoder layer.
             attention: (B, R, n) of the rows that score, or (B, 2, n), their sum and maximum on the way to the host.
-            index: (B, n) chunk index of each token.
+            rows: (B, n) chunk index of each token, None if all are there.
         """
         if isinstance(attention, Tensor):
-            if not attention.shape[1]:  # this rule asks no row
-                return
-            attention = Sent.off((attention if attention.shape[1] == 1 else attention.sum(1, keepdim=True)).detach())
-        self.heard.append((layer, attention, index))
+            if attention.requires_grad:
+                attention = attention.detach()
+            if attention.numel() > _MANY:  # a trace is small
+                attention = attention.sum(1, keepdim=True)
+        self.heard.append(Heard(layer, attention, rows))
+
+
+@dataclass(frozen=True, eq=False)
+class Looked:
+    """What the host has seen of a prompt: ids and mask came over once, at the start of the call.
+
+    Attributes:
+        ids: (B, S) that were looked at, or a copy that is known to be one.
+        mask: (B, S) likewise, or what is made of it; None without one.
+        kinds: (B, S) long, index of the modality that each position stands for, -1 for text. On the host.
+        valid: (B, S) bool, tokens that the mask does not hide. On the host.
+        whole: whether it hides none: then no mask says the same, and `generate` leaves it out.
+    """
+
+    ids: Tensor
+    mask: Any
+    kinds: Tensor
+    valid: Tensor
+    whole: bool
+
+    def knows(self, ids: Tensor | None, mask: Any) -> bool:
+        """Whether the host has seen both."""
+        return ids is self.ids and (mask is self.mask if mask is not None else self.whole)
 
 
 @dataclass
@@ -123,6 +181,8 @@ class Call:
         shown_of: kind of media -> per prompt (N,) bool, those that the mask does not hide; empty if it hides none.
         length: tokens of the prompt that the cache does not hold yet; None in a plain forward, where all are.
         plans: numbers per prompt.
+        looked: what the host has seen of the prompt, if its ids and its mask are given.
+        unmarked: whether some features bear no marks, because the model adds them later.
         open_ended: per prompt, the kind of media whose token it ends with, or None: that token predicts the answer and
             must stay.
         words: per prompt (T, C), embeddings of its words after the last vision token (all of them, if none follow);
@@ -147,6 +207,8 @@ class Call:
     totals_of: dict[str, list[int]] = field(default_factory=dict)
     shown_of: dict[str, list[Tensor]] = field(default_factory=dict)
     plans: list[RowPlan] = field(default_factory=list)
+    looked: Looked | None = None
+    unmarked: bool = False
     open_ended: list[str | None] = field(default_factory=list)
     words: list[Tensor] | None = None
     marks: dict[str, list[list[Marks]]] = field(default_factory=dict)
@@ -182,7 +244,7 @@ class Forward:
 
     Attributes:
         length: logical tokens of the chunk.
-        start: logical tokens that the cache held before.
+        begins: see `start`; asked at most once, before the first layer has run.
         batch: rows.
         cache: the adopted cache, or None.
         media: the vision tokens of this pass; None if it has none.
@@ -201,7 +263,7 @@ class Forward:
     """
 
     length: int
-    start: int
+    begins: Callable[[], int]
     batch: int
     cache: Any = None
     media: Media | None = None
@@ -217,6 +279,11 @@ class Forward:
     mask: Any = None
     later: Later | None = None
 
+    @functools.cached_property
+    def start(self) -> int:
+        """Logical tokens that the cache held before."""
+        return self.begins()
+
     @property
     def end(self) -> int:
         """Logical tokens of the sequence, those of the chunk included."""
@@ -227,11 +294,21 @@ class Forward:
         """(B, n) chunk index of each current row."""
         if self.rows is not None:
             return self.rows
+        return self._all
+
+    @functools.cached_property
+    def _all(self) -> Tensor:
         return torch.arange(self.length, dtype=torch.long, device="cpu").expand(self.batch, -1)
 
     def current(self, x: Tensor) -> Tensor:
         """(B, n) values of a (B, length) bool tensor at the current rows, False on padding."""
-        return x if self.rows is None else take(x, self.rows, 1) & (self.rows != PAD)
+        if self.rows is None:
+            return x
+        key = ("current", id(x))
+        if key not in self.memo:
+            made = take(x, self.rows, 1, self.padded)
+            self.memo[key] = (x, made & (self.rows != PAD) if self.padded else made)
+        return self.memo[key][1]  # type: ignore[no-any-return]
 
 
 class Local(threading.local):

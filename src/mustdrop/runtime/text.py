@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -100,13 +101,14 @@ class TextStage(Copied):
         cache = kv.adopt(cache_of(kwargs), module.config, runtime.depth, bool(wants), checks.no_static(runtime))
         if cache is not None:
             give_cache(module, kwargs, cache)
-        start = int(cache.get_seq_length()) if cache is not None else 0
-        forward = local.forward = Forward(tokens.shape[1], start, tokens.shape[0], cache, flash=runtime.flash)
+        seen = embeds is not None and kinds is not None and bool((kinds >= 0).any())
+        begins = self._begins(cache, tokens.shape[1], seen)
+        forward = local.forward = Forward(tokens.shape[1], begins, tokens.shape[0], cache, flash=runtime.flash)
         mask = kwargs.get("attention_mask")
         mask = mask if local.mask is None else local.mask  # the base model may have made 4-D masks of it
         forward.mask = mask
-        checks.windows(runtime, self.spans, forward.end)
-        if embeds is None or kinds is None or not bool((kinds >= 0).any()):
+        checks.windows(runtime, self.spans, forward)
+        if embeds is None or kinds is None or not seen:
             marked = embeds is not None and runtime.method.vision is not None and forward.length > 1
             if marked and bool(cast(Tensor, embeds)[..., 0].isnan().any()):
                 raise UnsupportedOptionError(
@@ -118,17 +120,33 @@ class TextStage(Copied):
             forward.idle = self._idle(forward)
             if self._is_recorded(forward):
                 nothing = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=HOST)
-                self._record(forward, Prefill(nothing, start, entry.valid_tokens(nothing, mask, start)))
+                valid = entry.valid_tokens(nothing, mask, forward.start)
+                self._record(forward, Prefill(nothing, forward.start, valid))
             return (), kwargs
         media = forward.media = entry.read(runtime, embeds, kinds, mask)
         if self._is_recorded(forward):
-            self._record(forward, Prefill(media.places, start, media.valid, marks=media.marks, media=media.media))
+            made = Prefill(media.places, forward.start, media.valid, marks=media.marks, media=media.media)
+            self._record(forward, made)
         if runtime.method.vision is not None and not bool(media.alive.all()):
             kwargs["inputs_embeds"] = embeds.masked_fill(on(~media.alive, embeds.device)[..., None], 0.0)
         forward.idle = self._keeps_all(forward, media)
         if forward.idle and forward.record is not None:
-            forward.record.rows, forward.record.past = [None] * runtime.depth, [start] * runtime.depth
+            forward.record.rows, forward.record.past = [None] * runtime.depth, [forward.start] * runtime.depth
         return (), kwargs
+
+    def _begins(self, cache: Any, length: int, seen: bool) -> Callable[[], int]:
+        """What says how many tokens came before this pass.
+
+        It is asked at once, but for a step over a static cache: there the device would have to say it, and nothing
+        needs it.
+        """
+        if cache is None:
+            return lambda: 0
+        step = length == 1 and not seen and type(cache.layers[0]) is kv.PrunedStaticLayer and cache.layers[0].ready
+        if step and not self._decode.reads_steps:
+            return lambda: kv.length(cache, counts=False)
+        start = kv.length(cache, counts=seen)
+        return lambda: start
 
     def _idle(self, forward: Forward) -> bool:
         """See `Forward.idle`. The layers' hooks do next to nothing then, so the cache is told here that they ran."""
@@ -226,7 +244,7 @@ class TextStage(Copied):
                 "does not ask its config which function to use."
             )
         if forward.record is not None:
-            forward.record.hear(self.runtime.filters[k], attention, forward.index)
+            forward.record.hear(self.runtime.filters[k], attention, forward.rows)
         vision = forward.current(media.vision)
         selection = scores.choose(self.runtime, prefill, forward, media, hidden, attention, k)
         keep = selection.mask(vision.shape[1]).to(HOST) | ~vision
@@ -245,8 +263,9 @@ class TextStage(Copied):
         if order is None and forward.rows is None:
             order = media.order
         place = pack(keep & forward.current(media.valid), order)
-        forward.rows = take(forward.index, place, 1).masked_fill(place == PAD, PAD)
-        forward.padded, forward.memo = has_padding(place), {}
+        padded = has_padding(place)
+        rows = take(forward.index, place, 1, padded)
+        forward.rows, forward.padded, forward.memo = rows.masked_fill(place == PAD, PAD) if padded else rows, padded, {}
         return kernels.gather_rows([hidden], on(place, hidden.device), zero=forward.padded)[0]
 
     def _extend(self, i: int, layer: kv.Slots | None, forward: Forward, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
