@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 
 import numpy as np
@@ -98,6 +99,8 @@ def test_the_attention_of_a_trace_is_that_of_the_model(variant):
         gone = torch.ones(len(expected), dtype=torch.bool)
         gone[trace.kept(2, b)] = False
         assert torch.equal(found[2].isnan(), gone)
+        copied = pickle.loads(pickle.dumps(trace)).attention(b)
+        assert all(torch.equal(copied[layer].nan_to_num(), found[layer].nan_to_num()) for layer in found)
 
 
 @pytest.mark.parametrize("method", ["none", "uniform"])
