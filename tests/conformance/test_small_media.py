@@ -164,7 +164,7 @@ def test_a_batch_is_not_lost_for_a_prompt_whose_budget_the_filters_cannot_meet(m
     alone = batch(registry()["qwen2_vl"], model, (("image",), ()))
     with pytest.raises(errors.BudgetError, match="impossible with 16"):  # no prompt with a picture meets it
         answer(model, alone, 1)
-    with pytest.raises(errors.BudgetError, match="impossible with 36|more than the 4"):
+    with pytest.raises(errors.BudgetError, match=r"impossible with 36|more than the 4"):
         answer(mustdrop.patch(model, method, keep=5, strict=True), inputs, 1)
 
 

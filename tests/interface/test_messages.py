@@ -278,7 +278,7 @@ def test_a_recipe_without_build_is_refused(method):
 
 
 def test_what_is_no_method_is_named_in_one_line():
-    with pytest.raises(errors.ConfigError, match="got a LlavaForConditionalGeneration.$"):
+    with pytest.raises(errors.ConfigError, match=r"got a LlavaForConditionalGeneration\.$"):
         mustdrop.patch(clone(), clone())
 
 
