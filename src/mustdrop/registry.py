@@ -219,9 +219,7 @@ def resolve(given: MethodLike, /, **knobs: Any) -> Method:
 
 def _build(recipe: Recipe, name: str) -> Method:
     if type(recipe).build is Recipe.build:
-        raise ConfigError(
-            f"{type(recipe).__name__} has no build(), which makes the mustdrop.Method of a recipe: define it."
-        )
+        raise ConfigError(f"{type(recipe).__name__} has no build(): define it, it makes the Method.")
     built: Any = recipe.build()
     if not isinstance(built, Method):
         raise ConfigError(f"{type(recipe).__name__}.build returned {_shown(built)}, expected a mustdrop.Method.")

@@ -44,8 +44,8 @@ def plan_row(method: Method, total: int, n_layers: int, layers: tuple[int, ...],
         spared: see `RowPlan`.
 
     Raises:
-        BudgetError: a budget that the filter layers cannot meet, unless `spared`; with `Method.strict`, also
-            one above the prompt's tokens or below one token.
+        BudgetError: a budget that the filter layers cannot meet, unless `spared`; with `Method.strict`, also one above
+            the prompt's tokens or below one token.
     """
     if not total:
         return RowPlan(0, None, 0, 0)
