@@ -109,7 +109,8 @@ def register(recipe: Any = None, name: str | None = None, *, replace: bool = Fal
             f"register takes a class derived from mustdrop.Recipe that has a build(), got {recipe!r}. A Method or a "
             "recipe with its knobs needs no name: pass it to patch as it is."
         )
-    name = name or own_name(recipe) or snake_case(recipe.__name__)
+    given: Any = name  # whatever a caller wrote
+    name = given or own_name(recipe) or snake_case(recipe.__name__)
     if not isinstance(name, str) or ":" in name or name.split() != [name]:
         raise ConfigError(f"{name!r} cannot be the name of a method: expected one word without a colon.")
     taken: Any = _here().get(name)
@@ -241,8 +242,8 @@ def _shown(thing: Any) -> str:
     if isinstance(thing, type):
         return f"the class {thing.__name__}"
     text = repr(thing)
-    kind = type(thing).__name__
-    return f"{text} ({kind})" if len(text) <= _SHOWN and "\n" not in text else f"a {kind}"
+    name = type(thing).__name__
+    return f"{text} ({name})" if len(text) <= _SHOWN and "\n" not in text else f"a {name}"
 
 
 def name_of(kind: type[Recipe]) -> str:
