@@ -58,6 +58,7 @@ class Runtime(Copied):
         self.calls, self.ledger = Calls(self), Ledger()
         self.warned = self.exceeded = False
         self.sizes: dict[object, Any] = {}
+        # per runtime: keep=1 and keep=1.0 are equal and mean different things
         self.plans: dict[tuple[int, bool], RowPlan] = {}
         self.installation = Installation()
         checks.model(self)
