@@ -15,7 +15,7 @@ from mustdrop.plain import PlainStage
 from support import families
 
 KEEP = 9
-FEATURES_ALONE = ("divprune", "pooling", "uniform", "random")
+FEATURES_ALONE = ("divprune", "pooling", "uniform", "random", "vcast", "gleanvid")
 
 
 def case(family):

@@ -11,24 +11,19 @@ import torch
 import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from mustdrop.adapters import registry
-from mustdrop.method import find
 from mustdrop.method import registry as recipes
 from support.edges import (
     BUDGETED,
     cut_behind_media,
     ends_with_media,
+    refusal,
     share,
     skip_where_the_plain_model_fails,
 )
 from support.families import assert_dropping_equals_masking, batch, clone, compare, plain
 
 FAMILIES = [(name, kind) for name, adapter in registry().items() if adapter.available() for kind in adapter.media]
-PAIRS = [
-    (name, kind, method)
-    for name, kind in FAMILIES
-    for method in BUDGETED
-    if not any(getattr(find(method, keep=0.5), stage) is not None for stage in registry()[name].lacks)
-]
+PAIRS = [(name, kind, method) for name, kind in FAMILIES for method in BUDGETED if not refusal(method, name)]
 
 
 def pytest_generate_tests(metafunc):

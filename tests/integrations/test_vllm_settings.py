@@ -16,13 +16,19 @@ SERVED = (
     "divprune",
     "dycoke",
     "fastervlm",
+    "fastvid",
+    "gleanvid",
     "hiprune",
+    "holov",
+    "mmr",
     "mustdrop",
     "pooling",
     "prumerge",
     "random",
+    "scope",
     "tome",
     "uniform",
+    "vcast",
     "vidcom2",
     "visionzip",
     "vispruner",
@@ -61,6 +67,11 @@ def test_all_others_are_refused_with_one_that_works(method):
         settings.parse({"method": method})
     nearest = str(raised.value).rsplit('"', 2)[1]
     assert nearest in SERVED
+
+
+def test_a_setting_that_reads_hidden_states_is_refused():
+    with pytest.raises(UnsupportedOptionError, match="scope cannot prune in a server: it reads hidden states"):
+        settings.parse({"method": "scope", "geometry": "standardized"})
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,9 @@ import mustdrop
 import mustdrop.method
 from mustdrop.adapters import registry
 from mustdrop.errors import UnsupportedModelError
-from mustdrop.pruners import PictureRule
 from support import fake_flash, families, following, turns
 from support.builders import answer
-from support.edges import BUDGETED, share
+from support.edges import BUDGETED, refusal, share
 from support.families import assert_dropping_equals_masking, batch, clone
 
 FAMILIES = [(name, kind) for name, adapter in registry().items() if adapter.available() for kind in adapter.media]
@@ -59,11 +58,7 @@ class Case:
     @property
     def refusal(self) -> str:
         """What the error says where the family lacks what the method needs; empty if it lacks nothing."""
-        adapter, method = registry()[self.name], mustdrop.method.find(self.method, keep=0.5)
-        if any(getattr(method, stage) is not None for stage in adapter.lacks):
-            return "no vision stage"
-        resizes = method.vision is not None and isinstance(method.vision.rule, PictureRule)
-        return "resizes pictures" if resizes and adapter.fixed_pictures else ""
+        return refusal(self.method, self.name)
 
     @property
     def why(self) -> str:

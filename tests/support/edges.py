@@ -15,12 +15,22 @@ from mustdrop import budget
 from mustdrop.adapters import registry
 from mustdrop.method import find
 from mustdrop.method import registry as recipes
+from mustdrop.pruners import PictureRule
 
 from .builders import answer
 from .families import PAD, batch, plain, vision_positions
 
 #: Methods that have a budget.
 BUDGETED = [name for name, recipe in recipes().items() if "keep" in recipe.model_fields]
+
+
+def refusal(method: str, family: str) -> str:
+    """What the error says where a family lacks what the method needs; empty if it lacks nothing."""
+    adapter, built = registry()[family], find(method, keep=0.5)
+    if any(getattr(built, stage) is not None for stage in adapter.lacks):
+        return "no vision stage"
+    resizes = built.vision is not None and isinstance(built.vision.rule, PictureRule)
+    return "resizes pictures" if resizes and adapter.fixed_pictures else ""
 
 
 def share(method: str, family: str) -> float:

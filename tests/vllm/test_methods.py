@@ -13,9 +13,9 @@ from support.engines import Request
 SIDE = tiny.TILE
 # On LLaVA; `tome` and `mustdrop` merge inside its encoder in transformers, and behind it here, and `prumerge` reads a
 # layer that vLLM does not load.
-ON_LLAVA = ("visionzip", "vispruner", "hiprune", "pooling", "uniform", "random")
+ON_LLAVA = ("visionzip", "vispruner", "hiprune", "scope", "mmr", "holov", "pooling", "uniform", "random")
 # On a packed encoder both merge behind it.
-ON_QWEN = ("mustdrop", "tome", "hiprune", "prumerge", "vidcom2", "dycoke")
+ON_QWEN = ("mustdrop", "tome", "hiprune", "prumerge", "vidcom2", "dycoke", "vcast", "gleanvid", "fastvid")
 
 
 @pytest.fixture(scope="module")

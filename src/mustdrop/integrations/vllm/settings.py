@@ -16,7 +16,7 @@ from mustdrop.errors import ConfigError, UnsupportedOptionError
 from mustdrop.integrations.vllm import VARIABLE
 from mustdrop.method import DEFAULT_METHOD, Method
 from mustdrop.method import find as find_method
-from mustdrop.pruners import VisionStagePruner
+from mustdrop.pruners import PictureRule, VisionStagePruner
 
 REQUEST = "mustdrop_keep"  # in a request's `mm_processor_kwargs`
 
@@ -27,6 +27,9 @@ ALONE = {"mustdrop": ("keep", "window", "threshold", "key_share")}
 NEAREST = {
     "cdpruner": "divprune",
     "dart": "divprune",
+    "downsample": "pooling",
+    "flashvid": "fastvid",
+    "mmtok": "scope",
     "mustdrop+": "tome",
     "sparsevlm": "visionzip",
     "vscan": "vispruner",
@@ -152,8 +155,13 @@ def _obstacle(method: Method) -> str | None:
         return "drops tokens between decoder layers"
     if method.vision is None:
         return "drops entries of the KV cache"
-    if method.vision.rule is not None and method.vision.rule.asks:
+    rule = method.vision.rule
+    if rule is not None and rule.asks:
         return "reads the question"
+    if isinstance(rule, PictureRule):
+        return "makes pictures smaller before the encoder sees them"
+    if any(read.what == "states" for read in method.vision.reads):
+        return "reads hidden states of the encoder"
     if method.renumber:
         return 'numbers positions anew (compat="released")'
     return None
