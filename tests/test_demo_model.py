@@ -55,7 +55,7 @@ def test_model_is_ready_for_inference(demo):
     model, _ = demo
     assert not model.training
     assert all(torch.isfinite(weight).all() for weight in model.parameters())
-    half, _ = load(torch.bfloat16)
+    half, _ = load(dtype=torch.bfloat16)
     assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16}
 
 

@@ -115,4 +115,4 @@ def _load(model: str | None, device: str | None, dtype: str) -> tuple[Any, Any]:
     if model is not None:
         return load_model(model, device=device, dtype=dtype)
     bundled, processor = load()
-    return bundled.to(place(device)), processor  # type: ignore[arg-type]
+    return bundled.to(place(device)), processor

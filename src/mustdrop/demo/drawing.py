@@ -46,7 +46,7 @@ def digit_data() -> DigitData:
 
 
 @lru_cache(maxsize=len(SPLITS))
-def _digit_images(split: str) -> tuple[NDArray[np.float64], ...]:
+def digit_images(split: str) -> tuple[NDArray[np.float64], ...]:
     """For each digit 0-9, the images (n, 8, 8) of one split, scaled to 0-1."""
     data = digit_data()
     member = data.split == SPLITS.index(split)
@@ -65,24 +65,24 @@ def _resampling(source: int, target: int) -> NDArray[np.float64]:
     return matrix
 
 
-def background(rng: np.random.Generator) -> NDArray[np.float32]:
+def background(rng: np.random.Generator, height: int = IMAGE_SIZE, width: int = IMAGE_SIZE) -> NDArray[np.float32]:
     """A muted picture (0-0.6) without objects: a gradient of dull colours, soft blobs and a little noise."""
     start, end = (0.05 + 0.35 * rng.random() + 0.10 * (rng.random(3) - 0.5) for _ in range(2))
     angle = rng.random() * 2 * np.pi
-    axis = np.linspace(-1, 1, IMAGE_SIZE)
-    ramp = (np.cos(angle) * axis + np.sin(angle) * axis[:, None]) * 0.5 + 0.5
+    rows, columns = np.linspace(-1, 1, height), np.linspace(-1, 1, width)
+    ramp = (np.cos(angle) * columns + np.sin(angle) * rows[:, None]) * 0.5 + 0.5
     ramp = np.clip(ramp, 0, 1)[..., None]
     picture = start * (1 - ramp) + end * ramp
-    texture = 0.015 * rng.standard_normal((IMAGE_SIZE, IMAGE_SIZE))
+    texture = 0.015 * rng.standard_normal((height, width))
     if rng.random() > 0.4:
         size = int(rng.integers(3, 9))
-        enlarge = _resampling(size, IMAGE_SIZE)
-        texture += 0.06 * enlarge @ rng.standard_normal((size, size)) @ enlarge.T
+        blobs = rng.standard_normal((size, size))
+        texture += 0.06 * _resampling(size, height) @ blobs @ _resampling(size, width).T
     muted: NDArray[np.float32] = np.clip(picture + texture[..., None], 0, 0.6).astype(np.float32)
     return muted
 
 
-def _warp(image: NDArray[np.float64], matrix: NDArray[np.float64], size: int) -> NDArray[np.float64]:
+def warp(image: NDArray[np.float64], matrix: NDArray[np.float64], size: int) -> NDArray[np.float64]:
     """Samples a square image, bilinearly, at `matrix` times the coordinates (-1 to 1) of a new picture."""
     source = len(image)
     padded = np.pad(image, 1)  # a ring of zeros stands for everything outside
@@ -107,7 +107,7 @@ def _digit_mask(rng: np.random.Generator, image: NDArray[np.float64]) -> NDArray
             [np.sin(angle), np.cos(angle) * (1 + stretch_y)],
         ]
     )
-    return np.clip(1.25 * _warp(np.pad(image, 1), matrix, size), 0, 1).astype(np.float32)
+    return np.clip(1.25 * warp(np.pad(image, 1), matrix, size), 0, 1).astype(np.float32)
 
 
 def _shape_mask(rng: np.random.Generator, kind: str) -> NDArray[np.float32]:
@@ -129,7 +129,7 @@ def object_mask(rng: np.random.Generator, kind: str, split: str) -> NDArray[np.f
     """The opacity (0-1) of one object's bounding square; digits are drawn from the handwriting of `split`."""
     if kind in SHAPES:
         return _shape_mask(rng, kind)
-    images = _digit_images(split)[int(kind)]
+    images = digit_images(split)[int(kind)]
     return _digit_mask(rng, images[rng.integers(len(images))])
 
 

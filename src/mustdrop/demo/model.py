@@ -1,4 +1,7 @@
-"""Loads the bundled demo model: a tiny LLaVA that answers questions about `mustdrop.demo.scenes`."""
+"""Loads the bundled model, a tiny LLaVA for `mustdrop.demo.scenes`.
+
+A second one, a tiny Qwen3-VL for `mustdrop.demo.tasks`, is in training: `benchmarks/page_model` makes it.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, Qwen3VLForConditionalGeneration
+
+from mustdrop.demo.page_processor import PageProcessor
+from mustdrop.errors import ConfigError, did_you_mean
 
 CHECKPOINT = Path(__file__).with_name("checkpoint")
+PAGE_CHECKPOINT = Path(__file__).with_name("page_checkpoint")
+NAMES = ("scenes", "pages")
 
 
-def load(dtype: torch.dtype = torch.float32) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The model, in evaluation mode and on the CPU, and its processor.  Nothing is downloaded."""
-    model = LlavaForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=dtype, local_files_only=True)
-    processor = LlavaProcessor.from_pretrained(CHECKPOINT, local_files_only=True)
+def load(name: str = "scenes", dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """A bundled model, in evaluation mode and on the CPU, and its processor.  Nothing is downloaded.
+
+    Args:
+        name: "scenes" is the LLaVA, "pages" the Qwen3-VL.
+        dtype: of the weights.
+
+    Raises:
+        ConfigError: another name, or a model that has not been trained and exported.
+    """
+    if name not in NAMES:
+        raise ConfigError(f"there is no bundled model {name!r}. {did_you_mean(name, NAMES)}")
+    model: Any
+    processor: Any
+    if name == "scenes":
+        model = LlavaForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=dtype, local_files_only=True)
+        processor = LlavaProcessor.from_pretrained(CHECKPOINT, local_files_only=True)
+    elif not (PAGE_CHECKPOINT / "model.safetensors").exists():
+        raise ConfigError(
+            "the model 'pages' is not part of this version, since its training is not done: `python -m benchmarks "
+            "page_model train` and then `export` write it."
+        )
+    else:
+        model = Qwen3VLForConditionalGeneration.from_pretrained(PAGE_CHECKPOINT, dtype=dtype, local_files_only=True)
+        processor = PageProcessor.from_pretrained(PAGE_CHECKPOINT)
     return model.eval(), processor
 
 
-def prompt(processor: LlavaProcessor, question: str) -> str:
-    """The prompt, with the image before the question, that the model was trained on."""
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    chat: Any = [{"role": "user", "content": content}]  # the annotation upstream has no room for content parts
-    text: str = processor.apply_chat_template(chat, add_generation_prompt=True)
+def prompt(processor: Any, question: str, images: int = 1, videos: int = 0) -> str:
+    """The prompt, with pictures and videos before the question, that the models were trained on."""
+    content = [{"type": "image"}] * images + [{"type": "video"}] * videos + [{"type": "text", "text": question}]
+    text: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     return text

@@ -107,7 +107,7 @@ def bundled_subject(image: Path | None, questions: Sequence[str], device: str | 
         raise ConfigError("--image needs at least one --question: only for the bundled scenes the questions are known.")
     given = None if image is None else read_picture(image)
     model, processor = load()
-    model.to(place(device))  # type: ignore[arg-type]
+    model.to(place(device))
     maker = SceneMaker("heldout", SCENE_SEED)
     items: list[Item] = []
     for _ in range(1 if questions else SCENES):

@@ -60,7 +60,7 @@ class Bundled:
         from mustdrop.demo.model import load
 
         model, processor = load()
-        return model.to(torch.device(self.device)), processor  # type: ignore[arg-type]
+        return model.to(torch.device(self.device)), processor
 
     @property
     def model(self) -> Any:

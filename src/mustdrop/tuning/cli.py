@@ -109,7 +109,7 @@ def _subject(
     from mustdrop.demo.model import load
 
     loaded, processor = load()
-    loaded.to(place(device))  # type: ignore[arg-type]
+    loaded.to(place(device))
     return run.Subject("bundled model", loaded, processor, items or _scenes())
 
 
