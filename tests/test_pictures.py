@@ -13,6 +13,7 @@ from transformers.image_utils import load_image
 
 from mustdrop.errors import PictureError
 from mustdrop.eval.media import Picture
+from mustdrop.integrations import conversations
 from mustdrop.pictures import frames_of, in_order, read_picture, turns
 
 PIXELS = (np.random.default_rng(0).random((20, 30, 3)) * 255).astype(np.uint8)
@@ -176,3 +177,31 @@ def test_frames_are_in_the_order_of_their_numbers(tmp_path):
     shown = [path.name for path in frames_of(tmp_path)]
     assert shown == ["frame1.PNG", "frame02.jpg", "frame2.png", "frame10.png", "shot1_frame3.png", "shot10_frame1.png"]
     assert [p.name for p in in_order([Path("9b3"), Path("10"), Path("9b"), Path("²")])] == ["9b", "9b3", "10", "²"]
+
+
+def test_pictures_in_chats_are_read_the_same_way(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "x.jpg"
+    Image.fromarray(PIXELS).save(path, exif=exif)
+    asked = []
+
+    class Processor:
+        chat_template, tokenizer = "x", None
+
+        def apply_chat_template(self, one, add_generation_prompt):
+            return "text"
+
+        def __call__(self, images, **more):
+            asked.extend(images)
+
+    conversations.inputs(Processor(), [conversations.user([str(path), path, Image.open(path)], "what ?")])
+    for picture in asked[0]:
+        same(picture, load_image(str(path)))
+
+
+def test_nothing_else_opens_pictures():
+    """A second reader would have its own idea of orientation and of 16 bits. The frames of a GIF are the exception."""
+    package = Path(__file__).parents[1] / "src" / "mustdrop"
+    found = {str(p.relative_to(package)) for p in package.rglob("*.py") if "Image.open(" in p.read_text("utf-8")}
+    assert found == {"pictures.py", str(Path("eval", "media.py"))}
