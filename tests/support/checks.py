@@ -69,7 +69,8 @@ def merged_features(
                 model,
                 inputs["pixel_values"][image],
                 window=vision.window,
-                threshold=vision.threshold,
+                # where the prompt's shape says how many windows merge, the most similar ones do
+                threshold=vision.threshold if vision.merge_count == "threshold" else -1.0,
                 layer=vision.layer,
                 at_least=alive,
             )

@@ -94,9 +94,9 @@ def best_match(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([found.values for found in best], 1), torch.cat([found.indices for found in best], 1)
 
 
-@operation(_gathered_shape, "gathering:gather_rows", lambda tensors, *_, **__: -(-len(tensors) // 4), grad=True)
+@operation(_gathered_shape, "gathering:gather_rows", lambda tensors, *_, **__: -(-len(tensors) // 8), grad=True)
 def gather_rows(tensors: list[Tensor], index: Tensor, zero: bool = False) -> list[Tensor]:
-    """The same rows of several tensors, with one launch for up to four of them.
+    """The same rows of several tensors, with one launch for up to eight of them.
 
     Args:
         tensors: each (B or 1, N, ...), of any type: hidden states, rotary tables, positions.

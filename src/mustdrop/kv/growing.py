@@ -77,7 +77,7 @@ class PrunedLayer(Slots, DynamicLayer):
             self.logical += arrival.advance
             self.whole &= arrival.whole
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        if arrival is not None or self.positions is not None or self.window is None:
+        if arrival is not None or self.described or self.window is None:
             return keys, values  # what a sliding layer may forget is decided at the end of the pass
         self.slide()
         return keys[:, :, -shown:], values[:, :, -shown:]
@@ -97,7 +97,7 @@ class PrunedLayer(Slots, DynamicLayer):
         slots.
         """
         total = self.logical + query_length
-        if self.window is None or self.positions is not None:
+        if self.window is None or self.described:
             return total, 0
         length = min(self.logical, self.window - 1) + query_length
         return length, total - length
@@ -141,7 +141,7 @@ class PrunedLayer(Slots, DynamicLayer):
         if remove and self.slots:
             self._check_crop(remove)
             kept = self.slots - remove
-            if self.positions is not None and kept < self.positions.shape[1]:
+            if self.described and kept < self._positions.shape[1]:
                 for name in _KNOWN:
                     value = getattr(self, name)
                     setattr(self, name, None if value is None else value[:, :kept])
@@ -188,7 +188,7 @@ class PrunedLayer(Slots, DynamicLayer):
     def stored(self, slots: int | Tensor) -> Stored:
         """What the layer stores now, `slots` entries."""
         n = self.slots
-        return Stored(self.positions if n else None, n, self.logical - n, self.keys.shape[0] if n else 0)
+        return Stored(self._positions if n else None, n, self.logical - n, self.keys.shape[0] if n else 0)
 
     def storage_bytes(self) -> int:
         """Bytes of the tensors that hold keys and values."""
@@ -205,7 +205,7 @@ class PrunedLayer(Slots, DynamicLayer):
 
     def shown(self, extra: int) -> int:
         """How many entries `update` will hand out if `extra` tokens arrive that follow one another."""
-        if self.window is None or self.positions is not None or self.arrival is not None:
+        if self.window is None or self.described or self.arrival is not None:
             return self.slots + extra
         return min(self.slots, self.window - 1) + extra
 
@@ -214,7 +214,7 @@ class PrunedLayer(Slots, DynamicLayer):
 
         Layers of one kind share a mask, and it has the columns of the first of them.
         """
-        if self.positions is not None:
+        if self.described:
             return False
         return mask is None or self.window is None or bool(mask.shape[-1] == self.shown(extra))
 

@@ -17,6 +17,60 @@ from mustdrop.runtime.eviction import Cut
 from mustdrop.runtime.rows import HOST, PAD, on, take
 
 
+class Away:
+    """A tensor that describes slots and lies on a device: the host asks for it once, if ever somebody must know.
+
+    A prompt whose counts are known beforehand is cut without the host, and most of what follows needs no more than
+    whether there is such a description.
+    """
+
+    def __init__(self, there: Tensor) -> None:
+        self.there = there
+
+    @classmethod
+    def of(cls, there: Tensor) -> Away:
+        """The one that stands for a tensor, so that layers which share the tensor share what the host learned."""
+        known: Away | None = getattr(there, "_away", None)
+        if known is None:
+            known = there._away = cls(there)  # type: ignore[attr-defined]
+        return known
+
+    @functools.cached_property
+    def here(self) -> Tensor:
+        """The tensor on the host (waits for its device)."""
+        return self.there.to(HOST)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the tensor."""
+        return self.there.shape
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Away:
+        return Away(self.there.clone())
+
+    def __reduce__(self) -> Any:
+        return Away, (self.there,)
+
+
+def at_home(x: Tensor | Away | None) -> Tensor | None:
+    """A description on the host."""
+    return x.here if isinstance(x, Away) else x
+
+
+class _Description:
+    """An attribute of a layer that is read on the host, wherever the tensor was that was set."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = "_" + name
+
+    def __get__(self, layer: Any, owner: type) -> Any:
+        return at_home(getattr(layer, self.name))
+
+    def __set__(self, layer: Any, value: Tensor | Away | None) -> None:
+        away = isinstance(value, Tensor) and value.device != HOST
+        setattr(layer, self.name, Away.of(value) if away else value)  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
 class Arrival:
     """What the next `update` of a layer brings.
@@ -44,13 +98,13 @@ class Stored:
 
     Attributes:
         positions: (B, known or more) long, logical position of the first slots, PAD on padding; None: each slot holds
-            the token of its own number. On the host.
+            the token of its own number.
         slots: entries, or (1,) long: those of a static cache, which only the device may know.
         dropped: logical tokens that have no slot.
         batch: B.
     """
 
-    positions: Tensor | None
+    positions: Tensor | Away | None
     slots: int | Tensor
     dropped: int
     batch: int
@@ -77,9 +131,10 @@ class Stored:
         n, end = self.number, self.logical
         if not n:
             return None
-        known = 0 if self.positions is None else min(n, self.positions.shape[1])
+        positions = at_home(self.positions)
+        known = 0 if positions is None else min(n, positions.shape[1])
         tail = torch.arange(end - (n - known), end, dtype=torch.long, device=HOST).expand(self.batch, -1)
-        return tail if self.positions is None else torch.cat([self.positions[:, :known], tail], 1)
+        return tail if positions is None else torch.cat([positions[:, :known], tail], 1)
 
     def lengths(self, start: int, valid: Tensor) -> Tensor:
         """(B,) long, stored entries per row without padding.
@@ -120,7 +175,8 @@ reordering = _Reordering()
 class Slots:
     """The bookkeeping of one cache layer, mixed into a layer class of transformers.
 
-    `positions`, `vision` and `totals` lie on the host.
+    `positions`, `vision` and `totals` are read on the host. What a prompt set on a device comes over when it is first
+    read (`Away`); `_positions` and `layout` are what was set.
 
     Attributes:
         keys: (B, G, slots or more, D), None before the first entry.
@@ -139,11 +195,12 @@ class Slots:
 
     keys: Any
     values: Any
+    positions: Any = _Description()
+    vision: Any = _Description()
 
     def forget(self) -> None:
         """Start the bookkeeping anew."""
-        self.positions: Tensor | None = None
-        self.vision: Tensor | None = None
+        self.positions = self.vision = None
         self.attended: Tensor | None = None
         self.queries: Tensor | None = None
         self.totals: Tensor | None = None
@@ -195,17 +252,17 @@ class Slots:
 
     def share(self, other: Slots) -> None:
         """Describe the same entries by the tensors of another layer."""
-        self.positions, self.vision, self.padded = other.positions, other.vision, other.padded
+        self._positions, self._vision, self.padded = other._positions, other._vision, other.padded
 
     @property
     def layout(self) -> object:
         """What layers with the same entries in the same slots share: its identity stands for the layout."""
-        return self.positions
+        return self._positions
 
     @property
     def layout_key(self) -> tuple[int, int]:
         """Equal for layers that hold the same positions."""
-        tail_only = self.positions is not None and not self.positions.shape[1]
+        tail_only = self._positions is not None and not self._positions.shape[1]
         return (0 if tail_only else id(self.layout), self.slots)
 
     @property
@@ -240,7 +297,7 @@ class Slots:
     @property
     def described(self) -> bool:
         """Whether slots may hold other tokens than those of their own number, so that layers need their hooks."""
-        return self.positions is not None
+        return self._positions is not None
 
     def expect_hook(self) -> Arrival | None:
         """What arrives with this `update`.
@@ -262,7 +319,7 @@ class Slots:
 
     def takes(self, mask: Any, extra: int) -> bool:
         """Whether a mask of transformers is right for this layer as it is, for `extra` tokens about to arrive."""
-        return self.positions is None
+        return self._positions is None
 
     def slide(self) -> None:
         """Forget what has left a sliding window; most layers have none."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
 from mustdrop.compat import eager, fixed_address
-from mustdrop.kv.slots import Arrival, Slots, Stored
+from mustdrop.kv.slots import Arrival, Away, Slots, Stored
 from mustdrop.runtime.eviction import Cut
 from mustdrop.runtime.rows import HOST, PAD, on
 
@@ -134,7 +134,7 @@ class PrunedStaticLayer(Slots, StaticLayer):
         """What the layer stores now, `slots` entries."""
         if not self.is_initialized:
             return Stored(None, 0, 0, 0)
-        return Stored(self.positions, slots, self.dropped, self.keys.shape[0])
+        return Stored(self._positions, slots, self.dropped, self.keys.shape[0])
 
     def storage_bytes(self) -> int:
         """Bytes of the tensors that hold keys and values, room for tokens to come included."""
@@ -179,10 +179,11 @@ class PrunedStaticLayer(Slots, StaticLayer):
             sent: positions by the id of those on the host, shared by the layers of one device.
         """
         self.filled = None
-        if self.positions is not None and self.fixed is None:
-            key = id(self.positions)
+        if self._positions is not None and self.fixed is None:
+            key = id(self._positions)
             if key not in sent:
-                sent[key] = on(self.positions, self.keys.device)
+                known = self._positions
+                sent[key] = on(known.there if isinstance(known, Away) else known, self.keys.device)
             self.fixed = fixed_address(sent[key].clone())
 
     @eager

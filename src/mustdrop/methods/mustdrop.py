@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from mustdrop.errors import ConfigError
@@ -21,6 +23,9 @@ class MustDrop(Recipe):
         bias: rank rule, tokens on top (`--bias`).
         layers: filter layers; None is (2, 6, 10, 14) of 32, scaled to the model.
         window: side of the merging windows.
+        merge: how many windows merge: "needed" or "allowed", which follow from the prompt's shape, or "threshold",
+            which the data decide (see `VisionStagePruner.merge_count`); None: "needed" where `keep` is a number, else
+            "threshold".
         threshold: similarity from which a window merges.
         key_share: share of pinned tokens.
         decode_keep: vision entries per layer that stay in the cache while decoding; None keeps all after the cut.
@@ -35,6 +40,7 @@ class MustDrop(Recipe):
     bias: float | None = None
     layers: tuple[int, ...] | None = None
     window: int | None = Field(3, ge=2)
+    merge: Literal["needed", "allowed", "threshold"] | None = None
     threshold: float = 0.8
     key_share: float = 0.08
     decode_keep: Budget | None = None
@@ -51,7 +57,11 @@ class MustDrop(Recipe):
             )
         return Method(
             vision=VisionStagePruner(
-                window=self.window, threshold=self.threshold, key_share=self.key_share, compat=self.compat
+                window=self.window,
+                merge_count=self._merge_count(data_decide),
+                threshold=self.threshold,
+                key_share=self.key_share,
+                compat=self.compat,
             ),
             prefill=PrefillPruner(
                 layers=self.layers,
@@ -64,3 +74,10 @@ class MustDrop(Recipe):
             ),
             decode=DecodeCachePruner(keep=self.decode_keep, interval=self.interval),
         )
+
+    def _merge_count(self, data_decide: bool) -> Literal["needed", "allowed", "threshold"]:
+        """How many windows merge; a threshold that somebody names is meant."""
+        if self.merge is not None:
+            return self.merge
+        named = "threshold" in self.model_fields_set
+        return "threshold" if data_decide or named or self.compat == "released" else "needed"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -19,7 +20,15 @@ from mustdrop.pruners.base import Budget, Compat, Settings
 from mustdrop.pruners.selecting import Read, VisionRule
 from mustdrop.rules.encoder_attention import random_scores, uniform_scores
 from mustdrop.rules.ranking import keep_best
-from mustdrop.rules.windows import check_window, merge_windows, window_index, window_similarity
+from mustdrop.rules.windows import (
+    check_window,
+    merge_most,
+    merge_windows,
+    window_count,
+    window_index,
+    window_similarity,
+    window_size,
+)
 from mustdrop.selection import Selection
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -36,6 +45,11 @@ class VisionStagePruner(Settings):
             (a 2x2 merger), the side counts features.
         temporal_window: adjacent frames of a video that a merging window spans; 1 merges within frames. Windows over
             several frames merge behind the encoder, which sees frames one by one. An image is one frame.
+        merge_count: how many windows merge. "needed": as many as it takes until no more tokens are left than may enter
+            the language model; "allowed": as many as may, so that fewer tokens enter and filters keep more. Both take
+            the most similar windows, and follow from the prompt's shape. "threshold": all whose similarity reaches
+            `threshold`, as the paper has it, as far as the budget allows; so it is also without a budget, and with
+            compat="released".
         threshold: mean pairwise cosine similarity in [-1, 1] from which a window becomes its mean.
         layer: encoder layer (0-based) after which windows merge; later encoder layers run on fewer tokens.
         key_share: share of the tokens that is pinned (the paper's key set), in [0, 1].
@@ -59,6 +73,7 @@ class VisionStagePruner(Settings):
 
     window: int | None = Field(3, ge=2)
     temporal_window: int = Field(1, ge=1)
+    merge_count: Literal["needed", "allowed", "threshold"] = "threshold"
     threshold: float = Field(0.8, ge=-1, le=1)
     layer: int = Field(0, ge=0)
     key_share: float = Field(0.08, ge=0, le=1)
@@ -125,6 +140,11 @@ class VisionStagePruner(Settings):
         return own if self.rule is None else tuple(dict.fromkeys((*own, *self.rule.reads)))
 
     @property
+    def counts_windows(self) -> bool:
+        """Whether the number of windows that merge follows from shapes alone, once there is a budget."""
+        return self.window is not None and self.merge_count != "threshold" and self.selects
+
+    @property
     def selects(self) -> bool:
         """Whether `keep` can ask for fewer tokens than merging leaves."""
         return self.compat == "paper" or self.rule is not None
@@ -161,6 +181,20 @@ class VisionStagePruner(Settings):
         """The second half of `merge`, from what `similarity` found; on the device where that lies."""
         released = self.compat == "released"
         return merge_windows(similarity, grid, self._window(scale), self.threshold, at_least, released=released)
+
+    def merge_most(
+        self, similarity: Tensor, grid: tuple[int, ...], counts: Sequence[int], scale: int = 1
+    ) -> tuple[Selection, Tensor, Tensor]:
+        """As `merge_by`, the most similar windows of each row, as many as `counts` says: see `rules.windows`."""
+        return merge_most(similarity, grid, self._window(scale), counts)
+
+    def windows_in(self, grid: tuple[int, ...], scale: int = 1) -> int:
+        """Complete windows of a grid."""
+        return window_count(grid, self._window(scale))
+
+    def window_tokens(self, grid: tuple[int, ...], scale: int = 1) -> int:
+        """Tokens of each of them."""
+        return window_size(grid, self._window(scale))
 
     def _window(self, scale: int) -> tuple[int, int, int]:
         assert self.window is not None  # asked only where windows merge
@@ -207,6 +241,10 @@ class VisionStagePruner(Settings):
         # a hair below the product: 0.08 * 450 is 36.000000000000004 in floating point and must pin 36
         share = torch.ceil(picture.sum(1) * self.key_share - 1e-9).long()
         return keep_best(importance, share, picture)
+
+    def pin_count(self, picture: int) -> int:
+        """How many of so many features of a picture are the key set."""
+        return math.ceil(picture * self.key_share - 1e-9)
 
     def scores(self, importance: Tensor) -> Tensor:
         """(B, N) scores that `select` ranks by, higher stays: `importance` itself, or the random / uniform baseline."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -177,7 +178,7 @@ class Runtime(Copied):
             call.totals = (kinds >= 0).sum(1).tolist()
             checks.media(self, call.totals_of, kwargs if ids is None else {"input_ids": ids, **kwargs})
             call.plans = self.plan_batch(call.totals)
-            ends = kinds.masked_fill(~last_token(valid), -1).amax(1).tolist()
+            ends = np.where(last_token(valid.numpy()), kinds.numpy(), -1).max(1).tolist()
             rule = None if self.method.vision is None else self.method.vision.rule
             if rule is not None and rule.asks:
                 embeds = kwargs.get("inputs_embeds")

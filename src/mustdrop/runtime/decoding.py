@@ -38,6 +38,7 @@ class Asked:
         scaling: factor on the logits.
         softcap: see `mustdrop.kernels.row_probabilities`.
         group: processes that share the heads in tensor parallel, else None.
+        seen: (B, R, K) bool, keys that the rows to be read see, where that is known; None: the mask says it.
     """
 
     q: Tensor
@@ -46,6 +47,7 @@ class Asked:
     scaling: float
     softcap: float | None
     group: ProcessGroup | None = None
+    seen: Tensor | None = None
 
     @classmethod
     def of(
@@ -59,7 +61,9 @@ class Asked:
 
     def arguments(self, rows: Tensor, first: int = 0) -> tuple[Any, ...]:
         """Arguments of the kernels that read query rows (B, R), -1 on padding; keys before `first` give no result."""
-        visible, bias = visible_keys(rows, self.mask, self.q.shape[2], self.k.shape[2])
+        bias, visible = None, self.seen
+        if visible is None:
+            visible, bias = visible_keys(rows, self.mask, self.q.shape[2], self.k.shape[2])
         return self.q, self.k, rows, visible, self.scaling, bias, self.softcap, first
 
     def over_heads(self, x: Tensor) -> Tensor:

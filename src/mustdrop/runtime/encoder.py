@@ -11,13 +11,15 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from mustdrop import kernels
 from mustdrop.adapters.base import Tower
 from mustdrop.compat import eager
+from mustdrop.constants import count_up, every
 from mustdrop.errors import ConfigError
 from mustdrop.pruners import InnerRule, Read, VisionStagePruner
 from mustdrop.runtime import block_masks, parallel, reading
@@ -183,6 +185,8 @@ class EncoderStage(Copied):
         if run is None or run.merged is None:
             return None
         given = _given_mask(args, kwargs)
+        if given is None and run.windows is not None and len(set(run.windows)) == 1:
+            return None  # all items have as many tokens, and none is padding
         mask = self._mask(run, given, hidden, module)
         if len(args) > 1:
             return (args[0], mask, *args[2:]), kwargs
@@ -192,6 +196,12 @@ class EncoderStage(Copied):
         """Lengths of the sequences that attend to themselves in one layer."""
         if run.inside is not None and run.inside.lengths:
             return run.inside.lengths
+        if run.merged is not None and run.windows is not None:
+            if run.counted is None:
+                size = self._window_size(run)
+                left = [hidden.shape[1] + (n - min(run.windows)) * size for n in run.windows]
+                run.counted = run.merged, left
+            return run.counted[1]
         if run.merged is not None:
             if run.counted is None or run.counted[0] is not run.merged:
                 run.counted = run.merged, run.merged.counts + self.tower.prefix
@@ -204,11 +214,26 @@ class EncoderStage(Copied):
         rows, length = (1, hidden.shape[0]) if hidden.ndim == 2 else hidden.shape[:2]
         return [length] * rows
 
+    def _window_size(self, run: EncoderRun) -> int:
+        """Tokens that each merged window takes."""
+        assert self.pruner is not None
+        assert run.grid is not None
+        return self.pruner.window_tokens(run.grid, run.pool) - 1
+
     def _merge(self, run: EncoderRun, hidden: Tensor, module: nn.Module) -> Tensor:
         prefix = self.tower.prefix
         patches = hidden[:, prefix:]
         assert self.pruner is not None
         assert run.grid is not None
+        if run.windows is not None:
+            run.windows = [*run.windows, *[0] * (len(hidden) - len(run.windows))]
+            if not any(run.windows):
+                return hidden
+            similarity = self.pruner.similarity(patches, run.grid, run.pool)
+            run.merged, *names = self.pruner.merge_most(similarity, run.grid, run.windows, run.pool)
+            run.names = names[0], names[1]
+            merged = kernels.merge_tokens(patches, cast(Tensor, run.merged.merge_into), run.merged.keep.shape[1])
+            return torch.cat([hidden[:, :prefix], merged], 1)
         similarity = self.pruner.similarity(patches, run.grid, run.pool).to(HOST)
         run.merged = self.pruner.merge_by(similarity, run.grid, run.at_least, run.pool)
         if bool(run.merged.valid.all()) and run.merged.keep.shape[1] == patches.shape[1]:
@@ -244,7 +269,8 @@ class EncoderStage(Copied):
         scaling = kwargs.get("scaling") or getattr(module, "scale", None) or q.shape[-1] ** -0.5
         group = parallel.group_of(module)
         q, k = parallel.side_by_side(q, group), parallel.side_by_side(k, group)
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # grouped keys
+        if q.shape[1] != k.shape[1]:  # grouped keys
+            k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         if run.inside is not None:
             run.inside.keys = k.float().mean(1)
         for read in self.reads.get(index, ()):
@@ -254,8 +280,10 @@ class EncoderStage(Copied):
             if self.tower.packed:
                 pieces += reading.of_segments(read, q, k, block_masks.dense(mask), kwargs, scaling)
                 continue
-            visible = torch.ones(q.shape[0], k.shape[2], dtype=torch.bool, device=q.device)
-            if run.merged is not None:
+            visible = every((q.shape[0], k.shape[2]), q.device)
+            if run.merged is not None and run.windows is not None and len(set(run.windows)) == 1:
+                pass  # none is padding
+            elif run.merged is not None:
                 visible = nn.functional.pad(run.merged.valid, (self.tower.prefix, 0), value=True).to(q.device)
             elif mask is not None:  # patches that nobody sees are padding
                 visible = attended_keys(mask).expand(q.shape[0], -1)
@@ -282,7 +310,7 @@ class EncoderStage(Copied):
         if run is None or output is None:
             return output
         if run.merged is not None and run.merged.merge_into is not None:
-            whole = _Whole(run.merged, run.merged.merge_into, self.tower.prefix)
+            whole = _Whole(run.merged, run.merged.merge_into, self.tower.prefix, run.windows is not None)
             for name in ("last_hidden_state", "hidden_states"):
                 value = getattr(output, name, None)
                 if value is not None:
@@ -293,11 +321,12 @@ class EncoderStage(Copied):
 class _Whole:
     """Gives hidden states all patches: each has the value of what it became part of, zero if it is gone."""
 
-    def __init__(self, merged: Selection, into: Tensor, prefix: int) -> None:
-        front = torch.arange(prefix, dtype=torch.long, device=into.device).expand(len(into), -1)
-        self.row = torch.cat([front, into.clamp(min=0) + prefix], 1)
-        gone = into < 0
-        self.gone = nn.functional.pad(gone, (prefix, 0)) if bool(gone.any()) else None
+    def __init__(self, merged: Selection, into: Tensor, prefix: int, complete: bool) -> None:
+        """`complete` says that no patch is gone."""
+        front = count_up(len(into), prefix, into.device)
+        self.row = torch.cat([front, (into if complete else into.clamp(min=0)) + prefix], 1)
+        gone = None if complete or not bool((into < 0).any()) else into < 0
+        self.gone = None if gone is None else nn.functional.pad(gone, (prefix, 0))
         self.length = merged.keep.shape[1] + prefix
 
     def __call__(self, state: Tensor | None) -> Tensor | None:

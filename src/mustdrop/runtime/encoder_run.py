@@ -25,7 +25,10 @@ class EncoderRun:
         grid: (rows, columns) of the patches of one item where windows merge inside the encoder, else None.
         pool: patches per side of a feature.
         at_least: (items,) long, patches that merging must leave, or None.
+        windows: per item, how many windows merge, where that is known beforehand; those behind the last one merge none.
         merged: what merging decided.
+        names: (items, patches) long, the patch that names the window of each, and which of them name themselves; where
+            `windows` are known.
         masks: attention masks of the layers after merging, by the mask that came and the tokens that are left.
         readings: what was read from the layers, a value or vector per patch, in the pieces in which they ran.
         item: patches of one item of a dense tower; 0 where all items lie in one sequence, or before it has run.
@@ -41,7 +44,9 @@ class EncoderRun:
     grid: tuple[int, int] | None = None
     pool: int = 1
     at_least: Tensor | None = None
+    windows: list[int] | None = None
     merged: Selection | None = None
+    names: tuple[Tensor, Tensor] | None = None
     masks: dict[tuple[int, int], tuple[Selection, Mask]] = field(default_factory=dict)
     readings: dict[Read, list[Tensor]] = field(default_factory=dict)
     item: int = 0
@@ -57,7 +62,8 @@ class EncoderRun:
         pieces = self.readings.get(read)
         if not pieces:
             return None
-        return torch.cat(pieces) if self.tower.packed else torch.cat(pieces).flatten(0, 1)
+        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return whole if self.tower.packed else whole.flatten(0, 1)
 
     def whole(self, found: Tensor) -> Tensor:
         """(items, patches, ...) of what was read of the tokens that are left.

@@ -18,10 +18,11 @@ from mustdrop.compat import eager
 from mustdrop.errors import MustDropError, UnsupportedOptionError
 from mustdrop.layout import Layout
 from mustdrop.pruners import PictureRule, answers
-from mustdrop.runtime import checks
-from mustdrop.runtime.choosing import Chooser, patches_left
+from mustdrop.runtime import checks, fixed_vision
+from mustdrop.runtime.choosing import Choice, Chooser, patches_left
 from mustdrop.runtime.encoder import EncoderStage
 from mustdrop.runtime.encoder_run import EncoderRun
+from mustdrop.runtime.fixed_vision import Counts
 from mustdrop.runtime.halves import Inside
 from mustdrop.runtime.leaving import EarlyChoice
 from mustdrop.runtime.marking import decide, must_remain
@@ -92,11 +93,17 @@ class FeaturesWrapper:
         else:
             plans, shares = [runtime.plan(size) for size in sizes], [Share((size,)) for size in sizes]
         ends = _ends(shares, owners, sizes, shown)
-        least = _limits(seen, owners, shares, [plan.at_least for plan in plans])
-        run = self._run(stage, layouts, least, arguments)
         most = _limits(seen, owners, shares, [plan.at_most for plan in plans])
+        least = most
+        if stage.pruner is None or stage.pruner.merge_count != "needed":
+            least = _limits(seen, owners, shares, [plan.at_least for plan in plans])
+        counted = not ends and shown is None  # nothing that only the data tell
+        run = self._run(stage, layouts, least, arguments, counted)
         run.inside = self._inside(stage, layouts, most, arguments)
         chooser = self._chooser(stage, run, layouts, most, ends, shown, call if of_call else None, owners)
+        counts = self._counts(stage, run, layouts, least, most, arguments) if counted else None
+        if chooser is not None and counts is not None:
+            chooser.fixed = functools.partial(_choose_fixed, counts)
         early = None
         if chooser is not None and chooser.rule.space == "encoder":
             early = EarlyChoice(chooser, stage.tower, runtime.adapter.read_layers(runtime.model, kind, arguments))
@@ -118,7 +125,12 @@ class FeaturesWrapper:
         choice = None if early is None else early.choice
         if call is not None and _structural(layouts) and _count(getattr(output, field)) < len(flat):
             call.unmarked = True  # rows that the model adds later bear no marks
-        decided = decide(stage.pruner, run, layouts, flat, least, most, ends, shown, chooser, choice)
+        if counts is not None:
+            decided, marks = fixed_vision.decide(stage.pruner, run, layouts, flat, least, counts, chooser, choice)
+            if call is not None:
+                call.flat[kind] = marks
+        else:
+            decided = decide(stage.pruner, run, layouts, flat, least, most, ends, shown, chooser, choice)
         setattr(output, field, _restored(decided.write(flat), getattr(output, field), layouts))
         for name in self.runtime.adapter.added_features:
             levels = [_restored(decided.merged(_rows(level)), level, layouts) for level in getattr(output, name)]
@@ -141,8 +153,33 @@ class FeaturesWrapper:
             arguments[names[0]] = first
         return arguments if any(arguments.get(name) is not None for name in names) else None
 
+    def _counts(
+        self,
+        stage: EncoderStage,
+        run: EncoderRun,
+        layouts: Sequence[Layout],
+        least: Sequence[int],
+        most: Sequence[int],
+        arguments: dict[str, Any],
+    ) -> Counts | None:
+        """Features of each medium, where nothing but shapes decides how many there are."""
+        runtime, kind, pruner = self.runtime, self.modality.name, stage.pruner
+        if pruner is None or pruner.keep == "rule" or pruner.compat == "released":
+            return None
+        if pruner.rule is not None and not fixed_vision.choosable(pruner.rule, run, layouts, pruner):
+            return None
+        item = 0
+        if run.inside is not None:
+            item = math.prod(runtime.adapter.encoder_grid(runtime.model, kind, arguments))
+        return fixed_vision.counts_of(pruner, run, layouts, least, most, item)
+
     def _run(
-        self, stage: EncoderStage, layouts: Sequence[Layout], least: Sequence[int], arguments: dict[str, Any]
+        self,
+        stage: EncoderStage,
+        layouts: Sequence[Layout],
+        least: Sequence[int],
+        arguments: dict[str, Any],
+        counted: bool,
     ) -> EncoderRun:
         runtime, kind = self.runtime, self.modality.name
         run = EncoderRun(stage.tower)
@@ -158,7 +195,9 @@ class FeaturesWrapper:
         run.grid, run.pool = runtime.adapter.encoder_grid(runtime.model, kind, arguments), pool
         if runtime.method.strict:
             stage.pruner.check(run.grid, pool)
-        if stage.pruner.selects and any(layout.size for layout in layouts):
+        if counted and stage.pruner.counts_windows:
+            run.windows = fixed_vision.windows_inside(stage.pruner, layouts, least, run)
+        elif stage.pruner.selects and any(layout.size for layout in layouts):
             run.at_least = must_remain(stage.pruner, layouts, least, run)
         return run
 
@@ -233,6 +272,10 @@ class FeaturesWrapper:
                 "Do the processor and the config of the model agree (patch size, image size, merge size)?"
             )
         return made
+
+
+def _choose_fixed(counts: Counts, chooser: Chooser, features: Tensor, owner: Tensor | None) -> Choice:
+    return fixed_vision.choose(chooser, features, None if chooser.run.merged is None else owner, counts)
 
 
 def _grouped(values: Sequence[T], owners: Sequence[int], rows: int) -> list[list[T]]:
@@ -321,7 +364,8 @@ def _rows(features: Any) -> Tensor:
     """(F, C) of features in whatever container: one tensor, or one per medium, with or without a frame dimension."""
     if isinstance(features, Tensor):
         return features.flatten(0, -2)
-    return torch.cat([part.flatten(0, -2) for part in features])
+    parts = [part.flatten(0, -2) for part in features]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _structural(layouts: Sequence[Layout]) -> int:

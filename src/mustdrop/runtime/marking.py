@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mustdrop.budget import share_out
+from mustdrop.constants import where
 from mustdrop.layout import Layout
 from mustdrop.pruners import VisionStagePruner
 from mustdrop.runtime.choosing import Choice, Chooser, named, of_features, owners, stacked
@@ -26,11 +27,15 @@ class Decided:
         merge: (F,) long, for each feature of the call the one that takes its mean in; None if none is to be changed
             (windows that merged inside the encoder have equal features already).
         choice: what a rule decided, if its values are still to be written.
+        alive: (F,) bool, features that stay; None: as the marks say.
+        whole: whether all do; None: nobody knows.
     """
 
     marks: list[Marks]
     merge: Tensor | None
     choice: Choice | None = None
+    alive: Tensor | None = None
+    whole: bool | None = None
 
     def write(self, features: Tensor) -> Tensor:
         """Features (F, C) of all media, merged, with NaN in the rows of those that are dropped."""
@@ -38,10 +43,10 @@ class Decided:
             features = means(features, self.merge)
         if self.choice is not None:
             features = self.choice.blend(features)
-        alive = torch.cat([mark.alive for mark in self.marks])
-        if bool(alive.all()):
+        alive = torch.cat([mark.alive for mark in self.marks]) if self.alive is None else self.alive
+        if bool(alive.all()) if self.whole is None else self.whole:
             return features
-        return features.masked_fill(on(~alive, features.device)[:, None], torch.nan)
+        return where(on(alive, features.device)[:, None], features, torch.nan)
 
     def merged(self, features: Tensor) -> Tensor:
         """As `write`, with zeros instead of NaN: for features that are added to tokens and not looked at."""
@@ -104,7 +109,7 @@ def decide(
         chooser: asks the pruner's rule, if it has one.
         choice: what the rule has decided already, as the features left the encoder.
     """
-    patches = stacked(layouts)
+    patches = torch.from_numpy(stacked(layouts))
     importance = _importance(pruner, run, patches)
     behind = run.grid is None and pruner.window is not None
     owner = _merge_behind(pruner, layouts, features, least) if behind else owners(run, patches)
@@ -158,6 +163,7 @@ def _by_rule(
     done = choice is not None
     if choice is None:
         choice = chooser(features if merge is None else means(features, merge), on(owner, features.device))
+    assert choice.into is not None  # as the chooser makes it
     kept, became, ordered = choice.keep.to(HOST), choice.into.to(HOST), choice.order.to(HOST)
     marks, start = [], 0
     for layout in layouts:

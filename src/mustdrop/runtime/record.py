@@ -109,6 +109,7 @@ class Ended:
         if self.kv_bytes.actual < self.kv_bytes.unpruned:
             return True
         vision, last = self.prefill.vision, self.prefill.rows[-1] if self.prefill.rows else None
+        last = None if last is None else last.cpu()
         left = vision & self.prefill.valid if last is None else take(vision, last, 1) & (last != PAD)
         return bool((left.sum(1) < vision.sum(1)).any())
 
@@ -134,7 +135,7 @@ class Ended:
             fit=self.fit,
             media=prefill.media,
             _alive=alive,
-            _marks=[row.to("cpu") for row in prefill.marks],
+            _marks=prefill.of_prompts(),
             _heard=prefill.heard,
             _vision=prefill.vision,
         )

@@ -175,7 +175,11 @@ class Rewriter:
 
 def arrival(forward: Forward, media: Media) -> kv.Arrival:
     """Logical positions of the current rows, for the cache layers."""
-    if "arrival" not in forward.memo:
+    if "arrival" not in forward.memo and media.fixed is not None:
+        there, totals = media.fixed, torch.tensor(media.totals, dtype=torch.long, device=HOST)
+        made = kv.Arrival(there.positions, there.vision, totals, forward.length, forward.rows is None)
+        forward.memo["arrival"] = made
+    elif "arrival" not in forward.memo:
         positions = (forward.index + forward.start).masked_fill(~forward.current(media.valid), PAD)
         vision, totals, whole = forward.current(media.vision), media.vision.sum(1), forward.rows is None
         made = kv.Arrival(positions, vision, totals, forward.length, whole)

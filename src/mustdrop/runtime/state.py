@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,12 +20,13 @@ from torch import Tensor
 from mustdrop.kernels.dispatch import current_log, fresh_log, log_to
 from mustdrop.layout import Layout
 from mustdrop.runtime.plan import RowPlan
-from mustdrop.runtime.rows import PAD, Sent, take
+from mustdrop.runtime.rows import PAD, Sent, on, take
 
 if TYPE_CHECKING:
     from mustdrop.runtime.decoding import Later
     from mustdrop.runtime.encoder_run import EncoderRun
     from mustdrop.runtime.entry import Media
+    from mustdrop.runtime.fixed import FlatMarks
 
 _MANY = 1 << 20  # numbers that a trace may keep of what one filter read
 
@@ -39,18 +40,54 @@ class Marks:
         pinned: the key set.
         importance: encoder attention.
         order: sort key of an alive feature.
-        assignment: index of the alive feature that each feature became part of, -1 where it is gone.
+        assignment: index of the alive feature that each feature became part of, -1 where it is gone; None: that of its
+            `order`, if it is alive.
+        first: number of the first feature in `order` and `assignment`.
     """
 
     alive: Tensor
     pinned: Tensor
     importance: Tensor
     order: Tensor
-    assignment: Tensor
+    assignment: Tensor | None
+    first: int = 0
 
     def to(self, device: torch.device | str) -> Marks:
-        """The same on another device."""
-        return Marks(*(getattr(self, field.name).to(device) for field in fields(self)))
+        """The same on another device, with an assignment, and numbers from 0 on."""
+        alive, pinned, importance, order = (
+            x.to(device) for x in (self.alive, self.pinned, self.importance, self.order)
+        )
+        order = order - self.first if self.first else order
+        if self.assignment is None:
+            return Marks(alive, pinned, importance, order, order.masked_fill(~alive[order], -1))
+        into = self.assignment.to(device)
+        return Marks(
+            alive, pinned, importance, order, torch.where(into < 0, -1, into - self.first) if self.first else into
+        )
+
+    @classmethod
+    def of_prompt(cls, media: Sequence[Medium], marks: Sequence[Marks]) -> Marks:
+        """Over the vision tokens of a prompt, on the host, from those of its media."""
+        pairs = [(medium.index, mark.to("cpu")) for medium, mark in zip(media, marks, strict=True)]
+        if len(pairs) == 1:  # its features are all the vision tokens of the prompt, in their order
+            mark = pairs[0][1]
+            return replace(mark, importance=mark.importance.float())
+        n = sum(len(index) for index, _ in pairs)
+        row = cls(
+            alive=torch.ones(n, dtype=torch.bool, device="cpu"),
+            pinned=torch.zeros(n, dtype=torch.bool, device="cpu"),
+            importance=torch.zeros(n, dtype=torch.float32, device="cpu"),
+            order=torch.arange(n, dtype=torch.long, device="cpu"),
+            assignment=torch.arange(n, dtype=torch.long, device="cpu"),
+        )
+        for index, mark in pairs:
+            row.alive[index], row.pinned[index] = mark.alive, mark.pinned
+            row.importance[index] = mark.importance.float()
+            row.order[index] = index[mark.order]
+            assert mark.assignment is not None  # as `to` has made it
+            assert row.assignment is not None
+            row.assignment[index] = torch.where(mark.assignment < 0, -1, index[mark.assignment.clamp(min=0)])
+        return row
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +150,8 @@ class Prefill:
         past: per decoder layer, entries that its cache held before.
         scored: (decoder layer, rows whose attention was read there: the most of any sample), once per reader.
         heard: what each filter read.
-        marks: per row, what the vision stage decided over its vision tokens (empty without one).
+        marks: per row, what the vision stage decided over its vision tokens, or over those of each of its media (empty
+            without one).
         media: per row, its media in the order of the prompt: layout, kind, and where its features are among the row's
             vision tokens (empty if the encoder did not run).
     """
@@ -125,8 +163,13 @@ class Prefill:
     past: list[int] = field(default_factory=list)
     scored: list[tuple[int, int]] = field(default_factory=list)
     heard: list[Heard] = field(default_factory=list)
-    marks: list[Marks] = field(default_factory=list)
+    marks: list[Marks] | list[list[Marks]] = field(default_factory=list)
     media: list[list[Medium]] = field(default_factory=list)
+
+    def of_prompts(self) -> list[Marks]:
+        """Per row, what the vision stage decided over its vision tokens, on the host."""
+        pairs = zip(self.media, self.marks, strict=True) if self.marks else ()
+        return [own.to("cpu") if isinstance(own, Marks) else Marks.of_prompt(media, own) for media, own in pairs]
 
     def hear(self, layer: int, attention: Tensor | Sent, rows: Tensor | None) -> None:
         """Keep for the trace what a filter read, as it is: nothing is computed before somebody asks for it.
@@ -188,6 +231,7 @@ class Call:
         words: per prompt (T, C), embeddings of its words after the last vision token (all of them, if none follow);
             None where no rule asks for them.
         marks: kind of media -> per prompt and medium, what the vision stage decided (empty without one).
+        flat: kind of media -> what it decided about all features, where the counts were known beforehand.
         layouts: kind of media -> per prompt and medium, how its features lie.
         encoded: what each pass through an encoder saw.
         prefill: record of the first pass through the text model.
@@ -212,6 +256,7 @@ class Call:
     open_ended: list[str | None] = field(default_factory=list)
     words: list[Tensor] | None = None
     marks: dict[str, list[list[Marks]]] = field(default_factory=dict)
+    flat: dict[str, FlatMarks] = field(default_factory=dict)
     layouts: dict[str, list[list[Layout]]] = field(default_factory=dict)
     encoded: list[EncoderRun] = field(default_factory=list)
     prefill: Prefill | None = None
@@ -306,7 +351,7 @@ class Forward:
             return x
         key = ("current", id(x))
         if key not in self.memo:
-            made = take(x, self.rows, 1, self.padded)
+            made = take(on(x, self.rows.device), self.rows, 1, self.padded)
             self.memo[key] = (x, made & (self.rows != PAD) if self.padded else made)
         return self.memo[key][1]  # type: ignore[no-any-return]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mustdrop import kernels, kv
 from mustdrop.compat import cache_of, eager, give_cache, spans
+from mustdrop.constants import where
 from mustdrop.errors import MustDropError, UnsupportedOptionError
 from mustdrop.pruners import DecodeCachePruner
 from mustdrop.pruners.prefill import needs_rows
@@ -23,6 +24,7 @@ from mustdrop.runtime.copying import Copied
 from mustdrop.runtime.decoding import Asked, Later
 from mustdrop.runtime.entry import Media
 from mustdrop.runtime.eviction import evict_dropped
+from mustdrop.runtime.fixed import FixedRows
 from mustdrop.runtime.rewrite import Rewriter, arrival
 from mustdrop.runtime.rows import HOST, PAD, Sent, has_padding, on, pack, take
 from mustdrop.runtime.state import Call, Forward, Local, Prefill
@@ -125,10 +127,12 @@ class TextStage(Copied):
             return (), kwargs
         media = forward.media = entry.read(runtime, embeds, kinds, mask)
         if self._is_recorded(forward):
-            made = Prefill(media.places, forward.start, media.valid, marks=media.marks, media=media.media)
+            marks = media.marks or entry.by_medium(self.local.call, media.media)
+            made = Prefill(media.places, forward.start, media.valid, marks=marks, media=media.media)
             self._record(forward, made)
-        if runtime.method.vision is not None and not bool(media.alive.all()):
-            kwargs["inputs_embeds"] = embeds.masked_fill(on(~media.alive, embeds.device)[..., None], 0.0)
+        if not media.whole:
+            stay = media.alive if media.fixed is None else media.fixed.arrive()
+            kwargs["inputs_embeds"] = where(on(stay, embeds.device)[..., None], embeds, 0.0)
         forward.idle = self._keeps_all(forward, media)
         if forward.idle and forward.record is not None:
             forward.record.rows, forward.record.past = [None] * runtime.depth, [forward.start] * runtime.depth
@@ -162,7 +166,7 @@ class TextStage(Copied):
     def _keeps_all(self, forward: Forward, media: Media) -> bool:
         """Whether it is certain before the first layer that all tokens stay, in their order, and no layer is read."""
         reads = self._decode.reads_prompt or self._decode.reads_steps
-        if reads or media.reordered or not bool(media.alive.all()):
+        if reads or media.reordered or not media.whole:
             return False
         if not all(scores.skips(media, k) for k in range(len(self.runtime.filters))):
             return False
@@ -196,7 +200,9 @@ class TextStage(Copied):
         media = forward.media
         if media is None:
             return (args, kwargs) if self._extend(i, layer, forward, hidden, kwargs) else None
-        if i == 0 and (media.reordered or not bool(media.alive.all())):
+        if i == 0 and media.fixed is not None and not media.whole:
+            hidden = self._taken(forward, media.fixed, media.fixed.enter(hidden))
+        elif i == 0 and (media.reordered or not media.whole):
             hidden = self._gather(forward, media, hidden, media.alive)
         elif i - 1 in self.runtime.filters:
             hidden = self._filter(forward, media, self.runtime.filters.index(i - 1), hidden)
@@ -245,6 +251,10 @@ class TextStage(Copied):
             )
         if forward.record is not None:
             forward.record.hear(self.runtime.filters[k], attention, forward.rows)
+        if media.fixed is not None and media.counts is not None:
+            rows, wanted = media.fixed, media.counts[k]
+            index = scores.kept(self.runtime, prefill, forward, media, rows, hidden, attention, wanted)
+            return self._taken(forward, rows, rows.take(index, wanted, self.runtime.filters[k] + 1, hidden))
         vision = forward.current(media.vision)
         selection = scores.choose(self.runtime, prefill, forward, media, hidden, attention, k)
         keep = selection.mask(vision.shape[1]).to(HOST) | ~vision
@@ -255,6 +265,12 @@ class TextStage(Copied):
             hidden = scores.merged(selection, hidden)
         order = scores.released_order(selection.to(HOST), vision.shape[1]) if reorders else None
         return self._gather(forward, media, hidden, keep, order)
+
+    @staticmethod
+    def _taken(forward: Forward, rows: FixedRows, hidden: Tensor) -> Tensor:
+        """Hidden states of the rows that a choice on the device has left."""
+        forward.rows, forward.padded, forward.memo = rows.rows, rows.padded, {}
+        return hidden
 
     def _gather(
         self, forward: Forward, media: Media, hidden: Tensor, keep: Tensor, order: Tensor | None = None
@@ -309,8 +325,14 @@ class TextStage(Copied):
             prefill = self.runtime.method.prefill
             rows = on(scores.rows(prefill, forward, media, asked), q.device)
             first = asked.k.shape[2] - q.shape[2]
+            fixed = media.fixed
+            if fixed is not None and not first and asked.mask is None:
+                seen = fixed.scoring.visible(fixed.scoring.rows(q.shape[2], q.device), q.shape[2])
+                asked = replace(asked, seen=None if seen is None else seen[:, seen.shape[1] - rows.shape[1] :])
             if needs_rows(prefill):
                 forward.attention = asked.probabilities(rows, first)
+            elif fixed is not None:
+                forward.attention = Sent(asked.statistics(rows, first))
             else:  # the host decides while the device runs the rest of this layer
                 forward.attention = Sent.off(asked.statistics(rows, first))
             self._note(forward, i, rows)
@@ -361,15 +383,22 @@ class TextStage(Copied):
 
     def _scatter(self, forward: Forward, rows: Tensor, call: Call | None, output: Any) -> Any:
         """Hidden states at the logical length again; caches cut to what the last layer processed."""
-        target = rows.masked_fill(rows == PAD, forward.length)  # padding goes to one row too many, cut off below
-        here = torch.zeros(forward.batch, forward.length + 1, dtype=torch.bool, device=HOST)
-        here = here.scatter(1, target, True)[:, :-1]
-        if forward.cache is not None and self._decode.cascade:
-            evict_dropped(forward.cache.layers[self._decode.full_layers :], forward.start, here)
-        if call is not None:
-            call.out_of_the_loss(~here)
+        # padding goes to one row too many, cut off below
+        spare = int(forward.padded)
+        target = rows.masked_fill(rows == PAD, forward.length) if spare else rows
+        fixed = None if forward.media is None else forward.media.fixed
+        evicts = forward.cache is not None and self._decode.cascade
+        if fixed is not None and evicts:
+            fixed.evict(forward.cache.layers[self._decode.full_layers : self.runtime.depth], self._decode.full_layers)
+        if (evicts and fixed is None) or (call is not None and call.labels):
+            here = torch.zeros(forward.batch, forward.length + spare, dtype=torch.bool, device=rows.device)
+            here = here.scatter(1, target, True)[:, : forward.length]
+            if evicts and fixed is None:
+                evict_dropped(forward.cache.layers[self._decode.full_layers :], forward.start, here)
+            if call is not None:
+                call.out_of_the_loss(~here)
         hidden = output.last_hidden_state
-        full = hidden.new_zeros(hidden.shape[0], forward.length + 1, hidden.shape[2])
+        full = hidden.new_zeros(hidden.shape[0], forward.length + spare, hidden.shape[2])
         place = on(target, hidden.device)[..., None].expand_as(hidden)
-        output.last_hidden_state = full.scatter(1, place, hidden)[:, :-1]
+        output.last_hidden_state = full.scatter(1, place, hidden)[:, : forward.length]
         return output

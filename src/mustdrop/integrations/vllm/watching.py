@@ -82,7 +82,7 @@ class Watch:
         """Let the rule choose from what leaves the encoder, and write the values of what merges."""
         features = args[0]
         flat = features.flatten(0, -2)
-        patches = stacked(self.layouts)
+        patches = torch.from_numpy(stacked(self.layouts))
         if patches.shape[1] > 1 or int(patches.max()) >= len(flat):  # resampled features: the rule is asked behind
             return None
         places = patches[:, 0].to(flat.device)

@@ -16,7 +16,7 @@ from torch import Tensor
 from mustdrop.kernels.triton.common import FUSED, broadcast, p2
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-AT_ONCE = 4  # tensors per launch of `gather_rows`: hidden states, cosine, sine, positions
+AT_ONCE = 8  # tensors per launch of `gather_rows`: hidden states, and what is known of each row
 PART = 1 << 28  # bytes of cache written per launch: old and new entries of that many exist side by side
 LAYERS = 64  # tensors per launch of `compact`, whose addresses are its arguments
 
@@ -35,27 +35,18 @@ def _move(x, out, index, M, width, sxb, sxn, block, there, i, b, BC: tl.constexp
 
 @triton.jit
 def _gather(
-    x0, x1, x2, x3, y0, y1, y2, y3, index, M, w0, w1, w2, w3, sb0, sb1, sb2, sb3, sn0, sn1, sn2, sn3, e0, e1, e2, sib,
-    sim, BR: tl.constexpr, BC: tl.constexpr, ZERO: tl.constexpr, COUNT: tl.constexpr,
+    xs, outs, index, M, widths, sbs, sns, firsts, sib, sim, BR: tl.constexpr, BC: tl.constexpr, ZERO: tl.constexpr,
+    COUNT: tl.constexpr,
 ):  # fmt: skip
-    """BR rows x BC columns of one of up to four tensors; tensor t has the column blocks from e(t-1) to e(t)."""
+    """BR rows x BC columns of one of several tensors; tensor t has the column blocks from firsts[t] on."""
     block = tl.program_id(2)
     b = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BR + tl.arange(0, BR)
     there = i < M
     j = tl.load(index + b * sib + i * sim, mask=there, other=0)
-    if block < e0:
-        _move(x0, y0, j, M, w0, sb0, sn0, block, there, i, b, BC, ZERO)
-    # nested: the outer condition is decided at compilation, the inner one on the device
-    if COUNT > 1:  # noqa: SIM102
-        if (block >= e0) & (block < e1):
-            _move(x1, y1, j, M, w1, sb1, sn1, block - e0, there, i, b, BC, ZERO)
-    if COUNT > 2:  # noqa: SIM102
-        if (block >= e1) & (block < e2):
-            _move(x2, y2, j, M, w2, sb2, sn2, block - e1, there, i, b, BC, ZERO)
-    if COUNT > 3:  # noqa: SIM102
-        if block >= e2:
-            _move(x3, y3, j, M, w3, sb3, sn3, block - e2, there, i, b, BC, ZERO)
+    for t in tl.static_range(COUNT):
+        if (block >= firsts[t]) & (block < firsts[t + 1]):
+            _move(xs[t], outs[t], j, M, widths[t], sbs[t], sns[t], block - firsts[t], there, i, b, BC, ZERO)
 
 
 @triton.jit
@@ -124,14 +115,12 @@ def _launch_gather(xs: list[Tensor], outs: list[Tensor], index: Tensor, zero: bo
     index = index.to(xs[0].device)
     block = min(512, p2(max(x.shape[2] for x in xs), 16))
     blocks = [triton.cdiv(x.shape[2], block) for x in xs]
-    ends = [sum(blocks[: t + 1]) for t in range(AT_ONCE - 1)]
-    count, spare = len(xs), AT_ONCE - len(xs)
-    xs, outs = xs + xs[:1] * spare, outs + outs[:1] * spare
+    firsts = tuple(sum(blocks[:t]) for t in range(len(xs) + 1))
     rows = max(4, 4096 // block)
-    _gather[(triton.cdiv(m, rows), batch, sum(blocks))](
-        *xs, *outs, index, m, *(x.shape[2] for x in xs), *(0 if x.shape[0] == 1 else x.stride(0) for x in xs),
-        *(x.stride(1) for x in xs), *ends, *index.stride(), BR=rows, BC=block, ZERO=zero, COUNT=count, num_warps=4,
-        **FUSED,
+    _gather[(triton.cdiv(m, rows), batch, firsts[-1])](
+        tuple(xs), tuple(outs), index, m, tuple(x.shape[2] for x in xs),
+        tuple(0 if x.shape[0] == 1 else x.stride(0) for x in xs), tuple(x.stride(1) for x in xs), firsts,
+        *index.stride(), BR=rows, BC=block, ZERO=zero, COUNT=len(xs), num_warps=4, **FUSED,
     )  # fmt: skip
 
 

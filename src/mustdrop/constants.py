@@ -1,0 +1,69 @@
+"""Small tensors that follow from shapes alone, made once per device: a server sees the same few shapes all day."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_LARGE = 1 << 20  # bytes of a table that is not worth remembering
+_MOST = 512
+_MADE: OrderedDict[Any, tuple[Any, Tensor]] = OrderedDict()
+
+
+def constant(key: Any, device: torch.device, make: Callable[[], Tensor], holds: Any = None) -> Tensor:
+    """What `make` makes on `device`. Nobody writes to it.
+
+    Args:
+        key: says what it is, device aside.
+        device: where it lies.
+        make: called the first time.
+        holds: objects whose `id` is part of the key, so that no other one gets their ids.
+    """
+    known = _MADE.get((key, device))
+    if known is not None:
+        _MADE.move_to_end((key, device))
+        return known[1]
+    with torch.inference_mode(False):  # a later call may train
+        made = make()
+    if type(made) is Tensor:  # and not what stands in for a tensor while something is traced
+        if len(_MADE) >= _MOST:
+            _MADE.popitem(last=False)
+        _MADE[key, device] = holds, made
+    return made
+
+
+def numbers(values: Sequence[int], device: torch.device) -> Tensor:
+    """(n,) long, these numbers."""
+    values = tuple(values)
+    return constant(("numbers", values), device, lambda: torch.tensor(values, dtype=torch.long, device=device))
+
+
+def count_up(batch: int, n: int, device: torch.device) -> Tensor:
+    """(B, n) long, 0 to n - 1 in each row."""
+    return constant(("count up", n), device, lambda: torch.arange(n, dtype=torch.long, device=device)).expand(batch, -1)
+
+
+def sent(table: np.ndarray, device: torch.device) -> Tensor:
+    """A table of the host on `device`; one that has been sent before lies there already."""
+    if table.nbytes > _LARGE:
+        return torch.from_numpy(table).to(device, non_blocking=True)
+    key = ("table", table.shape, table.dtype.str, table.tobytes())
+    return constant(key, device, lambda: torch.from_numpy(table.copy()).to(device, non_blocking=True))
+
+
+def where(stays: Tensor, x: Tensor, other: float) -> Tensor:
+    """`x` where `stays` is True, else the number, with one launch."""
+    number = constant(
+        ("number", str(other), x.dtype), x.device, lambda: torch.full((), other, dtype=x.dtype, device=x.device)
+    )
+    return torch.where(stays, x, number)
+
+
+def every(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Bool, True everywhere."""
+    return constant(("every", shape), device, lambda: torch.ones(shape, dtype=torch.bool, device=device))
