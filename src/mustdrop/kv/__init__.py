@@ -161,12 +161,8 @@ def _counters(layers: list[Any]) -> list[tuple[list[int], Any]]:
 
 def settle(cache: Any, failed: bool = False) -> None:
     """A pass over `cache` has ended: unless it has failed, a static cache is ready for compiled decode steps."""
-    sent: dict[Any, dict[int, Any]] = {}
-    for layer in getattr(cache, "layers", None) or ():
-        if type(layer) is not PrunedStaticLayer:
-            continue
-        if failed:
-            layer.filled = None
-        elif layer.is_initialized:
-            layer.settle(sent.setdefault(layer.keys.device, {}))
-        layer.ready = layer.ready if failed else True
+    layers = [layer for layer in getattr(cache, "layers", None) or () if type(layer) is PrunedStaticLayer]
+    if not failed:
+        PrunedStaticLayer.settle([layer for layer in layers if layer.is_initialized])
+    for layer in layers:
+        layer.filled, layer.ready = None, layer.ready if failed else True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -212,6 +212,7 @@ class Slots:
         """Store only the slots that a cut leaves."""
         keys, values = kernels.compact(self.entries(), on(self.index(cut), self.keys.device))
         self.store(cut, keys, values)
+        self.count([self])
 
     def evict(self, keep: Tensor) -> None:
         """Keep only the slots where `keep` (B, slots) is True: storage shrinks, padding goes too.
@@ -249,6 +250,9 @@ class Slots:
     def store(self, cut: Cut, keys: Tensor, values: Tensor) -> None:
         """Hold what a cut left of `entries`, gathered by `index`."""
         raise NotImplementedError
+
+    def count(self, layers: Sequence[Slots]) -> None:
+        """After `store`: layers that count their entries on a device do; they hold as many as this one."""
 
     def share(self, other: Slots) -> None:
         """Describe the same entries by the tensors of another layer."""

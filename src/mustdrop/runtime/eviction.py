@@ -92,6 +92,7 @@ def _cut(layers: list[Slots], cut: Cut) -> None:
         stored = kernels.compact([t for layer in part for t in layer.entries()], index)
         for layer, keys, values in zip(part, stored[::2], stored[1::2], strict=True):
             layer.store(cut, keys, values)
+        part[0].count(part)
 
 
 def _share(layers: list[Slots]) -> None:

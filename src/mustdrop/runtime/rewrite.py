@@ -112,7 +112,7 @@ class Rewriter:
         if layer.whole:
             return False
         if layer.fixed is None:  # in a pass after one that has failed
-            layer.settle({})
+            kv.PrunedStaticLayer.settle([layer])
         assert layer.fixed is not None  # the layer has lost something, so it knows positions
         mask = kwargs.get("attention_mask")
         if memo is None:
