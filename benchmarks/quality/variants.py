@@ -199,4 +199,5 @@ SETS: dict[str, Callable[[], dict[str, Callable[[float], Stages]]]] = {
     "smallest": smallest,
     "ablations": ablations,
     "geometry": geometry,
+    "merging": merging,
 }
