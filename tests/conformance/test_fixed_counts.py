@@ -1,15 +1,15 @@
-"""Fixed counts: what is decided on the device is what the host would decide, and shapes follow from the prompt alone."""
+"""Fixed counts: the device decides what the host would, and how many stay follows from the prompt's shape alone."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from support.builders import LLAMA, SIGLIP, batch, clone
-from support.edges import BUDGETED
 
 import mustdrop
 from mustdrop.runtime import entry
 from mustdrop.runtime.features import FeaturesWrapper
+from support.builders import LLAMA, SIGLIP, batch, clone
+from support.edges import BUDGETED
 
 PAIRS = [(name, images) for name in BUDGETED for images in ((1, 1), (1, 2))]
 
@@ -29,10 +29,17 @@ def looks(monkeypatch):
 def answered(model, inputs):
     with torch.no_grad():
         out = model.generate(
-            **inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True
+            **inputs,
+            max_new_tokens=4,
+            min_new_tokens=4,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
         )
     trace = mustdrop.trace(model)
-    kept = [[trace.kept(layer, row).tolist() for layer in range(trace.tokens.shape[0])] for row in range(len(trace.total))]
+    kept = [
+        [trace.kept(layer, row).tolist() for layer in range(trace.tokens.shape[0])] for row in range(len(trace.total))
+    ]
     return torch.stack(out.logits, 1), kept, trace
 
 
@@ -56,7 +63,7 @@ def test_merging_counts(merge, variant, looks):
     model = clone(variant)
     mustdrop.patch(model, "mustdrop", keep=0.25, merge=merge)
     inputs = batch(variant, (1, 1))
-    logits, kept, trace = answered(model, inputs)
+    logits, kept, _ = answered(model, inputs)
     assert len({len(row[0]) for row in kept}) == 1  # as many enter in every row
     looks(windows=True)  # the rows are looked for on the host, after the same merging
     theirs, same, _ = answered(model, inputs)

@@ -143,17 +143,17 @@ class Chooser:
             return []
         if not self.rule.by_view:
             return [(free, room)]
-        view = self.view_of(layout).to(free.device)[free]
+        view = sent(self.view_of(layout), free.device)[free]
         parts = [free[view == v] for v in torch.unique(view).tolist()]
         if room is None:
             return [(part, None) for part in parts]
         return list(zip(parts, share_out(room, [len(part) for part in parts]), strict=True))
 
-    def view_of(self, layout: Layout) -> Tensor:
+    def view_of(self, layout: Layout) -> np.ndarray:
         """(N,) long, the item of the encoder's batch that each feature comes from; of a packed one, the frame."""
         if self.run.item:
-            return layout.patches[:, 0] // self.run.item
-        return torch.from_numpy(places(layout)[0])
+            return layout.patch_table[:, 0] // self.run.item
+        return places(layout)[0]
 
     def _choose(
         self, choice: Choice, features: Tensor, size: Tensor, views: list[tuple[int, Tensor]], count: int | None
@@ -214,10 +214,10 @@ def patches_left(layouts: Sequence[Layout], most: Sequence[int], item: int) -> l
     """
     left: dict[int, int] = {}
     for layout, number in zip(layouts, most, strict=True):
-        items, counts = torch.unique(layout.patches[~layout.structural, 0] // item, return_counts=True)
-        room = max(0, min(number, layout.size) - int(layout.structural.sum()))
-        parts = share_out(min(room, int(counts.sum())), counts.tolist())
-        for i, part, n in zip(items.tolist(), parts, counts.tolist(), strict=True):
+        items, counts = layout.items(item)
+        room = max(0, min(number, layout.size) - (layout.size - layout.in_picture))
+        parts = share_out(min(room, sum(counts)), counts) if items else []
+        for i, part, n in zip(items, parts, counts, strict=True):
             left[i] = part + item - n
     return [left.get(i, 0) for i in range(max(left, default=-1) + 1)]
 
@@ -242,7 +242,7 @@ def of_features(run: EncoderRun, read: Read, patches: Tensor, as_read: bool = Fa
 
 def places(layout: Layout) -> np.ndarray:
     """(4, N) long: frame (over all grids), row, column, and first frame of the grid, of each feature; structural 0."""
-    cells, structural = layout.cells.numpy(), layout.structural.numpy()
+    cells, structural = layout.cell_table, layout.gaps
     out = np.zeros((4, layout.size), dtype=np.int64)
     first = 0
     for (frames, rows, columns), start in zip(layout.grids, layout.offsets, strict=False):
@@ -260,7 +260,7 @@ def places(layout: Layout) -> np.ndarray:
 def stacked(layouts: Sequence[Layout]) -> np.ndarray:
     """(F, k) encoder patches of the features of all media, -1 fills up."""
     width = max((layout.patches.shape[1] for layout in layouts), default=1)
-    tables = [layout.patches.numpy() for layout in layouts]
+    tables = [layout.patch_table for layout in layouts]
     return np.concatenate([np.pad(t, ((0, 0), (0, width - t.shape[1])), constant_values=-1) for t in tables])
 
 

@@ -310,7 +310,8 @@ class EncoderStage(Copied):
         if run is None or output is None:
             return output
         if run.merged is not None and run.merged.merge_into is not None:
-            whole = _Whole(run.merged, run.merged.merge_into, self.tower.prefix, run.windows is not None)
+            complete = run.windows is not None or run.inside is not None
+            whole = _Whole(run.merged, run.merged.merge_into, self.tower.prefix, complete)
             for name in ("last_hidden_state", "hidden_states"):
                 value = getattr(output, name, None)
                 if value is not None:

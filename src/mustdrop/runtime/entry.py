@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mustdrop import kernels
 from mustdrop.constants import sent
 from mustdrop.pruners import answers
 from mustdrop.runtime import fixed
@@ -223,11 +224,13 @@ def words(embeds: Tensor, vision: Tensor, valid: Tensor) -> list[Tensor]:
         vision: (B, length) bool.
         valid: (B, length) bool, tokens that are not padding.
     """
-    index = torch.arange(vision.shape[1], dtype=torch.long, device=vision.device)
-    text = valid & ~vision
-    behind = text & (index > torch.where(vision, index, -1).amax(1, keepdim=True))
-    text = torch.where(behind.any(1, keepdim=True), behind, text)
-    return [row[keep] for row, keep in zip(embeds, text.to(embeds.device), strict=True)]
+    text = (valid & ~vision).numpy()
+    behind = text & (vision.numpy()[:, ::-1].cumsum(1)[:, ::-1] == 0)  # no vision token here or later
+    text = np.where(behind.any(1, keepdims=True), behind, text)
+    places = [np.flatnonzero(row) for row in text]
+    if len({len(place) for place in places}) == 1:
+        return list(kernels.gather_rows([embeds], sent(np.stack(places), embeds.device))[0].unbind(0))
+    return [row[sent(place, embeds.device)] for row, place in zip(embeds, places, strict=True)]
 
 
 def _prompt(valid: np.ndarray, call: Call | None) -> np.ndarray:
@@ -283,7 +286,7 @@ def _media(call: Call | None, names: list[str], kinds: np.ndarray) -> list[list[
                 return []
             parts = np.split(place, np.cumsum(sizes)[:-1]) if sizes else []
             media += [
-                (int(part[0]), Medium(name, layout, torch.from_numpy(part)))
+                (int(part[0]), Medium(name, layout, part))
                 for layout, part in zip(layouts, parts, strict=True)
                 if len(part)
             ]

@@ -55,11 +55,10 @@ def windows_inside(
     lost = pruner.window**2 - 1  # features of a window that merges
     out: dict[int, int] = {}
     for layout, fewest in zip(layouts, floor, strict=True):
-        first = layout.patches.numpy()[:, 0]
-        items, counts = np.unique(first[first >= 0] // patches, return_counts=True)
-        gone = min(max(0, layout.size - fewest), int(counts.sum()))
-        shares = share_out(gone, counts.tolist()) if len(items) else []
-        out |= {int(i): min(most, n // lost) for i, n in zip(items, shares, strict=True)}
+        items, counts = layout.items(patches)
+        gone = min(max(0, layout.size - fewest), sum(counts))
+        shares = share_out(gone, counts) if items else []
+        out |= {i: min(most, n // lost) for i, n in zip(items, shares, strict=True)}
     return [out.get(i, 0) for i in range(max(out, default=-1) + 1)]
 
 
@@ -126,9 +125,8 @@ def _after_windows(
     assert pruner.window is not None
     patches, out = run.grid[0] * run.grid[1], []
     for layout in layouts:
-        first = layout.patches.numpy()[:, 0]
-        items = np.unique(first[first >= 0] // patches)
-        out.append(layout.size - sum(windows[i] for i in items) * (pruner.window**2 - 1))
+        merged = sum(windows[i] for i in layout.items(patches)[0])
+        out.append(layout.size - merged * (pruner.window**2 - 1))
     return out
 
 
@@ -189,9 +187,7 @@ def decide(
     zeros = constant(
         ("zeros", len(features)), device, lambda: torch.zeros(len(features), dtype=torch.float32, device=device)
     )
-    nothing = constant(
-        ("none", len(features)), device, lambda: torch.zeros(len(features), dtype=torch.bool, device=device)
-    )
+    nothing = _nothing(len(features), device)
     flat = FlatMarks(keep, pinned, importance, counts.kept)
     marks, start = [], 0
     for layout in layouts:
@@ -212,6 +208,11 @@ def decide(
     return decided, flat
 
 
+def _nothing(n: int, device: torch.device) -> Tensor:
+    """(n,) bool, all False."""
+    return constant(("none", n), device, lambda: torch.zeros(n, dtype=torch.bool, device=device))
+
+
 def _owners(run: EncoderRun, patches: Tensor, as_read: bool) -> Tensor:
     """(F,) long, the feature that names the window that each is part of: `mustdrop.runtime.choosing.owners`."""
     if as_read and run.merged is not None and run.merged.merge_into is not None:
@@ -227,7 +228,7 @@ def _owners_behind(
     owner, start = count_up(1, len(features), device)[0], 0
     changed: Tensor | None = None
     for layout, fewest in zip(layouts, floor, strict=True):
-        cells = layout.cells.numpy()
+        cells = layout.cell_table
         place = np.zeros(layout.offsets[-1], dtype=np.int64)
         place[cells[cells >= 0]] = np.flatnonzero(cells >= 0) + start  # cell -> feature
         for grid, first, end, n in zip(
@@ -271,7 +272,7 @@ def _structural(layouts: Sequence[Layout], group: list[int], device: torch.devic
     """(b, N) bool, rows that stand for no part of a picture; None without any."""
     if all(layouts[i].in_picture == layouts[i].size for i in group):
         return None
-    return sent(np.stack([layouts[i].structural.numpy() for i in group]), device)
+    return sent(np.stack([layouts[i].gaps for i in group]), device)
 
 
 def _selected(
@@ -346,8 +347,7 @@ def choose(chooser: Chooser, features: Tensor, owner: Tensor | None, counts: Cou
     """
     device, number = features.device, len(features)
     index_of = count_up(1, number, device)[0]
-    keep = torch.zeros(number, dtype=torch.bool, device=device)
-    choice = Choice(keep, None, index_of)
+    choice = Choice(_nothing(number, device), None, index_of)
     size = constant(("ones", number), device, lambda: torch.ones(number, dtype=torch.float32, device=device))
     if owner is not None:
         size = size.new_zeros(number).scatter_add(0, owner, size)
@@ -383,7 +383,7 @@ def _candidates(
     groups: dict[tuple[int, int], list[tuple[int, np.ndarray]]] = {}
     start = 0
     for i, layout in enumerate(chooser.layouts):
-        mine, structural = np.arange(start, start + layout.size), layout.structural.numpy()
+        mine, structural = np.arange(start, start + layout.size), layout.gaps
         start += layout.size
         first, free = mine[structural][: counts.kept[i]], mine[~structural]
         if len(first):
@@ -420,6 +420,6 @@ def _views(chooser: Chooser, layout: Layout, free: np.ndarray, room: int) -> lis
     room = min(room, len(free))
     if not chooser.rule.by_view:
         return [(free, room)]
-    view = chooser.view_of(layout).numpy()[~layout.structural.numpy()]
+    view = chooser.view_of(layout)[~layout.gaps]
     parts = [free[view == v] for v in np.unique(view)]
     return list(zip(parts, share_out(room, [len(part) for part in parts]), strict=True))

@@ -44,7 +44,8 @@ class EarlyChoice:
         patches = sent(patches[:, 0], final.device)
         states = getattr(output, "hidden_states", None)
         read = [final if states is None else states[k + 1] for k in self.layers]
-        seen = torch.cat([self._features(state, patches) for state in read], 1)
+        parts = [self._features(state, patches) for state in read]
+        seen = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         self.choice = self.chooser(seen, owners(run, patches[:, None]) if run.merged is not None else None)
         if states is not None:
             wanted = {k + 1 for k in self.layers}

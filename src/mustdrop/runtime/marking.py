@@ -76,9 +76,9 @@ def must_remain(pruner: VisionStagePruner, layouts: Sequence[Layout], least: Seq
     remain = torch.zeros(items, dtype=torch.long, device=HOST)
     window, square = pruner.window**2 - 1, (pruner.window * run.pool) ** 2 - 1
     for layout, fewest in zip(layouts, least, strict=True):
-        item, count = torch.unique(layout.patches[~layout.structural, 0] // patches, return_counts=True)
+        item, count = layout.items(patches)
         gone = max(0, layout.size - fewest)
-        for i, n in zip(item.tolist(), share_out(min(gone, int(count.sum())), count.tolist()), strict=True):
+        for i, n in zip(item, share_out(min(gone, sum(count)), count), strict=True):
             remain[i] = patches - n // window * square
     return remain
 

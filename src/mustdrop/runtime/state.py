@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,12 +98,17 @@ class Medium:
     Attributes:
         kind: "image" or "video".
         layout: how its features lie.
-        index: (N,) long, place of each feature among the vision tokens of the prompt.
+        place: (N,) place of each feature among the vision tokens of the prompt.
     """
 
     kind: str
     layout: Layout
-    index: Tensor
+    place: np.ndarray
+
+    @functools.cached_property
+    def index(self) -> Tensor:
+        """(N,) long, `place`."""
+        return torch.from_numpy(self.place)
 
 
 @dataclass(frozen=True, eq=False)
