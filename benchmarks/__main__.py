@@ -12,6 +12,7 @@ BENCHMARKS = {
     "end_to_end": "speed, FLOPs and KV bytes of a patched model against the same model unpatched",
     "evaluation": "scores, tokens and shares of time of the bundled model on its own benchmark",
     "gpu": "everything that needs a GPU, inside ten minutes, on a machine with nothing but torch on it",
+    "host_time": "processor time of a first token with tiny widths, patched beside untouched: what the host pays",
     "kernels": "time, bandwidth, FLOP/s and share of the roofline of every operation, beside eager PyTorch",
     "kernels_aot": "registers, spills and shared memory of every kernel, compiled for GPUs that need not be there",
     "launches": "operations of a prefill and a decode step by place, waits and copies, of every method, without a GPU",

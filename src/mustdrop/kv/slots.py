@@ -64,11 +64,12 @@ class _Description:
         self.name = "_" + name
 
     def __get__(self, layer: Any, owner: type) -> Any:
-        return at_home(getattr(layer, self.name))
+        return at_home(layer.__dict__[self.name])
 
     def __set__(self, layer: Any, value: Tensor | Away | None) -> None:
-        away = isinstance(value, Tensor) and value.device != HOST
-        setattr(layer, self.name, Away.of(value) if away else value)  # type: ignore[arg-type]
+        if isinstance(value, Tensor) and value.device != HOST:
+            value = Away.of(value)
+        layer.__dict__[self.name] = value
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,8 @@ class Slots:
 
     def forget(self) -> None:
         """Start the bookkeeping anew."""
-        self.positions = self.vision = None
+        self._positions: Tensor | Away | None = None
+        self._vision: Tensor | Away | None = None
         self.attended: Tensor | None = None
         self.queries: Tensor | None = None
         self.totals: Tensor | None = None

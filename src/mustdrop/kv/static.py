@@ -146,10 +146,10 @@ class PrunedStaticLayer(Slots, StaticLayer):
         """Bytes of the tensors that hold keys and values, room for tokens to come included."""
         return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
 
-    def unpruned_bytes(self) -> int:
-        """Bytes that the layer would take with room for every token."""
-        room = self.keys.shape[2] if self.is_initialized else 0
-        return self.storage_bytes() // room * self.max_cache_len if room else 0
+    def bytes_held(self) -> tuple[int, int]:
+        """Bytes of keys and values, and those that the layer would take with room for every token."""
+        held, room = self.storage_bytes(), self.keys.shape[2] if self.is_initialized else 0
+        return held, held // room * self.max_cache_len if room else 0
 
     def index(self, cut: Cut) -> Tensor:
         """(B, room) long: what a cut leaves, then the room for later tokens, which nothing sees before it is filled."""

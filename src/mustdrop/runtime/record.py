@@ -192,8 +192,8 @@ def _alive(prefill: Prefill, rows: list[Tensor | None]) -> list[list[Tensor]]:
 
 
 def _kv_bytes(layers: list[Any]) -> Compared:
-    actual = sum(layer.storage_bytes() for layer in layers)
-    return Compared(actual, sum(layer.unpruned_bytes() for layer in layers))
+    pairs = [layer.bytes_held() for layer in layers]
+    return Compared(sum(actual for actual, _ in pairs), sum(unpruned for _, unpruned in pairs))
 
 
 def _flops(ended: Ended, rows: list[Tensor | None], tokens: Tensor, kv_lengths: Tensor) -> Compared:

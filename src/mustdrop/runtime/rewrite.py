@@ -32,6 +32,23 @@ class Rewriter:
         self, layer: kv.Slots | None, forward: Forward, media: Media, hidden: Tensor, kwargs: dict[str, Any]
     ) -> None:
         """Positions, masks and whatever else has one entry per row, for the rows that are left."""
+        given = None
+        if (
+            media.fixed is not None
+        ):  # layers that hold the rows of this pass alone, and are given the same, get the same
+            given = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
+            key = ("given", *map(id, given.values()))
+            if key in forward.memo:
+                kwargs.update(forward.memo[key][1])
+                return
+        self._rewrite(layer, forward, media, hidden, kwargs)
+        if given is not None:
+            changed = {name: kwargs[name] for name, value in given.items() if kwargs[name] is not value}
+            forward.memo[key] = (given, changed)  # holding what came keeps its ids from being used again
+
+    def _rewrite(
+        self, layer: kv.Slots | None, forward: Forward, media: Media, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> None:
         layout = self._layout(layer, forward, media)
         self._map_mask(layout, forward, hidden, kwargs)
         cut: dict[str, int] = {}  # what has rows to cut, and its dimensions where there are several axes of positions

@@ -208,7 +208,7 @@ class TextStage(Copied):
             hidden = self._filter(forward, media, self.runtime.filters.index(i - 1), hidden)
         if forward.record is not None:
             forward.record.rows.append(forward.rows)
-            forward.record.past.append(layer.slots if layer is not None else 0)
+            forward.record.past.append(layer.slots if layer is not None and forward.start else 0)
         if self._filters_after(i, media) or (layer is not None and self._decode.reads_prompt):
             self.runtime.local.capture = ("text", i)
         if layer is not None:
