@@ -89,7 +89,7 @@ def read(runtime: Runtime, embeds: Tensor, kinds: Tensor, mask: Tensor | None) -
     if marks and call is not None and not call.unmarked:
         for b, row in enumerate(marks):
             alive[b, places[b]] = row.alive
-    elif runtime.method.vision is not None:  # only the rows themselves know
+    elif runtime.method.marks:  # only the rows themselves know
         alive = ~(places & embeds[..., 0].isnan().to(HOST))
     totals = vision.sum(1).tolist()
     prompt = _prompt(valid, call)

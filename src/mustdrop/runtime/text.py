@@ -109,7 +109,7 @@ class TextStage(Copied):
         forward.mask = mask
         checks.windows(runtime, self.spans, forward)
         if embeds is None or kinds is None or not seen:
-            marked = embeds is not None and runtime.method.vision is not None and forward.length > 1
+            marked = embeds is not None and runtime.method.marks and forward.length > 1
             if marked and bool(cast(Tensor, embeds)[..., 0].isnan().any()):
                 raise UnsupportedOptionError(
                     "inputs_embeds hold rows of NaN: image features of a patched model, placed by hand. Pass input_ids "
@@ -127,7 +127,7 @@ class TextStage(Copied):
         if self._is_recorded(forward):
             made = Prefill(media.places, forward.start, media.valid, marks=media.marks, media=media.media)
             self._record(forward, made)
-        if runtime.method.vision is not None and not bool(media.alive.all()):
+        if runtime.method.marks and not bool(media.alive.all()):
             kwargs["inputs_embeds"] = embeds.masked_fill(on(~media.alive, embeds.device)[..., None], 0.0)
         forward.idle = self._keeps_all(forward, media)
         if forward.idle and forward.record is not None:
