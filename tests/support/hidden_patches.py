@@ -15,11 +15,17 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mustdrop.adapters import find
+import mustdrop
+from mustdrop.adapters import find, registry
+from mustdrop.pruners import InputRule
 from mustdrop.runtime import packed_steps
 from mustdrop.runtime.tap import attention_of
 
+from . import families
+from .families import batch, clone, plain
+
 NAME = "hiding_eager"
+TOLERANCE = 1e-5
 
 
 @dataclass
@@ -140,3 +146,94 @@ def alive_in(trace: Any) -> Tensor:
     for row, part in enumerate(parts):
         part[trace.kept(0, row)] = True
     return torch.cat(parts)
+
+
+class Drawn(InputRule):
+    """Lets in cells at random; the same of a picture wherever it comes."""
+
+    share: float = 0.6
+
+    def choose(self, media):
+        kept = []
+        for picture in media:
+            draw = torch.Generator().manual_seed(int(picture.abs().sum() * 100) % 1000)
+            mine = torch.rand(picture.shape[:3], generator=draw) < self.share
+            mine[0, 0, 0] = True
+            kept.append(mine)
+        return kept
+
+
+class Everything(InputRule):
+    """Lets in everything."""
+
+    def choose(self, media):
+        return [torch.ones(picture.shape[:3], dtype=torch.bool) for picture in media]
+
+
+def run(model, inputs, kind):
+    """((F, C) features, levels of DeepStack) of a forward of the whole model, gone rows NaN."""
+    adapter = find(model)
+    with families.Recorder(model) as recorder, torch.no_grad():
+        model(**inputs)
+    output = recorder.outputs[kind]
+    levels = [rows(level) for field in adapter.added_features for level in getattr(output, field)]
+    return rows(getattr(output, adapter.features)), levels
+
+
+def layouts_of(model, kind, inputs):
+    return find(model).layouts(model, kind, inputs)
+
+
+def number_of_patches(cells):
+    return int(cells.max()) + 1
+
+
+def without_breaks(features, layouts):
+    """Features that stand for a part of the picture: some releases add the others later."""
+    total = sum(layout.size for layout in layouts)
+    if len(features) < total:
+        made = features.new_zeros(total, features.shape[1])
+        made[~torch.cat([layout.structural for layout in layouts])] = features
+        return made
+    return features
+
+
+def assert_equals_hiding(monkeypatch, name, kind, attention="sdpa", *, rows=None, **settings):
+    """The features that are left, against the unpatched encoder under the decisions of the patched one."""
+    adapter, model = registry()[name], clone(name, attention)
+    mustdrop.patch(model, **settings)
+    inputs = batch(adapter, model, rows or ((kind, kind), (), (kind,)), seed=5)
+    with merges(monkeypatch) as owners:
+        ours, levels = run(model, inputs, kind)
+    trace, layouts = mustdrop.trace(model), layouts_of(model, kind, inputs)
+    cells = cells_of(layouts)
+    count, alive = number_of_patches(cells), alive_in(trace)
+    hide, means, hidden = {}, {}, torch.zeros(count, dtype=torch.bool)
+    pruner, incoming = settings.get("vision"), settings.get("input")
+    if incoming is not None:
+        hidden = hidden | patches_of(cells, entered(adapter, model, kind, inputs, incoming).logical_not(), count)
+        hide[0] = hidden
+    if pruner is not None and pruner.window is not None:
+        parts, means[pruner.layer + 1] = merged_windows(owners[0], cells)
+        hidden = hidden | patches_of(cells, parts, count)
+        hide[pruner.layer + 1] = hidden
+    if pruner is not None and pruner.select_layer is not None:
+        hide[pruner.select_layer + 1] = hidden | patches_of(cells, ~alive, count)
+    oracle = plain(name, "eager")
+    with HiddenPatches(oracle, hide, means, kind):
+        theirs, expected = run(oracle, inputs, kind)
+    assert 0 < alive.sum() < len(alive)
+    for own, other in [(ours, theirs), *zip(levels, expected, strict=True)]:
+        own, other = without_breaks(own, layouts), without_breaks(other, layouts)
+        assert (own[alive] - other[alive]).abs().max() <= TOLERANCE
+    assert without_breaks(ours, layouts)[~alive & ~torch.cat([x.structural for x in layouts])].isnan().all()
+    return trace
+
+
+def entered(adapter, model, kind, inputs, pruner):
+    """(F,) bool, features whose cells the input stage lets in, asked for picture by picture."""
+    pixels, found = adapter.pixels(model, kind, inputs), []
+    for layout in layouts_of(model, kind, inputs):
+        picture = pixels[layout.patches].flatten(1).view(*layout.grids[0], -1)
+        found.append(pruner([picture])[0].flatten())
+    return torch.cat(found)
