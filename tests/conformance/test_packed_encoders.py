@@ -67,6 +67,30 @@ def test_what_is_not_selected_leaves_on_the_way(cut, monkeypatch):
     assert trace.flops.parts["vision"].ratio < 1
 
 
+def test_a_rule_that_merges_on_the_way(cut, monkeypatch):
+    pruner = mustdrop.registry.resolve("tome", keep=0.4, select_layer=1).vision
+    trace = assert_equals_hiding(monkeypatch, *cut, vision=pruner)
+    assert all((trace.assignment(row) >= 0).all() for row in range(3))  # nothing is gone without a trace
+    assert trace.flops.parts["vision"].ratio < 1
+
+
+def test_a_rule_that_compares_features_on_the_way(monkeypatch):
+    rule = mustdrop.registry.resolve("divprune", keep=0.5).vision.score
+    pruner = VisionStagePruner(window=None, key_share=0, keep=0.5, score=rule, select_layer=1)
+    assert_equals_hiding(monkeypatch, "qwen2_5_vl", "image", vision=pruner)
+
+
+def test_the_paper_s_method_selects_on_the_way():
+    both = assert_dropping_equals_masking(
+        "qwen2_5_vl", (("image",), ("image", "image")), steps=2, method="mustdrop", keep=0.3, window=2, select_layer=1
+    )
+    assert torch.all(both.trace.equal_tokens <= 0.3 * both.trace.total + 1e-4)
+    behind = mustdrop.patch(clone("qwen2_5_vl"), "mustdrop", keep=0.3, window=2, inside=False)
+    with torch.no_grad():
+        behind(**batch(registry()["qwen2_5_vl"], behind, (("image",), ("image", "image"))))
+    assert both.trace.flops.parts["vision"].ratio < mustdrop.trace(behind).flops.parts["vision"].ratio == 1
+
+
 def test_what_is_not_let_in_is_not_seen(let_in, monkeypatch):
     trace = assert_equals_hiding(monkeypatch, *let_in, input=InputPruner(rule=Drawn()))
     assert trace.flops.parts["vision"].ratio < 0.9

@@ -140,6 +140,18 @@ def merges(monkeypatch: Any) -> Iterator[list[Tensor]]:
     monkeypatch.setattr(packed_steps, "merge_behind", merge)
 
 
+def assigned(trace: Any) -> Tensor:
+    """(F,) what each feature became part of at the end, itself where it is gone."""
+    found, start = [], 0
+    for row, total in enumerate(trace.total.tolist()):
+        slots, own = trace.assignment(row), torch.arange(total)
+        for place in trace.kept(0, row).tolist():
+            own[slots == slots[place]] = place
+        found.append(own + start)
+        start += total
+    return torch.cat(found)
+
+
 def alive_in(trace: Any) -> Tensor:
     """(F,) bool, features that entered the language model."""
     parts = [torch.zeros(total, dtype=torch.bool) for total in trace.total.tolist()]
@@ -219,6 +231,8 @@ def assert_equals_hiding(monkeypatch, name, kind, attention="sdpa", *, rows=None
         hide[pruner.layer + 1] = hidden
     if pruner is not None and pruner.select_layer is not None:
         hide[pruner.select_layer + 1] = hidden | patches_of(cells, ~alive, count)
+        if pruner.rule is not None:
+            means[pruner.select_layer + 1] = merged_windows(assigned(trace), cells)[1]
     oracle = plain(name, "eager")
     with HiddenPatches(oracle, hide, means, kind):
         theirs, expected = run(oracle, inputs, kind)
