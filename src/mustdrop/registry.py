@@ -287,5 +287,5 @@ def described(given: MethodLike, knobs: Mapping[str, Any]) -> tuple[str, dict[st
         return name_of(given), dict(knobs)
     if isinstance(given, Recipe):
         return name_of(type(given)), given.model_dump(mode="json", exclude_unset=True, fallback=repr)
-    sockets = {name: getattr(given, name) for name in ("vision", "prefill", "decode")}
+    sockets = {name: getattr(given, name) for name in ("input", "vision", "prefill", "decode")}
     return given.name, {name: repr(pruner) for name, pruner in sockets.items() if pruner is not None}

@@ -15,7 +15,7 @@ from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from mustdrop.adapters import registry
 from mustdrop.errors import UnsupportedOptionError
 from mustdrop.runtime.encoder import EncoderStage
-from support import eager_flex, fake_flash, families, following, turns
+from support import eager_flex, fake_flash, families, following, hidden_patches, turns
 from support.builders import answer
 from support.families import assert_dropping_equals_masking, batch, clone, plain
 
@@ -32,6 +32,7 @@ ALL = {
 }
 SELECT = {"vision": VisionStagePruner(window=None, keep=0.4)}
 MERGE = {"vision": VisionStagePruner(window=2, threshold=0.2)}
+MERGE_PACKED = VisionStagePruner(window=2, threshold=-1.0)
 PREFILL = {"prefill": PrefillPruner(keep=0.6)}
 THRESHOLDS = {"prefill": PrefillPruner(global_threshold=0.04, individual_threshold=0.04)}
 EVICTION = {
@@ -263,6 +264,10 @@ def test_trace_names_the_right_patches(name, kind):
 @each
 def test_merged_features(name, kind, monkeypatch):
     """What a merged window brings: the mean, at the exit of the encoder or after the layer where it merged."""
+    if registry()[name].tower(plain(name), kind).cuts:  # of cells, in one sequence
+        trace = hidden_patches.assert_equals_hiding(monkeypatch, name, kind, vision=MERGE_PACKED)
+        assert trace.flops.parts["vision"].ratio < 1
+        return
     runs = []
     merge = EncoderStage._merge
     monkeypatch.setattr(EncoderStage, "_merge", lambda self, run, *rest: (merge(self, run, *rest), runs.append(run))[0])

@@ -51,10 +51,9 @@ def test_the_device_decides_what_the_host_would(name, images, looks):
     logits, kept, trace = answered(model, inputs)
     looks()
     theirs, same, other = answered(model, inputs)
-    if name != "mustdrop":  # which windows merge is another question there, see below
-        assert kept == same
-        assert torch.allclose(logits, theirs, atol=1e-5)
-        assert torch.equal(trace.kv_lengths, other.kv_lengths)
+    assert kept == same
+    assert torch.allclose(logits, theirs, atol=1e-5)
+    assert torch.equal(trace.kv_lengths, other.kv_lengths)
 
 
 @pytest.mark.parametrize("merge", ["needed", "allowed"])

@@ -28,6 +28,10 @@ class MustDrop(Recipe):
             "threshold".
         threshold: similarity from which a window merges.
         key_share: share of pinned tokens.
+        inside: whether windows also merge inside an encoder of packed patches, which then runs on fewer; False merges
+            the features that it gives.
+        select_layer: encoder layer after which the tokens that cannot enter under the budget leave an encoder of packed
+            patches; its attention also says which are pinned. None: they leave behind it.
         decode_keep: vision entries per layer that stay in the cache while decoding; None keeps all after the cut.
         interval: decode steps between two evictions.
         compat: "released" reproduces the authors' code decision by decision.
@@ -43,6 +47,8 @@ class MustDrop(Recipe):
     merge: Literal["needed", "allowed", "threshold"] | None = None
     threshold: float = 0.8
     key_share: float = 0.08
+    inside: bool = True
+    select_layer: int | None = None
     decode_keep: Budget | None = None
     interval: int = 8
     compat: Compat = "paper"
@@ -61,6 +67,9 @@ class MustDrop(Recipe):
                 merge_count=self._merge_count(data_decide),
                 threshold=self.threshold,
                 key_share=self.key_share,
+                key_layer=-1 if self.select_layer is None else self.select_layer,
+                inside=self.inside,
+                select_layer=self.select_layer,
                 compat=self.compat,
             ),
             prefill=PrefillPruner(

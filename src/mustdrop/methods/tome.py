@@ -72,6 +72,8 @@ class ToMe(Recipe):
         slope: with one `r`: -1 merges most in the first layers, 1 in the last.
         proportional: whether a merged token's attention is weighed with its size; it takes an encoder without
             flash attention.
+        select_layer: encoder layer after which tokens merge, all at once, in an encoder of packed patches; None merges
+            what such an encoder gives, and it saves nothing.
         compat: "released" hands the tokens on in the order of the released code, with new positions; it has no `keep`.
     """
 
@@ -79,6 +81,7 @@ class ToMe(Recipe):
     r: NonNegativeInt | tuple[NonNegativeInt, ...] | None = None
     slope: float = Field(0.0, ge=-1, le=1)
     proportional: bool = True
+    select_layer: int | None = None
     compat: Compat = "paper"
 
     @classmethod
@@ -96,4 +99,7 @@ class ToMe(Recipe):
         rule = SoftMatching(number=self.r, slope=self.slope, weighs=self.proportional)
         if self.r is not None:
             keep = "rule"
-        return Method(vision=VisionStagePruner(window=None, key_share=0, keep=keep, score=rule, compat=self.compat))
+        stage = VisionStagePruner(
+            window=None, key_share=0, keep=keep, score=rule, select_layer=self.select_layer, compat=self.compat
+        )
+        return Method(vision=stage)

@@ -18,6 +18,7 @@ from mustdrop.errors import ConfigError
 
 if TYPE_CHECKING:
     from mustdrop.pruners.caching import CacheScorer, Received
+    from mustdrop.pruners.incoming import InputRule
     from mustdrop.pruners.scoring import Seen, TextScorer
     from mustdrop.pruners.selecting import Chosen, Features, InnerRule, VisionRule
 
@@ -30,6 +31,28 @@ def forget(owner: object) -> None:
     """Look at the numbers of a scorer or rule again: it comes to another model."""
     for key in [key for key in list(_looked) if key[0] == id(owner)]:
         _looked.pop(key, None)
+
+
+# -- input stage ------------------------------------------------------------------------------------------------------
+
+
+def cells(rule: InputRule, media: Sequence[Tensor]) -> list[Tensor]:
+    """`InputRule.choose`: per medium (frames, rows, columns) bool, one cell of each at least.
+
+    Raises:
+        ConfigError: see `scores`.
+    """
+    got: object = rule.choose(media)
+    if not isinstance(got, Sequence) or len(got) != len(media):
+        came = f"{len(got)} of them" if isinstance(got, Sequence) else _shown(got)
+        raise ConfigError(f"{_name(rule)}.choose: expected a tensor for each of {len(media)} media, got {came}.")
+    made = [_tensor(rule, "choose", one, "bool", seen.shape[:3], None) for one, seen in zip(got, media, strict=True)]
+    for one in made:
+        _require(
+            not one.numel() or bool(one.any()),
+            f"{_name(rule)}.choose: at least one cell of each picture must enter the encoder, got one with none.",
+        )
+    return made
 
 
 # -- prefill stage ----------------------------------------------------------------------------------------------------

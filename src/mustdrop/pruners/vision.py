@@ -52,6 +52,10 @@ class VisionStagePruner(Settings):
             compat="released".
         threshold: mean pairwise cosine similarity in [-1, 1] from which a window becomes its mean.
         layer: encoder layer (0-based) after which windows merge; later encoder layers run on fewer tokens.
+        inside: whether windows merge inside the encoder, where it can run on fewer tokens; False merges the features
+            that it gives, by how similar these are, and the encoder saves nothing.
+        select_layer: encoder layer (0-based, negative counts from the end) after which the tokens that are not selected
+            leave an encoder of packed patches; what selects is read up to there. None: selected is behind the encoder.
         key_share: share of the tokens that is pinned (the paper's key set), in [0, 1].
         key_layer: encoder layer whose attention scores the tokens (negative counts from the end): the attention
             that the
@@ -76,6 +80,8 @@ class VisionStagePruner(Settings):
     merge_count: Literal["needed", "allowed", "threshold"] = "threshold"
     threshold: float = Field(0.8, ge=-1, le=1)
     layer: int = Field(0, ge=0)
+    inside: bool = True
+    select_layer: int | None = None
     key_share: float = Field(0.08, ge=0, le=1)
     key_layer: int = -1
     keep: Literal["auto", "rule"] | Budget = "auto"
@@ -94,6 +100,11 @@ class VisionStagePruner(Settings):
             raise ConfigError(
                 f'VisionStagePruner.taper={self.taper} splits the budget of the prefill stage: it needs keep="auto", '
                 f"got keep={self.keep}: leave one out."
+            )
+        if self.select_layer is not None and self.window is not None and not self.inside:
+            raise ConfigError(
+                f"VisionStagePruner.select_layer={self.select_layer} selects inside the encoder, and inside=False "
+                "merges behind it: leave one out, or set window=None."
             )
         if self.compat == "released" and self.keep != "auto" and self.rule is None:
             raise ConfigError(
@@ -171,16 +182,25 @@ class VisionStagePruner(Settings):
             return Selection.from_mask(torch.ones(features.shape[:2], dtype=torch.bool, device=features.device))
         return self.merge_by(self.similarity(features, grid, scale), grid, at_least, scale)
 
-    def similarity(self, features: Tensor, grid: tuple[int, ...], scale: int = 1) -> Tensor:
-        """(B, windows) float32, how alike the tokens of each window are; arguments as for `merge`."""
-        return window_similarity(features, grid, self._window(scale))
+    def similarity(self, features: Tensor, grid: tuple[int, ...], scale: int = 1, gone: Tensor | None = None) -> Tensor:
+        """(B, windows) float32, how alike the tokens of each window are; arguments as for `merge`.
+
+        Windows in which a token is `gone` (N,) merge under no threshold.
+        """
+        found = window_similarity(features, grid, self._window(scale))
+        if gone is None:
+            return found
+        windows = window_index(grid, self._window(scale), gone.device)
+        return found.masked_fill(gone[windows].any(1).to(found.device), -torch.inf)
 
     def merge_by(
         self, similarity: Tensor, grid: tuple[int, ...], at_least: Tensor | None = None, scale: int = 1
     ) -> Selection:
         """The second half of `merge`, from what `similarity` found; on the device where that lies."""
         released = self.compat == "released"
-        return merge_windows(similarity, grid, self._window(scale), self.threshold, at_least, released=released)
+        # where the number of windows follows from the budget, the most similar ones merge, however similar they are
+        threshold = -math.inf if self.counts_windows and at_least is not None else self.threshold
+        return merge_windows(similarity, grid, self._window(scale), threshold, at_least, released=released)
 
     def merge_most(
         self, similarity: Tensor, grid: tuple[int, ...], counts: Sequence[int], scale: int = 1

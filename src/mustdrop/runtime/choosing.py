@@ -119,6 +119,8 @@ class Chooser:
         That is the feature that ends the prompt, then rows that stand for no part of the picture.
         """
         alive = owner[mine] == mine
+        if self.run.gone is not None:
+            alive &= ~self.run.gone[mine.to(self.run.gone.device)].to(alive.device)
         most = None if self.most is None else self.most[i]
         if self.shown is not None and most is not None:  # what is hidden takes no place from others
             seen = alive & self.shown[i].to(mine.device)
@@ -277,6 +279,9 @@ def owners(run: EncoderRun, patches: Tensor) -> Tensor:
     """
     number = len(patches)
     index = torch.arange(number, dtype=torch.long, device=patches.device)
+    if run.packed is not None and run.merges_packed:
+        owner = run.packed.owner.to(patches.device)
+        return torch.where(owner < 0, index, owner)
     if run.merged is None or run.merged.merge_into is None:
         return index
     total = run.merged.merge_into.numel()

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from mustdrop.adapters.base import Adapter, Modality, Tower
 from mustdrop.compat import cache_of, require_supported_transformers
-from mustdrop.cost import EncoderCost, TextCost
+from mustdrop.cost import EncoderCost, TextCost, linear_flops
 from mustdrop.errors import BudgetWarning, ConfigError, NothingDroppedWarning, UnsupportedModelError, warn
 from mustdrop.method import Method
-from mustdrop.runtime import checks, shrinking
+from mustdrop.runtime import checks, packed_steps, shrinking
 from mustdrop.runtime.calls import BASE, MODEL, Calls, raised
 from mustdrop.runtime.compiled import outside_steps
 from mustdrop.runtime.copying import Copied
 from mustdrop.runtime.encoder import EncoderStage
+from mustdrop.runtime.encoder_run import EncoderRun
 from mustdrop.runtime.entry import last_token, valid_tokens, words
 from mustdrop.runtime.installation import Installation
 from mustdrop.runtime.ledger import Ledger, now
@@ -76,12 +77,19 @@ class Runtime(Copied):
             try:
                 tower = self.adapter.tower(self.model, modality.name)
             except UnsupportedModelError:
-                if pruner is not None:
+                if self.method.marks:
                     raise
                 continue
             known = [stage for stage in found.values() if stage.tower.module is tower.module]
             last = self.adapter.read_layer(self.model, modality.name, {})
-            stage = known[0] if known else EncoderStage(pruner, tower, self.local, ("encoder", modality.name), last)
+            packed_steps.check(self.method.input, self.adapter, tower)
+            stage = (
+                known[0]
+                if known
+                else EncoderStage(
+                    pruner, tower, self.local, ("encoder", modality.name), last, self.method.input is not None
+                )
+            )
             stage.check(last)
             found[modality.name] = stage
         return found
@@ -101,6 +109,11 @@ class Runtime(Copied):
     def projector_flops(self) -> int:
         """FLOPs per feature of what maps features into the language model, as it is now."""
         return self._sizes("projector", lambda: self.adapter.projector_flops(self.model))
+
+    def skipped(self, run: EncoderRun) -> int:
+        """FLOPs that the mergers of a packed encoder did not spend, since they ran on fewer cells."""
+        parts = [] if run.packed is None else run.packed.skipped
+        return sum(n * int(self._sizes(id(part), lambda part=part: linear_flops(part))) for part, n in parts)  # type: ignore[misc]
 
     def _sizes(self, key: object, read: Callable[[], T]) -> T:
         """What `read` finds in the modules: once, for it takes a while, unless adapters may be switched and merged."""

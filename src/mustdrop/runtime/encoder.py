@@ -22,7 +22,7 @@ from mustdrop.compat import eager
 from mustdrop.constants import count_up, every
 from mustdrop.errors import ConfigError
 from mustdrop.pruners import InnerRule, Read, VisionStagePruner
-from mustdrop.runtime import block_masks, parallel, reading
+from mustdrop.runtime import block_masks, packed_steps, parallel, reading
 from mustdrop.runtime.block_masks import Mask
 from mustdrop.runtime.copying import Copied
 from mustdrop.runtime.encoder_run import EncoderRun
@@ -91,18 +91,27 @@ class EncoderStage(Copied):
     """Watches one tower, and runs a `VisionStagePruner` in it if there is one."""
 
     def __init__(
-        self, pruner: VisionStagePruner | None, tower: Tower, local: Local, key: object, read_layer: int
+        self,
+        pruner: VisionStagePruner | None,
+        tower: Tower,
+        local: Local,
+        key: object,
+        read_layer: int,
+        lets_in: bool = False,
     ) -> None:
+        self.lets_in = lets_in  # whether there is a stage before the encoder
         self.pruner, self.tower, self.local, self.key = pruner, tower, local, key
         self.last = read_layer
         self.reads: dict[int, list[Read]] = {}
         self.compared: set[int] = set()  # layers of which something is read that queries and keys tell
+        self.leaves_at: int | None = None  # the layer after which what is not selected leaves a packed tower
         if pruner is None:
             return
         depth = len(tower.blocks)
         self.reads = layers_read(pruner, depth, read_layer, tower.whole)
         self.compared = {i for i, reads in self.reads.items() if any(read.what != "states" for read in reads)}
-        if pruner.window is None or tower.packed:
+        self.leaves_at = packed_steps.check_layers(pruner, tower, read_layer, list(self.reads))
+        if pruner.window is None or not pruner.inside or (tower.packed and not self.merges_packed):
             return
         if pruner.layer > depth - 2:
             raise ConfigError(
@@ -118,9 +127,21 @@ class EncoderStage(Copied):
     def merges_inside(self, pool: int | None, frames: int) -> bool:
         """Whether windows merge inside the encoder, which must see whole windows as squares of patches of one item."""
         pruner = self.pruner
-        if pruner is None or pruner.window is None or self.tower.packed or pool is None:
+        if pruner is None or pruner.window is None or self.tower.packed or pool is None or not pruner.inside:
             return False
         return frames == 1 or pruner.temporal_window == 1
+
+    @property
+    def merges_packed(self) -> bool:
+        """Whether windows merge inside a packed encoder. The authors' code knows no such encoder."""
+        pruner = self.pruner
+        merges = pruner is not None and pruner.window is not None and pruner.inside and pruner.compat == "paper"
+        return merges and self.tower.cuts
+
+    @property
+    def shortens(self) -> bool:
+        """Whether patches may leave a packed encoder."""
+        return self.tower.cuts and (self.lets_in or self.merges_packed or self.leaves_at is not None)
 
     @property
     def inner(self) -> InnerRule | None:
@@ -142,7 +163,9 @@ class EncoderStage(Copied):
     def check(self, read_layer: int) -> None:
         """Raise `ConfigError` if merging would come after the layer that the features are read from."""
         pruner = self.pruner
-        if pruner is None or pruner.window is None or self.tower.packed:
+        if pruner is None or pruner.window is None or not pruner.inside:
+            return
+        if self.tower.packed and not self.merges_packed:
             return
         if pruner.layer >= read_layer:
             raise ConfigError(
@@ -166,15 +189,19 @@ class EncoderStage(Copied):
             self.local.capture = (self.key, index)
         if index == 0 and run.inside is not None and block_masks.hides(_given_mask(args, kwargs)):
             run.inside = None  # padding must not merge with patches: the rule is asked behind
+        follows = None
+        if run.packed is not None:
+            run.uncut.append(self._lengths(run, args[0], kwargs))
+            follows = run.packed.before(index, _parameters(type(module).forward)[1:], args, kwargs)
+            args, kwargs = follows or (args, kwargs)
         if not run.item and not self.tower.packed and args[0].ndim == 3:
             run.item = args[0].shape[1] - self.tower.prefix - self.tower.suffix
         merges = run.grid is not None and pruner is not None and index == pruner.layer + 1
         if merges:
             args = (self._merge(run, args[0], module), *args[1:])
         run.lengths.append(self._lengths(run, args[0], kwargs))
-        if not takes_mask(module):
-            return (args, kwargs) if merges else None
-        return self.masked(args[0], module, args, kwargs) or ((args, kwargs) if merges else None)
+        changed = (args, kwargs) if merges or follows else None
+        return self.masked(args[0], module, args, kwargs) or changed if takes_mask(module) else changed
 
     @eager
     def masked(
@@ -208,9 +235,9 @@ class EncoderStage(Copied):
             return run.counted[1]
         borders = kwargs.get("cu_seqlens")
         if isinstance(borders, Tensor):
-            if run.borders is None or run.borders[0] is not borders:
-                run.borders = borders, borders.diff()
-            return run.borders[1]
+            if id(borders) not in run.borders:  # holding them keeps their id from being used again
+                run.borders[id(borders)] = borders, borders.diff()
+            return run.borders[id(borders)][1]
         rows, length = (1, hidden.shape[0]) if hidden.ndim == 2 else hidden.shape[:2]
         return [length] * rows
 
@@ -309,6 +336,8 @@ class EncoderStage(Copied):
         run: EncoderRun | None = self.local.encoder
         if run is None or output is None:
             return output
+        if run.packed is not None:
+            return run.packed.after_tower(output)
         if run.merged is not None and run.merged.merge_into is not None:
             complete = run.windows is not None or run.inside is not None
             whole = _Whole(run.merged, run.merged.merge_into, self.tower.prefix, complete)

@@ -13,6 +13,7 @@ from mustdrop.adapters.base import Tower
 from mustdrop.pruners import Read
 from mustdrop.runtime.block_masks import Mask
 from mustdrop.runtime.halves import Inside
+from mustdrop.runtime.packed import Packed
 from mustdrop.selection import Selection
 
 
@@ -37,7 +38,11 @@ class EncoderRun:
         seen: what a dense tower is shown in place of its pixels, or None.
         lengths: per encoder layer, the lengths of the sequences that attended to themselves.
         counted: the last of them after merging, and what merging had left then.
-        borders: the last of them in a packed sequence, and the borders that they are of.
+        borders: those of a packed sequence, by the id of the borders that they are of.
+        packed: what is left of the patches of a packed tower where some may leave inside, or None.
+        gone: (F,) bool, features whose patches the input stage did not let in, or None.
+        merges_packed: whether windows merge inside a packed tower.
+        uncut: as `lengths`, had no patch left; kept for such a tower only.
     """
 
     tower: Tower
@@ -55,7 +60,11 @@ class EncoderRun:
     seen: Callable[[Tensor], Tensor] | None = None
     lengths: list[Sequence[int] | Tensor] = field(default_factory=list)
     counted: tuple[Selection, Tensor] | None = None
-    borders: tuple[Tensor, Tensor] | None = None
+    borders: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    packed: Packed | None = None
+    gone: Tensor | None = None
+    merges_packed: bool = False
+    uncut: list[Sequence[int] | Tensor] = field(default_factory=list)
 
     def reading(self, read: Read) -> Tensor | None:
         """(patches,) or (patches, D), what was read of every patch of all items; None if the layer did not run."""
@@ -63,7 +72,9 @@ class EncoderRun:
         if not pieces:
             return None
         whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return whole if self.tower.packed else whole.flatten(0, 1)
+        if not self.tower.packed:
+            return whole.flatten(0, 1)
+        return whole if self.packed is None else self.packed.whole(whole)
 
     def whole(self, found: Tensor) -> Tensor:
         """(items, patches, ...) of what was read of the tokens that are left.

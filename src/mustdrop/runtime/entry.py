@@ -114,7 +114,7 @@ def _look(runtime: Runtime, media: Media, embeds: Tensor, call: Call | None) -> 
     if media.marks and call is not None and not call.unmarked:
         for b, row in enumerate(media.marks):
             media.alive[b, media.places[b]] = row.alive
-    elif runtime.method.vision is not None:  # only the rows themselves know
+    elif runtime.method.marks:  # only the rows themselves know
         media.alive = ~(media.places & embeds[..., 0].isnan().to(HOST))
     media.whole = bool(media.alive.all())
     prefill = runtime.method.prefill
@@ -135,7 +135,7 @@ def _fixed(runtime: Runtime, media: Media, embeds: Tensor, kinds: np.ndarray, ca
     here, is_text = sent(vision, device), sent(valid & ~vision, device)
     padding = sent(~valid, device) if media.padded else None
     alive, present, protected, importance = here, media.totals, None, None
-    if runtime.method.vision is not None and call is not None:
+    if runtime.method.marks and call is not None:
         flat = fixed.FlatMarks.join([call.flat[m.name] for m in runtime.modalities if m.name in call.flat])
         alive, protected, importance = fixed.entering(flat, sent(_features(runtime, call, kinds), device))
         present = _entering(call, runtime, len(kinds))

@@ -17,15 +17,15 @@ from mustdrop.budget import share_out
 from mustdrop.compat import eager
 from mustdrop.errors import MustDropError, UnsupportedOptionError
 from mustdrop.layout import Layout
-from mustdrop.pruners import PictureRule, answers
-from mustdrop.runtime import checks, fixed_vision
-from mustdrop.runtime.choosing import Choice, Chooser, patches_left
+from mustdrop.pruners import PictureRule, VisionStagePruner, answers
+from mustdrop.runtime import checks, fixed_vision, packed_steps
+from mustdrop.runtime.choosing import Choice, Chooser, patches_left, stacked
 from mustdrop.runtime.encoder import EncoderStage
 from mustdrop.runtime.encoder_run import EncoderRun
 from mustdrop.runtime.fixed_vision import Counts
 from mustdrop.runtime.halves import Inside
 from mustdrop.runtime.leaving import EarlyChoice
-from mustdrop.runtime.marking import decide, must_remain
+from mustdrop.runtime.marking import Decided, decide, must_remain
 from mustdrop.runtime.plan import rows_of_media
 from mustdrop.runtime.shrinking import Shrunk
 from mustdrop.runtime.state import Call, Local
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from mustdrop.runtime.core import Runtime
 
 T = TypeVar("T")
+
+#: Decides where there is no vision stage: all that is there stays, and nothing is read.
+_KEEPS_ALL = VisionStagePruner(window=None, key_share=0, score="uniform")
 
 
 class MarksHook:
@@ -87,6 +90,8 @@ class FeaturesWrapper:
             return self.function(*args, **kwargs)
         stage.check(runtime.adapter.read_layer(runtime.model, kind, arguments))
         shown = _shown(call, kind, sizes) if call is not None and of_call else None
+        gone = self._gone(layouts, owners, call if of_call else None, sizes, shown, arguments)
+        shown = packed_steps.left(shown, gone)
         seen = sizes if shown is None else [int(own.sum()) for own in shown]
         if call is not None and of_call:
             plans, shares = call.plans, _shares(call, kind)
@@ -100,7 +105,16 @@ class FeaturesWrapper:
         counted = not ends and shown is None  # nothing that only the data tell
         run = self._run(stage, layouts, least, arguments, counted)
         run.inside = self._inside(stage, layouts, most, arguments)
+        run.gone = None if gone is None else torch.cat(gone)
         chooser = self._chooser(stage, run, layouts, most, ends, shown, call if of_call else None, owners)
+        pruner = stage.pruner or _KEEPS_ALL
+
+        def decide_on(flat: Tensor, choice: Choice | None = None) -> Decided:
+            return decide(pruner, run, layouts, flat, least, most, ends, shown, chooser, choice)
+
+        steps = packed_steps.Steps(stage, run, layouts, least, decide_on)
+        if stage.shortens:
+            steps.prepare(torch.from_numpy(stacked(layouts)))
         counts = self._counts(stage, run, layouts, least, most, arguments) if counted else None
         if chooser is not None and counts is not None:
             chooser.fixed = functools.partial(_choose_fixed, counts)
@@ -118,7 +132,7 @@ class FeaturesWrapper:
             local.encoder, local.capture = None, None
         if call is not None:
             call.encoded.append(run)
-        if stage.pruner is None:
+        if stage.pruner is None and gone is None:
             return output
         field = self.runtime.adapter.features
         flat = self._flat(getattr(output, field), layouts)
@@ -126,11 +140,11 @@ class FeaturesWrapper:
         if call is not None and _structural(layouts) and _count(getattr(output, field)) < len(flat):
             call.unmarked = True  # rows that the model adds later bear no marks
         if counts is not None:
-            decided, marks = fixed_vision.decide(stage.pruner, run, layouts, flat, least, counts, chooser, choice)
+            decided, marks = fixed_vision.decide(pruner, run, layouts, flat, least, counts, chooser, choice)
             if call is not None:
                 call.flat[kind] = marks
         else:
-            decided = decide(stage.pruner, run, layouts, flat, least, most, ends, shown, chooser, choice)
+            decided = steps.decided or decide_on(flat, choice)
         setattr(output, field, _restored(decided.write(flat), getattr(output, field), layouts))
         for name in self.runtime.adapter.added_features:
             levels = [_restored(decided.merged(_rows(level)), level, layouts) for level in getattr(output, name)]
@@ -138,6 +152,25 @@ class FeaturesWrapper:
         if call is not None:
             call.marks[kind] = _grouped(decided.marks, owners, len(mine))
         return output
+
+    def _gone(
+        self,
+        layouts: Sequence[Layout],
+        owners: Sequence[int],
+        call: Call | None,
+        sizes: Sequence[int],
+        shown: list[Tensor] | None,
+        arguments: dict[str, Any],
+    ) -> list[Tensor] | None:
+        """Per medium (N,) bool, features whose patches the input stage does not let in; None without such a stage."""
+        runtime, kind = self.runtime, self.modality.name
+        pruner = runtime.method.input
+        if pruner is None:
+            return None
+        pixels = runtime.adapter.pixels(runtime.model, kind, arguments)
+        shares = [] if call is None else _shares(call, kind)
+        ends = dict[int, int]() if call is None else _ends(shares, owners, sizes, shown)
+        return packed_steps.incoming(pruner, pixels, layouts, owners, ends)
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """The call's arguments by name; None if there are no pixels, for transformers' own error message.
@@ -164,7 +197,7 @@ class FeaturesWrapper:
     ) -> Counts | None:
         """Features of each medium, where nothing but shapes decides how many there are."""
         runtime, kind, pruner = self.runtime, self.modality.name, stage.pruner
-        if pruner is None or pruner.keep == "rule" or pruner.compat == "released":
+        if pruner is None or pruner.keep == "rule" or pruner.compat == "released" or run.packed is not None:
             return None
         if pruner.rule is not None and not fixed_vision.choosable(pruner.rule, run, layouts, pruner):
             return None

@@ -232,7 +232,7 @@ def possible(runtime: Runtime, call: Call | None, kinds: Tensor, ends: bool) -> 
         return False
     if method.decode is not None and method.decode.reads_prompt:
         return False
-    if method.vision is not None and (call.unmarked or not call.marks or not set(call.flat) >= set(call.marks)):
+    if method.marks and (call.unmarked or not call.marks or not set(call.flat) >= set(call.marks)):
         return False
     return method.prefill is None or _counts_are_known(method.prefill, ends)
 

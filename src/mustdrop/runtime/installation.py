@@ -16,6 +16,7 @@ from mustdrop.runtime.encoder import BlockHook, EncoderCapture, EncoderStage, Ma
 from mustdrop.runtime.features import FeaturesWrapper, MarksHook
 from mustdrop.runtime.generate import GenerateWrapper
 from mustdrop.runtime.halves import HalfHooks
+from mustdrop.runtime.packed import PackedHooks
 from mustdrop.runtime.shrinking import PicturesHook
 from mustdrop.runtime.text import AttentionCapture, LayerHook
 
@@ -89,6 +90,9 @@ class Installation:
         tower = stage.tower
         for i, block in enumerate(tower.blocks):
             self.handles.append(block.register_forward_pre_hook(BlockHook(stage, i), with_kwargs=True))
+        if stage.shortens:
+            self.handles += PackedHooks(runtime.local).install(tower)
+            self.handles.append(tower.module.register_forward_hook(stage.after_tower, prepend=True))
         if stage.pruner is None:
             return
         if not tower.packed:

@@ -111,8 +111,8 @@ def decide(
     """
     patches = torch.from_numpy(stacked(layouts))
     importance = _importance(pruner, run, patches)
-    behind = run.grid is None and pruner.window is not None
-    owner = _merge_behind(pruner, layouts, features, least) if behind else owners(run, patches)
+    behind = run.grid is None and pruner.window is not None and not run.merges_packed
+    owner = merge_behind(pruner, layouts, features, least, run.gone) if behind else owners(run, patches)
     owner = named(owner, layouts, ends, shown)
     starts = [0]
     for layout in layouts:
@@ -133,6 +133,7 @@ def decide(
             most=torch.tensor([most[i] for i in group], dtype=torch.long, device=HOST),
             ends=_marked([layouts[i].size for i in group], {group.index(i): k for i, k in ends.items() if i in group}),
             shown=None if shown is None else torch.stack([shown[i] for i in group]),
+            gone=None if run.gone is None else torch.stack([run.gone[starts[i] : starts[i + 1]] for i in group]),
         )
         for i, mark in zip(group, part.marks(pruner), strict=True):
             marks[i] = mark
@@ -198,11 +199,13 @@ class _Group:
     most: Tensor
     ends: Tensor
     shown: Tensor | None
+    gone: Tensor | None = None
 
     def marks(self, pruner: VisionStagePruner) -> list[Marks]:
         """The decisions. `order` is the feature that names what each became part of, dropped or not."""
         importance, owner = self.importance, self.owner
         alive = owner == torch.arange(owner.shape[1], dtype=torch.long, device=owner.device)
+        alive = alive if self.gone is None else alive & ~self.gone
         seen = alive if self.shown is None else alive & self.shown
         count = self.most if pruner.selects and bool((seen.sum(1) > self.most).any()) else None
         keep, pinned = pruner.select(importance, alive if count is None else seen, count, self.structural, self.ends)
@@ -226,10 +229,17 @@ def _importance(pruner: VisionStagePruner, run: EncoderRun, patches: Tensor) -> 
     return of_features(run, pruner.importance, patches)
 
 
-def _merge_behind(
-    pruner: VisionStagePruner, layouts: Sequence[Layout], features: Tensor, least: Sequence[int]
+def merge_behind(
+    pruner: VisionStagePruner,
+    layouts: Sequence[Layout],
+    features: Tensor,
+    least: Sequence[int],
+    gone: Tensor | None = None,
 ) -> Tensor:
-    """(F,) long as `owners`, for windows over the cells of each grid of features."""
+    """(F,) long as `owners`, for windows over the cells of each grid of features.
+
+    Windows with a feature that is `gone` (F,) do not merge.
+    """
     owner = torch.arange(len(features), dtype=torch.long, device=HOST)
     start = 0
     for layout, fewest in zip(layouts, least, strict=True):
@@ -237,13 +247,17 @@ def _merge_behind(
         place = torch.empty(layout.offsets[-1], dtype=torch.long, device=HOST)
         place[cells[cells >= 0]] = (cells >= 0).nonzero()[:, 0] + start  # cell -> feature
         sizes = [b - a for a, b in zip(layout.offsets[:-1], layout.offsets[1:], strict=True)]
-        gone = share_out(min(max(0, layout.size - fewest), sum(sizes)), sizes)
-        for grid, first, size, n in zip(layout.grids, layout.offsets, sizes, gone, strict=False):
+        lost = 0 if gone is None else int(gone[start : start + layout.size].sum())
+        free = share_out(min(max(0, layout.size - lost - fewest), sum(sizes)), sizes)
+        for grid, first, size, n in zip(layout.grids, layout.offsets, sizes, free, strict=False):
             if not pruner.merges(grid):
                 continue
             mine = place[first : first + size]
             limit = torch.tensor([size - n], dtype=torch.long, device=features.device) if pruner.selects else None
-            merged = pruner.merge(features[mine][None].float(), grid, limit).to(HOST)
+            similarity = pruner.similarity(
+                features[mine][None].float(), grid, gone=None if gone is None else gone[mine]
+            )
+            merged = pruner.merge_by(similarity, grid, limit).to(HOST)
             if merged.merge_into is not None:
                 owner[mine] = mine[merged.keep[0, merged.merge_into[0]]]
         start += layout.size

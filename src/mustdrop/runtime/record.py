@@ -29,12 +29,16 @@ class Encoded:
         prefix: tokens before the patches.
         lengths: per encoder layer, the lengths of the sequences that attended to themselves.
         merged: whether tokens merged.
+        uncut: as `lengths`, had no patch left a packed encoder; empty for others.
+        skipped: FLOPs that its mergers did not spend, since they ran on fewer cells.
     """
 
     cost: EncoderCost
     prefix: int
     lengths: list[Sequence[int] | Tensor]
     merged: bool
+    uncut: list[Sequence[int] | Tensor]
+    skipped: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +87,14 @@ class Ended:
             prefill = Prefill(empty, 0, empty)
         layers = [] if call.cache is None else call.cache.layers[:depth]
         encoded = [
-            Encoded(runtime.encoder_cost(run.tower), run.tower.prefix, run.lengths, run.merged is not None)
+            Encoded(
+                runtime.encoder_cost(run.tower),
+                run.tower.prefix,
+                run.lengths,
+                run.merged is not None,
+                run.uncut,
+                runtime.skipped(run),
+            )
             for run in call.encoded
             if run.lengths
         ]
@@ -211,7 +222,7 @@ def _flops(ended: Ended, rows: list[Tensor | None], tokens: Tensor, kv_lengths: 
     logical = [int(n) + prefill.start + ended.logical_steps for n in whole]
     parts = {
         "vision": _encoder_cost(ended.encoded),
-        "projector": Compared(ended.projector, ended.projector),
+        "projector": Compared(ended.projector - sum(run.skipped for run in ended.encoded), ended.projector),
         "scoring": Compared(scoring, 0),
         "prefill": Compared(
             sum(text.prefill(new[b], past, tokens[:, b].tolist()) for b in range(batch)),
@@ -229,14 +240,19 @@ def _encoder_cost(passes: list[Encoded]) -> Compared:
     """Of every pass through an encoder, merged and as long as it came in."""
     actual = unpruned = 0
     for run in passes:
-        known = {id(length): length.tolist() if isinstance(length, Tensor) else length for length in run.lengths}
-        lengths = [known[id(length)] for length in run.lengths]
-        embedding = run.cost.embedding * (sum(lengths[0]) - run.prefix * len(lengths[0]))
+        lengths = _known(run.lengths)
+        # before windows merge, every layer of items with a batch dimension sees what the first one sees
+        whole = _known(run.uncut) if run.uncut else [lengths[0]] * len(lengths) if run.merged else lengths
+        embedding = run.cost.embedding * (sum(whole[0]) - run.prefix * len(whole[0]))
         actual += embedding + run.cost.layers(lengths)
-        # before windows merge, every layer sees what the first one sees
-        whole = [lengths[0]] * len(lengths) if run.merged else lengths
         unpruned += embedding + run.cost.layers(whole)
     return Compared(actual, unpruned)
+
+
+def _known(lengths: Sequence[Sequence[int] | Tensor]) -> list[Sequence[int]]:
+    """On the host; those that are one object are asked for once."""
+    known = {id(own): own.tolist() if isinstance(own, Tensor) else own for own in lengths}
+    return [known[id(own)] for own in lengths]
 
 
 def _projector_flops(runtime: Runtime, call: Call) -> int:

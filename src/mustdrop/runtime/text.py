@@ -111,7 +111,7 @@ class TextStage(Copied):
         forward.mask = mask
         checks.windows(runtime, self.spans, forward)
         if embeds is None or kinds is None or not seen:
-            marked = embeds is not None and runtime.method.vision is not None and forward.length > 1
+            marked = embeds is not None and runtime.method.marks and forward.length > 1
             if marked and bool(cast(Tensor, embeds)[..., 0].isnan().any()):
                 raise UnsupportedOptionError(
                     "inputs_embeds hold rows of NaN: image features of a patched model, placed by hand. Pass input_ids "
