@@ -40,7 +40,7 @@ def attention(heads: int, groups: int, dim: int, keys: int, rows: int, dtype: to
 def cases() -> dict[str, Callable[[], Any]]:
     """Calls of the launchers: a name, and what to call."""
     from mustdrop.kernels.triton import attention as text
-    from mustdrop.kernels.triton import decode, duplicates, gathering, greedy, matching, merging, selecting
+    from mustdrop.kernels.triton import bipartite, decode, duplicates, gathering, greedy, matching, merging, selecting
 
     def statistics(*sizes: Any, softcap: float | None = None, biased: bool = False) -> Callable[[], Any]:
         def call() -> Any:
@@ -77,6 +77,17 @@ def cases() -> dict[str, Callable[[], Any]]:
     def match(tokens: int, channels: int, dtype: torch.dtype) -> Callable[[], Any]:
         x = torch.empty(1, tokens, channels, dtype=dtype)
         return lambda: matching.best_match(x[:, ::2], x[:, 1::2])
+
+    def slots(tokens: int, heads: int, dim: int, dtype: torch.dtype) -> Callable[[], Any]:
+        return lambda: bipartite.bipartite_slots(torch.empty(1, heads, tokens, dim, dtype=dtype), tokens // 3, 1)
+
+    def sized(tokens: int, channels: int, dtype: torch.dtype) -> Callable[[], Any]:
+        slot = torch.zeros(1, tokens, dtype=torch.long)
+        known = torch.empty(1, tokens), slot
+        return lambda: bipartite.merge_sized(torch.empty(1, tokens, channels, dtype=dtype), slot, tokens // 2, *known)
+
+    def followed(tokens: int, moves: int) -> Callable[[], Any]:
+        return lambda: bipartite.followed([torch.zeros(1, tokens - 10 * i, dtype=torch.long) for i in range(moves)])
 
     def gather(tokens: int, channels: int, dim: int, dtype: torch.dtype) -> Callable[[], Any]:
         hidden, tables = torch.empty(1, tokens, channels, dtype=dtype), torch.empty(2, 1, tokens, dim, dtype=dtype)
@@ -133,6 +144,12 @@ def cases() -> dict[str, Callable[[], Any]]:
         "merge, weighted, Qwen2.5-VL-7B": merge(16384, 3584, BFLOAT16, weighted=True),
         "best match, 128 channels": match(16384, 128, BFLOAT16),
         "best match, 1024 channels, float32": match(576, 1024, FLOAT),
+        "bipartite slots, CLIP": slots(577, 16, 64, BFLOAT16),
+        "bipartite slots, 4096 tokens, head dim 72": slots(4096, 16, 72, BFLOAT16),
+        "bipartite slots, float32, head dim 256": slots(1024, 8, 256, FLOAT),
+        "merge with sizes, CLIP": sized(577, 1024, BFLOAT16),
+        "merge with sizes, 4096 tokens, float32": sized(4096, 4096, FLOAT),
+        "24 moves followed": followed(577, 24),
         "farthest first, LLaVA-1.5-7B": farthest(576, 4096, 192, BFLOAT16),
         "farthest first, 4096 tokens": farthest(4096, 3584, 1024, BFLOAT16),
         "farthest first, 16384 tokens, float32": farthest(16384, 3584, 2048, FLOAT),

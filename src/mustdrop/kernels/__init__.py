@@ -13,6 +13,7 @@ from mustdrop.kernels.reference_choices import (
     greedy_determinant,
     without_duplicates,
 )
+from mustdrop.kernels.reference_merging import bipartite_slots, followed, merge_sized
 from mustdrop.kernels.reference_select import select
 from mustdrop.kernels.reference_tokens import (
     best_match,
@@ -26,15 +27,18 @@ from mustdrop.kernels.reference_tokens import (
 __all__ = [
     "Choice",
     "best_match",
+    "bipartite_slots",
     "chosen",
     "compact",
     "cut_mask",
     "farthest_first",
+    "followed",
     "gather_rows",
     "greedy_coverage",
     "greedy_determinant",
     "implementation",
     "key_scores",
+    "merge_sized",
     "merge_tokens",
     "received_attention",
     "row_probabilities",

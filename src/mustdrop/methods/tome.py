@@ -29,6 +29,7 @@ class SoftMatching(InnerRule):
     """
 
     space: ClassVar[Literal["encoder", "language"]] = "encoder"
+    per_head: ClassVar[bool] = True
     number: int | tuple[int, ...] | None = None
     share: Literal["even"] | Annotated[float, Field(gt=0, le=0.5)] = "even"
     slope: float = 0.0
@@ -47,19 +48,21 @@ class SoftMatching(InnerRule):
         """See `InnerRule.join`."""
         return bipartite.join(keys, number, protected)
 
+    def join_uneven(self, keys: Tensor, numbers: Tensor, lengths: Tensor, protected: int) -> Tensor:
+        """See `InnerRule.join_uneven`."""
+        return kernels.bipartite_slots(keys, 0, protected, numbers, lengths)
+
     def choose(self, seen: Features, count: int | None) -> Chosen:
         """See `VisionRule.choose`: what the layers left is matched again, as often as it takes."""
-        values = seen.values
-        slot = torch.arange(values.shape[1], dtype=torch.long, device=values.device).expand(values.shape[:2])
-        size = torch.ones_like(slot, dtype=torch.float32) if seen.size is None else seen.size
-        names, weight, own = slot, size, size
+        values, size, names = seen.values, seen.size, None
+        moves: list[Tensor] = []
         while count is not None and values.shape[1] > count:
             into, slots = bipartite.join(values, values.shape[1] - count)
-            values = kernels.merge_tokens(values, into, slots, weight)
-            weight = weight.new_zeros(len(weight), slots).scatter_add_(1, into, weight)
-            first = torch.full((len(into), slots), seen.values.shape[1], dtype=torch.long, device=into.device)
-            names, slot = first.scatter_reduce(1, into, names, "amin"), into.gather(1, slot)
-        return Chosen.merged(names, slot, own)
+            values, size, _, names = kernels.merge_sized(values, into, slots, size, names)
+            moves.append(into)
+        if names is None:
+            names = torch.arange(values.shape[1], dtype=torch.long, device=values.device).expand(values.shape[:2])
+        return Chosen.merged(names, kernels.followed(moves) if moves else names, seen.size)
 
 
 class ToMe(Recipe):

@@ -273,7 +273,7 @@ class EncoderStage(Copied):
         merged, prefix = run.merged, self.tower.prefix
         assert merged is not None
         bias = None if run.inside is None else run.inside.bias(hidden.dtype)
-        if bias is not None:
+        if bias is not None or (run.inside is not None and run.inside.lengths and not run.inside.uneven):
             return bias
         key = (id(given), id(merged))
         if key not in run.masks:
@@ -296,10 +296,10 @@ class EncoderStage(Copied):
         scaling = kwargs.get("scaling") or getattr(module, "scale", None) or q.shape[-1] ** -0.5
         group = parallel.group_of(module)
         q, k = parallel.side_by_side(q, group), parallel.side_by_side(k, group)
-        if q.shape[1] != k.shape[1]:  # grouped keys
-            k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         if run.inside is not None:
-            run.inside.keys = k.float().mean(1)
+            run.inside.read(k)
+        if q.shape[1] > k.shape[1]:
+            k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # grouped keys
         for read in self.reads.get(index, ()):
             if read.what == "states":
                 continue

@@ -18,13 +18,26 @@ MOST = 8192  # tokens per row that a program can hold
 
 
 @triton.jit
-def _ordered(x):
+def ordered(x):
     """float32 as unsigned integers of the same order; NaN is the highest, as in a sort of torch, and -0 is 0."""
     x = tl.where(x == 0.0, 0.0, x)
     bits = x.to(tl.int32, bitcast=True)
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     bits = tl.where(x != x, 0x7FFFFFFF, bits)
     return bits.to(tl.uint32, bitcast=True) ^ 0x80000000
+
+
+@triton.jit
+def threshold_of(key, pool, need):
+    """The key of the last of the `need` highest in the pool, bit by bit."""
+    threshold = tl.full((), 0, tl.uint32)
+    bit = tl.full((), 0x80000000, tl.uint32)
+    for _ in range(32):
+        tried = threshold | bit
+        bit = bit >> 1
+        reached = tl.sum((pool & (key >= tried)).to(tl.int32), 0)
+        threshold = tl.where(reached >= need, tried, threshold)
+    return threshold
 
 
 @triton.jit
@@ -55,15 +68,9 @@ def _select(
         pool = here & (must == over)
         first = must & (must != over)
         need = tl.where(over, need, need - many)
-    key = _ordered(value)
+    key = ordered(value)
     need = tl.maximum(need, 0)
-    threshold = tl.full((), 0, tl.uint32)
-    bit = tl.full((), 0x80000000, tl.uint32)
-    for _ in range(32):
-        tried = threshold | bit
-        bit = bit >> 1
-        reached = tl.sum((pool & (key >= tried)).to(tl.int32), 0)
-        threshold = tl.where(reached >= need, tried, threshold)
+    threshold = threshold_of(key, pool, need)
     above = pool & (key > threshold)
     at = pool & (key == threshold)
     room = need - tl.sum(above.to(tl.int32), 0)
