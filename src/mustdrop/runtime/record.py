@@ -58,6 +58,7 @@ class Ended:
         backend: see `Trace`.
         kernels: see `Trace`.
         fit: see `Trace`.
+        recurrent: see `Trace`.
     """
 
     method: str
@@ -73,6 +74,7 @@ class Ended:
     backend: str
     kernels: str
     fit: Literal["crop", "stretch"]
+    recurrent: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, runtime: Runtime, call: Call) -> Ended:
@@ -101,6 +103,7 @@ class Ended:
             backend=runtime.implementation,
             kernels=", ".join(sorted(call.kernels)) or "none",
             fit=runtime.adapter.fit(runtime.model),
+            recurrent=tuple(sorted(runtime.recurrent)),
         )
 
     @property
@@ -133,6 +136,7 @@ class Ended:
             filters=self.filters,
             fit=self.fit,
             media=prefill.media,
+            recurrent=self.recurrent,
             _alive=alive,
             _marks=[row.to("cpu") for row in prefill.marks],
             _heard=prefill.heard,
@@ -145,8 +149,9 @@ class Ended:
 
         Of a static cache those that it counted: the hooks see no compiled step.
         """
-        if self.stored and isinstance(self.stored[0].slots, Tensor):
-            return self.stored[0].logical - self.prefill.start - self.prefill.valid.shape[1]
+        fixed = next((layer for layer in self.stored if isinstance(layer.slots, Tensor)), None)
+        if fixed is not None:
+            return fixed.logical - self.prefill.start - self.prefill.valid.shape[1]
         return self.steps
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from mustdrop import kernels, kv
 from mustdrop.compat import CACHE_NAMES
 from mustdrop.errors import UnsupportedOptionError
+from mustdrop.runtime import recurrent
 from mustdrop.runtime.entry import Media
 from mustdrop.runtime.masks import Layout, fixed_mask, physical_mask
 from mustdrop.runtime.rows import HOST, PAD, on
@@ -29,11 +30,23 @@ class Rewriter:
         self.runtime = runtime
 
     def rewrite(
-        self, layer: kv.Slots | None, forward: Forward, media: Media, hidden: Tensor, kwargs: dict[str, Any]
+        self,
+        layer: kv.Slots | None,
+        forward: Forward,
+        media: Media,
+        hidden: Tensor,
+        kwargs: dict[str, Any],
+        folds: bool = False,
     ) -> None:
-        """Positions, masks and whatever else has one entry per row, for the rows that are left."""
+        """Positions, masks and whatever else has one entry per row, for the rows that are left.
+
+        Where the layer folds tokens into a state, its mask says which rows are padding, and nothing else.
+        """
         layout = self._layout(layer, forward, media)
-        self._map_mask(layout, forward, hidden, kwargs)
+        if folds:
+            kwargs["attention_mask"] = recurrent.mask(forward, hidden)
+        else:
+            self._map_mask(layout, forward, hidden, kwargs)
         cut: dict[str, int] = {}  # what has rows to cut, and its dimensions where there are several axes of positions
         for name, value in kwargs.items():
             if value is None:
