@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 from torch import nn
 
+from mustdrop import stages
 from mustdrop.adapters import find as find_adapter
 from mustdrop.adapters.unsupported import inside, unwrapped
 from mustdrop.budget import Keep, plain
@@ -207,7 +208,9 @@ def _method(
 def _put_in(model: nn.Module, chosen: Method) -> None:
     """Patch with a method that is known to be one."""
     inner = inside(model)
-    runtime = Runtime(inner, find_adapter(inner), chosen)  # fails before the model is touched
+    adapter = find_adapter(inner)
+    stages.require(chosen, adapter)
+    runtime = Runtime(inner, adapter, chosen)  # fails before the model is touched
     try:
         require_possible(chosen, runtime.depth, runtime.filters)
     except BudgetError as error:

@@ -51,6 +51,11 @@ def _built_in() -> Found:
     return in_package(importlib.import_module("mustdrop.methods"), Recipe)  # the attribute of that name is the function
 
 
+def built_in() -> tuple[str, ...]:
+    """Names of the methods that come with mustdrop."""
+    return tuple(_built_in().recipes)
+
+
 def _here() -> dict[str, type[Recipe]]:
     """Name -> recipe class, of those that need no other package."""
     return {**_built_in().recipes, **_registered}

@@ -38,6 +38,7 @@ class Trace:
         media: per sample, its images and videos in the order of the prompt: `kind`, `layout` (grids and cells of the
             features, see `mustdrop.layout`) and `index`, the place of each feature among the sample's vision tokens.
             Empty if the encoder did not run.
+        recurrent: decoder layers that fold tokens into a state: their cache holds no entries.
     """
 
     method: str
@@ -52,6 +53,7 @@ class Trace:
     filters: tuple[int, ...]
     fit: Literal["crop", "stretch"]
     media: list[list[Medium]]
+    recurrent: tuple[int, ...] = ()
     _alive: list[list[Tensor]] = field(default_factory=list)
     _marks: list[Marks] = field(default_factory=list)
     _heard: list[Heard] = field(default_factory=list)
@@ -64,8 +66,12 @@ class Trace:
 
     @property
     def equal_entries(self) -> Tensor:
-        """(B,) float, mean over the decoder layers of the vision entries in the cache at the end of the call."""
-        return self.kv_vision.float().mean(0)
+        """(B,) float, mean over the decoder layers of the vision entries in the cache at the end of the call.
+
+        Recurrent layers, which hold none, do not count.
+        """
+        holding = [i for i in range(len(self.kv_vision)) if i not in self.recurrent]
+        return self.kv_vision[holding].float().mean(0)
 
     @property
     def dropped_anything(self) -> bool:

@@ -51,6 +51,8 @@ class Tower:
         halves: names of the second norm and the MLP of a layer that computes x + mlp(norm(x)) after its attention; None
             where layers are made otherwise.
         whole: layers whose patches see their whole frame, where all others see a window of it; empty if all do.
+        before: layers before `blocks`, on the finer patches that were joined before the first of `blocks`. They only
+            cost: nothing is read in them, and patches are counted as `blocks` sees them.
     """
 
     module: nn.Module
@@ -63,6 +65,7 @@ class Tower:
     mergers: tuple[nn.Module, ...] = ()
     halves: tuple[str, str] | None = None
     whole: tuple[int, ...] = ()
+    before: tuple[nn.Module, ...] = ()
 
     @property
     def cuts(self) -> bool:
@@ -161,6 +164,13 @@ class Adapter(ABC):
         """The decoder layers of the text model."""
         return self.text(model).layers  # type: ignore[return-value]
 
+    def recurrent(self, model: Any) -> tuple[int, ...]:
+        """Indices of the decoder layers that fold the tokens before a token into one state.
+
+        Their tokens must follow one another, and their cache holds no entry per token. Layers of attention are none.
+        """
+        return ()
+
     def tower(self, model: Any, modality: str = "image") -> Tower:
         """The vision encoder for a kind of media.
 
@@ -169,9 +179,7 @@ class Adapter(ABC):
         """
         if "vision" in self.lacks:
             raise UnsupportedModelError(
-                f"the {self.name} adapter has no vision stage: {self.lacks['vision']} Leave it out: "
-                "mustdrop.patch(model, prefill=PrefillPruner(...), decode=DecodeCachePruner()), or take a method "
-                'without one: mustdrop.patch(model, "fastv", keep=...).'
+                f"the {self.name} family has no vision stage: {self.lacks['vision']} Its encoder cannot be looked into."
             )
         return self.dense_tower(self.base(model).vision_tower)
 

@@ -18,14 +18,6 @@ _KIND = re.compile(r"(For[A-Z]\w*|Model|Config|(Image|Video)?Processor(Fast)?|To
 _INSIDE_OF = ("module", "_orig_mod", "model")
 _DEPTH = 4  # wrappers in wrappers
 
-_RECURRENT = (
-    "most of its decoder layers fold all tokens into one recurrent state, which decays with every step: no mask gives "
-    "the result of leaving a token out, and there is no entry per token that a cache could drop."
-)
-_CONVOLUTION = (
-    "most of its decoder layers are short convolutions over neighbouring tokens: leaving a token out makes others "
-    "neighbours, which no mask does, and there is no entry per token that a cache could drop."
-)
 _CROSS = (
     "its vision tokens are no part of the sequence: decoder layers read them by cross-attention, so nothing in the "
     "prompt or in the cache of the text could be dropped."
@@ -43,10 +35,6 @@ _TIMM = "its vision tower comes from the timm package, whose layers do not go th
 
 #: Class name -> (family, why).
 UNSUPPORTED: dict[str, tuple[str, str]] = {
-    "Qwen3_5ForConditionalGeneration": ("Qwen3.5", _RECURRENT),
-    "Qwen3_5MoeForConditionalGeneration": ("Qwen3.5-MoE", _RECURRENT),
-    "MiniCPMV4_6ForConditionalGeneration": ("MiniCPM-V 4.6 (its text model is Qwen3.5)", _RECURRENT),
-    "Lfm2VlForConditionalGeneration": ("LFM2-VL", _CONVOLUTION),
     "MllamaForConditionalGeneration": ("Llama 3.2 Vision", _CROSS),
     "IdeficsForVisionText2Text": ("IDEFICS", _CROSS),
     "Gemma3nForConditionalGeneration": (

@@ -42,6 +42,7 @@ class Runtime(Copied):
         self.text: Any = adapter.text(model)
         self.layers = adapter.decoder_layers(model)
         self.depth = len(self.layers)
+        self.recurrent = frozenset(adapter.recurrent(model))
         self.filters: tuple[int, ...] = () if method.prefill is None else method.prefill.filter_layers(self.depth)
         if method.renumber and not hasattr(self.text, "rotary_emb"):
             raise UnsupportedModelError(
@@ -98,12 +99,13 @@ class Runtime(Copied):
     def text_cost(self) -> TextCost:
         """Sizes of the text model, as it is now."""
         return self._sizes(
-            "text", lambda: TextCost.of(self.layers, self.text.config, self.model, self.adapter.experts_of)
+            "text",
+            lambda: TextCost.of(self.layers, self.text.config, self.model, self.adapter.experts_of, self.recurrent),
         )
 
     def encoder_cost(self, tower: Tower) -> EncoderCost:
         """Sizes of an encoder, as it is now."""
-        return self._sizes(id(tower.module), lambda: EncoderCost.of(tower.module, tower.blocks))
+        return self._sizes(id(tower.module), lambda: EncoderCost.of(tower.module, (*tower.before, *tower.blocks)))
 
     @property
     def projector_flops(self) -> int:

@@ -76,6 +76,17 @@ class BlockHook:
 
 
 @dataclass
+class LengthHook:
+    """Pre-hook of an encoder layer that only costs (`Tower.before`)."""
+
+    stage: EncoderStage
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """See `EncoderStage.passed`."""
+        self.stage.passed(args[0] if args else kwargs[_parameters(type(module).forward)[1]], kwargs)
+
+
+@dataclass
 class StatesHook:
     """Hook of one encoder layer whose hidden states are read."""
 
@@ -172,6 +183,13 @@ class EncoderStage(Copied):
                 f"VisionStagePruner.layer={pruner.layer}: this model reads its features from "
                 f"encoder layer {read_layer}; merge before it (0 to {read_layer - 1})."
             )
+
+    @eager
+    def passed(self, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """Note for the account what enters a layer."""
+        run: EncoderRun | None = self.local.encoder
+        if run is not None:
+            run.lengths.append(self._lengths(run, hidden, kwargs))
 
     @eager
     def before_block(

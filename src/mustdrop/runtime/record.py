@@ -62,6 +62,7 @@ class Ended:
         backend: see `Trace`.
         kernels: see `Trace`.
         fit: see `Trace`.
+        recurrent: see `Trace`.
     """
 
     method: str
@@ -77,6 +78,7 @@ class Ended:
     backend: str
     kernels: str
     fit: Literal["crop", "stretch"]
+    recurrent: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, runtime: Runtime, call: Call) -> Ended:
@@ -112,6 +114,7 @@ class Ended:
             backend=runtime.implementation,
             kernels=", ".join(sorted(call.kernels)) or "none",
             fit=runtime.adapter.fit(runtime.model),
+            recurrent=tuple(sorted(runtime.recurrent)),
         )
 
     @property
@@ -145,6 +148,7 @@ class Ended:
             filters=self.filters,
             fit=self.fit,
             media=prefill.media,
+            recurrent=self.recurrent,
             _alive=alive,
             _marks=prefill.of_prompts(),
             _heard=prefill.heard,
@@ -157,8 +161,9 @@ class Ended:
 
         Of a static cache those that it counted: the hooks see no compiled step.
         """
-        if self.stored and isinstance(self.stored[0].slots, Tensor):
-            return self.stored[0].logical - self.prefill.start - self.prefill.valid.shape[1]
+        fixed = next((layer for layer in self.stored if isinstance(layer.slots, Tensor)), None)
+        if fixed is not None:
+            return fixed.logical - self.prefill.start - self.prefill.valid.shape[1]
         return self.steps
 
 

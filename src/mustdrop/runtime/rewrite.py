@@ -10,6 +10,7 @@ from torch import Tensor
 from mustdrop import kernels, kv
 from mustdrop.compat import CACHE_NAMES
 from mustdrop.errors import UnsupportedOptionError
+from mustdrop.runtime import recurrent
 from mustdrop.runtime.entry import Media
 from mustdrop.runtime.masks import Layout, fixed_mask, physical_mask
 from mustdrop.runtime.rows import HOST, PAD, on
@@ -29,28 +30,44 @@ class Rewriter:
         self.runtime = runtime
 
     def rewrite(
-        self, layer: kv.Slots | None, forward: Forward, media: Media, hidden: Tensor, kwargs: dict[str, Any]
+        self,
+        layer: kv.Slots | None,
+        forward: Forward,
+        media: Media,
+        hidden: Tensor,
+        kwargs: dict[str, Any],
+        folds: bool = False,
     ) -> None:
-        """Positions, masks and whatever else has one entry per row, for the rows that are left."""
+        """Positions, masks and whatever else has one entry per row, for the rows that are left.
+
+        Where the layer folds tokens into a state, its mask says which rows are padding, and nothing else.
+        """
         given = None
-        if (
-            media.fixed is not None
-        ):  # layers that hold the rows of this pass alone, and are given the same, get the same
+        if media.fixed is not None:  # layers hold the rows of this pass alone: who is given the same gets the same
             given = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
-            key = ("given", *map(id, given.values()))
+            key = ("given", folds, *map(id, given.values()))
             if key in forward.memo:
                 kwargs.update(forward.memo[key][1])
                 return
-        self._rewrite(layer, forward, media, hidden, kwargs)
+        self._rewrite(layer, forward, media, hidden, kwargs, folds)
         if given is not None:
             changed = {name: kwargs[name] for name, value in given.items() if kwargs[name] is not value}
             forward.memo[key] = (given, changed)  # holding what came keeps its ids from being used again
 
     def _rewrite(
-        self, layer: kv.Slots | None, forward: Forward, media: Media, hidden: Tensor, kwargs: dict[str, Any]
+        self,
+        layer: kv.Slots | None,
+        forward: Forward,
+        media: Media,
+        hidden: Tensor,
+        kwargs: dict[str, Any],
+        folds: bool,
     ) -> None:
         layout = self._layout(layer, forward, media)
-        self._map_mask(layout, forward, hidden, kwargs)
+        if folds:
+            kwargs["attention_mask"] = recurrent.mask(forward, hidden)
+        else:
+            self._map_mask(layout, forward, hidden, kwargs)
         cut: dict[str, int] = {}  # what has rows to cut, and its dimensions where there are several axes of positions
         for name, value in kwargs.items():
             if value is None:

@@ -146,7 +146,8 @@ class TextStage(Copied):
         """
         if cache is None:
             return lambda: 0
-        step = length == 1 and not seen and type(cache.layers[0]) is kv.PrunedStaticLayer and cache.layers[0].ready
+        first = kv.first(cache)
+        step = length == 1 and not seen and type(first) is kv.PrunedStaticLayer and first.ready
         if step and not self._decode.reads_steps:
             return lambda: kv.length(cache, counts=False)
         start = kv.length(cache, counts=seen)
@@ -157,7 +158,7 @@ class TextStage(Copied):
         if forward.length > 1 or forward.flash or self.runtime.method.renumber or self._decode.reads_steps:
             return False
         layers = [] if forward.cache is None else forward.cache.layers
-        if not all(isinstance(layer, kv.PrunedLayer) for layer in layers):
+        if not all(isinstance(layer, kv.PrunedLayer | kv.PrunedState) for layer in layers):
             return False
         for layer in layers:
             layer.prepared = True
@@ -171,7 +172,7 @@ class TextStage(Copied):
         if not all(scores.skips(media, k) for k in range(len(self.runtime.filters))):
             return False
         layers = [] if forward.cache is None else forward.cache.layers
-        return all(isinstance(layer, kv.PrunedLayer) and layer.positions is None for layer in layers)
+        return all(isinstance(layer, kv.PrunedLayer | kv.PrunedState) and layer.positions is None for layer in layers)
 
     def _is_recorded(self, forward: Forward) -> bool:
         """Whether the trace describes this pass, the first of its call. Of others only the tokens are counted."""
@@ -215,7 +216,7 @@ class TextStage(Copied):
             layer.arrival = arrival(forward, media)
             layer.padded |= media.padded if forward.rows is None else forward.padded
         if forward.rows is not None:
-            self.rewriter.rewrite(layer, forward, media, hidden, kwargs)
+            self.rewriter.rewrite(layer, forward, media, hidden, kwargs, i in self.runtime.recurrent)
         else:
             self._extend(i, layer, forward, hidden, kwargs)
         return (hidden,), kwargs
