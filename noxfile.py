@@ -211,11 +211,19 @@ def vlmevalkit(session: nox.Session) -> None:
 @nox.session
 def vllm(session: nox.Session) -> None:
     """Serve tiny models of every family with vLLM on the CPU, one process per file (6 minutes, 3.5 GB to install)."""
-    session.install(VLLM, "num2words", *tools("pytest"))  # num2words: SmolVLM's processor
+    # num2words: SmolVLM's processor. Ray's extra `llm` would bring another vLLM.
+    session.install(VLLM, "num2words", *map(str, EXTRAS["ray"]), *tools("pytest"))
     session.run("python", "tests/vllm/environment.py")
     session.install("--no-deps", "-e", ".")  # vLLM brings all that we need
     for file in session.posargs or sorted(map(str, Path("tests/vllm").glob("test_*.py"))):
         session.run("pytest", file, env=OFFLINE | {"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def ray(session: nox.Session) -> None:
+    """Ask a data set by Ray's workers, of which some are killed (2 minutes; one machine, two workers)."""
+    install(session, "-e", ".[ray]", *tools("pytest"))
+    session.run("pytest", "tests/integrations/test_ray.py", *session.posargs, env=OFFLINE)
 
 
 @nox.session
