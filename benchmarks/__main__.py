@@ -11,6 +11,7 @@ from collections.abc import Sequence
 BENCHMARKS = {
     "end_to_end": "speed, FLOPs and KV bytes of a patched model against the same model unpatched",
     "evaluation": "scores, tokens and shares of time of the bundled model on its own benchmark",
+    "install": "bytes to download, sizes of what is built and seconds of an import, each within its bound",
     "gpu": "everything that needs a GPU, inside ten minutes, on a machine with nothing but torch on it",
     "host_time": "processor time of a first token with tiny widths, patched beside untouched: what the host pays",
     "kernels": "time, bandwidth, FLOP/s and share of the roofline of every operation, beside eager PyTorch",

@@ -140,6 +140,8 @@ def trace(model: nn.Module) -> Trace:
         NotPatchedError: the model was never patched, or has not run since, or its last call failed.
     """
     runtime = _runtime(model)
+    if runtime is not None:
+        runtime.calls.sweep()
     ledger = _former(model) if runtime is None else runtime.ledger
     if ledger is None or (runtime is None and ledger.outcome() is None):
         raise NotPatchedError(f"this {type(model).__name__} is not patched: call mustdrop.patch(model) first.")

@@ -1,6 +1,6 @@
 """What every family must pass, on its own tiny configuration. Nobody edits this file to add a family.
 
-The support table of the README is generated from the outcomes: one column per test here.
+The support table of docs/models.md is generated from the outcomes: one column per test here.
 """
 
 from __future__ import annotations

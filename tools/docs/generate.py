@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import evaluation_tables
+import front
 import gpu_tables
 import kernel_table
 import launch_table
@@ -68,6 +69,14 @@ def part(function: Callable[..., str], record: str) -> Renderer:
     return lambda results: function(results[record], table)
 
 
+def whole(function: Callable[..., str]) -> Renderer:
+    """A renderer that gives `function` all result files and what makes a table."""
+    return lambda results: function(results, table)
+
+
+for _part in (front.headline, front.facts, front.when, front.methods, front.families, front.proof, front.downloads):
+    renderer(f"front-{_part.__name__}")(whole(_part))
+renderer("install")(whole(front.costs))
 renderer("support")(part(support_table.render, "support"))
 renderer("product")(part(product_table.render, "product"))
 renderer("speed-cpu")(part(speed_table.rows, "end_to_end_cpu"))

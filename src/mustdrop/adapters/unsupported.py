@@ -140,8 +140,22 @@ def _instead(thing: object, names: list[str], known: Sequence[str]) -> str:
     for path, part in thing.named_modules():  # a module of somebody's own, with the model as a part
         if path and {kind.__name__ for kind in type(part).__mro__} & set(known):
             return f"It holds a {type(part).__name__}: pass that, .{path} of what you passed."
+    what, near = _lacks(thing, near)
     hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
-    return f"Known are {len(known)} classes, such as {EXAMPLE} (mustdrop.list_adapters() names the families).{hint}"
+    families = ", ".join(sorted({stem(name) for name in known}))
+    return f"{what}A {EXAMPLE} or the like fits; the families, as in mustdrop.list_adapters(): {families}.{hint}"
+
+
+def _lacks(thing: nn.Module, near: list[str]) -> tuple[str, list[str]]:
+    """What a module lacks of a vision-language model, as a sentence; and the classes that it may stand for."""
+    config = getattr(thing, "config", None)
+    if config is None:
+        return "It is no model of transformers. ", near if "For" in type(thing).__name__ else []
+    if getattr(thing, "main_input_name", "") == "pixel_values":
+        return "It encodes images, and holds no language model that reads them. ", []
+    if not any(hasattr(config, name) for name in ("vision_config", "image_token_id", "image_token_index")):
+        return "It reads no images, so it has no vision tokens to drop. ", near
+    return "", near
 
 
 def stem(name: str) -> str:

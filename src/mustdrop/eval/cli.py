@@ -170,7 +170,7 @@ def eval_command(
     """
     from transformers.utils import logging
 
-    from mustdrop.cli.common import check_folder
+    from mustdrop.cli.common import budget, check_folder
 
     logging.disable_progress_bar()  # there is one of our own
     if sparse is False and method not in (None, "none"):
@@ -179,7 +179,7 @@ def eval_command(
     if sparse and chosen == "none":
         raise ConfigError("--sparse prunes, and --method none does not: give one of them.")
     named = {"scale": scale, "bias": bias, "global_threshold": global_thr, "individual_threshold": individual_thr}
-    knobs = ({} if keep is None else {"keep": value(keep)}) | {k: v for k, v in named.items() if v is not None}
+    knobs = ({} if keep is None else {"keep": budget(keep)}) | {k: v for k, v in named.items() if v is not None}
     settings = Settings(
         benchmark=benchmark,
         model=model,

@@ -1,4 +1,4 @@
-"""MustDrop: multi-stage vision token dropping (arXiv 2411.10803). All three stages."""
+"""MustDrop: windows merge in the encoder, words decide between layers, the cache follows (arXiv 2411.10803)."""
 
 from __future__ import annotations
 

@@ -24,6 +24,8 @@ from mustdrop.runtime.plan import RowPlan
 from mustdrop.runtime.rows import PAD, Sent, on, take
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from mustdrop.runtime.decoding import Later
     from mustdrop.runtime.encoder_run import EncoderRun
     from mustdrop.runtime.entry import Media
@@ -377,6 +379,7 @@ class Local(threading.local):
         self.levels: tuple[int, ...] = ()  # of the modules that the pass is in: the whole model, the base, the text
         self.reached = 0  # the deepest of them in this pass
         self.arrived: object = None  # the module whose hooks have run, on the way into its forward
+        self.frame: FrameType | None = None  # of the outermost module that the pass is in; it runs until that is done
         self.forward: Forward | None = None
         self.kinds: Tensor | None = None  # (B, S) long: index of the modality, -1 for text
         self.mask: Tensor | None = None  # the 2-D attention mask of the base model's call
