@@ -208,7 +208,7 @@ class Naming(nn.Module):
             if places is False and name in ("x", "y", "region"):
                 continue
             each = F.cross_entropy(logits.transpose(1, 2), target[name], reduction="none", ignore_index=IGNORE)
-            weight = {"kind": 1.0, "ink": 0.7, "x": 0.4, "y": 0.4, "region": 0.3}[name]
+            weight = {"kind": 2.0, "ink": 0.7, "x": 0.4, "y": 0.4, "region": 0.3}[name]
             total = total + weight * each[shown].mean()
             if empty.any():
                 total = total + 0.5 * weight * each[empty].mean()

@@ -20,8 +20,9 @@ from benchmarks.page_model.network import build
 from mustdrop.demo.tasks import KINDS
 
 #: Steps of each stage, in the order in which they run.  The last one may be trained for longer at any time.
-STEPS = {"glyphs": 400, "windows": 450, "language": 6000}
+STEPS = {"glyphs": 400, "windows": 450, "language": 4800}
 MATRIX_RATE, OTHER_RATE = 0.03, 2e-3
+DECAY = 0.4  # of the last stage's steps, in the end, over which the rate comes down to nothing
 AVERAGE = 0.998  # the weights that are published are a running mean over some hundred steps
 # Weight of the words that vision tokens are asked for, while answers are trained: up to a step, and from there on.
 NAMING_UNTIL, NAMING = 600, (1.0, 0.3)
@@ -150,7 +151,7 @@ class Training:
     def _step(self, name: str, total: int) -> dict[str, list[float]]:
         """One step of a stage.  It depends on the weights, the seed, the stage and its number, and nothing else."""
         seed = (self.seed * 10 + self.stage) * 1_000_000 + self.step
-        share = min(1.0, (self.step + 1) / 25) * min(1.0, 0.02 + (total - self.step) / (0.2 * total))
+        share = min(1.0, (self.step + 1) / 25) * min(1.0, 0.02 + (total - self.step) / (DECAY * total))
         if name != "language":
             share = min(1.0, (self.step + 1) / 25)
         for optimizer, rate in zip(self.optimizers, self._rates, strict=True):
@@ -187,7 +188,7 @@ class Training:
         kinds = rng.choice(list(shares), 2, replace=False, p=list(shares.values()))
         found: dict[str, list[float]] = {}
         for number, kind in enumerate(str(kind) for kind in kinds):
-            batch = lessons.draw(kind, "train", 2 * seed + number, tokens=900, questions=12, area=area, moments=None)
+            batch = lessons.draw(kind, "train", 2 * seed + number, tokens=900, questions=8, area=area, moments=None)
             features, deep, grid = lessons.see(self.model, batch.samples)
             target = lessons.labels(batch.samples, grid)
             named, metrics = self.naming(features, self._words, target)
