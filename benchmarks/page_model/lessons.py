@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from benchmarks.page_model.network import (
     MERGE,
     PATCH,
+    TEXT_WIDTH,
     TOKEN_ID,
     Grid,
     Prefix,
@@ -29,8 +30,8 @@ from mustdrop.demo.drawing import COLOURS, SHAPES, background, object_mask, to_u
 from mustdrop.demo.lettering import CHARACTERS, character_mask, number_of_fonts
 from mustdrop.demo.scenes import CELLS, REGIONS
 from mustdrop.demo.tasks import ABILITY, BINS, TYPES, Question, Sample, TaskMaker
-from mustdrop.demo.tasks.common import INKS, PLACES, THINGS, place, put
-from mustdrop.demo.tasks.page import DARK_INKS
+from mustdrop.demo.tasks.common import INKS, PLACES, THINGS, Mark, place, put
+from mustdrop.demo.tasks.page import DARK_INKS, Page
 
 IGNORE = -100
 UNIT = PATCH * MERGE
@@ -44,6 +45,9 @@ GROUPS = {
     "y": PLACES[BINS:],
     "region": REGIONS,
 }
+
+#: What stands beside a character in its line: asked of a linear map of the token, in the words of `GROUPS["kind"]`.
+NEIGHBOURS = ("before", "after")
 
 #: How often each type of question is asked, where it differs from once in each round.
 WEIGHT = {
@@ -156,11 +160,13 @@ def labels(samples: list[Sample], grid: Grid) -> dict[str, Tensor]:
     shape = (len(samples) * per, grid.rows, grid.columns)
     kind = np.full(shape, GROUPS["kind"].index("nothing"))
     ink = np.full(shape, GROUPS["ink"].index("nothing"))
+    neighbour = {name: np.full(shape, IGNORE) for name in NEIGHBOURS}
     best = np.full(shape, 0.05)
     height, width = samples[0].size
     x = np.broadcast_to((np.arange(grid.columns) * UNIT + UNIT // 2) * BINS // width, shape).copy()
     y = np.broadcast_to((np.arange(grid.rows)[:, None] * UNIT + UNIT // 2) * BINS // height, shape).copy()
     for index, sample in enumerate(samples):
+        beside = _beside(sample)
         for mark in sample.marks:
             if sample.video and mark.picture % 2:
                 continue  # the two frames of a patch hardly differ
@@ -175,11 +181,26 @@ def labels(samples: list[Sample], grid: Grid) -> dict[str, Tensor]:
             known = np.where(clear, THINGS.index(mark.kind), IGNORE)
             kind[where] = np.where(more, known, kind[where])
             ink[where] = np.where(more, np.where(clear, INKS.index(mark.ink), IGNORE), ink[where])
+            for name, value in zip(NEIGHBOURS, beside.get(mark, (IGNORE, IGNORE)), strict=True):
+                neighbour[name][where] = np.where(more, np.where(clear, value, IGNORE), neighbour[name][where])
             across, down = place(mark, sample.size)
             x[where], y[where] = np.where(more & clear, across, x[where]), np.where(more & clear, down, y[where])
     region = (y * CELLS // BINS) * CELLS + x * CELLS // BINS
-    found = {"kind": kind, "ink": ink, "x": x, "y": y, "region": region}
+    found = {"kind": kind, "ink": ink, "x": x, "y": y, "region": region, **neighbour}
     return {name: torch.from_numpy(value).flatten(1) for name, value in found.items()}
+
+
+def _beside(sample: Sample) -> dict[Mark, tuple[int, int]]:
+    """Of each mark of a page, the kinds of those before and after it in its line, or "nothing"."""
+    if not isinstance(sample.facts, Page):
+        return {}
+    lines = [(*([key] if key else []), *marks) for key, marks in sample.facts.lines]
+    found = {}
+    for line in (*lines, sample.facts.columns):
+        words = ["nothing", *(mark.kind for mark in line), "nothing"]
+        for number, mark in enumerate(line):
+            found[mark] = tuple(GROUPS["kind"].index(words[number + step]) for step in (0, 2))
+    return found
 
 
 def _cover(start: int, size: int, cells: slice) -> np.ndarray:
@@ -189,11 +210,15 @@ def _cover(start: int, size: int, cells: slice) -> np.ndarray:
 
 
 class Naming(nn.Module):
-    """Asks every vision token which word of each group it is close to: one temperature a group, and no more."""
+    """Asks every vision token which word of each group it is close to, and which characters stand beside its own.
+
+    The former has one temperature a group and no more, the latter a linear map each.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(len(GROUPS)))
+        self.maps = nn.ModuleDict({name: nn.Linear(TEXT_WIDTH, TEXT_WIDTH, bias=False) for name in NEIGHBOURS})
         self._ids = {name: torch.tensor([TOKEN_ID[word] for word in words]) for name, words in GROUPS.items()}
 
     def forward(
@@ -213,6 +238,12 @@ class Naming(nn.Module):
             if empty.any():
                 total = total + 0.5 * weight * each[empty].mean()
             metrics[f"token_{name}"] = (logits.detach().argmax(-1) == target[name])[shown].float().mean().item()
+        for name, linear in self.maps.items():
+            known = target[name] != IGNORE
+            if known.any():
+                logits = F.linear(rms_norm(linear(normed[known])), words[self._ids["kind"]]).float() * self.scale[0]
+                total = total + F.cross_entropy(logits, target[name][known])
+                metrics[f"token_{name}"] = (logits.detach().argmax(-1) == target[name][known]).float().mean().item()
         return total, metrics
 
 

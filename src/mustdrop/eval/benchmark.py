@@ -91,6 +91,8 @@ class Benchmark(ABC):
         headline_max: its best value.
         metric: the headline in words.
         requires: modules that writing the answers needs.
+        abilities: category -> what its questions ask for, in words that benchmarks share.
+        general: the same for questions of other categories.
         columns: for `--dataset`: what a row is asked for -> names that the columns may have.
     """
 
@@ -105,6 +107,8 @@ class Benchmark(ABC):
     headline_max: ClassVar[float] = 100.0
     metric: ClassVar[str]
     requires: ClassVar[tuple[str, ...]] = ()
+    abilities: ClassVar[Mapping[str, str]] = {}
+    general: ClassVar[str] = "general"
     columns: ClassVar[Columns] = {}
     guide: ClassVar[str] = GUIDE
 
@@ -150,6 +154,10 @@ class Benchmark(ABC):
             place: its place among all.
         """
         return place
+
+    def ability(self, item: Item) -> str:
+        """What a question asks for: tables group questions of all benchmarks by it."""
+        return self.abilities.get(item.category, self.general)
 
     def credit(self, answer: Answer) -> float | None:
         """How right one answer is, 0 to 1, for the progress display; None where only a server knows."""
