@@ -207,7 +207,7 @@ def _group(setup: str, runs: list[Run]) -> Group:
             )
         rows.append(row)
     results = [run for run, _ in runs]
-    notes = [*_notes(results, [run for run, _ in plain]), *_baselines(results)]
+    notes = [*_baselines(results), *_notes(results, [run for run, _ in plain])]
     return Group(setup, rows, unpruned and unpruned[0], notes)
 
 
