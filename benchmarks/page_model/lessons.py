@@ -26,7 +26,7 @@ from benchmarks.page_model.network import (
     to_patches,
     vision_features,
 )
-from mustdrop.demo.drawing import COLOURS, SHAPES, background, object_mask, to_uint8
+from mustdrop.demo.drawing import COLOURS, DIGITS, SHAPES, background, object_mask, to_uint8
 from mustdrop.demo.lettering import CHARACTERS, character_mask, number_of_fonts
 from mustdrop.demo.scenes import CELLS, REGIONS
 from mustdrop.demo.tasks import ABILITY, BINS, TYPES, Question, Sample, TaskMaker
@@ -46,8 +46,10 @@ GROUPS = {
     "region": REGIONS,
 }
 
-#: What stands beside a character in its line: asked of a linear map of the token, in the words of `GROUPS["kind"]`.
-NEIGHBOURS = ("before", "after")
+#: What a token that shows something is asked about the rest of its picture, each of a linear map of the token and in
+#: the words of `GROUPS["kind"]`, with its weight: what stands before and after it in its line, how many alike there
+#: are, how many lines (of a page), how many digits (of a scene).
+RELATIONS = {"before": 1.0, "after": 1.0, "alike": 0.5, "lines": 0.3, "digits": 0.5}
 
 #: How often each type of question is asked, where it differs from once in each round.
 WEIGHT = {
@@ -160,13 +162,13 @@ def labels(samples: list[Sample], grid: Grid) -> dict[str, Tensor]:
     shape = (len(samples) * per, grid.rows, grid.columns)
     kind = np.full(shape, GROUPS["kind"].index("nothing"))
     ink = np.full(shape, GROUPS["ink"].index("nothing"))
-    neighbour = {name: np.full(shape, IGNORE) for name in NEIGHBOURS}
+    related = {name: np.full(shape, IGNORE) for name in RELATIONS}
     best = np.full(shape, 0.05)
     height, width = samples[0].size
     x = np.broadcast_to((np.arange(grid.columns) * UNIT + UNIT // 2) * BINS // width, shape).copy()
     y = np.broadcast_to((np.arange(grid.rows)[:, None] * UNIT + UNIT // 2) * BINS // height, shape).copy()
     for index, sample in enumerate(samples):
-        beside = _beside(sample)
+        relations = _relations(sample)
         for mark in sample.marks:
             if sample.video and mark.picture % 2:
                 continue  # the two frames of a patch hardly differ
@@ -181,25 +183,31 @@ def labels(samples: list[Sample], grid: Grid) -> dict[str, Tensor]:
             known = np.where(clear, THINGS.index(mark.kind), IGNORE)
             kind[where] = np.where(more, known, kind[where])
             ink[where] = np.where(more, np.where(clear, INKS.index(mark.ink), IGNORE), ink[where])
-            for name, value in zip(NEIGHBOURS, beside.get(mark, (IGNORE, IGNORE)), strict=True):
-                neighbour[name][where] = np.where(more, np.where(clear, value, IGNORE), neighbour[name][where])
+            for name, value in relations.get(mark, {}).items():
+                related[name][where] = np.where(more, np.where(clear, value, IGNORE), related[name][where])
             across, down = place(mark, sample.size)
             x[where], y[where] = np.where(more & clear, across, x[where]), np.where(more & clear, down, y[where])
     region = (y * CELLS // BINS) * CELLS + x * CELLS // BINS
-    found = {"kind": kind, "ink": ink, "x": x, "y": y, "region": region, **neighbour}
+    found = {"kind": kind, "ink": ink, "x": x, "y": y, "region": region, **related}
     return {name: torch.from_numpy(value).flatten(1) for name, value in found.items()}
 
 
-def _beside(sample: Sample) -> dict[Mark, tuple[int, int]]:
-    """Of each mark of a page, the kinds of those before and after it in its line, or "nothing"."""
-    if not isinstance(sample.facts, Page):
-        return {}
-    lines = [(*([key] if key else []), *marks) for key, marks in sample.facts.lines]
-    found = {}
-    for line in (*lines, sample.facts.columns):
-        words = ["nothing", *(mark.kind for mark in line), "nothing"]
-        for number, mark in enumerate(line):
-            found[mark] = tuple(GROUPS["kind"].index(words[number + step]) for step in (0, 2))
+def _relations(sample: Sample) -> dict[Mark, dict[str, int]]:
+    """Of each mark of a page or a scene, the word of each relation that there is."""
+    word = GROUPS["kind"].index
+    found: dict[Mark, dict[str, int]] = {}
+    if isinstance(sample.facts, Page):
+        kinds = [mark.kind for mark in sample.marks]
+        rows = [(*([key] if key else []), *marks) for key, marks in sample.facts.lines]
+        for row in (*rows, sample.facts.columns):
+            words = ["nothing", *(mark.kind for mark in row), "nothing"]
+            for number, mark in enumerate(row):
+                found[mark] = {"before": word(words[number]), "after": word(words[number + 2])}
+                found[mark]["alike"] = word(str(min(9, kinds.count(mark.kind))))
+                found[mark]["lines"] = word(str(len(rows)))
+    elif sample.kind == "scenes":
+        digits = sum(mark.kind in DIGITS for mark in sample.marks)
+        found = {mark: {"digits": word(str(digits))} for mark in sample.marks}
     return found
 
 
@@ -210,7 +218,7 @@ def _cover(start: int, size: int, cells: slice) -> np.ndarray:
 
 
 class Naming(nn.Module):
-    """Asks every vision token which word of each group it is close to, and which characters stand beside its own.
+    """Asks every vision token which word of each group it is close to, and how it relates to the rest of its picture.
 
     The former has one temperature a group and no more, the latter a linear map each.
     """
@@ -218,7 +226,7 @@ class Naming(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(len(GROUPS)))
-        self.maps = nn.ModuleDict({name: nn.Linear(TEXT_WIDTH, TEXT_WIDTH, bias=False) for name in NEIGHBOURS})
+        self.maps = nn.ModuleDict({name: nn.Linear(TEXT_WIDTH, TEXT_WIDTH, bias=False) for name in RELATIONS})
         self._ids = {name: torch.tensor([TOKEN_ID[word] for word in words]) for name, words in GROUPS.items()}
 
     def forward(
@@ -242,7 +250,7 @@ class Naming(nn.Module):
             known = target[name] != IGNORE
             if known.any():
                 logits = F.linear(rms_norm(linear(normed[known])), words[self._ids["kind"]]).float() * self.scale[0]
-                total = total + F.cross_entropy(logits, target[name][known])
+                total = total + RELATIONS[name] * F.cross_entropy(logits, target[name][known])
                 metrics[f"token_{name}"] = (logits.detach().argmax(-1) == target[name][known]).float().mean().item()
         return total, metrics
 
@@ -289,6 +297,7 @@ class Pointing:
         kind, ink, region = (table[ids][..., None] for table in (self._kind, self._ink, self._region))
         meant = ((seen["kind"] == kind) & (kind >= 0)) | ((seen["ink"] == ink) & (ink >= 0))
         losses = [self._missed(shares[:, self.THING_HEAD], meant, prefix)]
+        losses.append(self._absent(shares[:, self.THING_HEAD], (kind[..., 0] >= 0) & ~meant.any(-1)))
         if batch.samples[0].kind == "scenes":
             meant = (seen["region"] == region) & (region >= 0) & shown
             losses.append(self._missed(shares[:, self.REGION_HEAD], meant, prefix))
@@ -300,6 +309,11 @@ class Pointing:
         asked = meant.any(-1)
         found = vision.masked_fill(~meant, float("-inf"))[asked].logsumexp(-1)
         return -found.mean() if asked.any() else shares.new_zeros(())
+
+    @staticmethod
+    def _absent(shares: Tensor, absent: Tensor) -> Tensor:
+        """What names nothing in the picture attends to the prompt's first token, which tells that it is not there."""
+        return -shares[..., 0][absent].mean() if absent.any() else shares.new_zeros(())
 
 
 def exact(logits: Tensor, target: Tensor) -> Tensor:
