@@ -66,6 +66,7 @@ class Source:
         seed: of benchmarks that make their questions.
         limit: how many questions will be asked at most.
         frames: frames of a video.
+        coordinates: what the numbers of an answer about a place count; "auto" tells it from their size.
     """
 
     data: Path | None = None
@@ -74,6 +75,7 @@ class Source:
     seed: int = 0
     limit: int | None = None
     frames: int = 8
+    coordinates: str = "auto"
 
 
 class Benchmark(ABC):

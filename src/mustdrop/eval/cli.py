@@ -138,6 +138,9 @@ def eval_command(
         int | None, typer.Option(help="Choose them at random (default: the first ones). scenes: seed of the scenes.")
     ] = None,
     frames: Annotated[int, typer.Option(help="Frames of a video that the model sees.")] = 8,
+    coordinates: Annotated[
+        str, typer.Option(help="RefCOCO: numbers of an answer are shares, thousandths or pixels; auto tells by size.")
+    ] = "auto",
     template: Annotated[str, typer.Option(help="Conversation: auto, vicuna_v1 or processor.")] = "auto",
     max_new_tokens: Annotated[int | None, typer.Option(help="Limit of an answer; default: the benchmark's.")] = None,
     upright: Annotated[
@@ -209,6 +212,7 @@ def eval_command(
         seed=seed,
         workers=workers,
         frames=frames,
+        coordinates=coordinates,
         template=template,
         device=device,
         dtype=dtype,

@@ -145,7 +145,15 @@ def _questions(settings: Settings, benchmark: Benchmark) -> tuple[list[Item], Da
         from mustdrop.eval.rows import load_rows
 
         rows, split = load_rows(settings.dataset, settings.split)
-    source = Source(settings.data, rows, settings.split, settings.seed or 0, settings.limit, settings.frames)
+    source = Source(
+        settings.data,
+        rows,
+        settings.split,
+        settings.seed or 0,
+        settings.limit,
+        settings.frames,
+        settings.coordinates,
+    )
     folder = benchmark.place(source)
     every = benchmark.items(source, folder)
     chosen = _chosen(settings, benchmark, every)
