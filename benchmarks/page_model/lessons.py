@@ -26,7 +26,7 @@ from benchmarks.page_model.network import (
     to_patches,
     vision_features,
 )
-from mustdrop.demo.drawing import COLOURS, DIGITS, SHAPES, background, object_mask, to_uint8
+from mustdrop.demo.drawing import COLOURS, SHAPES, background, object_mask, to_uint8
 from mustdrop.demo.lettering import CHARACTERS, character_mask, number_of_fonts
 from mustdrop.demo.scenes import CELLS, REGIONS
 from mustdrop.demo.tasks import ABILITY, BINS, TYPES, Question, Sample, TaskMaker
@@ -45,11 +45,6 @@ GROUPS = {
     "y": PLACES[BINS:],
     "region": REGIONS,
 }
-
-#: What a token that shows something is asked about the rest of its picture, each of a linear map of the token and in
-#: the words of `GROUPS["kind"]`, with its weight: what stands before and after it in its line, how many alike there
-#: are, how many lines (of a page), how many digits (of a scene).
-RELATIONS = {"before": 1.0, "after": 1.0, "alike": 0.5, "lines": 0.3, "digits": 0.5}
 
 #: How often each type of question is asked, where it differs from once in each round.
 WEIGHT = {
@@ -162,13 +157,13 @@ def labels(samples: list[Sample], grid: Grid) -> dict[str, Tensor]:
     shape = (len(samples) * per, grid.rows, grid.columns)
     kind = np.full(shape, GROUPS["kind"].index("nothing"))
     ink = np.full(shape, GROUPS["ink"].index("nothing"))
-    related = {name: np.full(shape, IGNORE) for name in RELATIONS}
+    before = np.full(shape, IGNORE)
     best = np.full(shape, 0.05)
     height, width = samples[0].size
     x = np.broadcast_to((np.arange(grid.columns) * UNIT + UNIT // 2) * BINS // width, shape).copy()
     y = np.broadcast_to((np.arange(grid.rows)[:, None] * UNIT + UNIT // 2) * BINS // height, shape).copy()
     for index, sample in enumerate(samples):
-        relations = _relations(sample)
+        known_before = _before(sample)
         for mark in sample.marks:
             if sample.video and mark.picture % 2:
                 continue  # the two frames of a patch hardly differ
@@ -183,31 +178,24 @@ def labels(samples: list[Sample], grid: Grid) -> dict[str, Tensor]:
             known = np.where(clear, THINGS.index(mark.kind), IGNORE)
             kind[where] = np.where(more, known, kind[where])
             ink[where] = np.where(more, np.where(clear, INKS.index(mark.ink), IGNORE), ink[where])
-            for name, value in relations.get(mark, {}).items():
-                related[name][where] = np.where(more, np.where(clear, value, IGNORE), related[name][where])
+            earlier = known_before.get(mark, IGNORE)
+            before[where] = np.where(more, np.where(clear, earlier, IGNORE), before[where])
             across, down = place(mark, sample.size)
             x[where], y[where] = np.where(more & clear, across, x[where]), np.where(more & clear, down, y[where])
     region = (y * CELLS // BINS) * CELLS + x * CELLS // BINS
-    found = {"kind": kind, "ink": ink, "x": x, "y": y, "region": region, **related}
+    found = {"kind": kind, "ink": ink, "x": x, "y": y, "region": region, "before": before}
     return {name: torch.from_numpy(value).flatten(1) for name, value in found.items()}
 
 
-def _relations(sample: Sample) -> dict[Mark, dict[str, int]]:
-    """Of each mark of a page or a scene, the word of each relation that there is."""
-    word = GROUPS["kind"].index
-    found: dict[Mark, dict[str, int]] = {}
-    if isinstance(sample.facts, Page):
-        kinds = [mark.kind for mark in sample.marks]
-        rows = [(*([key] if key else []), *marks) for key, marks in sample.facts.lines]
-        for row in (*rows, sample.facts.columns):
-            words = ["nothing", *(mark.kind for mark in row), "nothing"]
-            for number, mark in enumerate(row):
-                found[mark] = {"before": word(words[number]), "after": word(words[number + 2])}
-                found[mark]["alike"] = word(str(min(9, kinds.count(mark.kind))))
-                found[mark]["lines"] = word(str(len(rows)))
-    elif sample.kind == "scenes":
-        digits = sum(mark.kind in DIGITS for mark in sample.marks)
-        found = {mark: {"digits": word(str(digits))} for mark in sample.marks}
+def _before(sample: Sample) -> dict[Mark, int]:
+    """Of each mark of a page, the kind of the one before it in its line, or "nothing"."""
+    if not isinstance(sample.facts, Page):
+        return {}
+    lines = [(*([key] if key else []), *marks) for key, marks in sample.facts.lines]
+    found = {}
+    for line in (*lines, sample.facts.columns):
+        for earlier, mark in zip((None, *line), line, strict=False):
+            found[mark] = GROUPS["kind"].index(earlier.kind if earlier else "nothing")
     return found
 
 
@@ -218,15 +206,15 @@ def _cover(start: int, size: int, cells: slice) -> np.ndarray:
 
 
 class Naming(nn.Module):
-    """Asks every vision token which word of each group it is close to, and how it relates to the rest of its picture.
+    """Asks every vision token which word of each group it is close to: one temperature a group, and no more.
 
-    The former has one temperature a group and no more, the latter a linear map each.
+    In the decoder it is asked what stands before it in its line too, of a linear map of its state.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(len(GROUPS)))
-        self.maps = nn.ModuleDict({name: nn.Linear(TEXT_WIDTH, TEXT_WIDTH, bias=False) for name in RELATIONS})
+        self.maps = nn.ModuleDict({"before": nn.Linear(TEXT_WIDTH, TEXT_WIDTH, bias=False)})
         self._ids = {name: torch.tensor([TOKEN_ID[word] for word in words]) for name, words in GROUPS.items()}
 
     def forward(
@@ -246,13 +234,20 @@ class Naming(nn.Module):
             if empty.any():
                 total = total + 0.5 * weight * each[empty].mean()
             metrics[f"token_{name}"] = (logits.detach().argmax(-1) == target[name])[shown].float().mean().item()
-        for name, linear in self.maps.items():
-            known = target[name] != IGNORE
-            if known.any():
-                logits = F.linear(rms_norm(linear(normed[known])), words[self._ids["kind"]]).float() * self.scale[0]
-                total = total + RELATIONS[name] * F.cross_entropy(logits, target[name][known])
-                metrics[f"token_{name}"] = (logits.detach().argmax(-1) == target[name][known]).float().mean().item()
         return total, metrics
+
+    def before(self, states: Tensor, words: Tensor, target: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """The same of what stands before each vision token in its line, from its states (B, tokens, width).
+
+        Its next character is then what has this one before it: so a line is read.
+        """
+        known = target != IGNORE
+        if not known.any():
+            return states.new_zeros(()), {}
+        mapped = rms_norm(self.maps["before"](rms_norm(states[known])))
+        logits = F.linear(mapped, words[self._ids["kind"]]).float() * self.scale[0]
+        right = (logits.detach().argmax(-1) == target[known]).float().mean().item()
+        return F.cross_entropy(logits, target[known]), {"token_before": right}
 
 
 def see(model: nn.Module, samples: list[Sample]) -> tuple[Tensor, list[Tensor], Grid]:
@@ -263,15 +258,20 @@ def see(model: nn.Module, samples: list[Sample]) -> tuple[Tensor, list[Tensor], 
 
 def answer(
     model: nn.Module, batch: Batch, features: Tensor, deep: list[Tensor], grid: Grid
-) -> tuple[Tensor, Tensor, Prefix]:
-    """Logits for all questions of a batch, and what they attend to in the first layer."""
+) -> tuple[Tensor, Tensor, Tensor, Prefix]:
+    """Logits for all questions of a batch, what they attend to in the first layer, states of vision tokens, the prefix.
+
+    The states (B, vision tokens, width) are those after `STATES` decoder layers, in the order of the features.
+    """
     first = batch.samples[0]
     pictures = len(first.pictures) // (2 if first.video else 1)
     prefix = prefix_of(grid, pictures, first.video)
     number = len(batch.samples)
     deep = [level.reshape(number, -1, level.shape[-1]) for level in deep]
     features = features.reshape(number, -1, features.shape[-1])
-    return *packed_logits(model, features, deep, batch.ids, prefix), prefix
+    logits, shares, states = packed_logits(model, features, deep, batch.ids, prefix)
+    vision = prefix.source >= 0
+    return logits, shares, states[:, vision][:, prefix.source[vision].argsort()], prefix
 
 
 class Pointing:

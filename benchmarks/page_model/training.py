@@ -33,9 +33,10 @@ CURRICULUM = (
     (250, {"scenes": 0.25, "pages": 0.3, "grounding": 0.15, "videos": 0.15, "changes": 0.15}, 42),
     (700, {"scenes": 0.2, "pages": 0.35, "grounding": 0.15, "videos": 0.15, "changes": 0.15}, 64),
     (1200, {"scenes": 0.2, "pages": 0.35, "grounding": 0.15, "videos": 0.15, "changes": 0.15}, 100),
-    (2000, {"scenes": 0.2, "pages": 0.35, "grounding": 0.15, "videos": 0.15, "changes": 0.15}, 150),
+    (3000, {"scenes": 0.2, "pages": 0.35, "grounding": 0.15, "videos": 0.15, "changes": 0.15}, 150),
 )  # fmt: skip
 # Weight of the attention of words to what they name, likewise.
+BEFORE = 0.5  # of the characters before vision tokens
 POINTING_UNTIL, POINTING = 1500, (0.5, 0.15)
 
 
@@ -192,10 +193,13 @@ class Training:
             features, deep, grid = lessons.see(self.model, batch.samples)
             target = lessons.labels(batch.samples, grid)
             named, metrics = self.naming(features, self._words, target)
-            logits, shares, prefix = lessons.answer(self.model, batch, features, deep, grid)
+            logits, shares, states, prefix = lessons.answer(self.model, batch, features, deep, grid)
+            before, related = self.naming.before(states, self._words, target["before"].reshape(len(states), -1))
+            metrics |= related
             pointed = self.pointing(batch, shares, prefix, target)
             loss = F.cross_entropy(logits.float().flatten(0, 2), batch.target.flatten(), ignore_index=lessons.IGNORE)
             beside = NAMING[self.step >= NAMING_UNTIL] * named + POINTING[self.step >= POINTING_UNTIL] * pointed
+            beside = beside + BEFORE * before
             ((loss + beside) / 2).backward()
             right = lessons.by_type(lessons.exact(logits.detach(), batch.target), batch.types)
             for key, values in right.items():
@@ -215,7 +219,7 @@ class Training:
             for number in range(batches):
                 batch = lessons.draw(kind, split, number, tokens=1500, questions=12, area=area, moments=None)
                 features, deep, grid = lessons.see(self.model, batch.samples)
-                logits, _, _ = lessons.answer(self.model, batch, features, deep, grid)
+                logits, *_ = lessons.answer(self.model, batch, features, deep, grid)
                 for key, values in lessons.by_type(lessons.exact(logits, batch.target), batch.types).items():
                     found.setdefault(key, []).extend(values)
             table[kind] = {key: round(float(np.mean(values)), 3) for key, values in sorted(found.items())}
