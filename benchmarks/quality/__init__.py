@@ -25,8 +25,9 @@ from mustdrop.demo.scenes import SPLITS
 from mustdrop.method import DEFAULT_METHOD
 
 # None of these is used by the demo, the documents or the tests.
-SEEDS = {"scenes": (1004, 1005, 1006, 1007), "pages": (6001, 6002)}
-SAMPLES = {"scenes": (20, 20), "pages": (24, 12)}  # scenes per seed (of each kind), and at a time
+SEEDS = {"scenes": (1004, 1005, 1006, 1007), "pages": (6001,)}
+BUDGETS = {"scenes": cells.BUDGETS, "pages": (1 / 2, 1 / 4, 1 / 9, 1 / 18)}
+SAMPLES = {"scenes": (20, 20), "pages": (16, 8)}  # scenes per seed (pages: samples of each kind), and at a time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--family", action="append", help="tiny random model instead of the demo model, or 'all'")
     parser.add_argument("--method", action="append", help="default: every method that is registered")
     parser.add_argument("--variants", choices=variants.SETS, help="compositions in place of registered methods")
-    parser.add_argument("--keep", action="append", type=float, help="share; default: 1/2, 1/3, 2/9, 1/9, 1/18")
+    parser.add_argument(
+        "--keep",
+        action="append",
+        type=float,
+        help="share; default: 1/2, 1/3, 2/9, 1/9, 1/18 (pages: 1/2, 1/4, 1/9, 1/18)",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", help="of the scenes")
     parser.add_argument("--scenes", type=int, help="per seed (pages: of each kind), a question of each type about each")
     parser.add_argument("--batch", type=int, help="scenes at a time")
@@ -55,7 +61,8 @@ def run(options: argparse.Namespace) -> int:
     if options.variants:
         found, references = variants.plan(options.variants, options.keep), options.reference or ["mustdrop+", "tome"]
     else:
-        found, references = cells.plan(options.method, options.keep), options.reference or [DEFAULT_METHOD]
+        budgets = options.keep or BUDGETS[options.model]
+        found, references = cells.plan(options.method, budgets), options.reference or ["mustdrop+", DEFAULT_METHOD]
         for name in references:
             cells.check(name)
     split = options.split or variants.SPLITS.get(options.variants, "selection")
