@@ -36,12 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--family", action="append", help="tiny random model instead of the demo model, or 'all'")
     parser.add_argument("--method", action="append", help="default: every method that is registered")
     parser.add_argument("--variants", choices=variants.SETS, help="compositions in place of registered methods")
-    parser.add_argument(
-        "--keep",
-        action="append",
-        type=float,
-        help="share; default: 1/2, 1/3, 2/9, 1/9, 1/18 (pages: 1/2, 1/4, 1/9, 1/18)",
-    )
+    budgets = "1/2, 1/3, 2/9, 1/9, 1/18 (pages: 1/2, 1/4, 1/9, 1/18)"
+    parser.add_argument("--keep", action="append", type=float, help=f"share; default: {budgets}")
     parser.add_argument("--seeds", type=int, nargs="+", help="of the scenes")
     parser.add_argument("--scenes", type=int, help="per seed (pages: of each kind), a question of each type about each")
     parser.add_argument("--batch", type=int, help="scenes at a time")

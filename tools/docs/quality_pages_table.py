@@ -21,8 +21,8 @@ def setting(record: Record) -> str:
     kind = "held-out" if record["split"] == "heldout" else f"**{record['split']}** (a pilot: not the reported run)"
     return (
         f"The bundled Qwen3-VL, {first['questions']} questions about {first['scenes']} {kind} samples (seeds "
-        f"{', '.join(map(str, record['seeds']))}); intervals are 95 %, bootstrapped over samples. {record['hardware']}, "
-        f"{record['threads']} threads, torch {versions['torch']}, transformers {versions['transformers']}, commit "
+        f"{', '.join(map(str, record['seeds']))}); intervals are 95 %, bootstrapped over samples. "
+        f"{record['hardware']}, {record['threads']} threads, torch {versions['torch']}, transformers {versions['transformers']}, commit "
         f"{commit}."
     )
 
