@@ -22,8 +22,8 @@ def setting(record: Record) -> str:
     return (
         f"The bundled Qwen3-VL, {first['questions']} questions about {first['scenes']} {kind} samples (seeds "
         f"{', '.join(map(str, record['seeds']))}); intervals are 95 %, bootstrapped over samples. "
-        f"{record['hardware']}, {record['threads']} threads, torch {versions['torch']}, transformers {versions['transformers']}, commit "
-        f"{commit}."
+        f"{record['hardware']}, {record['threads']} threads, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}, commit {commit}."
     )
 
 
