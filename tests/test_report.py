@@ -9,7 +9,9 @@ import pytest
 
 from mustdrop import cli, compare, errors
 from mustdrop.compare.plot import draw
+from mustdrop.eval import questions
 from mustdrop.eval.published import rows
+from mustdrop.eval.questions import Told
 from mustdrop.eval.result import EvalResult
 from test_cli import call
 
@@ -151,7 +153,7 @@ def test_other_set_ups_are_never_compared_and_what_differs_is_named(changes, tol
     first, second = compare.group([made(), other])
     assert second.unpruned is None
     assert second.rows[0].retained is None
-    assert "no unpruned run" in second.notes[0]
+    assert "no unpruned run" in " ".join(second.notes)
     text = " ".join(second.notes)
     assert (told in text) if told else ("Not comparable" not in text)
     assert first.rows[0].retained == 1.0
@@ -181,6 +183,63 @@ def test_runs_without_images_tokens_or_answers_have_empty_cells(run, saved):
     code, out, _ = run(saved(made(tokens=None, cost=None, latency=None)))
     assert code == 0
     assert "│ unpruned │  1800 │   100.0% │            - │     - │" in out
+
+
+def told(credits, texts=None, abilities=None):
+    """Questions of a run: credit, text and ability of each."""
+    texts, abilities = texts or ["yes"] * len(credits), abilities or ["general"] * len(credits)
+    return [
+        Told(str(i), "", ability, text, credit, 70.0, 2, 1e9)
+        for i, (credit, text, ability) in enumerate(zip(credits, texts, abilities, strict=True))
+    ]
+
+
+def test_runs_are_compared_question_by_question(tmp_path, run):
+    runs = {
+        "none": (made(), [1, 1, 1, 1, 0, 1, 1]),
+        "mustdrop": (made("mustdrop", 64, 1500.0), [1, 1, 0, 0, 1, 1, 0]),
+        "downsample": (made("downsample", 64, 1400.0), [1, 0, 0, 0, 0, 0, 1]),
+    }
+    abilities = ["reading"] * 4 + ["counting"] * 3
+    for name, (result, credits) in runs.items():
+        (tmp_path / name).mkdir()
+        result.write(tmp_path / name / "result.json")
+        texts = ["yes" if credit else name for credit in credits]
+        questions.write(tmp_path / name / "questions.jsonl", told(map(float, credits), texts, abilities))
+    _, out, _ = run(tmp_path, "--json")
+    rows = {row["method"]: row for row in json.loads(out)["groups"][0]["rows"]}
+    assert rows["none"]["mcnemar"] is rows["none"]["vtc"] is None
+    assert rows["mustdrop"]["mcnemar"] == {"gained": 1, "lost": 3, "p": 0.625}
+    assert rows["mustdrop"]["same_answer"] == pytest.approx(3 / 7)
+    assert rows["mustdrop"]["vtc"] == {
+        "hard": 4, "hard_right": 2, "easy": 2, "easy_right": 1, "hard_share": 0.5, "easy_share": 0.5,
+    }  # fmt: skip
+    assert rows["downsample"]["vtc"]["hard_share"] == 0
+    assert rows["none"]["abilities"]["reading"] == {"credit": 1.0, "questions": 4}
+    assert rows["mustdrop"]["abilities"] == {
+        "reading": {"credit": 0.5, "questions": 4}, "counting": {"credit": pytest.approx(2 / 3), "questions": 3},
+    }  # fmt: skip
+    _, out, _ = run(tmp_path, "--markdown")
+    assert "| mustdrop keep=64 | 42.9% | 1 | 3 | 0.62 | 50.0% of 4 | 50.0% of 2 |" in out
+    assert "| setting | reading (4) | counting (3) |" in out
+    code, out, _ = run(tmp_path)
+    assert code == 0
+    assert "By ability" in out
+    (tmp_path / "mustdrop" / "questions.jsonl").write_text("{}\n")
+    code, _, err = run(tmp_path)
+    assert code == cli.WRONG
+    assert "is not what `mustdrop eval` writes" in err
+
+
+def test_answers_that_only_a_server_scores_are_compared_as_texts():
+    plain, pruned = told([None] * 4, ["a", "b", "c", "d"]), told([None] * 4, ["a", "b", "c", "x"])
+    (group,) = compare.group([made(score=None), made("mustdrop", 64, None)], [plain, pruned])
+    beside = group.rows[1].beside
+    assert (beside.same, beside.apart, beside.divided) == (0.75, None, None)
+    assert group.rows[1].abilities == {}
+    other = told([None] * 3)
+    (group,) = compare.group([made(score=None), made("mustdrop", 64, None)], [plain, other])
+    assert group.rows[1].beside is None  # other questions, for whatever reason
 
 
 def test_means_over_benchmarks_as_in_the_last_column_of_papers(run, saved):
@@ -237,7 +296,11 @@ def test_thresholds_and_shares_belong_to_the_published_budget_that_they_come_out
         "'mustdrop global_threshold=0.011 individual_threshold=0.01' names no number of tokens: its published number "
         "is that of 192 tokens."
     ]
-    assert len(group.notes) == 2
+    assert [note for note in group.notes if "random, uniform, downsample" in note] == [
+        "At keep=11.11% there is no run of random, uniform, downsample: what the budget itself costs is not known. "
+        "`mustdrop eval` takes --method several times."
+    ]
+    assert len(group.notes) == 3
 
 
 def test_plot(run, saved, tmp_path):
@@ -297,3 +360,12 @@ def test_the_files_of_a_real_evaluation(run, monkeypatch, capsys, tmp_path):
     assert plain["retained"] == 1.0
     assert pruned["retained"] == pytest.approx(pruned["score"] / plain["score"])
     assert 190 < pruned["equal_tokens"]["mean"] <= 192
+    assert plain["same_answer"] is None
+    assert 0 <= pruned["same_answer"] <= 1
+    apart = pruned["mcnemar"]
+    assert apart["gained"] - apart["lost"] == round((pruned["score"] - plain["score"]) / 100 * 12)
+    assert set(pruned["abilities"]) == {"attributes", "position", "counting"}
+    assert pruned["answer"]["flops"] > 0
+    assert pruned["answer"]["prompt_tokens"] < plain["answer"]["prompt_tokens"]
+    assert plain["answer"]["flops"] == plain["answer"]["flops_unpruned"]
+    assert plain["answer"]["tokens"] >= 2

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from benchmarks.page_model.network import (
     MERGE,
     PATCH,
+    TEXT_WIDTH,
     TOKEN_ID,
     Grid,
     Prefix,
@@ -29,8 +30,8 @@ from mustdrop.demo.drawing import COLOURS, SHAPES, background, object_mask, to_u
 from mustdrop.demo.lettering import CHARACTERS, character_mask, number_of_fonts
 from mustdrop.demo.scenes import CELLS, REGIONS
 from mustdrop.demo.tasks import ABILITY, BINS, TYPES, Question, Sample, TaskMaker
-from mustdrop.demo.tasks.common import INKS, PLACES, THINGS, place, put
-from mustdrop.demo.tasks.page import DARK_INKS
+from mustdrop.demo.tasks.common import INKS, PLACES, THINGS, Mark, place, put
+from mustdrop.demo.tasks.page import DARK_INKS, Page
 
 IGNORE = -100
 UNIT = PATCH * MERGE
@@ -156,11 +157,13 @@ def labels(samples: list[Sample], grid: Grid) -> dict[str, Tensor]:
     shape = (len(samples) * per, grid.rows, grid.columns)
     kind = np.full(shape, GROUPS["kind"].index("nothing"))
     ink = np.full(shape, GROUPS["ink"].index("nothing"))
+    before = np.full(shape, IGNORE)
     best = np.full(shape, 0.05)
     height, width = samples[0].size
     x = np.broadcast_to((np.arange(grid.columns) * UNIT + UNIT // 2) * BINS // width, shape).copy()
     y = np.broadcast_to((np.arange(grid.rows)[:, None] * UNIT + UNIT // 2) * BINS // height, shape).copy()
     for index, sample in enumerate(samples):
+        known_before = _before(sample)
         for mark in sample.marks:
             if sample.video and mark.picture % 2:
                 continue  # the two frames of a patch hardly differ
@@ -175,11 +178,25 @@ def labels(samples: list[Sample], grid: Grid) -> dict[str, Tensor]:
             known = np.where(clear, THINGS.index(mark.kind), IGNORE)
             kind[where] = np.where(more, known, kind[where])
             ink[where] = np.where(more, np.where(clear, INKS.index(mark.ink), IGNORE), ink[where])
+            earlier = known_before.get(mark, IGNORE)
+            before[where] = np.where(more, np.where(clear, earlier, IGNORE), before[where])
             across, down = place(mark, sample.size)
             x[where], y[where] = np.where(more & clear, across, x[where]), np.where(more & clear, down, y[where])
     region = (y * CELLS // BINS) * CELLS + x * CELLS // BINS
-    found = {"kind": kind, "ink": ink, "x": x, "y": y, "region": region}
+    found = {"kind": kind, "ink": ink, "x": x, "y": y, "region": region, "before": before}
     return {name: torch.from_numpy(value).flatten(1) for name, value in found.items()}
+
+
+def _before(sample: Sample) -> dict[Mark, int]:
+    """Of each mark of a page, the kind of the one before it in its line, or "nothing"."""
+    if not isinstance(sample.facts, Page):
+        return {}
+    lines = [(*([key] if key else []), *marks) for key, marks in sample.facts.lines]
+    found = {}
+    for line in (*lines, sample.facts.columns):
+        for earlier, mark in zip((None, *line), line, strict=False):
+            found[mark] = GROUPS["kind"].index(earlier.kind if earlier else "nothing")
+    return found
 
 
 def _cover(start: int, size: int, cells: slice) -> np.ndarray:
@@ -189,11 +206,15 @@ def _cover(start: int, size: int, cells: slice) -> np.ndarray:
 
 
 class Naming(nn.Module):
-    """Asks every vision token which word of each group it is close to: one temperature a group, and no more."""
+    """Asks every vision token which word of each group it is close to: one temperature a group, and no more.
+
+    In the decoder it is asked what stands before it in its line too, of a linear map of its state.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(len(GROUPS)))
+        self.maps = nn.ModuleDict({"before": nn.Linear(TEXT_WIDTH, TEXT_WIDTH, bias=False)})
         self._ids = {name: torch.tensor([TOKEN_ID[word] for word in words]) for name, words in GROUPS.items()}
 
     def forward(
@@ -208,12 +229,25 @@ class Naming(nn.Module):
             if places is False and name in ("x", "y", "region"):
                 continue
             each = F.cross_entropy(logits.transpose(1, 2), target[name], reduction="none", ignore_index=IGNORE)
-            weight = {"kind": 1.0, "ink": 0.7, "x": 0.4, "y": 0.4, "region": 0.3}[name]
+            weight = {"kind": 2.0, "ink": 0.7, "x": 0.4, "y": 0.4, "region": 0.3}[name]
             total = total + weight * each[shown].mean()
             if empty.any():
                 total = total + 0.5 * weight * each[empty].mean()
             metrics[f"token_{name}"] = (logits.detach().argmax(-1) == target[name])[shown].float().mean().item()
         return total, metrics
+
+    def before(self, states: Tensor, words: Tensor, target: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """The same of what stands before each vision token in its line, from its states (B, tokens, width).
+
+        Its next character is then what has this one before it: so a line is read.
+        """
+        known = target != IGNORE
+        if not known.any():
+            return states.new_zeros(()), {}
+        mapped = rms_norm(self.maps["before"](rms_norm(states[known])))
+        logits = F.linear(mapped, words[self._ids["kind"]]).float() * self.scale[0]
+        right = (logits.detach().argmax(-1) == target[known]).float().mean().item()
+        return F.cross_entropy(logits, target[known]), {"token_before": right}
 
 
 def see(model: nn.Module, samples: list[Sample]) -> tuple[Tensor, list[Tensor], Grid]:
@@ -224,15 +258,20 @@ def see(model: nn.Module, samples: list[Sample]) -> tuple[Tensor, list[Tensor], 
 
 def answer(
     model: nn.Module, batch: Batch, features: Tensor, deep: list[Tensor], grid: Grid
-) -> tuple[Tensor, Tensor, Prefix]:
-    """Logits for all questions of a batch, and what they attend to in the first layer."""
+) -> tuple[Tensor, Tensor, Tensor, Prefix]:
+    """Logits for all questions of a batch, what they attend to in the first layer, states of vision tokens, the prefix.
+
+    The states (B, vision tokens, width) are those after `STATES` decoder layers, in the order of the features.
+    """
     first = batch.samples[0]
     pictures = len(first.pictures) // (2 if first.video else 1)
     prefix = prefix_of(grid, pictures, first.video)
     number = len(batch.samples)
     deep = [level.reshape(number, -1, level.shape[-1]) for level in deep]
     features = features.reshape(number, -1, features.shape[-1])
-    return *packed_logits(model, features, deep, batch.ids, prefix), prefix
+    logits, shares, states = packed_logits(model, features, deep, batch.ids, prefix)
+    vision = prefix.source >= 0
+    return logits, shares, states[:, vision][:, prefix.source[vision].argsort()], prefix
 
 
 class Pointing:
@@ -258,6 +297,7 @@ class Pointing:
         kind, ink, region = (table[ids][..., None] for table in (self._kind, self._ink, self._region))
         meant = ((seen["kind"] == kind) & (kind >= 0)) | ((seen["ink"] == ink) & (ink >= 0))
         losses = [self._missed(shares[:, self.THING_HEAD], meant, prefix)]
+        losses.append(self._absent(shares[:, self.THING_HEAD], (kind[..., 0] >= 0) & ~meant.any(-1)))
         if batch.samples[0].kind == "scenes":
             meant = (seen["region"] == region) & (region >= 0) & shown
             losses.append(self._missed(shares[:, self.REGION_HEAD], meant, prefix))
@@ -269,6 +309,11 @@ class Pointing:
         asked = meant.any(-1)
         found = vision.masked_fill(~meant, float("-inf"))[asked].logsumexp(-1)
         return -found.mean() if asked.any() else shares.new_zeros(())
+
+    @staticmethod
+    def _absent(shares: Tensor, absent: Tensor) -> Tensor:
+        """What names nothing in the picture attends to the prompt's first token, which tells that it is not there."""
+        return -shares[..., 0][absent].mean() if absent.any() else shares.new_zeros(())
 
 
 def exact(logits: Tensor, target: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ VISION_WIDTH, VISION_LAYERS, VISION_HEADS = 96, 4, 4
 TEXT_WIDTH, TEXT_LAYERS, TEXT_HEADS, KEY_HEADS, HEAD_WIDTH = 128, 6, 4, 2, 32
 GRID = 16  # learned positions each way
 DEEPSTACK = (1, 2)
+STATES = 2  # decoder layers after which vision tokens are asked what stands before them
 VOCABULARY = 192  # more rows than words, a rounder number
 EPS = 1e-6
 TOKEN_ID = {word: index for index, word in enumerate(WORDS)}
@@ -276,11 +277,11 @@ def _layer(
 
 def packed_logits(
     model: nn.Module, features: Tensor, deep: list[Tensor], questions: Tensor, prefix: Prefix
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Logits (B, Q, length, vocabulary) for Q questions with answers, (B, Q, length), about each sample.
 
-    The other result is what the question rows attend to in the first layer, as log shares of the prefix (B, heads,
-    Q * length, prefix).
+    The other results are what the question rows attend to in the first layer, as log shares of the prefix (B, heads,
+    Q * length, prefix), and the states of the prefix (B, prefix, width) after `STATES` layers.
 
     All questions about a sample share the prefix and do not see each other, so this equals Q separate forward passes.
     `features` are (B, all vision tokens, width), `deep` what DeepStack adds to them after each of the first layers.
@@ -309,5 +310,7 @@ def packed_logits(
         if number < len(deep):
             added = torch.where(vision[:, None], deep[number][:, at], 0.0)
             x = torch.cat([x[:, :size] + added, x[:, size:]], 1)
+        if number == STATES - 1:
+            states = x[:, :size]
     logits = F.linear(rms_norm(x, decoder.norm.weight), decoder.embed_tokens.weight)
-    return logits.view(batch, count, length, -1), shares
+    return logits.view(batch, count, length, -1), shares, states

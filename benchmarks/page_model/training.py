@@ -20,8 +20,9 @@ from benchmarks.page_model.network import build
 from mustdrop.demo.tasks import KINDS
 
 #: Steps of each stage, in the order in which they run.  The last one may be trained for longer at any time.
-STEPS = {"glyphs": 400, "windows": 450, "language": 6000}
+STEPS = {"glyphs": 400, "windows": 450, "language": 4500}
 MATRIX_RATE, OTHER_RATE = 0.03, 2e-3
+DECAY = 0.4  # of the last stage's steps, in the end, over which the rate comes down to nothing
 AVERAGE = 0.998  # the weights that are published are a running mean over some hundred steps
 # Weight of the words that vision tokens are asked for, while answers are trained: up to a step, and from there on.
 NAMING_UNTIL, NAMING = 600, (1.0, 0.3)
@@ -32,10 +33,11 @@ CURRICULUM = (
     (250, {"scenes": 0.25, "pages": 0.3, "grounding": 0.15, "videos": 0.15, "changes": 0.15}, 42),
     (700, {"scenes": 0.2, "pages": 0.35, "grounding": 0.15, "videos": 0.15, "changes": 0.15}, 64),
     (1200, {"scenes": 0.2, "pages": 0.35, "grounding": 0.15, "videos": 0.15, "changes": 0.15}, 100),
-    (2000, {"scenes": 0.2, "pages": 0.35, "grounding": 0.15, "videos": 0.15, "changes": 0.15}, 150),
+    (3000, {"scenes": 0.2, "pages": 0.35, "grounding": 0.15, "videos": 0.15, "changes": 0.15}, 150),
 )  # fmt: skip
 # Weight of the attention of words to what they name, likewise.
-POINTING_UNTIL, POINTING = 1500, (0.5, 0.05)
+BEFORE = 0.5  # of the characters before vision tokens
+POINTING_UNTIL, POINTING = 1500, (0.5, 0.15)
 
 
 class Log:
@@ -150,7 +152,7 @@ class Training:
     def _step(self, name: str, total: int) -> dict[str, list[float]]:
         """One step of a stage.  It depends on the weights, the seed, the stage and its number, and nothing else."""
         seed = (self.seed * 10 + self.stage) * 1_000_000 + self.step
-        share = min(1.0, (self.step + 1) / 25) * min(1.0, 0.02 + (total - self.step) / (0.2 * total))
+        share = min(1.0, (self.step + 1) / 25) * min(1.0, 0.02 + (total - self.step) / (DECAY * total))
         if name != "language":
             share = min(1.0, (self.step + 1) / 25)
         for optimizer, rate in zip(self.optimizers, self._rates, strict=True):
@@ -187,14 +189,17 @@ class Training:
         kinds = rng.choice(list(shares), 2, replace=False, p=list(shares.values()))
         found: dict[str, list[float]] = {}
         for number, kind in enumerate(str(kind) for kind in kinds):
-            batch = lessons.draw(kind, "train", 2 * seed + number, tokens=900, questions=12, area=area, moments=None)
+            batch = lessons.draw(kind, "train", 2 * seed + number, tokens=900, questions=8, area=area, moments=None)
             features, deep, grid = lessons.see(self.model, batch.samples)
             target = lessons.labels(batch.samples, grid)
             named, metrics = self.naming(features, self._words, target)
-            logits, shares, prefix = lessons.answer(self.model, batch, features, deep, grid)
+            logits, shares, states, prefix = lessons.answer(self.model, batch, features, deep, grid)
+            before, related = self.naming.before(states, self._words, target["before"].reshape(len(states), -1))
+            metrics |= related
             pointed = self.pointing(batch, shares, prefix, target)
             loss = F.cross_entropy(logits.float().flatten(0, 2), batch.target.flatten(), ignore_index=lessons.IGNORE)
             beside = NAMING[self.step >= NAMING_UNTIL] * named + POINTING[self.step >= POINTING_UNTIL] * pointed
+            beside = beside + BEFORE * before
             ((loss + beside) / 2).backward()
             right = lessons.by_type(lessons.exact(logits.detach(), batch.target), batch.types)
             for key, values in right.items():
@@ -214,7 +219,7 @@ class Training:
             for number in range(batches):
                 batch = lessons.draw(kind, split, number, tokens=1500, questions=12, area=area, moments=None)
                 features, deep, grid = lessons.see(self.model, batch.samples)
-                logits, _, _ = lessons.answer(self.model, batch, features, deep, grid)
+                logits, *_ = lessons.answer(self.model, batch, features, deep, grid)
                 for key, values in lessons.by_type(lessons.exact(logits, batch.target), batch.types).items():
                     found.setdefault(key, []).extend(values)
             table[kind] = {key: round(float(np.mean(values)), 3) for key, values in sorted(found.items())}

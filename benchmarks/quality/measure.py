@@ -46,24 +46,24 @@ class Asked:
     """A part with the answers to force: row i of the first `count` is prompt i with the right answer.
 
     Attributes:
-        type: of the question.
+        part: the prompts.
         inputs: of all rows.
         count: prompts of the part; further rows are prompts with another answer of the unpruned model.
-        right: whether right answers are known.
         tokens: (R, T) long, what is forced.
         lengths: (R,) long.
         logits: (R, T, V), of the unpruned model.
         own: (count,) long, the row in which each prompt's unpruned answer is forced.
+        given: of each prompt, whether the unpruned answer is right; empty where nothing is right.
     """
 
-    type: str
+    part: Part
     inputs: dict[str, Tensor]
     count: int
-    right: bool
     tokens: Tensor
     lengths: Tensor
     logits: Tensor
     own: Tensor
+    given: list[bool]
 
 
 Missing = Mapping[str, Sequence[Cell]]  # name of a batch -> the cells that are not measured on it
@@ -133,23 +133,23 @@ def _work(subject: Subject, missing: Missing, queue: Any, threads: int) -> None:
 
 def ask(model: Any, part: Part) -> Asked:
     """The unpruned model's answers to a part, and what it thinks of the right ones."""
-    given = fidelity.reference(model, part.inputs, part.new_tokens)
+    inputs = part.everything
+    given = fidelity.reference(model, inputs, part.new_tokens)
     count = len(given.tokens)
     if part.truths is None:
-        return Asked(
-            part.type, part.inputs, count, False, given.tokens, given.lengths, given.logits, torch.arange(count)
-        )
+        return Asked(part, inputs, count, given.tokens, given.lengths, given.logits, torch.arange(count), [])
     answers = [row[:n].tolist() for row, n in zip(given.tokens, given.lengths, strict=True)]
     other = [i for i, (answer, truth) in enumerate(zip(answers, part.truths, strict=True)) if answer != truth]
     rows = [*range(count), *other]
     forced = [*part.truths, *(answers[i] for i in other)]
     own = torch.arange(count)
     own[other] = torch.arange(count, len(rows))
+    right = [i not in other or part.right(i, answer) for i, answer in enumerate(answers)]
     lengths = torch.tensor([len(row) for row in forced])
     tokens = torch.tensor([row + [0] * (int(lengths.max()) - len(row)) for row in forced])
-    inputs = {name: value[rows] for name, value in part.inputs.items()}
+    inputs = part.inputs(rows)
     logits = fidelity.forced_logits(model, inputs, tokens)
-    return Asked(part.type, inputs, count, True, tokens, lengths, logits, own)
+    return Asked(part, inputs, count, tokens, lengths, logits, own, right)
 
 
 def line(cell: Cell, batch: Batch, asked: Sequence[Asked]) -> dict[str, Any]:
@@ -163,10 +163,12 @@ def line(cell: Cell, batch: Batch, asked: Sequence[Asked]) -> dict[str, Any]:
         return head | {"cannot": f"{type(refusal).__name__}: {refusal}"}
     traces = [trace for _, trace, _ in seen]
     answers: dict[str, dict[str, list[Any]]] = {}
-    for part, _, numbers in seen:
-        own = answers.setdefault(part.type, {name: [] for name in numbers})
-        for name, values in numbers.items():
-            own[name] += values
+    for one, _, numbers in seen:
+        numbers = {"scene": one.part.scenes} | numbers
+        for row, kind in enumerate(one.part.types):
+            own = answers.setdefault(kind, {name: [] for name in numbers})
+            for name, values in numbers.items():
+                own[name].append(values[row])
     equal = [n for part, trace, _ in seen for n in trace.equal_tokens[: part.count].tolist()]
     totals = [n for part, trace, _ in seen for n in trace.total[: part.count].tolist()]
     return head | {
@@ -180,24 +182,60 @@ def line(cell: Cell, batch: Batch, asked: Sequence[Asked]) -> dict[str, Any]:
     }
 
 
-def _one(cell: Cell, batch: Batch, place: int, part: Asked) -> tuple[mustdrop.Trace, dict[str, list[Any]]]:
+def _one(cell: Cell, batch: Batch, place: int, asked: Asked) -> tuple[mustdrop.Trace, dict[str, list[Any]]]:
     """The patched model on one part: its trace and, per measure, a number for each prompt.
 
     Methods that draw do so anew for every part: one draw decides for all of its prompts.
     """
     draw = zlib.crc32(f"{batch.name}/{place}".encode())
     with _quiet(), cell.patched(batch.model, draw):
-        logits = fidelity.forced_logits(batch.model, part.inputs, part.tokens)
+        logits = fidelity.forced_logits(batch.model, asked.inputs, asked.tokens)
         trace = mustdrop.trace(batch.model)
-    close = fidelity.compare(part.logits[part.own], logits[part.own], part.lengths[part.own])
-    numbers = {"kl": _rounded(close.kl), "agreement": _rounded(close.agreement), "same": close.same.int().tolist()}
-    if part.right:
-        first = slice(part.count)
-        tokens, lengths = part.tokens[first], part.lengths[first]
-        wrong = (logits[first].argmax(-1) != tokens) & (torch.arange(tokens.shape[1]) < lengths[:, None])
-        numbers["correct"] = (~wrong.any(-1)).int().tolist()
-        numbers["loglik"] = _rounded(fidelity.log_likelihood(logits[first], tokens, lengths))
+        close = fidelity.compare(asked.logits[asked.own], logits[asked.own], asked.lengths[asked.own])
+        same = close.same.tolist()
+        numbers = {"kl": _rounded(close.kl), "agreement": _rounded(close.agreement), "same": [int(x) for x in same]}
+        length = asked.lengths[asked.own].tolist()
+        if asked.given:
+            first = slice(asked.count)
+            tokens, lengths = asked.tokens[first], asked.lengths[first]
+            wrong = (logits[first].argmax(-1) != tokens) & (torch.arange(tokens.shape[1]) < lengths[:, None])
+            exact = (~wrong.any(-1)).tolist()
+            correct = [exact[i] or (same[i] and asked.given[i]) for i in range(asked.count)]
+            length = [int(lengths[i]) if exact[i] else length[i] for i in range(asked.count)]
+            for row, said in _answers(batch.model, asked.part, [e or s for e, s in zip(exact, same, strict=True)]):
+                length[row], correct[row] = len(said), asked.part.right(row, said)
+            numbers["correct"] = [int(x) for x in correct]
+            numbers["loglik"] = _rounded(fidelity.log_likelihood(logits[first], tokens, lengths))
+    numbers["length"] = length
+    numbers |= _cost(trace, asked, length)
     return trace, numbers
+
+
+def _answers(model: Any, part: Part, known: Sequence[bool]) -> Iterator[tuple[int, list[int]]]:
+    """What the model says of itself to the prompts whose answer the forced pass does not tell."""
+    rows = [row for row, told in enumerate(known) if not told]
+    if not rows:
+        return
+    inputs = part.inputs(rows)
+    out = fidelity.respond(model, inputs, part.new_tokens).sequences[:, inputs["input_ids"].shape[1] :].cpu()
+    for row, tokens, length in zip(rows, out, fidelity.lengths_of(out, model).tolist(), strict=True):
+        yield row, tokens[:length].tolist()
+
+
+def _cost(trace: mustdrop.Trace, asked: Asked, length: Sequence[int]) -> dict[str, list[float]]:
+    """Of each answer: tokens of the prompt that a decoder layer processes, and FLOPs beside those of the unpruned one.
+
+    FLOPs are those of a mean row of the call, and of as many decode steps as the answer needs.
+    """
+    rows, step = len(asked.tokens), trace.flops.parts["decode_step"]
+    words = asked.inputs["attention_mask"].sum(1).tolist()
+    processed = [w - n + e for w, n, e in zip(words, trace.total.tolist(), trace.equal_tokens.tolist(), strict=True)]
+    unpruned = asked.lengths[asked.own].tolist()
+    return {
+        "prompt": [float(f"{n:.5g}") for n in processed[: asked.count]],
+        "flops": [float(f"{(trace.flops.actual + step.actual * (n - 1)) / rows:.5g}") for n in length],
+        "flops_unpruned": [float(f"{(trace.flops.unpruned + step.unpruned * (n - 1)) / rows:.5g}") for n in unpruned],
+    }
 
 
 def _rounded(values: Tensor) -> list[float]:

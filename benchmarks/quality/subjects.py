@@ -1,8 +1,8 @@
-"""What is asked: the bundled model about scenes, or tiny random models of any family about noise."""
+"""What is asked: a bundled model about scenes or pages, or tiny random models of any family about noise."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,28 +13,40 @@ from torch import Tensor
 from mustdrop.adapters import registry, tiny
 from mustdrop.demo.model import load, prompt
 from mustdrop.demo.scenes import QUESTION_TYPES, SceneMaker
+from mustdrop.demo.tasks import ABILITY, LEARNED, Question, Sample, TaskMaker
+from mustdrop.demo.tasks import scene as scene_tasks
+from mustdrop.demo.tasks.clip import FPS
 from mustdrop.errors import UnsupportedModelError, did_you_mean
 
-DEMO = "bundled"
+DEMO, PAGES = "bundled", "pages"
 WORDS = 8  # length of the answers of random models, which never end
 PROMPTS = 4  # per seed, for random models
 
 
 @dataclass(frozen=True)
 class Part:
-    """Prompts of one type that are answered together.
+    """Prompts that are answered together.
 
     Attributes:
-        type: of the question.
-        inputs: what the processor returned.
+        types: of the question of each prompt.
+        scenes: of each prompt, which scene of the batch it is about.
+        inputs: the model's inputs for prompts of these numbers, in this order and perhaps repeated.
         truths: the right answers' tokens with the one that ends them; None where nothing is right.
         new_tokens: after how many an answer is cut off.
+        right: whether an answer other than the one in `truths` is right too: prompt and tokens -> yes or no.
     """
 
-    type: str
-    inputs: dict[str, Tensor]
+    types: list[str]
+    scenes: list[int]
+    inputs: Callable[[Sequence[int]], dict[str, Tensor]]
     truths: list[list[int]] | None
     new_tokens: int
+    right: Callable[[int, Sequence[int]], bool] = lambda prompt, tokens: False
+
+    @property
+    def everything(self) -> dict[str, Tensor]:
+        """The model's inputs for all prompts, each once."""
+        return self.inputs(range(len(self.types)))
 
 
 @dataclass(frozen=True)
@@ -47,7 +59,8 @@ class Batch:
         model: who is asked.
         seed: of its scenes.
         scenes: how many.
-        parts: its prompts. Those of one type about scenes have one length, so nothing is padded.
+        parts: its prompts. Those of one type about scenes have one length, so nothing is padded; those about pages are
+            padded on the left.
     """
 
     name: str
@@ -91,6 +104,7 @@ class Scenes:
             "scenes_per_seed": scenes,
             "batch": batch,
             "types": list(QUESTION_TYPES),
+            "abilities": dict(scene_tasks.ABILITY),
         }
 
     def _starts(self) -> list[tuple[int, int]]:
@@ -117,9 +131,70 @@ class Scenes:
     def _part(self, processor: Any, pictures: list[Image.Image], questions: Sequence[Any]) -> Part:
         texts = [prompt(processor, question.text) for question in questions]
         inputs = processor(text=texts, images=pictures, return_tensors="pt", padding=True).to(self.device)
-        words = processor.tokenizer
-        truths = [[*words.convert_tokens_to_ids(q.answer.split()), words.eos_token_id] for q in questions]
-        return Part(questions[0].type, dict(inputs), truths, new_tokens=12)
+        types = [question.type for question in questions]
+        return Part(types, list(range(len(types))), _rows(dict(inputs)), _truths(processor, questions), new_tokens=12)
+
+
+def _rows(inputs: dict[str, Tensor]) -> Callable[[Sequence[int]], dict[str, Tensor]]:
+    """Rows of inputs that have one for each prompt."""
+    return lambda rows: {name: value[list(rows)] for name, value in inputs.items()}
+
+
+def _truths(processor: Any, questions: Sequence[Any]) -> list[list[int]]:
+    words = processor.tokenizer
+    return [[*words.convert_tokens_to_ids(q.answer.split()), words.eos_token_id] for q in questions]
+
+
+class Samples:
+    """The bundled Qwen3-VL on samples of every kind, one question of each type that it has learned and they admit."""
+
+    def __init__(self, split: str, seeds: Sequence[int], samples: int, batch: int, device: str) -> None:
+        self.split, self.seeds, self.samples, self.batch, self.device = split, seeds, samples, batch, device
+        self.kinds = [kind for kind, types in LEARNED.items() if types]
+        self.name = f"{PAGES}-{split}-{samples}x{len(seeds)}"
+        self.setting = {
+            "models": [PAGES],
+            "split": split,
+            "seeds": list(seeds),
+            "scenes_per_seed": samples,  # of each kind
+            "batch": batch,
+            "types": [f"{kind}.{name}" for kind in self.kinds for name in LEARNED[kind]],
+            "abilities": {f"{kind}.{name}": ABILITY[kind][name] for kind in self.kinds for name in LEARNED[kind]},
+        }
+
+    def names(self) -> list[str]:
+        starts = range(0, self.samples, self.batch)
+        return [f"{kind}:{seed}:{start}" for kind in self.kinds for seed in self.seeds for start in starts]
+
+    def batches(self, wanted: Sequence[str]) -> Iterator[Batch]:
+        model, processor = load(PAGES)
+        model = model.to(self.device)
+        for kind in self.kinds:
+            for seed in self.seeds:
+                maker = TaskMaker(kind, self.split, seed)
+                for start in range(0, self.samples, self.batch):
+                    count = min(self.batch, self.samples - start)
+                    asked = [(sample, maker.questions(sample)) for sample in (maker.sample() for _ in range(count))]
+                    name = f"{kind}:{seed}:{start}"
+                    if name in wanted:  # all are drawn: later questions depend on it
+                        yield Batch(name, PAGES, model, seed, count, [self._part(processor, kind, asked)])
+
+    def _part(self, processor: Any, kind: str, asked: Sequence[tuple[Sample, Sequence[Question]]]) -> Part:
+        rows = [(i, q) for i, (_, questions) in enumerate(asked) for q in questions if q.type in LEARNED[kind]]
+
+        def inputs(wanted: Sequence[int]) -> dict[str, Tensor]:
+            chosen = [(asked[rows[row][0]][0], rows[row][1]) for row in wanted]
+            videos = int(chosen[0][0].video)
+            texts = [prompt(processor, q.text, 0 if videos else len(sample.pictures), videos) for sample, q in chosen]
+            media = {"videos" if videos else "images": [list(sample.pictures) for sample, _ in chosen]}
+            return dict(processor(text=texts, padding=True, fps=FPS, **media).to(self.device))
+
+        def right(row: int, tokens: Sequence[int]) -> bool:
+            return rows[row][1].right(processor.decode(list(tokens), skip_special_tokens=True))
+
+        questions = [question for _, question in rows]
+        types = [f"{kind}.{question.type}" for question in questions]
+        return Part(types, [i for i, _ in rows], inputs, _truths(processor, questions), new_tokens=12, right=right)
 
 
 class Families:
@@ -161,7 +236,7 @@ class Families:
     def _part(self, adapter: Any, model: Any, kind: str, seed: int) -> Part:
         inputs = tiny.prompt(adapter, model, kind, [self._picture(adapter.tiny_sizes(kind)[0], seed)])
         inputs = {key: value.to(self.device) for key, value in inputs.items()}
-        return Part("noise", inputs, None, WORDS)
+        return Part(["noise"], [0], lambda rows: inputs, None, WORDS)
 
     @staticmethod
     def _picture(shape: tuple[int, ...], seed: int) -> Tensor:

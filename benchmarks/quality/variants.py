@@ -183,8 +183,14 @@ def geometry() -> dict[str, Callable[[float], Stages]]:
 
 def merging() -> dict[str, Callable[[float], Stages]]:
     """How many windows merge in the encoder in `mustdrop`: as the data decide, or as the prompt's shape does."""
-    return {f"windows merge: {plan}": _named("mustdrop", merge=plan) for plan in ("threshold", "needed", "allowed")} | {
-        "windows merge: none": _named("mustdrop", window=None)
+    shares = {
+        f"windows merge: {share:.3g} at most": _named("mustdrop", merge_share=share) for share in (1 / 4, 3 / 8, 1 / 2)
+    }
+    return {
+        "windows merge: from a similarity on": _named("mustdrop", merge="threshold"),
+        **shares,
+        "windows merge: all that the budget allows": _named("mustdrop", merge_share=1.0),
+        "windows merge: none": _named("mustdrop", window=None),
     }
 
 

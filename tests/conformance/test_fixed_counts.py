@@ -56,11 +56,11 @@ def test_the_device_decides_what_the_host_would(name, images, looks):
     assert torch.equal(trace.kv_lengths, other.kv_lengths)
 
 
-@pytest.mark.parametrize("merge", ["needed", "allowed"])
+@pytest.mark.parametrize("share", [0.25, 1.0])
 @pytest.mark.parametrize("variant", [LLAMA, SIGLIP], ids=str)
-def test_merging_counts(merge, variant, looks):
+def test_merging_counts(share, variant, looks):
     model = clone(variant)
-    mustdrop.patch(model, "mustdrop", keep=0.25, merge=merge)
+    mustdrop.patch(model, "mustdrop", keep=0.25, merge_share=share)
     inputs = batch(variant, (1, 1))
     logits, kept, _ = answered(model, inputs)
     assert len({len(row[0]) for row in kept}) == 1  # as many enter in every row

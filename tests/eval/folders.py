@@ -50,6 +50,20 @@ def save(image: Image.Image, path: Path) -> None:
     image.save(path)
 
 
+def refcoco(root: Path, name: str = "refcoco_val", number: int = 4) -> Path:
+    rows = []
+    maker = SceneMaker("heldout", 5)
+    for i in range(number):
+        scene = maker.scene()
+        save(Image.fromarray(scene.image), root / "refcoco" / "coco" / f"{i}.png")
+        thing = scene.objects[0]
+        box = [thing.left, thing.top, thing.left + thing.size, thing.top + thing.size]
+        size = {"width": scene.image.shape[1], "height": scene.image.shape[0]}
+        rows.append({"image": f"coco/{i}.png", "sent": f"the {thing.colour} one", "bbox": box} | size)
+    lines(root / "refcoco" / f"{name}.jsonl", rows)
+    return root
+
+
 def mme(root: Path, number: int = 4) -> Path:
     """Two categories: one with the texts beside the pictures, one with the two folders of the release."""
     rows = []

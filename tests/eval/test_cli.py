@@ -51,6 +51,27 @@ def test_flags(arguments, method, knobs, asked):
     assert asked == [Settings("mme", method=method, knobs=knobs)]
 
 
+def test_several_methods_and_budgets_are_several_runs(tmp_path):
+    common = ("scenes", "--limit", 8, "--workers", 0, "--device", "cpu", "--out", tmp_path)
+    several = ("--method", "none", "--method", "random", "--method", "fastv", "--keep", "192,64")
+    outcome = call(*common, *several)
+    assert outcome.exit_code == 1  # fastv cannot do with 64 tokens in eight layers
+    assert "fastv keep=64: cannot: keep=64 is impossible" in outcome.stderr
+    assert sorted(path.name for path in tmp_path.iterdir() if (path / "result.json").exists()) == [
+        "fastv-192", "none", "random-192", "random-64",
+    ]  # fmt: skip
+    assert "McNemar" in outcome.stdout
+    alone = call("scenes", *common[1:-1], tmp_path / "alone", "--method", "random", "--keep", 64)
+    assert alone.exit_code == 0
+    together, single = EvalResult.read(tmp_path / "random-64"), EvalResult.read(tmp_path / "alone")
+    assert (together.scores, together.cost, together.answer) == (single.scores, single.cost, single.answer)
+    again = call(*common, *several[:4], "--keep", "192", "--json")
+    assert [result["method"] for result in json.loads(again.stdout)] == ["none", "random"]
+    wrong = call(*common, "--method", "none", "--method", "randm")
+    assert isinstance(wrong.exception, MustDropError)
+    assert not (tmp_path / "randm").exists()
+
+
 def test_all_other_flags(asked, tmp_path):
     call(
         "pope",

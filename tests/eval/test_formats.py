@@ -8,8 +8,8 @@ import pytest
 
 from eval import folders
 from mustdrop.errors import ConfigError, DataFileError
-from mustdrop.eval.benchmark import LETTER, LETTER_CN, Source
-from mustdrop.eval.benchmarks import benchmarks, find
+from mustdrop.eval.benchmark import LETTER, LETTER_CN, Answer, Item, Source
+from mustdrop.eval.benchmarks import benchmarks, find, refcoco
 from mustdrop.eval.result import EvalResult
 from mustdrop.eval.run import evaluate
 from mustdrop.eval.settings import Settings
@@ -28,6 +28,9 @@ RUNS = {
     "vizwiz": (folders.vizwiz, {}, 3),
     "vizwiz val": (folders.vizwiz_val, {"split": "val"}, 3),
     "ocrbench": (folders.ocrbench, {}, 3),
+    "refcoco": (folders.refcoco, {}, 4),
+    "refcoco+": (lambda root: folders.refcoco(root, "refcoco+_testB") / "refcoco", {"split": "testB"}, 4),
+    "refcocog": (lambda root: folders.refcoco(root, "refcocog_test") / "refcoco", {"split": "test"}, 4),
 }
 
 
@@ -243,3 +246,45 @@ def test_no_such_split_or_benchmark(tmp_path):
         run("vqav2", tmp_path, split="dev")
     with pytest.raises(ValueError, match="Did you mean 'textvqa'"):
         find("textvqua")
+
+
+@pytest.mark.parametrize(
+    ("text", "coordinates", "box"),
+    [
+        ("[0.1, 0.25, 0.5, 0.75]", "auto", (20, 25, 100, 75)),
+        ("[[100, 250, 500, 750]]", "auto", (20, 25, 100, 75)),
+        ('{"bbox_2d": [20, 25, 100, 75], "label": "the 2nd one"}', "pixels", (20, 25, 100, 75)),
+        ("from 0.5, 0.75 to 0.1, 0.25", "shares", (20, 25, 100, 75)),
+        ("[0, 0, 1, 1]", "thousandths", (0, 0, 0.2, 0.1)),
+        ("it is on the left", "auto", None),
+        ("0.1, 0.2", "auto", None),
+    ],
+)
+def test_boxes_are_read_from_answers(text, coordinates, box):
+    found = refcoco.predicted(text, (200, 100), coordinates)
+    assert found == (None if box is None else pytest.approx(box))
+
+
+def test_a_box_is_right_from_half_of_the_union_on():
+    assert refcoco.overlap((0, 0, 10, 10), (0, 0, 10, 10)) == 1
+    assert refcoco.overlap((0, 0, 10, 10), (20, 0, 30, 10)) == refcoco.overlap((5, 5, 5, 5), (5, 5, 5, 5)) == 0
+    assert refcoco.overlap((0, 0, 10, 10), (0, 0, 10, 20)) == 0.5
+    item = Item(0, "", None, "", ((0, 0, 10, 20), (100, 100), "auto"))
+    benchmark = find("refcoco")
+    texts = {"[0, 0, 0.1, 0.1]": 1.0, "[0, 0, 0.09, 0.1]": 0.0, "nowhere": 0.0, "": 0.0}
+    answers = [Answer(item, text) for text in texts]
+    assert [benchmark.credit(answer) for answer in answers] == list(texts.values())
+    assert benchmark.scores(answers) == {"accuracy": 25.0, "without a box": 50.0}
+
+
+def test_what_refcoco_cannot_use_is_said(tmp_path):
+    make = Source(folders.refcoco(tmp_path), coordinates="percent")
+    benchmark = find("refcoco")
+    with pytest.raises(ConfigError, match="--coordinates percent"):
+        benchmark.items(make, benchmark.place(make))
+    file = tmp_path / "refcoco" / "refcoco_val.jsonl"
+    file.write_text(file.read_text() + '{"image": "x", "sent": "y", "bbox": [1, 2], "width": 3, "height": 4}\n')
+    source = Source(tmp_path)
+    folder = benchmark.place(source)
+    assert len(benchmark.items(source, folder)) == 4
+    assert "four numbers" in folder.broken[0].reason

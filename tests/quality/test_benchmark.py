@@ -14,6 +14,7 @@ from benchmarks.quality.journal import Journal
 
 import generate
 import mustdrop
+from mustdrop import fidelity
 from mustdrop.demo.model import load
 from mustdrop.errors import ConfigError, UnknownMethodError, UnsupportedModelError
 from mustdrop.method import registry
@@ -30,6 +31,16 @@ def test_intervals_against_known_values():
     assert found["low"] == pytest.approx(values.mean() - half, abs=0.03)
     assert found["high"] == pytest.approx(values.mean() + half, abs=0.03)
     assert intervals.interval(np.ones(7)) == {"mean": 1.0, "low": 1.0, "high": 1.0}
+
+
+def test_whole_scenes_are_drawn_however_many_questions_each_has():
+    scene = np.repeat(np.arange(100), np.arange(100) % 4 + 1)
+    hard = np.random.default_rng(4).random(100)[scene]  # all questions of a scene are equally hard
+    found, naive = intervals.interval(hard, scene), intervals.interval(hard)
+    assert found["mean"] == naive["mean"] == pytest.approx(hard.mean(), abs=1e-6)
+    assert found["high"] - found["low"] > 1.4 * (naive["high"] - naive["low"])
+    alone = intervals.interval(np.arange(50.0), np.arange(50))
+    assert alone == intervals.interval(np.arange(50.0))
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
@@ -110,6 +121,15 @@ def test_the_result_says_what_was_measured_and_where(whole):
     assert random["questions"] == 16
     assert random["correct"]["low"] <= random["correct"]["mean"] <= random["correct"]["high"]
     assert set(random["types"]) == set(result["types"])
+    assert {name: group["questions"] for name, group in random["abilities"].items()} == {
+        "attributes": 8, "position": 6, "counting": 2,
+    }  # fmt: skip
+    apart, test = (random["against_unpruned"][name] for name in ("correct", "mcnemar"))
+    assert apart["mean"] == pytest.approx((test["gained"] - test["lost"]) / 16, abs=1e-6)
+    assert 0 < test["p"] <= 1
+    assert nothing["answer"]["flops_ratio"] == 1
+    assert random["answer"]["flops_ratio"] < 1
+    assert random["answer"]["prompt_tokens"] < 0.3 * nothing["answer"]["prompt_tokens"]
 
 
 @pytest.mark.parametrize("cut", ["line", "half a line"])
@@ -148,10 +168,14 @@ def test_right_means_that_generate_says_it_word_for_word():
     line = measure.line(cell, batch, asked)
     seen = set()
     for part in batch.parts:
+        inputs = part.everything
         with mustdrop.patched(batch.model, cell.method, keep=cell.keep):
-            out = batch.model.generate(**part.inputs)[:, part.inputs["input_ids"].shape[1] :]
-        for row, truth, right in zip(out.tolist(), part.truths, line["answers"][part.type]["correct"], strict=True):
+            out = batch.model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+        found, ends = line["answers"][part.types[0]], fidelity.lengths_of(out, batch.model).tolist()
+        rows = zip(out.tolist(), part.truths, found["correct"], found["length"], ends, strict=True)
+        for row, truth, right, length, end in rows:
             assert bool(right) == (row[: len(truth)] == truth)
+            assert length == end
             seen.add(right)
     assert seen == {0, 1}
     assert len(line["answers"]["locate"]["kl"]) == 3

@@ -33,6 +33,7 @@ import launch_table
 import method_cards
 import peer_table
 import product_table
+import quality_pages_table
 import quality_table
 import serving_table
 import speed_table
@@ -100,6 +101,11 @@ renderer("quality-types")(part(quality_table.types, "quality"))
 renderer("quality-differences")(part(quality_table.differences, "quality"))
 renderer("quality-plus")(part(quality_table.against_the_best, "quality"))
 renderer("quality-plus-first")(part(quality_table.against_the_best, "quality_first"))
+renderer("quality-pages")(part(quality_pages_table.overview, "quality_pages"))
+renderer("quality-pages-abilities")(part(quality_pages_table.abilities, "quality_pages"))
+renderer("quality-pages-beside")(part(quality_pages_table.beside, "quality_pages"))
+renderer("quality-pages-against")(part(quality_pages_table.against, "quality_pages"))
+renderer("quality-pages-types")(part(quality_pages_table.types, "quality_pages"))
 renderer("quality-search")(part(quality_table.variants, "quality_search"))
 renderer("quality-taper")(part(quality_table.variants, "quality_taper"))
 renderer("quality-smallest")(part(quality_table.variants, "quality_smallest"))

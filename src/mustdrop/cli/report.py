@@ -23,6 +23,9 @@ def report(
     Only runs of one set-up are compared: the same questions, put to the same model in the same way. Runs of other
     set-ups get tables of their own, and where two of them differ only in a few settings, the report names these.
 
+    Where the folders have the answers, a second table compares each run with the unpruned one question by question
+    (the exact McNemar test, same answers, the groups of VTC-Bench), and a third splits the score by ability.
+
     Examples:
         python -m mustdrop report runs/unpruned runs/mustdrop-64
 
@@ -35,7 +38,7 @@ def report(
 
     if json and markdown:
         raise typer.BadParameter("--json and --markdown exclude each other.")
-    groups = compare.group(compare.collect(results).values())
+    groups = compare.group_files(compare.collect(results))
     means = compare.averages(groups)
     if plot is not None:
         from mustdrop.compare.plot import draw
@@ -47,12 +50,7 @@ def report(
     if markdown:
         typer.echo(render.markdown(groups, means), nl=False)
         return
-    for group in groups:
-        table, notes = render.rich_table(group, console.width)
-        console.print(table, markup=False)
-        for note in notes:
-            console.print(note, markup=False, highlight=False)
-        console.print()
+    render.show(groups, console)
     if means:
         table = Table(*render.AVERAGES, title="Mean over benchmarks", title_justify="left")
         for mean in means:

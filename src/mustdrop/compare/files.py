@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from mustdrop.compare.groups import Group, group
 from mustdrop.errors import ConfigError
+from mustdrop.eval import questions
 from mustdrop.eval.result import EvalResult
 
 NAME = "result.json"
@@ -26,6 +28,18 @@ def collect(paths: Iterable[Path]) -> dict[Path, EvalResult]:
     files = [file for path in paths for file in _files(path)]
     unique = {file.resolve(): file for file in files}
     return {file: EvalResult.read(file) for file in unique.values()}
+
+
+def group_files(results: Mapping[Path, EvalResult]) -> list[Group]:
+    """Sort runs into set-ups, each with what was said to every question where its folder has that.
+
+    Args:
+        results: result file -> result, as `collect` returns them.
+
+    Raises:
+        DataFileError: a file of questions is broken.
+    """
+    return group(results.values(), [questions.read(file.parent) for file in results])
 
 
 def _files(path: Path) -> list[Path]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
 from typing import Any
 
 from mustdrop.budget import knob_text
+from mustdrop.compare.questions import BASELINES, DOWNSAMPLED, Beside, abilities, beside
 from mustdrop.eval.published import Published, published, rows
+from mustdrop.eval.questions import Told
 from mustdrop.eval.result import EvalResult
 
 UNPRUNED = "none"
+Run = tuple[EvalResult, Sequence[Told] | None]  # and what was said to each question
 NEAR = 0.05  # how far from a published budget a run without one may be
 MUCH_FAILED = 0.01  # of the questions, from which a run is said to be incomplete
 
@@ -25,12 +29,16 @@ class Row:
         retained: its score over that of the unpruned run of the same set-up; None without one.
         published: the published score of this benchmark, model, method and budget; None where none is known.
         published_retained: the same share, of the published scores.
+        beside: the run beside the unpruned one, question by question; None where there is no such file.
+        abilities: ability -> mean credit and number of questions; empty where there is no such file.
     """
 
     result: EvalResult
     retained: float | None
     published: Published | None
     published_retained: float | None
+    beside: Beside | None = None
+    abilities: Mapping[str, tuple[float, int]] = field(default_factory=dict)
 
     @property
     def setting(self) -> str:
@@ -56,6 +64,17 @@ class Row:
             "failed_share": result.failed_share,
             "published": self.published and {"score": self.published.score, "source": self.published.source},
             "published_retained": self.published_retained,
+            "answer": result.answer and result.answer.model_dump(),
+            **self._questions(),
+        }
+
+    def _questions(self) -> dict[str, Any]:
+        apart, divided = (self.beside and self.beside.apart), (self.beside and self.beside.divided)
+        return {
+            "same_answer": self.beside and self.beside.same,
+            "mcnemar": apart and apart.to_dict(),
+            "vtc": divided and asdict(divided) | dict(zip(("hard_share", "easy_share"), divided.shares, strict=True)),
+            "abilities": {name: {"credit": c, "questions": n} for name, (c, n) in self.abilities.items()},
         }
 
 
@@ -128,18 +147,19 @@ def setting(run: EvalResult) -> str:
     return " ".join([run.method, *(knob_text(name, value) for name, value in knobs.items())])
 
 
-def group(results: Iterable[EvalResult]) -> list[Group]:
+def group(results: Iterable[EvalResult], told: Sequence[Sequence[Told] | None] = ()) -> list[Group]:
     """Sort runs into set-ups; runs of different set-ups are never compared.
 
     Args:
         results: what evaluations found.
+        told: of each result, its questions with what was said to them, or None.
 
     Returns:
         One group per set-up, in the order in which they came.
     """
-    by_setup: dict[tuple[str, str], list[EvalResult]] = {}
-    for result in results:
-        by_setup.setdefault((result.benchmark, result.setup_sha256), []).append(result)
+    by_setup: dict[tuple[str, str], list[Run]] = {}
+    for result, questions in zip_longest(results, told):
+        by_setup.setdefault((result.benchmark, result.setup_sha256), []).append((result, questions))
     groups = [_group(setup, runs) for (_, setup), runs in by_setup.items()]
     for one in groups:
         others = [o.first for o in groups if o is not one and o.first.benchmark == one.first.benchmark]
@@ -171,11 +191,39 @@ def averages(groups: Sequence[Group]) -> list[Average]:
     return out
 
 
-def _group(setup: str, runs: list[EvalResult]) -> Group:
-    plain = [run for run in runs if run.method == UNPRUNED]
+def _group(setup: str, runs: list[Run]) -> Group:
+    plain = [run for run in runs if run[0].method == UNPRUNED]
     unpruned = plain[0] if plain else None
-    rows = [_row(run, unpruned) for run in sorted(runs, key=_order)]
-    return Group(setup, rows, unpruned, list(_notes(runs, plain)))
+    small = {run.keep: told for run, told in runs if run.method == DOWNSAMPLED}
+    rows = []
+    for run, told in sorted(runs, key=lambda one: _order(one[0])):
+        row = _row(run, unpruned and unpruned[0])
+        if told is not None:
+            compared = unpruned is not None and unpruned[1] is not None and run.method != UNPRUNED
+            row = replace(
+                row,
+                abilities=abilities(told),
+                beside=beside(told, unpruned[1], small.get(run.keep)) if compared else None,  # type: ignore[index, arg-type]
+            )
+        rows.append(row)
+    results = [run for run, _ in runs]
+    notes = [*_baselines(results), *_notes(results, [run for run, _ in plain])]
+    return Group(setup, rows, unpruned and unpruned[0], notes)
+
+
+def _baselines(runs: Sequence[EvalResult]) -> Iterable[str]:
+    """What is missing to tell a method's merit from what its budget costs."""
+    there: dict[Any, set[str]] = {}
+    for run in runs:
+        if run.keep is not None:
+            there.setdefault(run.keep, set()).add(run.method)
+    for keep, methods in sorted(there.items(), key=lambda item: str(item[0])):
+        missing = [name for name in BASELINES if name not in methods]
+        if missing and methods - set(BASELINES):
+            yield (
+                f"At {knob_text('keep', keep)} there is no run of {', '.join(missing)}: what the budget itself costs "
+                f"is not known. `mustdrop eval` takes --method several times."
+            )
 
 
 def _order(run: EvalResult) -> tuple[bool, str, float]:

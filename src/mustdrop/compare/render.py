@@ -6,10 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from mustdrop.compare.groups import Average, Group, Row
 
+BESIDE = (
+    "setting", "same answer", "gained", "lost", "McNemar p", "right where a smaller picture fails", "and where it does",
+    "prompt tokens", "answer tokens", "FLOPs of an answer",
+)  # fmt: skip
 HEADER = ("setting", "score", "retained", "equal tokens", "FLOPs", "KV", "prefill ms", "decode ms", "published")
 AVERAGES = ("model", "setting", "mean retained", "benchmarks")
 _NOTHING = "-"
@@ -48,6 +53,55 @@ def _published(row: Row, sources: list[str]) -> str:
     return f"{_number(row.published.score)}{share} {mark}"
 
 
+def beside_cells(row: Row, unpruned: Row | None) -> tuple[str, ...]:
+    """The cells of one run in the table of questions.
+
+    Args:
+        row: the run.
+        unpruned: the run that its FLOPs are a share of.
+    """
+    answer, beside = row.result.answer, row.beside
+    apart, divided = (beside and beside.apart), (beside and beside.divided)
+    whole = unpruned and unpruned.result.answer
+    shares = divided.shares if divided else (None, None)
+    sizes = (divided.hard, divided.easy) if divided else (0, 0)
+    return (
+        row.setting,
+        _share(beside.same if beside else None),
+        _NOTHING if apart is None else str(apart.gained),
+        _NOTHING if apart is None else str(apart.lost),
+        _NOTHING if apart is None else f"{apart.p:.2g}",
+        *(_NOTHING if s is None else f"{_share(s)} of {n}" for s, n in zip(shares, sizes, strict=True)),
+        _number(answer.prompt_tokens if answer else None),
+        _NOTHING if answer is None else f"{answer.tokens:.2f}",
+        _share(answer.flops / whole.flops if answer and whole and whole.flops else None),
+    )
+
+
+def beside_rows(group: Group) -> list[tuple[str, ...]]:
+    """The table of questions without its header; empty where no run of the group has them."""
+    if not any(row.abilities or row.beside for row in group.rows):
+        return []
+    unpruned = next((row for row in group.rows if row.result is group.unpruned), None)
+    return [beside_cells(row, unpruned) for row in group.rows]
+
+
+def ability_rows(group: Group) -> list[tuple[str, ...]]:
+    """Header and rows of accuracy by ability; empty where there are fewer than two abilities."""
+    names = list(dict.fromkeys(name for row in group.rows for name in row.abilities))
+    if len(names) < 2:
+        return []
+    sizes = {name: next(row.abilities[name][1] for row in group.rows if name in row.abilities) for name in names}
+    header = ("setting", *(f"{name} ({sizes[name]})" for name in names))
+    return [
+        header,
+        *(
+            (row.setting, *(_share(row.abilities[name][0] if name in row.abilities else None) for name in names))
+            for row in group.rows
+        ),
+    ]
+
+
 def average_cells(average: Average) -> tuple[str, ...]:
     """The cells of one mean over benchmarks."""
     return average.model, average.setting, _share(average.retained), ", ".join(average.benchmarks)
@@ -67,17 +121,36 @@ def rich_table(group: Group, width: int) -> tuple[Table, list[str]]:
         width: of the terminal; in a narrow one every word of a cell gets a line of its own.
     """
     sources: list[str] = []
-    rows = [HEADER, *(cells(row, sources) for row in group.rows)]
+    table = _drawn([HEADER, *(cells(row, sources) for row in group.rows)], group.title, width)
+    return table, footnotes(group, sources)
+
+
+def show(groups: Sequence[Group], console: Console) -> None:
+    """Print all groups."""
+    for group in groups:
+        table, notes = rich_table(group, console.width)
+        console.print(table, markup=False)
+        for note in notes:
+            console.print(note, markup=False, highlight=False)
+        if rows := beside_rows(group):
+            console.print(_drawn([BESIDE, *rows], "Beside the unpruned run, question by question", console.width))
+        if rows := ability_rows(group):
+            console.print(_drawn(rows, "By ability (questions)", console.width))
+        console.print()
+
+
+def _drawn(rows: list[tuple[str, ...]], title: str, width: int) -> Table:
+    """A table for the terminal; in a narrow one every word of a cell gets a line of its own."""
     narrow = sum(max(map(len, column)) + _FRAME for column in zip(*rows, strict=True)) >= width
     if narrow:
         rows = [tuple(cell.replace("± ", "±\u00a0").replace(" ", "\n") for cell in row) for row in rows]
     look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": 0, "pad_edge": False} if narrow else {}
-    table = Table(title=group.title, title_justify="left", **look)
+    table = Table(title=title, title_justify="left", **look)
     for i, name in enumerate(rows[0]):
         table.add_column(name, justify="right" if i else "left", overflow="fold", no_wrap=narrow and i > 0)
     for row in rows[1:]:
         table.add_row(*row)
-    return table, footnotes(group, sources)
+    return table
 
 
 def markdown(groups: Sequence[Group], means: Sequence[Average]) -> str:
@@ -88,6 +161,10 @@ def markdown(groups: Sequence[Group], means: Sequence[Average]) -> str:
         rows = [cells(row, sources) for row in group.rows]
         notes = "\n".join(f"- {note}" for note in footnotes(group, sources))
         blocks.append(f"### {group.title}\n\n{_table(HEADER, rows)}" + (f"\n\n{notes}" if notes else ""))
+        if own := beside_rows(group):
+            blocks.append(f"Beside the unpruned run, question by question:\n\n{_table(BESIDE, own)}")
+        if own := ability_rows(group):
+            blocks.append(f"By ability (questions):\n\n{_table(own[0], own[1:])}")
     if means:
         blocks.append("### Mean over benchmarks\n\n" + _table(AVERAGES, [average_cells(mean) for mean in means]))
     return "\n\n".join(blocks) + "\n"

@@ -150,6 +150,7 @@ def _lines(batch: Batch, said: Said, engine: Engine) -> list[Line]:
     rows, trace = len(batch.places), said.trace
     after = [*trace.tokens[1:].tolist(), [len(trace.kept(trace.tokens.shape[0], row)) for row in range(rows)]]
     total, equal = trace.total.tolist(), trace.equal_tokens.tolist()
+    step = trace.flops.parts["decode_step"]
     return [
         {
             "item": place,
@@ -161,6 +162,10 @@ def _lines(batch: Batch, said: Said, engine: Engine) -> list[Line]:
             "flops_unpruned": trace.flops.unpruned / rows,
             "kv": trace.kv_bytes.actual / rows,
             "kv_unpruned": trace.kv_bytes.unpruned / rows,
+            "prompt": said.prompts[row] - total[row] + equal[row],
+            "tokens": said.lengths[row],
+            "answer_flops": (trace.flops.actual + step.actual * (said.lengths[row] - 1)) / rows,
+            "answer_flops_unpruned": (trace.flops.unpruned + step.unpruned * (said.lengths[row] - 1)) / rows,
             "first_s": said.first,
             "step_s": said.decode / (said.steps - 1) if said.steps > 1 else None,
             "times": _NO_TIME

@@ -66,6 +66,7 @@ class Source:
         seed: of benchmarks that make their questions.
         limit: how many questions will be asked at most.
         frames: frames of a video.
+        coordinates: what the numbers of an answer about a place count; "auto" tells it from their size.
     """
 
     data: Path | None = None
@@ -74,6 +75,7 @@ class Source:
     seed: int = 0
     limit: int | None = None
     frames: int = 8
+    coordinates: str = "auto"
 
 
 class Benchmark(ABC):
@@ -91,6 +93,8 @@ class Benchmark(ABC):
         headline_max: its best value.
         metric: the headline in words.
         requires: modules that writing the answers needs.
+        abilities: category -> what its questions ask for, in words that benchmarks share.
+        general: the same for questions of other categories.
         columns: for `--dataset`: what a row is asked for -> names that the columns may have.
     """
 
@@ -105,6 +109,8 @@ class Benchmark(ABC):
     headline_max: ClassVar[float] = 100.0
     metric: ClassVar[str]
     requires: ClassVar[tuple[str, ...]] = ()
+    abilities: ClassVar[Mapping[str, str]] = {}
+    general: ClassVar[str] = "general"
     columns: ClassVar[Columns] = {}
     guide: ClassVar[str] = GUIDE
 
@@ -150,6 +156,10 @@ class Benchmark(ABC):
             place: its place among all.
         """
         return place
+
+    def ability(self, item: Item) -> str:
+        """What a question asks for: tables group questions of all benchmarks by it."""
+        return self.abilities.get(item.category, self.general)
 
     def credit(self, answer: Answer) -> float | None:
         """How right one answer is, 0 to 1, for the progress display; None where only a server knows."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -32,11 +33,11 @@ console = Console()
 notes = Console(stderr=True)
 
 
-def evaluate(settings: Settings, watcher: Bar) -> EvalResult | None:
+def evaluate(settings: Settings, watcher: Bar, *loaded: Any) -> EvalResult | None:
     """`mustdrop.eval.run.evaluate`, imported when it is needed: the help should not wait for torch."""
     from mustdrop.eval.run import evaluate
 
-    return evaluate(settings, watcher)
+    return evaluate(settings, watcher, *loaded)
 
 
 class Bar:
@@ -101,8 +102,14 @@ class Bar:
 def eval_command(
     benchmark: Annotated[str, typer.Argument(help=f"One of: {', '.join(benchmarks())}.")],
     model: Annotated[str | None, typer.Option(help="Hub id or folder of a model; default: the bundled one.")] = None,
-    method: Annotated[str | None, typer.Option(help="Method; `none` is the unpruned model. Default: mustdrop.")] = None,
-    keep: Annotated[str | None, typer.Option(help="Budget in tokens (192) or as a share (0.25).")] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="Method; `none` is the unpruned model. Default: mustdrop. May be given several times."),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="Budget in tokens (192) or as a share (0.25). May be given several times, or with commas."),
+    ] = None,
     sparse: Annotated[
         bool | None, typer.Option("--sparse/--no-sparse", help="With or without pruning: mustdrop, or none.")
     ] = None,
@@ -131,6 +138,9 @@ def eval_command(
         int | None, typer.Option(help="Choose them at random (default: the first ones). scenes: seed of the scenes.")
     ] = None,
     frames: Annotated[int, typer.Option(help="Frames of a video that the model sees.")] = 8,
+    coordinates: Annotated[
+        str, typer.Option(help="RefCOCO: numbers of an answer are shares, thousandths or pixels; auto tells by size.")
+    ] = "auto",
     template: Annotated[str, typer.Option(help="Conversation: auto, vicuna_v1 or processor.")] = "auto",
     max_new_tokens: Annotated[int | None, typer.Option(help="Limit of an answer; default: the benchmark's.")] = None,
     upright: Annotated[
@@ -151,6 +161,9 @@ def eval_command(
 ) -> None:
     """Score a model on a benchmark, with pruning or without, in the formats of LLaVA's evaluation guide.
 
+    With several methods or budgets, every method runs at every budget, the model is loaded once, and a table puts the
+    runs side by side. A run that a method refuses is named, and the others go on.
+
     Writes answers for the original scorer and result.json into the folder of the run. Give the same command again after
     an interruption: it goes on where it stopped. `accelerate launch --multi_gpu --num_processes 2 -m mustdrop eval ...`
     shares the questions among several processes.
@@ -159,6 +172,8 @@ def eval_command(
 
     Examples:
         python -m mustdrop eval scenes --method mustdrop --keep 192
+
+        python -m mustdrop eval scenes --method none --method random --method mustdrop --keep 192 --keep 64
 
         python -m mustdrop eval mme --model llava-hf/llava-1.5-7b-hf --keep 192 --data playground/data/eval
 
@@ -170,20 +185,23 @@ def eval_command(
     """
     from transformers.utils import logging
 
-    from mustdrop.cli.common import budget, check_folder
+    from mustdrop.cli.common import check_folder
 
     logging.disable_progress_bar()  # there is one of our own
-    if sparse is False and method not in (None, "none"):
-        raise ConfigError(f"--no-sparse runs the unpruned model, and --method {method} prunes it: give one of them.")
-    chosen = method or ("none" if sparse is False else "mustdrop")
-    if sparse and chosen == "none":
+    methods, budgets = method or ["none" if sparse is False else "mustdrop"], _budgets(keep or [])
+    if sparse is False and set(methods) != {"none"}:
+        shown = ", ".join(methods)
+        raise ConfigError(f"--no-sparse runs the unpruned model, and --method {shown} prunes it: give one of them.")
+    if sparse and "none" in methods:
         raise ConfigError("--sparse prunes, and --method none does not: give one of them.")
     named = {"scale": scale, "bias": bias, "global_threshold": global_thr, "individual_threshold": individual_thr}
-    knobs = ({} if keep is None else {"keep": budget(keep)}) | {k: v for k, v in named.items() if v is not None}
+    several = len(methods) > 1 or len(budgets) > 1
+    knobs = {} if several or not budgets else {"keep": budgets[0]}
+    knobs |= {name: number for name, number in named.items() if number is not None}
     settings = Settings(
         benchmark=benchmark,
         model=model,
-        method=chosen,
+        method=methods[0],
         knobs=knobs | dict(_pair(text) for text in knob or []),
         out=out,
         data=data,
@@ -194,6 +212,7 @@ def eval_command(
         seed=seed,
         workers=workers,
         frames=frames,
+        coordinates=coordinates,
         template=template,
         device=device,
         dtype=dtype,
@@ -202,6 +221,11 @@ def eval_command(
         retry_failed=retry_failed,
         upright=upright,
     )
+    if several:
+        ok = _several(settings, methods, budgets, max_failed, as_json)
+        if not ok:
+            raise typer.Exit(FAILED)
+        return
     check_folder(settings.folder)
     bar = Bar()
     try:
@@ -222,6 +246,56 @@ def eval_command(
         console.print(f"Wrote {settings.folder / RESULT} and {', '.join(result.answers)} beside it.", soft_wrap=True)
     if not _acceptable(result, max_failed):
         raise typer.Exit(FAILED)
+
+
+def _budgets(texts: Sequence[str]) -> list[Any]:
+    """`--keep` as it was given, each once."""
+    from mustdrop.cli.common import budget
+
+    found = [budget(part) for text in texts for part in text.split(",") if part]
+    return list(dict.fromkeys(found))
+
+
+def _several(settings: Settings, methods: list[str], budgets: list[Any], max_failed: float, as_json: bool) -> bool:
+    """Every method at every budget, and a table of all; whether each ran and little enough failed."""
+    from mustdrop.eval.engine import load
+    from mustdrop.eval.sweep import runs, sweep
+
+    wanted = runs(settings, methods, budgets)
+    good, results = True, []
+    bars: list[Bar] = []
+
+    def one(run: Settings, loaded: tuple[Any, Any]) -> EvalResult | None:
+        bars.append(Bar())
+        try:
+            return evaluate(run, bars[-1], loaded)
+        finally:
+            bars[-1].end()
+
+    for outcome in sweep(wanted, lambda run: load(run.model, run.dtype, run.attention), one):
+        name, knobs = outcome.settings.described
+        if outcome.refused is not None:
+            good = False
+            told = " ".join([name, *(f"{knob}={setting}" for knob, setting in knobs.items())])
+            notes.print(f"{told}: cannot: {outcome.refused}", markup=False, highlight=False, soft_wrap=True)
+        elif outcome.result is not None:
+            results.append((outcome.settings.folder, outcome.result))
+            good &= _acceptable(outcome.result, max_failed)
+    if as_json:
+        typer.echo(json.dumps([result.model_dump(mode="json") for _, result in results], indent=1))
+    elif results:
+        _print_groups(results)
+    return good
+
+
+def _print_groups(results: Sequence[tuple[Path, EvalResult]]) -> None:
+    """The runs side by side, as `mustdrop report` shows them."""
+    from mustdrop import compare
+    from mustdrop.compare.render import show
+
+    show(compare.group_files({folder / RESULT: result for folder, result in results}), console)
+    for folder, _ in results:
+        console.print(f"Wrote {folder / RESULT}.", markup=False, highlight=False, soft_wrap=True)
 
 
 def _acceptable(result: EvalResult, most: float) -> bool:

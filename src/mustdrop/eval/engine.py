@@ -16,6 +16,7 @@ from mustdrop.errors import ConfigError, MustDropError, UnsupportedModelError
 from mustdrop.eval.journal import digest
 from mustdrop.eval.loading import Batch
 from mustdrop.eval.processes import share
+from mustdrop.fidelity import lengths_of
 from mustdrop.loading import place
 from mustdrop.registry import MethodLike
 from mustdrop.trace import Trace
@@ -33,7 +34,8 @@ class Said:
         vision: seconds in the vision tower.
         first: seconds to the first token, vision tower included.
         decode: seconds of all further tokens.
-        steps: tokens of the longest answer.
+        lengths: (rows,) tokens of each answer, with the one that ends it.
+        prompts: (rows,) tokens of each prompt, before anything is dropped.
     """
 
     texts: list[str]
@@ -41,7 +43,13 @@ class Said:
     vision: float
     first: float
     decode: float
-    steps: int
+    lengths: list[int]
+    prompts: list[int]
+
+    @property
+    def steps(self) -> int:
+        """Tokens of the longest answer."""
+        return max(self.lengths)
 
 
 class Engine:
@@ -54,6 +62,7 @@ class Engine:
         device: "auto", "cpu", "cuda", "cuda:1", ...
         dtype: "auto", "float32", "bfloat16" or "float16".
         attention: attention implementation; None leaves the choice to transformers.
+        loaded: the model and its processor, unpatched, where they are loaded already (see `load`).
     """
 
     def __init__(
@@ -64,10 +73,11 @@ class Engine:
         device: str = "auto",
         dtype: str = "auto",
         attention: str | None = None,
+        loaded: tuple[Any, Any] | None = None,
     ) -> None:
         self.name = BUNDLED if name is None else name
         self.device = device_of(device)
-        self.model, self.processor = _load(name, dtype, attention)
+        self.model, self.processor = loaded or load(name, dtype, attention)
         self.model = self.model.to(self.device).eval()
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"
@@ -76,6 +86,11 @@ class Engine:
         mustdrop.patch(self.model, method, **knobs)
         self.method = method
         self.clock = Clock(self.model, self.device)
+
+    def close(self) -> None:
+        """Leave the model as it was before, for the next engine."""
+        self.clock.close()
+        mustdrop.unpatch(self.model)
 
     def identity(self) -> dict[str, Any]:
         """What decides the answers: name, configuration, weights, dtype, attention."""
@@ -142,8 +157,11 @@ class Engine:
             less = "give a smaller --batch-size" if rows > 1 else "it does not fit; less --keep or --dtype may help"
             raise ConfigError(f"out of memory with {rows} question{'s' if rows > 1 else ''}: {less} ({short}).")
         new = output[:, inputs["input_ids"].shape[1] :]
+        lengths = lengths_of(new.cpu(), self.model).tolist()
+        mask = inputs.get("attention_mask")
+        prompts = [inputs["input_ids"].shape[1]] * len(new) if mask is None else mask.sum(1).tolist()
         texts = [text.strip() for text in self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
-        return Said(texts, mustdrop.trace(self.model), vision, first, whole - first, new.shape[1])
+        return Said(texts, mustdrop.trace(self.model), vision, first, whole - first, lengths, prompts)
 
     def _moved(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
@@ -177,10 +195,15 @@ class Clock:
                 continue
             if not any(module is tower for tower in towers):
                 towers.append(module)
+        self.handles = [adapter.text(model).register_forward_hook(self._step)]
         for tower in towers:
-            tower.register_forward_pre_hook(self._enter)
-            tower.register_forward_hook(self._leave, always_call=True)
-        adapter.text(model).register_forward_hook(self._step)
+            self.handles.append(tower.register_forward_pre_hook(self._enter))
+            self.handles.append(tower.register_forward_hook(self._leave, always_call=True))
+
+    def close(self) -> None:
+        """Stop measuring."""
+        for handle in self.handles:
+            handle.remove()
 
     def now(self) -> float:
         """The time, when the device has done all that it was given."""
@@ -222,7 +245,12 @@ def device_of(wanted: str) -> torch.device:
         raise ConfigError(f"--{error}") from None
 
 
-def _load(name: str | None, dtype: str, attention: str | None) -> tuple[Any, Any]:
+def load(name: str | None, dtype: str, attention: str | None) -> tuple[Any, Any]:
+    """A model and its processor; None is the bundled one.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from mustdrop.demo.model import CHECKPOINT

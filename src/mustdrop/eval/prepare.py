@@ -71,8 +71,12 @@ class Prepared:
         return digest({key: value for key, value in self.identity.items() if key not in ("method", "knobs")})
 
 
-def prepare(settings: Settings) -> Prepared:
+def prepare(settings: Settings, loaded: tuple[Any, Any] | None = None) -> Prepared:
     """Read the questions, load and patch the model.
+
+    Args:
+        settings: what to do.
+        loaded: the model and its processor, unpatched, where they are loaded already.
 
     Raises:
         DataFileError: a file is missing or broken.
@@ -87,8 +91,24 @@ def prepare(settings: Settings) -> Prepared:
     check_template(settings.template)
     items, data, folder = _questions(settings, benchmark)
     engine = Engine(
-        settings.model, settings.method, dict(settings.knobs), settings.device, settings.dtype, settings.attention
+        settings.model,
+        settings.method,
+        dict(settings.knobs),
+        settings.device,
+        settings.dtype,
+        settings.attention,
+        loaded,
     )
+    try:
+        return _ready(settings, benchmark, items, folder, data, engine)
+    except BaseException:
+        engine.close()
+        raise
+
+
+def _ready(
+    settings: Settings, benchmark: Benchmark, items: list[Item], folder: Folder, data: DataInfo, engine: Engine
+) -> Prepared:
     _check_media(benchmark, items, engine)
     ask = prompter(engine.processor, engine.model.config, settings.template, settings.upright)
     prompt = PromptInfo(
@@ -125,7 +145,15 @@ def _questions(settings: Settings, benchmark: Benchmark) -> tuple[list[Item], Da
         from mustdrop.eval.rows import load_rows
 
         rows, split = load_rows(settings.dataset, settings.split)
-    source = Source(settings.data, rows, settings.split, settings.seed or 0, settings.limit, settings.frames)
+    source = Source(
+        settings.data,
+        rows,
+        settings.split,
+        settings.seed or 0,
+        settings.limit,
+        settings.frames,
+        settings.coordinates,
+    )
     folder = benchmark.place(source)
     every = benchmark.items(source, folder)
     chosen = _chosen(settings, benchmark, every)

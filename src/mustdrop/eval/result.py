@@ -145,6 +145,22 @@ class CostInfo(_Part):
         return self.kv_bytes / self.kv_bytes_unpruned if self.kv_bytes_unpruned else 1.0
 
 
+class AnswerInfo(_Part):
+    """What a whole answer took, mean over the items. A pruned model may write longer answers, which costs too.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt that a decoder layer processed, mean over the layers.
+        tokens: tokens of the answer, with the one that ends it.
+        flops: of the prompt and of every further token.
+        flops_unpruned: of the same answer without pruning.
+    """
+
+    prompt_tokens: float
+    tokens: float
+    flops: float
+    flops_unpruned: float
+
+
 class LatencyInfo(_Part):
     """Measured times of the calls of the model; a call is one batch.
 
@@ -215,6 +231,7 @@ class EvalResult(_Part):
         data: the questions.
         tokens: vision tokens; None if no item has an image or a video.
         cost: FLOPs and KV bytes; None if nothing was answered.
+        answer: what whole answers took; None if nothing was answered, and in files of older versions.
         latency: medians; None if nothing was answered.
         time: where the time went.
         peak_memory_bytes: most memory in use on the device, or of the process on the CPU; largest of all processes.
@@ -241,6 +258,7 @@ class EvalResult(_Part):
     data: DataInfo
     tokens: TokenInfo | None
     cost: CostInfo | None
+    answer: AnswerInfo | None = None
     latency: LatencyInfo | None
     time: TimeInfo
     peak_memory_bytes: int

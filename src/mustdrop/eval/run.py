@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from mustdrop.eval.asking import ask_all
 from mustdrop.eval.benchmark import Answer, Item
@@ -11,6 +11,7 @@ from mustdrop.eval.journal import Journal, Line
 from mustdrop.eval.loading import plan
 from mustdrop.eval.prepare import Prepared, prepare
 from mustdrop.eval.processes import share
+from mustdrop.eval.questions import QUESTIONS, Told, write
 from mustdrop.eval.result import RESULT, EvalResult
 from mustdrop.eval.settings import Settings
 from mustdrop.eval.summary import summarise
@@ -27,7 +28,9 @@ class Watcher(Protocol):
         """After each batch."""
 
 
-def evaluate(settings: Settings, watcher: Watcher | None = None) -> EvalResult | None:
+def evaluate(
+    settings: Settings, watcher: Watcher | None = None, loaded: tuple[Any, Any] | None = None
+) -> EvalResult | None:
     """Run an evaluation, or go on with one that was interrupted.
 
     Started several times at once by `accelerate launch`, `torchrun` or MPI, the processes share the questions. The
@@ -36,6 +39,8 @@ def evaluate(settings: Settings, watcher: Watcher | None = None) -> EvalResult |
     Args:
         settings: what to do.
         watcher: is told how it goes on.
+        loaded: the model and its processor (`mustdrop.eval.engine.load`), for several runs of one model; afterwards
+            they are as they were.
 
     Returns:
         The result, which was also written to the folder; None in all processes but the first.
@@ -48,7 +53,16 @@ def evaluate(settings: Settings, watcher: Watcher | None = None) -> EvalResult |
     place = share()
     rank, world = place.rank, place.world
     settings.check(world)
-    ready = prepare(settings)
+    ready = prepare(settings, loaded)
+    try:
+        return _run(ready, watcher, rank, world)
+    finally:
+        if loaded is not None:
+            ready.engine.close()
+
+
+def _run(ready: Prepared, watcher: Watcher | None, rank: int, world: int) -> EvalResult | None:
+    settings = ready.settings
     journal = Journal(settings.folder, rank)
     journal.claim(ready.identity)
     journal.open()
@@ -86,6 +100,21 @@ def _finish(ready: Prepared, journal: Journal) -> EvalResult:
     folder = ready.settings.folder
     written = ready.benchmark.write(answers, folder, ready.engine.name)
     files = [str(path.relative_to(folder)) for path in written]
+    write(folder / QUESTIONS, (_told(ready, answer, line) for answer, line in zip(answers, lines, strict=True)))
     result = summarise(ready, answers, lines, files, journal.starts())
     result.write(folder / RESULT)
     return result
+
+
+def _told(ready: Prepared, answer: Answer, line: Line) -> Told:
+    item, benchmark = answer.item, ready.benchmark
+    return Told(
+        id=str(item.id),
+        category=item.category,
+        ability=benchmark.ability(item),
+        text=answer.text,
+        credit=0.0 if answer.failed else benchmark.credit(answer),
+        prompt_tokens=line.get("prompt"),
+        tokens=line.get("tokens"),
+        flops=line.get("answer_flops"),
+    )

@@ -33,6 +33,7 @@ class Settings:
         seed: of the choice that `limit` makes; None takes the first.
         workers: processes that load.
         frames: frames of a video.
+        coordinates: of answers about places: "auto", "shares", "thousandths" or "pixels".
         template: "auto", "vicuna_v1" or "processor".
         device: "auto" or a device of torch.
         dtype: "auto", "float32", "bfloat16" or "float16".
@@ -55,6 +56,7 @@ class Settings:
     seed: int | None = None
     workers: int = 2
     frames: int = 8
+    coordinates: str = "auto"
     template: str = "auto"
     device: str = "auto"
     dtype: str = "auto"

@@ -11,6 +11,7 @@ from mustdrop.eval.engine import Engine
 from mustdrop.eval.journal import Line
 from mustdrop.eval.prepare import Prepared
 from mustdrop.eval.result import (
+    AnswerInfo,
     CostInfo,
     EvalResult,
     Failure,
@@ -61,6 +62,7 @@ def summarise(
         data=ready.data,
         tokens=_tokens([line for line in said if line["total"]]),
         cost=_cost(said),
+        answer=_answer(said),
         latency=_latency(said, settings.batch_size),
         time=_time(lines, starts),
         peak_memory_bytes=max((line["peak"] for line in said), default=0),
@@ -124,6 +126,19 @@ def _cost(said: Sequence[Line]) -> CostInfo | None:
         kv_bytes=mean["kv"],
         kv_bytes_unpruned=mean["kv_unpruned"],
     )
+
+
+def _answer(said: Sequence[Line]) -> AnswerInfo | None:
+    whole = [line for line in said if "answer_flops" in line]
+    if not whole or len(whole) < len(said):  # answered by an older version, which did not count
+        return None
+    names = {
+        "prompt_tokens": "prompt",
+        "tokens": "tokens",
+        "flops": "answer_flops",
+        "flops_unpruned": "answer_flops_unpruned",
+    }
+    return AnswerInfo(**{field: statistics.fmean(line[name] for line in whole) for field, name in names.items()})
 
 
 def _latency(said: Sequence[Line], batch_size: int) -> LatencyInfo | None:

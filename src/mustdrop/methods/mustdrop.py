@@ -23,9 +23,10 @@ class MustDrop(Recipe):
         bias: rank rule, tokens on top (`--bias`).
         layers: filter layers; None is (2, 6, 10, 14) of 32, scaled to the model.
         window: side of the merging windows.
-        merge: how many windows merge: "needed" or "allowed", which follow from the prompt's shape, or "threshold",
-            which the data decide (see `VisionStagePruner.merge_count`); None: "needed" where `keep` is a number, else
-            "threshold".
+        merge: how many windows merge: "budget", which follows from the prompt's shape, or "threshold", which the data
+            decide (see `VisionStagePruner.merge_count`); None: "budget" where `keep` is a number and no `threshold` is
+            given.
+        merge_share: share of the windows that "budget" merges at most.
         threshold: similarity from which a window merges.
         key_share: share of pinned tokens.
         inside: whether windows also merge inside an encoder of packed patches, which then runs on fewer; False merges
@@ -44,7 +45,8 @@ class MustDrop(Recipe):
     bias: float | None = None
     layers: tuple[int, ...] | None = None
     window: int | None = Field(3, ge=2)
-    merge: Literal["needed", "allowed", "threshold"] | None = None
+    merge: Literal["budget", "threshold"] | None = None
+    merge_share: float = Field(0.375, gt=0, le=1)
     threshold: float = 0.8
     key_share: float = 0.08
     inside: bool = True
@@ -65,6 +67,7 @@ class MustDrop(Recipe):
             vision=VisionStagePruner(
                 window=self.window,
                 merge_count=self._merge_count(data_decide),
+                merge_share=self.merge_share,
                 threshold=self.threshold,
                 key_share=self.key_share,
                 key_layer=-1 if self.select_layer is None else self.select_layer,
@@ -84,9 +87,9 @@ class MustDrop(Recipe):
             decode=DecodeCachePruner(keep=self.decode_keep, interval=self.interval),
         )
 
-    def _merge_count(self, data_decide: bool) -> Literal["needed", "allowed", "threshold"]:
+    def _merge_count(self, data_decide: bool) -> Literal["budget", "threshold"]:
         """How many windows merge; a threshold that somebody names is meant."""
         if self.merge is not None:
             return self.merge
         named = "threshold" in self.model_fields_set
-        return "threshold" if data_decide or named or self.compat == "released" else "needed"
+        return "threshold" if data_decide or named or self.compat == "released" else "budget"

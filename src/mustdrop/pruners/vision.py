@@ -45,11 +45,11 @@ class VisionStagePruner(Settings):
             (a 2x2 merger), the side counts features.
         temporal_window: adjacent frames of a video that a merging window spans; 1 merges within frames. Windows over
             several frames merge behind the encoder, which sees frames one by one. An image is one frame.
-        merge_count: how many windows merge. "needed": as many as it takes until no more tokens are left than may enter
-            the language model; "allowed": as many as may, so that fewer tokens enter and filters keep more. Both take
-            the most similar windows, and follow from the prompt's shape. "threshold": all whose similarity reaches
+        merge_count: how many windows merge. "budget": the most similar ones, as many as the budget allows, `merge_share`
+            of all windows at most, which follows from the prompt's shape. "threshold": all whose similarity reaches
             `threshold`, as the paper has it, as far as the budget allows; so it is also without a budget, and with
             compat="released".
+        merge_share: share of the windows that merge_count="budget" merges at most, in (0, 1].
         threshold: mean pairwise cosine similarity in [-1, 1] from which a window becomes its mean.
         layer: encoder layer (0-based) after which windows merge; later encoder layers run on fewer tokens.
         inside: whether windows merge inside the encoder, where it can run on fewer tokens; False merges the features
@@ -77,7 +77,8 @@ class VisionStagePruner(Settings):
 
     window: int | None = Field(3, ge=2)
     temporal_window: int = Field(1, ge=1)
-    merge_count: Literal["needed", "allowed", "threshold"] = "threshold"
+    merge_count: Literal["budget", "threshold"] = "threshold"
+    merge_share: Share = 1.0
     threshold: float = Field(0.8, ge=-1, le=1)
     layer: int = Field(0, ge=0)
     inside: bool = True
@@ -198,8 +199,11 @@ class VisionStagePruner(Settings):
     ) -> Selection:
         """The second half of `merge`, from what `similarity` found; on the device where that lies."""
         released = self.compat == "released"
-        # where the number of windows follows from the budget, the most similar ones merge, however similar they are
-        threshold = -math.inf if self.counts_windows and at_least is not None else self.threshold
+        threshold = self.threshold
+        if self.counts_windows and at_least is not None:  # the most similar ones merge, however similar they are
+            threshold = -math.inf
+            lost = self.most_windows(grid, scale) * (self.window_tokens(grid, scale) - 1)
+            at_least = at_least.clamp(min=math.prod(grid) - lost)
         return merge_windows(similarity, grid, self._window(scale), threshold, at_least, released=released)
 
     def merge_most(
@@ -208,9 +212,9 @@ class VisionStagePruner(Settings):
         """As `merge_by`, the most similar windows of each row, as many as `counts` says: see `rules.windows`."""
         return merge_most(similarity, grid, self._window(scale), counts)
 
-    def windows_in(self, grid: tuple[int, ...], scale: int = 1) -> int:
-        """Complete windows of a grid."""
-        return window_count(grid, self._window(scale))
+    def most_windows(self, grid: tuple[int, ...], scale: int = 1) -> int:
+        """How many windows of a grid may merge."""
+        return int(window_count(grid, self._window(scale)) * self.merge_share + 1e-9)
 
     def window_tokens(self, grid: tuple[int, ...], scale: int = 1) -> int:
         """Tokens of each of them."""

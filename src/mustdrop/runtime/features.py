@@ -99,9 +99,7 @@ class FeaturesWrapper:
             plans, shares = [runtime.plan(size) for size in sizes], [Share((size,)) for size in sizes]
         ends = _ends(shares, owners, sizes, shown)
         most = _limits(seen, owners, shares, [plan.at_most for plan in plans])
-        least = most
-        if stage.pruner is None or stage.pruner.merge_count != "needed":
-            least = _limits(seen, owners, shares, [plan.at_least for plan in plans])
+        least = _limits(seen, owners, shares, [plan.at_least for plan in plans])
         counted = not ends and shown is None  # nothing that only the data tell
         run = self._run(stage, layouts, least, arguments, counted)
         run.inside = self._inside(stage, layouts, most, arguments)

@@ -51,7 +51,7 @@ def windows_inside(
     """
     assert run.grid is not None
     assert pruner.window is not None
-    patches, most = run.grid[0] * run.grid[1], pruner.windows_in(run.grid, run.pool)
+    patches, most = run.grid[0] * run.grid[1], pruner.most_windows(run.grid, run.pool)
     lost = pruner.window**2 - 1  # features of a window that merges
     out: dict[int, int] = {}
     for layout, fewest in zip(layouts, floor, strict=True):
@@ -70,7 +70,7 @@ def windows_behind(pruner: VisionStagePruner, layout: Layout, fewest: int) -> li
     gone = share_out(min(max(0, layout.size - fewest), sum(sizes)), sizes)
     out = []
     for grid, n in zip(layout.grids, gone, strict=True):
-        most = pruner.windows_in(grid)
+        most = pruner.most_windows(grid)
         out.append(min(most, n // (pruner.window_tokens(grid) - 1)) if most else 0)
     return out
 

@@ -17,6 +17,7 @@ __all__ = [
     "ABILITY",
     "BINS",
     "KINDS",
+    "LEARNED",
     "SPLITS",
     "TYPES",
     "WORDS",
@@ -35,6 +36,8 @@ ABILITY: dict[str, dict[str, str]] = {
     "changes": pair.ABILITY,
 }
 TYPES = {kind: tuple(abilities) for kind, abilities in ABILITY.items()}
+#: The types of question that the bundled model answers: benchmarks ask it no others. Its card says why.
+LEARNED: dict[str, tuple[str, ...]] = TYPES
 _SIZES = {
     "pages": page.SIZES,
     "scenes": scene.SIZES,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,6 +15,11 @@ PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
 )  # fmt: skip
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+_ABILITY = {
+    "existence": "hallucination", "count": "counting", "position": "position", "color": "attributes", "OCR": "reading",
+    "posters": "recognition", "celebrity": "recognition", "scene": "recognition", "landmark": "recognition",
+    "artwork": "recognition", **dict.fromkeys(COGNITION, "reasoning"),
+}  # fmt: skip
 _RELEASE = "MME_Benchmark_release_version"
 _YES_NO = "Please answer yes or no."
 _PAIR = 2  # questions to a picture
@@ -39,6 +44,7 @@ class MME(Benchmark):
     headline = "total"
     headline_max = 2800.0
     metric = "perception + cognition: accuracy % + accuracy+ %, summed over the categories"
+    abilities: ClassVar[Mapping[str, str]] = _ABILITY
     columns: ClassVar[Columns] = {
         "id": ("question_id",),
         "image": ("image",),

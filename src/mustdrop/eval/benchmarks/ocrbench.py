@@ -43,6 +43,7 @@ class OCRBench(Benchmark):
     headline = "total"
     headline_max = 1000.0
     metric = "right answers of 1000: one of the expected texts is inside"
+    general = "reading"
     columns: ClassVar[Columns] = {
         "id": ("id", "question_id"),
         "image": ("image",),

@@ -44,6 +44,7 @@ class POPE(Benchmark):
     suffix = SHORT
     headline = "f1"
     metric = "F1, mean of random, popular and adversarial"
+    general = "hallucination"
     columns: ClassVar[Columns] = {
         "id": ("question_id", "id"),
         "image": ("image",),

@@ -45,6 +45,12 @@ class Scenes(Benchmark):
             ]
         return found[:number]
 
+    def ability(self, item: Item) -> str:
+        """What each type of question asks for."""
+        from mustdrop.demo.tasks.scene import ABILITY
+
+        return ABILITY[item.category]
+
     def credit(self, answer: Answer) -> float:
         """Whether the answer is the right one."""
         return float(not answer.failed and answer.text == answer.item.truth)

@@ -42,6 +42,7 @@ class ScienceQA(Benchmark):
     max_new_tokens = 1024
     headline = "image"
     metric = "accuracy of the questions with a picture"
+    general = "knowledge"
     columns: ClassVar[Columns] = {
         "id": ("id", "question_id", "pid"),
         "image": ("image",),

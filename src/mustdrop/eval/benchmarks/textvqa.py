@@ -32,6 +32,7 @@ class TextVQA(Benchmark):
     section = "textvqa"
     suffix = SHORT
     metric = "soft accuracy after VQA normalisation, OCR tokens in the prompt"
+    general = "reading"
     columns: ClassVar[Columns] = {
         "id": ("image_id",),
         "image": ("image",),
