@@ -45,8 +45,8 @@ class VisionStagePruner(Settings):
             (a 2x2 merger), the side counts features.
         temporal_window: adjacent frames of a video that a merging window spans; 1 merges within frames. Windows over
             several frames merge behind the encoder, which sees frames one by one. An image is one frame.
-        merge_count: how many windows merge. "budget": the most similar ones, as many as the budget allows, `merge_share`
-            of all windows at most, which follows from the prompt's shape. "threshold": all whose similarity reaches
+        merge_count: how many windows merge. "budget": the most similar ones, as many as the budget allows, a share of
+            them (`merge_share`) at most, which follows from the prompt's shape. "threshold": all whose similarity reaches
             `threshold`, as the paper has it, as far as the budget allows; so it is also without a budget, and with
             compat="released".
         merge_share: share of the windows that merge_count="budget" merges at most, in (0, 1].
