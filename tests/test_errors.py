@@ -122,7 +122,7 @@ def test_what_is_no_vision_language_model_is_told_what_it_lacks_and_what_fits(ki
         mustdrop.patch(thing)
     said = str(raised.value)
     assert says in said
-    assert all(family in said for family in ("AyaVision", "Llava", "Qwen2_5_VL", "VipLlava"))
+    assert "mustdrop.list_adapters()" in said
     assert ("Did you mean" in said) is (hint is not None)
     assert hint is None or hint in said
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from transformers.models.llava import modeling_llava
 
 import mustdrop
 from mustdrop.runtime import entry
+from mustdrop.runtime.core import Runtime
 from mustdrop.runtime.features import FeaturesWrapper
 from support.builders import LLAMA, SIGLIP, batch, clone
 from support.edges import BUDGETED
@@ -68,3 +71,41 @@ def test_merging_counts(share, variant, looks):
     theirs, same, _ = answered(model, inputs)
     assert kept == same
     assert torch.allclose(logits, theirs, atol=1e-5)
+
+
+#: What asks the device on the way, by a loop over frames, crops or tokens whose length the data decide.
+ASKS = {
+    "dart": "what falls together is counted",
+    "downsample": "the picture is made smaller on the host",
+    "pooling": "cells of distinct shapes are found on the host",
+    "fastvid": "a loop over segments",
+    "flashvid": "a loop over frames",
+    "gleanvid": "a loop over frames",
+    "holov": "what a full crop cannot take goes to others, in rounds",
+    "sparsevlm": "which words score, and how many clusters there are, depends on the question",
+    "h2o": "the cache is cut by what each layer read",
+    "snapkv": "likewise",
+    "tgvkv": "likewise",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in BUDGETED if name not in ASKS])
+def test_nothing_in_a_prompts_pass_depends_on_data(name, monkeypatch):
+    """Tensors without data go through the whole pass: shapes follow from the prompt, and nobody asks for a number."""
+    model = clone(LLAMA)
+    mustdrop.patch(model, name, keep=16)
+    inputs = batch(LLAMA, (1, 1))
+    with torch.no_grad():
+        expected = model(**inputs).logits.shape  # answers are looked at in the first call
+    begin = Runtime.begin
+
+    def with_data(self, ids, kwargs):  # the ids come to the host at the start
+        with unset_fake_temporarily():
+            return begin(self, ids, kwargs)
+
+    monkeypatch.setattr(Runtime, "begin", with_data)
+    monkeypatch.setattr(modeling_llava, "torch_compilable_check", lambda *_, **__: None)  # the model's own question
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        out = model(**inputs)
+    assert type(out.logits) is FakeTensor
+    assert out.logits.shape == expected

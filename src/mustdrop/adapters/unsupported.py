@@ -142,8 +142,7 @@ def _instead(thing: object, names: list[str], known: Sequence[str]) -> str:
             return f"It holds a {type(part).__name__}: pass that, .{path} of what you passed."
     what, near = _lacks(thing, near)
     hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
-    families = ", ".join(sorted({stem(name) for name in known}))
-    return f"{what}A {EXAMPLE} or the like fits; the families, as in mustdrop.list_adapters(): {families}.{hint}"
+    return f"{what}Pass a model such as {EXAMPLE}; mustdrop.list_adapters() names the families.{hint}"
 
 
 def _lacks(thing: nn.Module, near: list[str]) -> tuple[str, list[str]]:

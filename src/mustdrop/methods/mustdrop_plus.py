@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from mustdrop.constants import highest
 from mustdrop.errors import ConfigError
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.methods.tome import SoftMatching
@@ -54,13 +55,13 @@ class AttendedAndDiverse(TextScorer):
         if seen.hidden is None:
             raise ConfigError("AttendedAndDiverse compares hidden states: call filter() with Seen(hidden=...).")
         score = self.score(seen)
-        highest = score.masked_fill(~seen.alive, 0).amax(1, keepdim=True).clamp(min=1e-30)
-        quality = (score / highest).clamp(min=1e-6) ** self.power
+        best = score.masked_fill(~seen.alive, 0).amax(1, keepdim=True).clamp(min=1e-30)
+        quality = (score / best).clamp(min=1e-6) ** self.power
         must = torch.zeros_like(seen.alive)
         if pinned is not None:
             must = keep_best(score, count, seen.alive & pinned, pinned, importance)
             quality = quality.masked_fill(must, PINNED)
-        most = int(count.max())
+        most = highest(count)
         picks = greedy_determinant(seen.hidden, quality, most, seen.alive, count)
         # earlier picks rank higher; pinned tokens that others explain wholly stay all the same
         rank = torch.zeros(picks.shape[0], score.shape[1] + 1, dtype=torch.float32, device=score.device)

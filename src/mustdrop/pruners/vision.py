@@ -46,9 +46,9 @@ class VisionStagePruner(Settings):
         temporal_window: adjacent frames of a video that a merging window spans; 1 merges within frames. Windows over
             several frames merge behind the encoder, which sees frames one by one. An image is one frame.
         merge_count: how many windows merge. "budget": the most similar ones, as many as the budget allows, a share of
-            them (`merge_share`) at most, which follows from the prompt's shape. "threshold": all whose similarity reaches
-            `threshold`, as the paper has it, as far as the budget allows; so it is also without a budget, and with
-            compat="released".
+            them (`merge_share`) at most, which follows from the prompt's shape. "threshold": all whose similarity
+            reaches `threshold`, as the paper has it, as far as the budget allows; so it is also without a budget, and
+            with compat="released".
         merge_share: share of the windows that merge_count="budget" merges at most, in (0, 1].
         threshold: mean pairwise cosine similarity in [-1, 1] from which a window becomes its mean.
         layer: encoder layer (0-based) after which windows merge; later encoder layers run on fewer tokens.

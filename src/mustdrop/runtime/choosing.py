@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mustdrop.budget import share_out
-from mustdrop.constants import sent
+from mustdrop.constants import host_table, sent
 from mustdrop.errors import MustDropError
 from mustdrop.layout import Layout
 from mustdrop.pruners import Chosen, Features, Read, VisionRule
@@ -189,16 +189,20 @@ class Chooser:
         def of_views(x: Tensor) -> Tensor:
             return x.unflatten(0, tuple(index.shape)) if whole else x[index]
 
-        frame, row, column, first = sent(np.concatenate([places(own) for own in self.layouts], 1), features.device)
+        table, known = np.concatenate([places(own) for own in self.layouts], 1), host_table(index)
+        if known is None:
+            frame, row, column, first = (of_views(x) for x in sent(table, features.device))
+        else:  # where features lie is known to the host, and stays so
+            frame, row, column, first = (sent(x[known], features.device) for x in table)
         seen = Features(
             of_views(features).float(),
-            of_views(frame),
-            of_views(row),
-            of_views(column),
+            frame,
+            row,
+            column,
             {read: of_views(self.reading(read, features.device)) for read in self.rule.reads},
             tuple(self.questions[i].to(features.device) for i in media) if self.rule.asks else (),
             of_views(size),
-            of_views(first),
+            first,
         )
         return self.rule(seen, count)
 

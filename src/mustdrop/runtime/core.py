@@ -182,7 +182,7 @@ class Runtime(Copied):
             start = 0 if cache is None else int(cache.get_seq_length())
             valid = valid_tokens(kinds, mask, start)
             if ids is not None and not start and (given is None or getattr(given, "shape", None) == ids.shape):
-                call.looked = Looked(ids, given, kinds, valid, bool(valid.all()))
+                call.looked = Looked(ids, given, kinds, valid, bool(valid.all()), (kinds.numpy(), valid.numpy()))
             call.totals_of = {m.name: (kinds == i).sum(1).tolist() for i, m in enumerate(self.modalities)}
             if bool(((kinds >= 0) & ~valid).any()):  # each still stands for a feature, so the encoder's marks know them
                 call.shown_of = {

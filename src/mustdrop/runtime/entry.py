@@ -87,10 +87,10 @@ def read(runtime: Runtime, embeds: Tensor, kinds: Tensor, mask: Tensor | None) -
     forward = runtime.local.forward
     looked = None if call is None else call.looked
     if looked is not None and looked.kinds is kinds:
-        valid = looked.valid
+        valid, (own, shown) = looked.valid, looked.tables
     else:
         valid = valid_tokens(kinds, mask, forward.start if forward is not None else 0)
-    own, shown = kinds.numpy(), valid.numpy()
+        own, shown = kinds.numpy(), valid.numpy()
     places = own >= 0
     vision, prompt = places & shown, _prompt(shown, call)
     text, ends = _raters(vision, prompt), vision & last_token(prompt)
@@ -101,7 +101,7 @@ def read(runtime: Runtime, embeds: Tensor, kinds: Tensor, mask: Tensor | None) -
         found, made[0], ends=torch.from_numpy(ends) if ends.any() else None,
     )  # fmt: skip
     if fixed.possible(runtime, call, kinds, media.ends is not None):
-        _fixed(runtime, media, embeds, own, call)
+        _fixed(runtime, media, embeds, own, (vision, shown, text), call)
         return media
     _look(runtime, media, embeds, call)
     return media
@@ -129,9 +129,19 @@ def _look(runtime: Runtime, media: Media, embeds: Tensor, call: Call | None) -> 
         media.counts = _counts(runtime, media.totals, (media.vision & media.alive).sum(1).tolist())
 
 
-def _fixed(runtime: Runtime, media: Media, embeds: Tensor, kinds: np.ndarray, call: Call | None) -> None:
-    """All counts are known: what the filters need goes to the device, and nothing comes back."""
-    device, vision, valid = embeds.device, media.vision.numpy(), media.valid.numpy()
+def _fixed(
+    runtime: Runtime,
+    media: Media,
+    embeds: Tensor,
+    kinds: np.ndarray,
+    tables: tuple[np.ndarray, np.ndarray, np.ndarray],
+    call: Call | None,
+) -> None:
+    """All counts are known: what the filters need goes to the device, and nothing comes back.
+
+    `tables` are what `media` says of vision tokens, of valid ones and of those that score.
+    """
+    device, (vision, valid, raters) = embeds.device, tables
     here, is_text = sent(vision, device), sent(valid & ~vision, device)
     padding = sent(~valid, device) if media.padded else None
     alive, present, protected, importance = here, media.totals, None, None
@@ -150,7 +160,7 @@ def _fixed(runtime: Runtime, media: Media, embeds: Tensor, kinds: np.ndarray, ca
     if prefill is not None:
         media.counts = _counts(runtime, media.totals, present)
     text = (valid & ~vision).sum(1).tolist()
-    scoring = fixed.Scoring.of(media.raters.numpy() & valid, valid)
+    scoring = fixed.Scoring.of(raters & valid, valid)
     media.fixed = fixed.FixedRows(here, alive, protected, importance, is_text, text, present, scoring, padding)
 
 

@@ -205,6 +205,7 @@ class Looked:
         kinds: (B, S) long, index of the modality that each position stands for, -1 for text. On the host.
         valid: (B, S) bool, tokens that the mask does not hide. On the host.
         whole: whether it hides none: then no mask says the same, and `generate` leaves it out.
+        tables: `kinds` and `valid`, for arithmetic without torch.
     """
 
     ids: Tensor
@@ -212,6 +213,7 @@ class Looked:
     kinds: Tensor
     valid: Tensor
     whole: bool
+    tables: tuple[np.ndarray, np.ndarray]
 
     def knows(self, ids: Tensor | None, mask: Any) -> bool:
         """Whether the host has seen both."""

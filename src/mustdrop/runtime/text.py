@@ -103,7 +103,7 @@ class TextStage(Copied):
         cache = kv.adopt(cache_of(kwargs), module.config, runtime.depth, bool(wants), checks.no_static(runtime))
         if cache is not None:
             give_cache(module, kwargs, cache)
-        seen = embeds is not None and kinds is not None and bool((kinds >= 0).any())
+        seen = embeds is not None and kinds is not None and self._has_vision(kinds)
         begins = self._begins(cache, tokens.shape[1], seen)
         forward = local.forward = Forward(tokens.shape[1], begins, tokens.shape[0], cache, flash=runtime.flash)
         mask = kwargs.get("attention_mask")
@@ -137,6 +137,12 @@ class TextStage(Copied):
         if forward.idle and forward.record is not None:
             forward.record.rows, forward.record.past = [None] * runtime.depth, [forward.start] * runtime.depth
         return (), kwargs
+
+    def _has_vision(self, kinds: Tensor) -> bool:
+        """Whether any of the positions is a vision token's."""
+        call = self.local.call
+        known = None if call is None else call.looked
+        return bool(((known.tables[0] if known is not None and known.kinds is kinds else kinds.numpy()) >= 0).any())
 
     def _begins(self, cache: Any, length: int, seen: bool) -> Callable[[], int]:
         """What says how many tokens came before this pass.
