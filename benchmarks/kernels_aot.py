@@ -50,6 +50,13 @@ def cases() -> dict[str, Callable[[], Any]]:
 
         return call
 
+    def sums(*sizes: Any) -> Callable[[], Any]:
+        def call() -> Any:
+            q, k, rows, visible = attention(*sizes)
+            return text.text_sums(q, k, rows, visible, 0.1)
+
+        return call
+
     def rows_of(*sizes: Any) -> Callable[[], Any]:
         def call() -> Any:
             q, k, rows, visible = attention(*sizes)
@@ -102,6 +109,11 @@ def cases() -> dict[str, Callable[[], Any]]:
         cache = [torch.empty(1, groups, tokens, dim, dtype=dtype) for _ in range(layers)]
         return lambda: gathering.compact(cache, torch.zeros(1, tokens // 4, dtype=torch.long))
 
+    def each(layers: int, groups: int, tokens: int, dim: int, dtype: torch.dtype) -> Callable[[], Any]:
+        cache = [torch.empty(1, groups, tokens, dim, dtype=dtype) for _ in range(2 * layers)]
+        index, slots = torch.zeros(layers, 1, tokens // 4, dtype=torch.long), [tokens // 4 - i for i in range(layers)]
+        return lambda: gathering.compact_each(cache, index, torch.tensor(slots), slots)
+
     def farthest(tokens: int, channels: int, count: int, dtype: torch.dtype) -> Callable[[], Any]:
         return lambda: greedy.farthest_first(torch.empty(1, tokens, channels, dtype=dtype), count)
 
@@ -130,6 +142,8 @@ def cases() -> dict[str, Callable[[], Any]]:
             8, 4, 256, 2944, 64, BFLOAT16, softcap=50.0, biased=True
         ),
         "text statistics, float32, head dim 128": statistics(32, 32, 128, 640, 64, FLOAT),
+        "text sums, LLaVA-1.5-7B": sums(32, 32, 128, 640, 64, BFLOAT16),
+        "text sums, Qwen2.5-VL-7B, all rows of 4k": sums(28, 4, 128, 4096, 4096, BFLOAT16),
         "text rows, LLaVA-NeXT": rows_of(32, 32, 128, 2944, 64, BFLOAT16),
         "received attention, SigLIP, head dim 72": lambda: text.received_attention(
             *(torch.empty(2, 1, 16, 729, 72, dtype=HALF)), torch.ones(1, 729, dtype=torch.bool), 0.1
@@ -167,6 +181,7 @@ def cases() -> dict[str, Callable[[], Any]]:
         "cut of a mask": cut(2944, torch.bool),
         "cut of an additive mask": cut(2944, BFLOAT16),
         "cache compaction, LLaVA-1.5-7B": compact(64, 32, 640, 128, BFLOAT16),
+        "cache compaction by layer, LLaVA-1.5-7B": each(32, 32, 640, 128, BFLOAT16),
         "cache compaction, Qwen2.5-VL-7B, 16k": compact(8, 4, 16448, 128, BFLOAT16),
     }
 

@@ -30,6 +30,7 @@ def arguments():
     return {
         "row_probabilities": (q, k, rows, visible, 0.3, None, None, 4),
         "text_statistics": (q, k, rows, visible, 0.3, None, 5.0, 4),
+        "text_sums": (q, k, rows, visible, 0.3, None, 5.0, 4),
         "key_scores": (q[:, :, 0], k, visible[:, 0], 0.3),
         "received_attention": (k, k, visible[:, 0], 0.3),
         "window_similarity": (x, index),
@@ -46,6 +47,7 @@ def arguments():
         "gather_rows": ([x, x[:1]], keep, True),
         "cut_mask": (torch.rand(1, 1, 12, 12), keep, keep),
         "compact": ([k, k[:, :1]], keep),
+        "compact_each": ([k, k[:, :1]], torch.stack([keep, keep]), torch.tensor([2, 1]), [2, 1]),
     }
 
 
@@ -130,6 +132,7 @@ def test_no_reference_makes_anything_larger_than_its_inputs_or_its_result():
     calls = {
         "row_probabilities": (q, k, rows, visible, 0.3),
         "text_statistics": (q, k, rows, visible, 0.3),
+        "text_sums": (q, k, rows, visible, 0.3),
         "key_scores": (q[:, :, 0], k, visible[:, 0], 0.3),
         "received_attention": (q, k, visible[:, 0], 0.3),
         "window_similarity": (tokens, torch.arange(900).view(100, 9)),
@@ -146,6 +149,7 @@ def test_no_reference_makes_anything_larger_than_its_inputs_or_its_result():
         "gather_rows": ([tokens], slot),
         "cut_mask": (visible[:, None], rows, rows),
         "compact": ([q, k], rows),
+        "compact_each": ([q, k], rows[None], torch.tensor([500]), [500]),
     }
     assert set(calls) == set(arguments())
     for name, given in calls.items():

@@ -49,8 +49,8 @@ def host_time(record: Mapping[str, Any], table: Callable[..., str]) -> str:
     """Processor time of a first token with tiny widths, beside the untouched model."""
     text = (
         f"{record['hardware']}; torch {record['versions']['torch']}, commit {str(record['commit'])[:10]}; "
-        f"{record['vision']} vision tokens, `keep={record['keep']}`, {record['pairs']} pairs; median of the ratios, and "
-        "their quartiles."
+        f"{record['vision']} vision tokens, `keep={record['keep']}`, {record['pairs']} pairs; the median of "
+        "their ratios, and the quartiles."
     )
     batches = sorted({row["batch"] for row in record["rows"]})
     rows: dict[str, list[str]] = {}

@@ -6,7 +6,13 @@ any device.
 """
 
 from mustdrop.kernels.dispatch import Choice, chosen, implementation, use_kernels
-from mustdrop.kernels.reference import key_scores, received_attention, row_probabilities, text_statistics
+from mustdrop.kernels.reference import (
+    key_scores,
+    received_attention,
+    row_probabilities,
+    text_statistics,
+    text_sums,
+)
 from mustdrop.kernels.reference_choices import (
     farthest_first,
     greedy_coverage,
@@ -18,6 +24,7 @@ from mustdrop.kernels.reference_select import select
 from mustdrop.kernels.reference_tokens import (
     best_match,
     compact,
+    compact_each,
     cut_mask,
     gather_rows,
     merge_tokens,
@@ -30,6 +37,7 @@ __all__ = [
     "bipartite_slots",
     "chosen",
     "compact",
+    "compact_each",
     "cut_mask",
     "farthest_first",
     "followed",
@@ -44,6 +52,7 @@ __all__ = [
     "row_probabilities",
     "select",
     "text_statistics",
+    "text_sums",
     "use_kernels",
     "window_similarity",
     "without_duplicates",

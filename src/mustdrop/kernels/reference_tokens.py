@@ -133,6 +133,30 @@ def compact(tensors: list[Tensor], index: Tensor) -> list[Tensor]:
     return [take(x, index, 2) for x in tensors]
 
 
+def _each_shape(tensors: list[Tensor], index: Tensor, widths: Tensor, slots: list[int]) -> list[Tensor]:
+    per = len(tensors) // max(1, len(slots))
+    return [x.new_empty(index.shape[1], x.shape[1], slots[t // per], x.shape[3]) for t, x in enumerate(tensors)]
+
+
+@operation(
+    _each_shape, "gathering:compact_each", lambda tensors, *_, **__: len({t.shape[1:] for t in tensors}), grad=True
+)
+def compact_each(tensors: list[Tensor], index: Tensor, widths: Tensor, slots: list[int]) -> list[Tensor]:
+    """As `compact`, where each layer keeps entries of its own, and as many as it likes.
+
+    Args:
+        tensors: each (B, G, N, D); as many of them, next to each other, belong to a layer.
+        index: (L, B, M) long, entries that stay in each layer; -1 is padding and reads entry 0.
+        widths: (L,) long, how many of the M columns count in each layer: `slots` on the device.
+        slots: the same numbers.
+
+    Returns:
+        New tensors, each (B, G, the layer's number, D).
+    """
+    per = len(tensors) // max(1, len(slots))
+    return [take(x, index[t // per, :, : slots[t // per]], 2) for t, x in enumerate(tensors)]
+
+
 def means(x: Tensor, goes: Tensor, slots: int, weight: Tensor | None) -> tuple[Tensor, Tensor]:
     """(Weighted) means of the tokens that share a slot, and their weights together.
 

@@ -249,6 +249,10 @@ class Slots:
         """(B, n) long, entries that are gathered for a cut of this layer, PAD where nothing is. On the host."""
         return cut.index
 
+    def room(self, left: int) -> int:
+        """Entries that there must be room for where a cut leaves so many."""
+        return left
+
     def store(self, cut: Cut, keys: Tensor, values: Tensor) -> None:
         """Hold what a cut left of `entries`, gathered by `index`."""
         raise NotImplementedError

@@ -151,10 +151,13 @@ class PrunedStaticLayer(Slots, StaticLayer):
         held, room = self.storage_bytes(), self.keys.shape[2] if self.is_initialized else 0
         return held, held // room * self.max_cache_len if room else 0
 
+    def room(self, left: int) -> int:
+        """Entries that there must be room for where a cut leaves so many: these, and the tokens to come."""
+        return max(left, self.max_cache_len - self.dropped - self.slots + left)
+
     def index(self, cut: Cut) -> Tensor:
         """(B, room) long: what a cut leaves, then the room for later tokens, which nothing sees before it is filled."""
-        gone = self.slots - cut.index.shape[1]
-        free = max(0, self.max_cache_len - self.dropped - gone - cut.index.shape[1])
+        free = self.room(cut.index.shape[1]) - cut.index.shape[1]
         if ("room", free) not in cut.memo:
             cut.memo["room", free] = torch.nn.functional.pad(cut.index, (0, free), value=PAD)
         return cut.memo["room", free]  # type: ignore[no-any-return]

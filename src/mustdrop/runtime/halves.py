@@ -39,17 +39,17 @@ class Followed(Selection):
         return self._find()  # type: ignore[attr-defined,no-any-return]
 
     @property
-    def keep(self) -> Tensor:  # type: ignore[override]
+    def keep(self) -> Tensor:
         """See `Selection`."""
         return self._found.keep
 
     @property
-    def valid(self) -> Tensor:  # type: ignore[override]
+    def valid(self) -> Tensor:
         """See `Selection`."""
         return self._found.valid
 
     @property
-    def merge_into(self) -> Tensor | None:  # type: ignore[override]
+    def merge_into(self) -> Tensor | None:
         """See `Selection`."""
         return self._found.merge_into
 
@@ -260,7 +260,8 @@ class HalfHooks:
         if run is None or run.inside is None or run.inside.mid is None:
             return None
         run.inside.out, run.inside.mid = run.inside.mid + output, None
-        return run.inside.nothing(output)
+        inside: Inside = run.inside
+        return inside.nothing(output)
 
     @eager
     def after_block(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

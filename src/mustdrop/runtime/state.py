@@ -26,7 +26,7 @@ from mustdrop.runtime.rows import PAD, Sent, on, take
 if TYPE_CHECKING:
     from types import FrameType
 
-    from mustdrop.runtime.decoding import Later
+    from mustdrop.runtime.decoding import Later, Reading
     from mustdrop.runtime.encoder_run import EncoderRun
     from mustdrop.runtime.entry import Media
     from mustdrop.runtime.fixed import FlatMarks
@@ -309,7 +309,7 @@ class Forward:
         attention: captured at the last filter layer: (B, T, n), or (B, 2, n), on its way to the host, where the pruner
             needs no more than the sum and the maximum over the text rows.
         keys: (B, n, G * D) likewise, if the scorer reads them.
-        masses: per decoder layer, (B,) attention that the rows read for the cache gave to its vision entries.
+        readings: per decoder layer, what rows of the prompt gave to the entries of its cache, where that ranks them.
         memo: masks and positions shared by layers of one layout.
         flash: whether the text model runs a flash-attention kernel.
         idle: whether layers have at most a mask to map: one token, over growing caches of which nothing is read.
@@ -327,7 +327,7 @@ class Forward:
     record: Prefill | None = None
     attention: Tensor | Sent | None = None
     keys: Tensor | None = None
-    masses: list[Tensor] = field(default_factory=list)
+    readings: dict[int, Reading] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict)
     flash: bool = False
     idle: bool = False

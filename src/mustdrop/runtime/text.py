@@ -344,8 +344,8 @@ class TextStage(Copied):
                 forward.attention = Sent.off(asked.statistics(rows, first))
             self._note(forward, i, rows)
         if layer is not None and decode.reads_prompt:
-            vision = Later.of(self.spans, forward, self.local.call).candidates(i, layer)
-            self._note(forward, i, decoding.read_prompt(decode.scorer, layer, forward, media, asked, vision))
+            later = Later.of(self.spans, forward, self.local.call)
+            self._note(forward, i, decoding.read_prompt(decode, i, layer, forward, media, asked, later))
 
     @staticmethod
     def _note(forward: Forward, i: int, rows: Tensor) -> None:
@@ -379,9 +379,12 @@ class TextStage(Copied):
             return None
         if forward.record is not None:
             forward.record.rows.append(forward.rows)
+        later = Later.of(self.spans, forward, self.local.call) if self._decode.after_prefill else None
+        if later is not None and forward.rows is not None:  # what was read goes with the entries that are cut now
+            decoding.settle(self._decode, forward, later)
         made = None if forward.rows is None else self._scatter(forward, forward.rows, call, output)
-        if self._decode.after_prefill:
-            decoding.after_prompt(self._decode, forward, Later.of(self.spans, forward, self.local.call))
+        if later is not None:
+            decoding.after_prompt(self._decode, forward, later)
         layers = [] if forward.cache is None or self._decode.reads_steps else forward.cache.layers
         if made is None and all(layer.whole for layer in layers):  # all or none: a model without hooks is then refused
             for layer in layers:  # at its first layer
