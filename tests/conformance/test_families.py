@@ -32,7 +32,7 @@ ALL = {
 }
 SELECT = {"vision": VisionStagePruner(window=None, keep=0.4)}
 MERGE = {"vision": VisionStagePruner(window=2, threshold=0.2)}
-MERGE_PACKED = VisionStagePruner(window=2, threshold=-1.0)
+CELLS = VisionStagePruner(window=2, threshold=-0.05)
 PREFILL = {"prefill": PrefillPruner(keep=0.6)}
 THRESHOLDS = {"prefill": PrefillPruner(global_threshold=0.04, individual_threshold=0.04)}
 EVICTION = {
@@ -78,8 +78,10 @@ def test_vision_stage_selects(name, kind):
 
 @each
 def test_vision_stage_merges(name, kind):
-    assert_dropping_equals_masking(name, ((kind,),), **MERGE)
-    assert_dropping_equals_masking(name, ragged(kind), **MERGE)
+    # cells of a tiny packed encoder with random positions are hardly alike
+    pruners = {"vision": CELLS} if registry()[name].tower(plain(name), kind).cuts else MERGE
+    assert_dropping_equals_masking(name, ((kind,),), **pruners)
+    assert_dropping_equals_masking(name, ragged(kind), **pruners)
 
 
 @each
@@ -298,7 +300,7 @@ def test_trace_names_the_right_patches(name, kind):
 def test_merged_features(name, kind, monkeypatch):
     """What a merged window brings: the mean, at the exit of the encoder or after the layer where it merged."""
     if registry()[name].tower(plain(name), kind).cuts:  # of cells, in one sequence
-        trace = hidden_patches.assert_equals_hiding(monkeypatch, name, kind, vision=MERGE_PACKED)
+        trace = hidden_patches.assert_equals_hiding(monkeypatch, name, kind, vision=CELLS)
         assert trace.flops.parts["vision"].ratio < 1
         return
     runs = []

@@ -57,7 +57,7 @@ class Qwen2VL(Adapter):
         start, pieces = 0, []
         for t, h, w in arguments[f"{modality}_grid_thw"].tolist():
             place = self.order(model, (t, h // math.isqrt(unit), w // math.isqrt(unit)))
-            mine = rows[start : start + t * h * w].unflatten(0, (-1, unit))
+            mine = rows[start : start + t * h * w].view(len(place), unit, -1)
             pieces.append(mine[place.argsort().to(mine.device)].flatten(0, 1))
             start += t * h * w
         return torch.cat(pieces)

@@ -42,22 +42,28 @@ def unpredicted(
     Returns:
         (kept, reconstructed): (T, H, W) bool and (T, H, W, D).
     """
+    if tolerance:
+        return _unpredicted_closely(frames, tolerance, metric, before)
+    # what was reconstructed is what was there
+    past = frames[:-1] if before is None else torch.cat([before[None], frames])[: len(frames)]
+    kept = _unpredicted_exactly(frames)
+    if len(past):
+        kept[len(frames) - len(past) :] &= ~(frames[-len(past) :] == past).all(-1)
+    kept[0, 0, 0] = True
+    return kept, frames
+
+
+def _unpredicted_closely(
+    frames: Tensor, tolerance: float, metric: Metric, before: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """As `unpredicted`, diagonal by diagonal: the cells of one need those of the two before it alone."""
     count, high, wide, _ = frames.shape
-    if tolerance == 0:  # what was reconstructed is what was there
-        past = frames[:-1] if before is None else torch.cat([before[None], frames])[:count]
-        kept = _unpredicted_exactly(frames)
-        repeated = (frames[-len(past) :] == past).all(-1) if len(past) else kept[:0]
-        kept[count - len(past) :] &= ~repeated
-        kept[0, 0, 0] = True
-        return kept, frames
     kept = torch.ones(count, high, wide, dtype=torch.bool, device=frames.device)
-    made = frames.clone()
+    made, past = frames.clone(), before
     for t in range(count):
-        past = made[t - 1] if t else before
         for diagonal in range(high + wide - 1):
-            row = torch.arange(
-                max(0, diagonal - wide + 1), min(high, diagonal + 1), dtype=torch.long, device=frames.device
-            )
+            first = max(0, diagonal - wide + 1)
+            row = torch.arange(first, min(high, diagonal + 1), dtype=torch.long, device=frames.device)
             column = diagonal - row
             here = frames[t, row, column]
             guess, known = _guess(made[t], row, column, tolerance, metric)
@@ -70,6 +76,7 @@ def unpredicted(
                 found = torch.zeros_like(found)
             kept[t, row, column] = ~found
             made[t, row, column] = torch.where(found[:, None], guess, here)
+        past = made[t]
     return kept, made
 
 

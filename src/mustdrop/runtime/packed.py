@@ -56,6 +56,7 @@ class Packed:
     spread: dict[int, Tensor] = field(default_factory=dict)
     skipped: list[tuple[nn.Module, int]] = field(default_factory=list)
     _followed: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    _longest: dict[int, int] = field(default_factory=dict)  # borders that were made -> the longest between them
 
     def __post_init__(self) -> None:
         self.owner = torch.arange(len(self.cells), dtype=torch.long, device=HOST)
@@ -86,9 +87,10 @@ class Packed:
             return None
         given = dict(zip(names[1:], args[1:], strict=False)) | kwargs
         named = {name: self._follow(name, value) for name, value in given.items()}
+        lengths = [self._longest[id(value)] for value in named.values() if id(value) in self._longest]
         for name, value in named.items():  # the longest sequence goes with its borders
-            if name.startswith("max_") and value is not None:
-                named[name] = _longest(named, value)
+            if name.startswith("max_") and value is not None and lengths:
+                named[name] = torch.full_like(value, lengths[0]) if isinstance(value, Tensor) else lengths[0]
         return (hidden, *(named.pop(name) for name in names[1 : len(args)])), named
 
     def states(self, hidden: Tensor) -> Tensor:
@@ -175,6 +177,7 @@ class Packed:
         self.into = torch.where(target < 0, -1, slot[target.clamp(min=0)])
         self.spread[len(self.rows)] = self.into
         self._followed.clear()
+        self._longest.clear()
         out = _means(hidden, self.into[sources].to(hidden.device), len(self.rows))
         if values is not None and states is not None:
             out = self._written(out, values(states))
@@ -187,7 +190,7 @@ class Packed:
         cells = self.cells[mine]
         real = cells >= 0
         slot = self.into[cells[real]].to(hidden.device)
-        values = states[mine.to(states.device)].unflatten(1, (self.cells.shape[1], -1))[real.to(states.device)]
+        values = states[mine.to(states.device)].view(*cells.shape, -1)[real.to(states.device)]
         flat = hidden.flatten(0, -2).clone()
         flat[slot] = values.to(flat)
         return flat.view(hidden.shape)
@@ -210,7 +213,11 @@ class Packed:
             left = torch.zeros(self.total + 1, dtype=torch.long, device=HOST)
             left[self.rows + 1] = 1
             borders = left.cumsum(0)[value.to(HOST, torch.long)]
-            return borders.unique_consecutive().to(value.device, value.dtype)  # nothing is left of some windows
+            lengths = borders.diff()
+            first = torch.ones_like(borders[:1], dtype=torch.bool)
+            made = borders[torch.cat([first, lengths > 0])].to(value)  # nothing is left of some windows
+            self._longest[id(made)] = int(lengths.max())
+            return made
         rows = self.rows.to(value.device)
         if name == "attention_mask" and value.ndim == 4:
             return value.index_select(3, rows).index_select(2, rows)
@@ -264,12 +271,3 @@ def _means(hidden: Tensor, slot: Tensor, slots: int) -> Tensor:
         first[slot] = torch.arange(len(slot), dtype=torch.long, device=slot.device)
         out = torch.where((size > 1)[:, None], (total / size[:, None]).to(flat.dtype), flat[first])
     return out if hidden.ndim == 2 else out[None]
-
-
-def _longest(named: dict[str, Any], value: Any) -> Any:
-    """The longest of the sequences between the borders among the arguments, as `value` has it."""
-    borders = [border for name, border in named.items() if name.startswith("cu_") and isinstance(border, Tensor)]
-    if not borders:
-        return value
-    longest = borders[0].diff().max()
-    return longest.to(value) if isinstance(value, Tensor) else int(longest)

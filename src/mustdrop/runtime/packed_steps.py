@@ -165,7 +165,7 @@ class Steps:
     def _select(self, states: Callable[[], Tensor]) -> Decision | None:
         packed, seen = self.run.packed, states()
         assert packed is not None
-        decided = self.decide(seen.unflatten(1, (packed.cells.shape[1], -1)).mean(1))
+        decided = self.decide(seen.view(*packed.cells.shape, -1).mean(1))
         alive = torch.cat([mark.alive for mark in decided.marks])
         choice = decided.choice
         self.decided = replace(decided, choice=None)
