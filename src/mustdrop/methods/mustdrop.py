@@ -25,6 +25,7 @@ class MustDrop(Recipe):
         key_share: share of pinned tokens.
         decode_keep: vision entries per layer that stay in the cache while decoding; None keeps all after the cut.
         interval: decode steps between two evictions.
+        old_pictures: entries per layer that remain of each picture of a chat once a later turn has brought a newer one.
         compat: "released" reproduces the authors' code decision by decision.
     """
 
@@ -39,6 +40,7 @@ class MustDrop(Recipe):
     key_share: float = 0.08
     decode_keep: Budget | None = None
     interval: int = 8
+    old_pictures: Budget | None = None
     compat: Compat = "paper"
 
     def build(self) -> Method:
@@ -62,5 +64,5 @@ class MustDrop(Recipe):
                 bias=self.bias,
                 compat=self.compat,
             ),
-            decode=DecodeCachePruner(keep=self.decode_keep, interval=self.interval),
+            decode=DecodeCachePruner(keep=self.decode_keep, interval=self.interval, old_pictures=self.old_pictures),
         )

@@ -39,6 +39,7 @@ class Media:
         order: long, sort key of the rows where they are reordered (compat="released"), or None.
         counts: survivors per filter, each (B,) long, or None where the data decide. An empty tensor says that this
             filter keeps everything in every row, so that it neither scores nor gathers.
+        pictures: long, which medium of the pass each token belongs to, -1 for text; None where nobody asks for that.
     """
 
     vision: Tensor
@@ -57,6 +58,7 @@ class Media:
     importance: Tensor | None = None
     order: Tensor | None = None
     counts: list[Tensor] | None = None
+    pictures: Tensor | None = None
 
     @property
     def reordered(self) -> bool:

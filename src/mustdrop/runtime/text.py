@@ -15,7 +15,7 @@ from mustdrop.compat import cache_of, eager, give_cache, spans
 from mustdrop.errors import MustDropError, UnsupportedOptionError
 from mustdrop.pruners import DecodeCachePruner
 from mustdrop.pruners.prefill import needs_rows
-from mustdrop.runtime import checks, decoding, entry, scores
+from mustdrop.runtime import checks, decoding, entry, old_pictures, scores
 from mustdrop.runtime.block_masks import Mask
 from mustdrop.runtime.calls import TEXT, raised
 from mustdrop.runtime.compiled import compiled_step, outside_steps
@@ -124,6 +124,8 @@ class TextStage(Copied):
                 self._record(forward, Prefill(nothing, forward.start, valid))
             return (), kwargs
         media = forward.media = entry.read(runtime, embeds, kinds, mask)
+        if self._decode.old_pictures is not None:
+            media.pictures, forward.shrinks = old_pictures.numbers(media), old_pictures.due(self._decode, cache, media)
         if self._is_recorded(forward):
             made = Prefill(media.places, forward.start, media.valid, marks=media.marks, media=media.media)
             self._record(forward, made)
@@ -162,7 +164,7 @@ class TextStage(Copied):
 
     def _keeps_all(self, forward: Forward, media: Media) -> bool:
         """Whether it is certain before the first layer that all tokens stay, in their order, and no layer is read."""
-        reads = self._decode.reads_prompt or self._decode.reads_steps
+        reads = self._decode.reads_prompt or self._decode.reads_steps or media.pictures is not None
         if reads or media.reordered or not bool(media.alive.all()):
             return False
         if not all(scores.skips(media, k) for k in range(len(self.runtime.filters))):
@@ -204,7 +206,7 @@ class TextStage(Copied):
         if forward.record is not None:
             forward.record.rows.append(forward.rows)
             forward.record.past.append(layer.slots if layer is not None else 0)
-        if self._filters_after(i, media) or (layer is not None and self._decode.reads_prompt):
+        if self._filters_after(i, media) or (layer is not None and self._reads_prompt(forward)):
             self.runtime.local.capture = ("text", i)
         if layer is not None:
             layer.arrival = arrival(forward, media)
@@ -289,6 +291,10 @@ class TextStage(Copied):
     def _decode(self) -> DecodeCachePruner:
         return self.runtime.method.decode or _NO_DECODE
 
+    def _reads_prompt(self, forward: Forward) -> bool:
+        """Whether rows of the prompt are read in every layer, for the cache."""
+        return self._decode.reads_prompt or forward.shrinks
+
     def _filters_after(self, i: int, media: Media) -> bool:
         filters = self.runtime.filters
         return i in filters and not scores.skips(media, filters.index(i))
@@ -315,9 +321,10 @@ class TextStage(Copied):
             else:  # the host decides while the device runs the rest of this layer
                 forward.attention = Sent.off(asked.statistics(rows, first))
             self._note(forward, i, rows)
-        if layer is not None and decode.reads_prompt:
+        if layer is not None and self._reads_prompt(forward):
             vision = Later.of(self.spans, forward, self.local.call).candidates(i, layer)
-            self._note(forward, i, decoding.read_prompt(decode.scorer, layer, forward, media, asked, vision))
+            scorer = decode.scorer if decode.reads_prompt else old_pictures.scorer(decode)
+            self._note(forward, i, decoding.read_prompt(scorer, layer, forward, media, asked, vision))
 
     @staticmethod
     def _note(forward: Forward, i: int, rows: Tensor) -> None:
@@ -352,9 +359,12 @@ class TextStage(Copied):
         if forward.record is not None:
             forward.record.rows.append(forward.rows)
         made = None if forward.rows is None else self._scatter(forward, forward.rows, call, output)
+        if forward.shrinks:
+            old_pictures.shrink(self._decode, forward, Later.of(self.spans, forward, self.local.call))
         if self._decode.after_prefill:
             decoding.after_prompt(self._decode, forward, Later.of(self.spans, forward, self.local.call))
-        layers = [] if forward.cache is None or self._decode.reads_steps else forward.cache.layers
+        remembers = self._decode.reads_steps or self._decode.old_pictures is not None
+        layers = [] if forward.cache is None or remembers else forward.cache.layers
         if made is None and all(layer.whole for layer in layers):  # all or none: a model without hooks is then refused
             for layer in layers:  # at its first layer
                 layer.forget()
