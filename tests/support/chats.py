@@ -92,16 +92,18 @@ def hidden_in(model: Any, turns: Sequence[dict[str, Tensor]], said: Said, steps:
     gone = torch.zeros(depth, rows, total, dtype=torch.bool)
     for turn, trace in zip(turns, said.traces, strict=True):
         ids = turn["input_ids"]
-        now = gone.clone()
-        now[..., start : start + ids.shape[1]] = hidden_by(model, trace, ids).prefill
-        found[number] = now
-        for row in range(rows):
-            vision[row, start + vision_positions(model, ids, row)] = True
-        for step in range(steps + 1):
-            gone = _missing(said.stored[number], vision, now)
-            number += 1
-            if step < steps:
-                found[number] = gone
+        own = [vision_positions(model, ids, row) for row in range(rows)]
+        for row, where in enumerate(own):
+            vision[row, start + where] = True
+        if any(map(len, own)):  # entries leave at the end of such a pass, at the beginning of the others
+            gone = gone.clone()
+            gone[..., start : start + ids.shape[1]] = hidden_by(model, trace, ids).prefill
+        else:
+            gone = _missing(said.stored[number], vision, gone)
+        found[number] = gone
+        for step in range(number + 1, number + steps + 1):
+            gone = found[step] = _missing(said.stored[step], vision, gone)
+        number += steps + 1
         start += ids.shape[1] + steps
     return Hidden(found.pop(0), gone, found)
 
@@ -123,6 +125,8 @@ def answered_by_the_oracle(oracle_model: Any, model: Any, turns: Sequence[dict[s
     hidden = hidden_in(model, turns, said)
     with FamilyOracle(oracle_model, hidden, said.outputs[0]) as oracle:
         cache = new_cache(oracle_model)  # one that forgets nothing: what a sliding layer may not see, the mask says
-        return chat(
-            oracle_model, turns, cache=cache, before=lambda i: setattr(oracle, "outputs", said.outputs[i])
-        ).logits
+
+        def replay(turn: int) -> None:
+            oracle.outputs = said.outputs[turn]
+
+        return chat(oracle_model, turns, cache=cache, before=replay).logits
