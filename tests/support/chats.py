@@ -123,7 +123,8 @@ def _missing(stored: Sequence[Tensor | None], vision: Tensor, otherwise: Tensor)
 def answered_by_the_oracle(oracle_model: Any, model: Any, turns: Sequence[dict[str, Tensor]], said: Said) -> Tensor:
     """The logits of the unpatched model with the same tokens hidden, from the same passes on."""
     hidden = hidden_in(model, turns, said)
-    with FamilyOracle(oracle_model, hidden, said.outputs[0]) as oracle:
+    kinds = {kind: made for outputs in said.outputs for kind, made in outputs.items()}
+    with FamilyOracle(oracle_model, hidden, kinds) as oracle:
         cache = new_cache(oracle_model)  # one that forgets nothing: what a sliding layer may not see, the mask says
 
         def replay(turn: int) -> None:
