@@ -17,7 +17,7 @@ from mustdrop.adapters import registry
 from mustdrop.compat import static_cache
 from mustdrop.errors import BudgetError, ConfigError, UnsupportedModelError
 from mustdrop.pruners import GeneratedRows, ObservationWindow
-from support.builders import answer
+from support.builders import CACHE, answer
 from support.chats import answered_by_the_oracle, chat
 from support.families import batch, clone, fitting, plain, vision_positions
 
@@ -182,6 +182,29 @@ def test_beams_and_a_cropped_cache_know_their_pictures():
     assert (trace.kv_pictures[0][:, 0] == 3).all()
     fresh = answer(model, first, 0)
     assert torch.equal(again.sequences, answer(model, given, 2, past_key_values=fresh.cache).sequences)
+
+
+def test_a_cache_that_was_cropped_to_nothing_has_no_old_pictures():
+    first, second = turns_of("llava", "image", ((("image",),), (("image",),)))
+    model = mustdrop.patch(clone("llava"), decode=DecodeCachePruner(old_pictures=1.0, cascade=False))
+    with torch.no_grad():
+        cache = getattr(model(**first, use_cache=True), CACHE)
+    cache.crop(-cache.get_seq_length())
+    expected = answer(model, second, 2)
+    assert torch.equal(answer(model, second, 2, past_key_values=cache).logits, expected.logits)
+    assert mustdrop.trace(model).kv_pictures[0].shape[1] == 1
+
+
+def test_a_picture_that_the_mask_hides_is_no_newer_picture():
+    first, second = turns_of("llava", "image", ((("image",),), (("image",),)))
+    hidden = vision_positions(plain("llava"), second["input_ids"], 0)
+    second["attention_mask"][0, hidden] = 0
+    model = mustdrop.patch(clone("llava"), **SHRINK)
+    said = chat(model, [first, second])
+    assert torch.equal(said.traces[0].kv_pictures[0], said.traces[1].kv_pictures[0])
+    only = mustdrop.patch(clone("llava"), **SHRINK)
+    chat(only, [second])
+    assert mustdrop.trace(only).kv_pictures[0].shape[1] == 0
 
 
 def test_the_trace_tells_and_nothing_warns(recwarn):

@@ -148,7 +148,7 @@ class PrunedLayer(Slots, DynamicLayer):
                     setattr(self, name, None if value is None else value[:, :kept])
             self.keys, self.values = self.keys[..., :-remove, :], self.values[..., :-remove, :]
             self.logical -= remove
-            self.pictures = None if self.pictures is None else self.pictures[:, : self.logical]
+            self.pictures = None if self.pictures is None or not self.logical else self.pictures[:, : self.logical]
         self._slide()
 
     def _check_crop(self, remove: int) -> None:

@@ -68,7 +68,7 @@ class DecodeCachePruner(Settings):
                 f"{type(self.scorer).__name__} ranks by the generated tokens: give score=, e.g. "
                 "score=ObservationWindow()."
             )
-        if self.scorer.by_layer and not self.after_prefill:
+        if self.keep is not None and self.scorer.by_layer and not self.after_prefill:
             raise ConfigError(
                 f"{type(self.scorer).__name__} splits the budget over the layers by what all of them read of the "
                 "prompt: give after_prefill=True."

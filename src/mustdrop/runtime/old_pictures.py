@@ -73,8 +73,8 @@ def by_picture(stored: kv.Stored) -> Tensor | None:
     positions, pictures = stored.places, stored.pictures
     if pictures is None or positions is None:
         return None
-    number = _number(positions, pictures)
-    return torch.stack([(number == k).sum(1) for k in range(int(pictures.max()) + 1)], 1)
+    number, known = _number(positions, pictures), torch.arange(int(pictures.max()) + 1, dtype=torch.long, device=HOST)
+    return (number[..., None] == known).sum(1)
 
 
 def _stays(decode: DecodeCachePruner, forward: Forward, layer: kv.Slots, seen: Tensor) -> Tensor:
