@@ -72,6 +72,11 @@ class Method:
         return self.input is not None or self.vision is not None
 
     @property
+    def waits(self) -> bool:
+        """Whether what it drops may come only with a later turn of a chat."""
+        return self.decode is not None and self.decode.old_pictures is not None
+
+    @property
     def account(self) -> Literal["equal_tokens", "equal_entries"]:
         """What the budget counts, as the `Trace` names it.
 

@@ -38,6 +38,8 @@ class Trace:
         media: per sample, its images and videos in the order of the prompt: `kind`, `layout` (grids and cells of the
             features, see `mustdrop.layout`) and `index`, the place of each feature among the sample's vision tokens.
             Empty if the encoder did not run.
+        kv_pictures: per sample, (L, pictures) long: cache entries per layer of each picture of the chat so far, in the
+            order in which they came; empty unless old pictures shrink (`DecodeCachePruner.old_pictures`).
         recurrent: decoder layers that fold tokens into a state: their cache holds no entries.
     """
 
@@ -53,6 +55,7 @@ class Trace:
     filters: tuple[int, ...]
     fit: Literal["crop", "stretch"]
     media: list[list[Medium]]
+    kv_pictures: list[Tensor] = field(default_factory=list)
     recurrent: tuple[int, ...] = ()
     _alive: list[list[Tensor]] = field(default_factory=list)
     _marks: list[Marks] = field(default_factory=list)
@@ -165,6 +168,7 @@ class Trace:
             "tokens": self.tokens.tolist(),
             "kv_lengths": self.kv_lengths.tolist(),
             "kv_vision": self.kv_vision.tolist(),
+            "kv_pictures": [own.tolist() for own in self.kv_pictures],
             "kept": [[self.kept(layer, b).tolist() for b in batch] for layer in range(len(self._alive))],
             "assignment": [self.assignment(b).tolist() for b in batch],
             "pinned": [self.pinned(b).tolist() for b in batch],

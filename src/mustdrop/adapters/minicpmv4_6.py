@@ -1,4 +1,4 @@
-"""MiniCPM-V 4.6 and MiniCPM-OCR: patches are joined 2 x 2 within the encoder and behind it, before Qwen3.5."""
+"""MiniCPM-V 4.6, 4.7 and MiniCPM-OCR: patches are joined 2 x 2 within the encoder and behind it, before Qwen3.5."""
 
 from __future__ import annotations
 
@@ -117,3 +117,19 @@ class MiniCPMOcr(MiniCPMV46):
         made = super().tiny()
         vision = {**made["vision_config"], "model_type": "minicpm_ocr_vision"}
         return {**made, "model_type": "minicpm_ocr", "vision_config": vision}
+
+
+class MiniCPMV47(MiniCPMV46):
+    """`MiniCPMV4_7ForConditionalGeneration`; tokens have places on a canvas, which markers span."""
+
+    name = "minicpmv4_7"
+    classes = ("MiniCPMV4_7ForConditionalGeneration",)
+    token_types: str | None = "mm_token_type_ids"
+
+    def tiny(self) -> dict[str, Any]:
+        """The same with the ids of the markers."""
+        made = super().tiny()
+        markers = ("image_start_id", "image_end_id", "slice_start_id", "slice_end_id", "newline_id")
+        vision = {**made["vision_config"], "model_type": "minicpmv4_7_vision"}
+        ids = dict(zip(markers, range(_START, _START + len(markers)), strict=True))
+        return {**made, "model_type": "minicpmv4_7", "vision_config": vision, **ids}

@@ -31,6 +31,11 @@ _WORDS = (
     "its images are words of the vocabulary, made by a tokenizer: there are no encoder features to score or to merge."
 )
 _INSIDE = "its text model encodes the images itself, so there is no place between encoder and text model to work at."
+_INDEXED = "its sparse attention chooses entries of the cache by an index of its own, which has no pruned form."
+_HYBRID = (
+    "each of its decoder layers keeps convolution states beside its keys and values, in a kind of cache layer that has "
+    "no pruned form."
+)
 _TIMM = "its vision tower comes from the timm package, whose layers do not go through transformers' attention."
 
 #: Class name -> (family, why).
@@ -47,10 +52,11 @@ UNSUPPORTED: dict[str, tuple[str, str]] = {
         "its text model adds image features to hidden states of full length inside its own forward, between decoder "
         "layers, where a shorter sequence does not fit.",
     ),
-    "MistralLarge4ForConditionalGeneration": (
-        "Mistral Large 4",
-        "its sparse attention chooses entries of the cache by an index of its own, which has no pruned form.",
-    ),
+    "MistralLarge4ForConditionalGeneration": ("Mistral Large 4", _INDEXED),
+    "Glm5NextForConditionalGeneration": ("GLM-5 Next", _INDEXED),
+    "Qwen4ExpForConditionalGeneration": ("Qwen4-Exp", _INDEXED),
+    "InklingForConditionalGeneration": ("Inkling", _HYBRID),
+    "Inkling2ForConditionalGeneration": ("Inkling 2", _HYBRID),
     "Phi4MultimodalForCausalLM": ("Phi-4 multimodal", _INSIDE),
     "FuyuForCausalLM": ("Fuyu", "it has no vision encoder: raw patches enter through one linear layer."),
     "ChameleonForConditionalGeneration": ("Chameleon", _WORDS),

@@ -85,6 +85,7 @@ class PrunedLayer(Slots, DynamicLayer):
             totals = totals if self.totals is None else self.totals + totals
         self.positions, self.vision, self.totals = positions, vision, totals
         self.attended = self.queries = None
+        self.learn(arrival, self.logical)
         self.steps = 0
         self.logical += arrival.advance
         self.whole &= arrival.whole
@@ -154,6 +155,7 @@ class PrunedLayer(Slots, DynamicLayer):
                     setattr(self, name, None if value is None else value[:, :kept])
             self.keys, self.values = self.keys[..., :-remove, :], self.values[..., :-remove, :]
             self.logical -= remove
+            self.pictures = None if self.pictures is None or not self.logical else self.pictures[:, : self.logical]
         self._slide()
 
     def _check_crop(self, remove: int) -> None:
@@ -195,7 +197,8 @@ class PrunedLayer(Slots, DynamicLayer):
     def stored(self, slots: int | Tensor) -> Stored:
         """What the layer stores now, `slots` entries."""
         n = self.slots
-        return Stored(self._positions if n else None, n, self.logical - n, self.keys.shape[0] if n else 0)
+        batch = self.keys.shape[0] if n else 0
+        return Stored(self._positions if n else None, n, self.logical - n, batch, self.pictures)
 
     def storage_bytes(self) -> int:
         """Bytes of the tensors that hold keys and values."""

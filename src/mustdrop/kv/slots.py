@@ -83,6 +83,8 @@ class Arrival:
         advance: logical tokens that the chunk stands for (n plus what was dropped).
         whole: whether the new entries are all tokens of the chunk, in order.
         memo: what layers with the same entries derive from them.
+        pictures: (B, advance) long, which picture of the chunk each token belongs to, -1 for text; None where nobody
+            asks for that.
     """
 
     positions: Tensor
@@ -90,6 +92,7 @@ class Arrival:
     totals: Tensor
     advance: int
     whole: bool
+    pictures: Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
@@ -103,12 +106,14 @@ class Stored:
         slots: entries, or (1,) long: those of a static cache, which only the device may know.
         dropped: logical tokens that have no slot.
         batch: B.
+        pictures: see `Slots`.
     """
 
     positions: Tensor | Away | None
     slots: int | Tensor
     dropped: int
     batch: int
+    pictures: Tensor | None = None
 
     @functools.cached_property
     def number(self) -> int:
@@ -188,6 +193,8 @@ class Slots:
         attended: (B, known) float32, attention that the query rows read so far gave them, where that is read.
         queries: (B, known) float32, how many of these rows see each of them.
         totals: (B,) long, vision tokens that came, dropped ones included.
+        pictures: (B, sequence) long, which picture of the chat the token at each position belongs to, -1 for text, as
+            far as pictures have come; None where nobody asks for that.
         padded: whether `positions` holds PAD.
         whole: whether nothing was dropped or moved: slots are logical positions.
         arrival: what the next `update` brings, None for tokens that follow one another.
@@ -206,9 +213,25 @@ class Slots:
         self.attended: Tensor | None = None
         self.queries: Tensor | None = None
         self.totals: Tensor | None = None
+        self.pictures: Tensor | None = None
         self.arrival: Arrival | None = None
         self.padded = self.prepared = False
         self.whole = True
+
+    def learn(self, arrival: Arrival, start: int) -> None:
+        """Note which pictures arrive behind `start` logical tokens; the layers share what is known."""
+        if arrival.pictures is None:
+            return
+        known = self.pictures
+        key = ("pictures", id(known), start)
+        if key not in arrival.memo:
+            before = torch.full((len(arrival.pictures), start), -1, dtype=torch.long, device=HOST)
+            if known is not None:
+                before[:, : known.shape[1]] = known
+            first = torch.nn.functional.pad(before, (1, 0), value=-1).amax(1, keepdim=True) + 1
+            new = torch.where(arrival.pictures < 0, -1, arrival.pictures + first)
+            arrival.memo[key] = (known, torch.cat([before, new], 1))  # holding what was known keeps its id its own
+        self.pictures = arrival.memo[key][1]
 
     def apply(self, cut: Cut) -> None:
         """Store only the slots that a cut leaves."""
@@ -351,7 +374,7 @@ class Slots:
 
     def select_rows(self, select: Callable[[Tensor], Tensor]) -> None:
         """Apply `select` to the batch rows of the bookkeeping."""
-        for name in ("positions", "vision", "attended", "queries", "totals"):
+        for name in ("positions", "vision", "attended", "queries", "totals", "pictures"):
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, select(value))

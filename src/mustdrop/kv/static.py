@@ -140,7 +140,7 @@ class PrunedStaticLayer(Slots, StaticLayer):
         """What the layer stores now, `slots` entries."""
         if not self.is_initialized:
             return Stored(None, 0, 0, 0)
-        return Stored(self._positions, slots, self.dropped, self.keys.shape[0])
+        return Stored(self._positions, slots, self.dropped, self.keys.shape[0], self.pictures)
 
     def storage_bytes(self) -> int:
         """Bytes of the tensors that hold keys and values, room for tokens to come included."""
@@ -214,6 +214,7 @@ class PrunedStaticLayer(Slots, StaticLayer):
     def _receive(self, arrival: Arrival, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """A chunk in which tokens may have been dropped before this layer."""
         known, marks, slots = self.slot_positions(), self.slot_vision(), self.slots
+        self.learn(arrival, slots + self.dropped)
         self.whole &= arrival.whole
         lost = arrival.advance - key_states.shape[2]
         self.dropped += lost

@@ -35,6 +35,7 @@ class MustDrop(Recipe):
             patches; its attention also says which are pinned. None: they leave behind it.
         decode_keep: vision entries per layer that stay in the cache while decoding; None keeps all after the cut.
         interval: decode steps between two evictions.
+        old_pictures: entries per layer that remain of each picture of a chat once a later turn has brought a newer one.
         compat: "released" reproduces the authors' code decision by decision.
     """
 
@@ -53,6 +54,7 @@ class MustDrop(Recipe):
     select_layer: int | None = None
     decode_keep: Budget | None = None
     interval: int = 8
+    old_pictures: Budget | None = None
     compat: Compat = "paper"
 
     def build(self) -> Method:
@@ -84,7 +86,7 @@ class MustDrop(Recipe):
                 bias=self.bias,
                 compat=self.compat,
             ),
-            decode=DecodeCachePruner(keep=self.decode_keep, interval=self.interval),
+            decode=DecodeCachePruner(keep=self.decode_keep, interval=self.interval, old_pictures=self.old_pictures),
         )
 
     def _merge_count(self, data_decide: bool) -> Literal["budget", "threshold"]:

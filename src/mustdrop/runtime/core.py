@@ -208,7 +208,9 @@ class Runtime(Copied):
             return
         made = Ended.of(self, call)
         self.ledger.note(call.began, made)
-        if self.method.drops and any(call.totals) and not self.warned and not made.dropped_anything:
+        if self.method.waits or not self.method.drops:
+            return
+        if any(call.totals) and not self.warned and not made.dropped_anything:
             self.warned = True
             warn(
                 f"method {self.method.name!r} kept every vision token of this prompt: {self.method.why_nothing}",

@@ -46,6 +46,7 @@ class Media:
         order: long, sort key of the rows where they are reordered (compat="released"), or None.
         counts: survivors per filter and row, or None where the data decide. Empty for a filter that keeps everything in
             every row, so that it neither scores nor gathers.
+        pictures: long, which medium of the pass each token belongs to, -1 for text; None where nobody asks for that.
         fixed: the rows on the device, where all counts are known beforehand.
     """
 
@@ -66,6 +67,7 @@ class Media:
     importance: Tensor | None = None
     order: Tensor | None = None
     counts: list[list[int]] | None = None
+    pictures: Tensor | None = None
     fixed: FixedRows | None = None
 
     @property

@@ -230,7 +230,7 @@ def possible(runtime: Runtime, call: Call | None, kinds: Tensor, ends: bool) -> 
     method = runtime.method
     if call is None or call.looked is None or call.looked.kinds is not kinds or call.shown_of or method.renumber:
         return False
-    if method.decode is not None and method.decode.reads_prompt:
+    if method.decode is not None and (method.decode.reads_prompt or method.decode.old_pictures is not None):
         return False
     if method.marks and (call.unmarked or not call.marks or not set(call.flat) >= set(call.marks)):
         return False

@@ -93,7 +93,7 @@ class Installation:
             self.handles.append(layer.register_forward_pre_hook(LayerHook(stage, i), with_kwargs=True))
             if i in runtime.recurrent:
                 self._override(layer, "forward", RowByRow(runtime.local, i, layer.forward))
-        for i in range(runtime.depth) if decode is not None and decode.keep is not None else runtime.filters:
+        for i in range(runtime.depth) if decode is not None and decode.reads_layers else runtime.filters:
             self._tap(runtime, runtime.layers[i], ("text", i), AttentionCapture(stage, i), f"decoder layer {i}")
 
     def _encoder(self, runtime: Runtime, stage: EncoderStage) -> None:

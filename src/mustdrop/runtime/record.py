@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mustdrop import kv
 from mustdrop.cost import Compared, EncoderCost, TextCost, total
+from mustdrop.runtime import old_pictures
 from mustdrop.runtime.rows import PAD, take
 from mustdrop.runtime.state import Call, Prefill
 from mustdrop.trace import Trace
@@ -148,6 +149,7 @@ class Ended:
             filters=self.filters,
             fit=self.fit,
             media=prefill.media,
+            kv_pictures=_pictures(self.stored),
             recurrent=self.recurrent,
             _alive=alive,
             _marks=prefill.of_prompts(),
@@ -182,6 +184,15 @@ def _entries(layers: list[kv.Stored], prefill: Prefill, depth: int, batch: int) 
             done[layer.key] = layer.lengths(prefill.start, prefill.valid), layer.held(prefill.start, seen)
     lengths, held = zip(*(done[layer.key] for layer in layers), strict=True)
     return torch.stack(lengths), torch.stack(held)
+
+
+def _pictures(layers: list[kv.Stored]) -> list[Tensor]:
+    """Per sample (L, pictures) long, entries of each picture of the chat; empty where the cache does not know them."""
+    found = [old_pictures.by_picture(layer) for layer in layers]
+    known = [own for own in found if own is not None]
+    if not known or len(known) < len(found):
+        return []
+    return list(torch.stack(known, 1))
 
 
 def _alive(prefill: Prefill, rows: list[Tensor | None]) -> list[list[Tensor]]:

@@ -43,6 +43,8 @@ class RowByRow:
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output (B, n, C); zeros where rows are padding behind a state that has begun."""
+        if torch.compiler.is_compiling():  # a step: one token, and nothing is dropped
+            return self.function(hidden, *args, **kwargs)
         forward, cache = self.local.forward, cache_of(kwargs)
         state = None if cache is None or forward is None else cache.layers[self.index]
         if forward is None or forward.rows is None or not forward.padded or not _begun(state):

@@ -216,6 +216,6 @@ def arrival(forward: Forward, media: Media) -> kv.Arrival:
     elif "arrival" not in forward.memo:
         positions = (forward.index + forward.start).masked_fill(~forward.current(media.valid), PAD)
         vision, totals, whole = forward.current(media.vision), media.vision.sum(1), forward.rows is None
-        made = kv.Arrival(positions, vision, totals, forward.length, whole)
+        made = kv.Arrival(positions, vision, totals, forward.length, whole, media.pictures)
         forward.memo["arrival"] = made
     return forward.memo["arrival"]  # type: ignore[no-any-return]

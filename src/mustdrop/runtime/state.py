@@ -315,6 +315,7 @@ class Forward:
         idle: whether layers have at most a mask to map: one token, over growing caches of which nothing is read.
         mask: the attention mask as the caller gave it, which says what is padding.
         later: what tokens after the prompt can see, once a cache policy has asked.
+        shrinks: whether it brings a newer picture to a chat whose older ones shrink then.
     """
 
     length: int
@@ -333,6 +334,7 @@ class Forward:
     idle: bool = False
     mask: Any = None
     later: Later | None = None
+    shrinks: bool = False
 
     @functools.cached_property
     def start(self) -> int:

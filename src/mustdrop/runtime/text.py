@@ -16,7 +16,7 @@ from mustdrop.constants import where
 from mustdrop.errors import MustDropError, UnsupportedOptionError
 from mustdrop.pruners import DecodeCachePruner
 from mustdrop.pruners.prefill import needs_rows
-from mustdrop.runtime import checks, decoding, entry, scores
+from mustdrop.runtime import checks, decoding, entry, old_pictures, scores
 from mustdrop.runtime.block_masks import Mask
 from mustdrop.runtime.calls import TEXT, raised
 from mustdrop.runtime.compiled import compiled_step, outside_steps
@@ -126,6 +126,8 @@ class TextStage(Copied):
                 self._record(forward, Prefill(nothing, forward.start, valid))
             return (), kwargs
         media = forward.media = entry.read(runtime, embeds, kinds, mask)
+        if self._decode.old_pictures is not None:
+            media.pictures, forward.shrinks = old_pictures.numbers(media), old_pictures.due(self._decode, cache, media)
         if self._is_recorded(forward):
             marks = media.marks or entry.by_medium(self.local.call, media.media)
             made = Prefill(media.places, forward.start, media.valid, marks=marks, media=media.media)
@@ -172,7 +174,7 @@ class TextStage(Copied):
 
     def _keeps_all(self, forward: Forward, media: Media) -> bool:
         """Whether it is certain before the first layer that all tokens stay, in their order, and no layer is read."""
-        reads = self._decode.reads_prompt or self._decode.reads_steps
+        reads = self._decode.reads_prompt or self._decode.reads_steps or media.pictures is not None
         if reads or media.reordered or not media.whole:
             return False
         if not all(scores.skips(media, k) for k in range(len(self.runtime.filters))):
@@ -216,7 +218,7 @@ class TextStage(Copied):
         if forward.record is not None:
             forward.record.rows.append(forward.rows)
             forward.record.past.append(layer.slots if layer is not None and forward.start else 0)
-        if self._filters_after(i, media) or (layer is not None and self._decode.reads_prompt):
+        if self._filters_after(i, media) or (layer is not None and self._reads_prompt(forward)):
             self.runtime.local.capture = ("text", i)
         if layer is not None:
             layer.arrival = arrival(forward, media)
@@ -311,6 +313,10 @@ class TextStage(Copied):
     def _decode(self) -> DecodeCachePruner:
         return self.runtime.method.decode or _NO_DECODE
 
+    def _reads_prompt(self, forward: Forward) -> bool:
+        """Whether rows of the prompt are read in every layer, for the cache."""
+        return self._decode.reads_prompt or forward.shrinks
+
     def _filters_after(self, i: int, media: Media) -> bool:
         filters = self.runtime.filters
         return i in filters and not scores.skips(media, filters.index(i))
@@ -343,9 +349,10 @@ class TextStage(Copied):
             else:  # the host decides while the device runs the rest of this layer
                 forward.attention = Sent.off(asked.statistics(rows, first))
             self._note(forward, i, rows)
-        if layer is not None and decode.reads_prompt:
+        if layer is not None and self._reads_prompt(forward):
             later = Later.of(self.spans, forward, self.local.call)
-            self._note(forward, i, decoding.read_prompt(decode, i, layer, forward, media, asked, later))
+            reader = decode if decode.reads_prompt else old_pictures.reader(decode)
+            self._note(forward, i, decoding.read_prompt(reader, i, layer, forward, media, asked, later))
 
     @staticmethod
     def _note(forward: Forward, i: int, rows: Tensor) -> None:
@@ -380,12 +387,16 @@ class TextStage(Copied):
         if forward.record is not None:
             forward.record.rows.append(forward.rows)
         later = Later.of(self.spans, forward, self.local.call) if self._decode.after_prefill else None
-        if later is not None and forward.rows is not None:  # what was read goes with the entries that are cut now
+        if later is not None and (forward.rows is not None or forward.shrinks):
+            # what was read goes with the entries that are cut now
             decoding.settle(self._decode, forward, later)
         made = None if forward.rows is None else self._scatter(forward, forward.rows, call, output)
+        if forward.shrinks:
+            old_pictures.shrink(self._decode, forward, Later.of(self.spans, forward, self.local.call))
         if later is not None:
             decoding.after_prompt(self._decode, forward, later)
-        layers = [] if forward.cache is None or self._decode.reads_steps else forward.cache.layers
+        remembers = self._decode.reads_steps or self._decode.old_pictures is not None
+        layers = [] if forward.cache is None or remembers else forward.cache.layers
         if made is None and all(layer.whole for layer in layers):  # all or none: a model without hooks is then refused
             for layer in layers:  # at its first layer
                 layer.forget()
