@@ -6,7 +6,7 @@ Ray shards, retries and holds back; the class below only answers, so that Ray is
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from mustdrop.loading import check_question
 from mustdrop.pictures import is_array, read_picture
 
 Batch = dict[str, Any]
+T = TypeVar("T")
 NUMBERS = ("num_input_tokens", "num_generated_tokens", "num_vision_tokens")
 SHARES = ("num_equal_tokens",)
 TEXTS = ("generated_text", "error")
@@ -82,13 +83,13 @@ class Answer:
 
         Raises:
             ConfigError: no such batch, or its columns have other names.
-            torch.AcceleratorError: the device is no longer usable; Ray starts another worker and gives it the rows.
+            torch.AcceleratorError: the device is lost, and with it this process: no row is to blame.
         """
         self._check(batch)
         found: dict[int, answering.Answer | Exception] = {}
         asked: list[tuple[int, Conversation]] = []
         for i, question in enumerate(batch[self.question]):
-            made = _alone(lambda i=i, question=question: self._conversation(batch, i, question))
+            made = _alone(self._conversation, batch, i, question)
             if isinstance(made, Exception):
                 found[i] = made
             else:
@@ -99,11 +100,7 @@ class Answer:
 
     def _answers(self, asked: Sequence[tuple[int, Conversation]]) -> list[answering.Answer | Exception]:
         """All at once, and where that fails one by one: what failed is one of them, or all together were too large."""
-
-        def ask(conversations: list[Conversation]) -> Any:
-            return _alone(lambda: self.answerer.answer(conversations, **self.generation))
-
-        whole = ask([conversation for _, conversation in asked])
+        whole = _alone(self.answerer.answer, [conversation for _, conversation in asked], **self.generation)
         if not isinstance(whole, Exception):
             return list(whole)
         if len(asked) == 1:
@@ -142,10 +139,10 @@ class Answer:
         return conversation
 
 
-def _alone(run: Callable[[], Any]) -> Any:
+def _alone(run: Callable[..., T], *args: Any, **options: Any) -> T | Exception:
     """What `run` returns, or the exception that it raises; a device that is lost is lost for all rows."""
     try:
-        return run()
+        return run(*args, **options)
     except torch.AcceleratorError:
         raise
     except Exception as error:  # decoders, processors and models of others raise anything

@@ -29,7 +29,7 @@ def of_first(x: Tensor) -> Tensor:
     if get_tensor_model_parallel_world_size() == 1:
         return x
     kind = x.dtype
-    sent = x.to(torch.uint8) if kind == torch.bool else x
+    sent = x.to(torch.uint8) if kind == torch.bool else x.clone()  # it is written to
     return get_tp_group().broadcast(sent.contiguous(), src=0).to(kind)  # type: ignore[no-any-return]
 
 
