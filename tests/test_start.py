@@ -15,7 +15,7 @@ import mustdrop
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "matplotlib", "datasets", "scipy")
-COMMANDS = ("demo", "explain", "eval", "report", "tune", "bench", "methods", "adapters", "doctor")
+COMMANDS = ("demo", "explain", "app", "eval", "report", "tune", "bench", "methods", "adapters", "doctor")
 
 
 def loaded(code, *names):
