@@ -106,8 +106,25 @@ def docs(session: nox.Session) -> None:
     install(session, *map(str, EXTRAS["docs"]), *light, *helpers)
     session.run("python", "tools/docs/check_links.py")
     session.run("python", "tools/docs/generate.py", *(session.posargs or ["--check"]))
+    session.run("python", "tools/docs/notebooks.py", *(session.posargs or ["--check"]))
     session.run("mkdocs", "build", "--strict", env={"NO_MKDOCS_2_WARNING": "1"})
     session.run("python", "tools/docs/look.py", SITE)
+
+
+@nox.session
+def tutorials(session: nox.Session) -> None:
+    """Execute the notebooks of the tutorials, in a folder of their own."""
+    install(session, "-e", ".[viz,tutorials]")
+    folder = Path(session.create_tmp(), "notebooks")
+    session.run("python", "tools/docs/notebooks.py", "--run", str(folder), *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def app(session: nox.Session) -> None:
+    """Use `mustdrop app` in a browser. Gradio asks for an older pillow than the other sessions have."""
+    constraints = constraints_without(session, {"pillow"} | FOLLOWERS)
+    session.install("-c", constraints, "-e", ".[app]", *tools("hypothesis", "pytest", "pyyaml", "selenium", "nox"))
+    session.run("pytest", "tests/app", *session.posargs, env=OFFLINE | {"GRADIO_ANALYTICS_ENABLED": "False"})
 
 
 @nox.session

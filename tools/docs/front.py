@@ -123,7 +123,7 @@ def idea(doc: str) -> str:
     first = doc.partition("\n")[0].partition(": ")[2]
     first = re.sub(r"\s*\((?:arXiv )?\d{4}\.\d{5}[^)]*\)", "", first)
     first = re.sub(r", its vision stage|\. All three stages|\. For video|\. PruMerge\+ samples too", "", first)
-    return first.strip().rstrip(".")
+    return re.sub(r" \(as [^)]*\)", "", first).strip().rstrip(".")
 
 
 def families(results: Results, table: Table) -> str:

@@ -31,6 +31,7 @@ import gpu_tables
 import kernel_table
 import launch_table
 import method_cards
+import notebooks
 import peer_table
 import product_table
 import quality_pages_table
@@ -77,6 +78,8 @@ def whole(function: Callable[..., str]) -> Renderer:
 
 for _part in (front.headline, front.facts, front.when, front.methods, front.families, front.proof, front.downloads):
     renderer(f"front-{_part.__name__}")(whole(_part))
+for _notebook in notebooks.PAGES:
+    renderer(f"notebook-{_notebook}")(lambda results, name=_notebook: notebooks.links(name))
 renderer("install")(whole(front.costs))
 renderer("support")(part(support_table.render, "support"))
 renderer("product")(part(product_table.render, "product"))
