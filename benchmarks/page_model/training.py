@@ -33,7 +33,7 @@ CURRICULUM = (
     (250, {"scenes": 0.25, "pages": 0.3, "grounding": 0.15, "videos": 0.15, "changes": 0.15}, 42),
     (700, {"scenes": 0.2, "pages": 0.35, "grounding": 0.15, "videos": 0.15, "changes": 0.15}, 64),
     (1200, {"scenes": 0.2, "pages": 0.35, "grounding": 0.15, "videos": 0.15, "changes": 0.15}, 100),
-    (3000, {"scenes": 0.2, "pages": 0.35, "grounding": 0.15, "videos": 0.15, "changes": 0.15}, 150),
+    (3000, {"scenes": 0.12, "pages": 0.42, "grounding": 0.1, "videos": 0.2, "changes": 0.16}, 150),
 )  # fmt: skip
 # Weight of the attention of words to what they name, likewise.
 BEFORE = 0.5  # of the characters before vision tokens
