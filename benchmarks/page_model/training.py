@@ -20,7 +20,7 @@ from benchmarks.page_model.network import build
 from mustdrop.demo.tasks import KINDS
 
 #: Steps of each stage, in the order in which they run.  The last one may be trained for longer at any time.
-STEPS = {"glyphs": 400, "windows": 450, "language": 4500}
+STEPS = {"glyphs": 400, "windows": 450, "language": 4800}
 MATRIX_RATE, OTHER_RATE = 0.03, 2e-3
 DECAY = 0.4  # of the last stage's steps, in the end, over which the rate comes down to nothing
 AVERAGE = 0.998  # the weights that are published are a running mean over some hundred steps

@@ -76,7 +76,7 @@ def draw(record: Mapping[str, Any]) -> Figure:
     left.set_xticks([*ticks, 1.0], [*(f"{tick:.0%}" for tick in ticks), "100%"])
     left.minorticks_off()
     least = min(row["flops"] for row in record["rows"] if "cannot" not in row)
-    marks = [mark for mark in (0.15, 0.2, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0) if mark >= 0.9 * least]
+    marks = (0.15, 0.2, 0.3, 0.5, 0.7, 1.0) if least < 0.4 else (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     right.set_xticks(marks, [f"{mark:.0%}" for mark in marks])
     right.minorticks_off()
     handles, labels = left.get_legend_handles_labels()
