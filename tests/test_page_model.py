@@ -1,4 +1,4 @@
-"""The page model, untrained: its folder, its own processor, and pruning of everything that it is asked about."""
+"""The page model: its folder, its own processor, what the bundled one can do, and pruning of all that it is asked."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from PIL import Image
 from transformers import Qwen3VLForConditionalGeneration
 
 import mustdrop
-from mustdrop.demo.model import NAMES, PAGE_CHECKPOINT, load, prompt
+from mustdrop.demo import model as demo_model
+from mustdrop.demo.model import NAMES, load, prompt
 from mustdrop.demo.page_processor import UNIT, PageProcessor, fitted
-from mustdrop.demo.tasks import KINDS, WORDS, TaskMaker
+from mustdrop.demo.tasks import KINDS, LEARNED, TYPES, WORDS, TaskMaker
 from mustdrop.errors import ConfigError
 
 
@@ -98,13 +99,60 @@ def test_vocabulary_is_that_of_the_tokenizer(pages):
     assert all(torch.isfinite(weight).all() for weight in model.parameters())
 
 
-def test_models_are_loaded_by_name():
+def test_models_are_loaded_by_name(monkeypatch, tmp_path):
     assert NAMES == ("scenes", "pages")
-    if not (PAGE_CHECKPOINT / "model.safetensors").exists():
-        with pytest.raises(ConfigError, match="its training is not done"):
-            load("pages")
     with pytest.raises(ConfigError, match="no bundled model 'page'"):
         load("page")
+    monkeypatch.setattr(demo_model, "PAGE_CHECKPOINT", tmp_path)
+    with pytest.raises(ConfigError, match="is not part of this installation"):
+        load("pages")
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return load("pages")
+
+
+def held_out(model, processor, kind, samples):
+    """Questions of the types that the bundled model has learned, and what it says to each."""
+    maker = TaskMaker(kind, "heldout", seed=77)
+    said = []
+    for _ in range(samples):
+        sample = maker.sample()
+        asked_ = [question for question in maker.questions(sample) if question.type in LEARNED[kind]]
+        if asked_:
+            said += zip(asked_, answers(model, processor, asked(processor, sample, asked_)), strict=True)
+    return said
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", [kind for kind, types in LEARNED.items() if types])
+def test_the_bundled_model_answers_held_out_questions(bundled, kind):
+    said = held_out(*bundled, kind, samples=6)
+    right = [question.right(text) for question, text in said]
+    assert sum(right) >= 0.75 * len(right), [(q.text, q.answer, text) for q, text in said]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", [kind for kind, types in LEARNED.items() if types])
+def test_the_bundled_model_answers_with_a_third_of_its_tokens(bundled, kind):
+    model, processor = bundled
+    whole = [question.right(text) for question, text in held_out(model, processor, kind, samples=5)]
+    with mustdrop.patched(model, "mustdrop", keep=0.33):
+        pruned = [question.right(text) for question, text in held_out(model, processor, kind, samples=5)]
+        trace = mustdrop.trace(model)
+        assert (trace.equal_tokens <= 0.34 * trace.total).all()
+        assert trace.kv_bytes.ratio < 0.7
+    assert sum(pruned) >= 0.7 * sum(whole)
+    again = [question.right(text) for question, text in held_out(model, processor, kind, samples=5)]
+    assert again == whole  # nothing of the patch is left
+
+
+def test_what_the_bundled_model_has_learned_is_a_part_of_what_there_is():
+    assert set(LEARNED) == set(KINDS)
+    for kind, types in LEARNED.items():
+        assert set(types) <= set(TYPES[kind])
+    assert sum(map(len, LEARNED.values())) >= 15
 
 
 @torch.inference_mode()

@@ -48,8 +48,8 @@ GROUPS = {
 
 #: How often each type of question is asked, where it differs from once in each round.
 WEIGHT = {
-    "read_ink": 3, "read_place": 2, "read_field": 3, "count": 2, "cell": 3, "row": 2, "larger": 3, "higher": 2,
-    "follows": 2, "first": 2, "last": 2, "go": 2, "often": 2, "when": 2, "change": 2, "which": 2,
+    "read_ink": 5, "read_place": 5, "read_field": 4, "follows": 3, "larger": 4, "cell": 4, "row": 3, "higher": 2,
+    "count": 2, "first": 2, "last": 3, "go": 4, "often": 2, "when": 4, "change": 3, "which": 3, "describe": 2,
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from benchmarks.page_model.network import build
 from mustdrop.demo.tasks import KINDS
 
 #: Steps of each stage, in the order in which they run.  The last one may be trained for longer at any time.
-STEPS = {"glyphs": 400, "windows": 450, "language": 4500}
+STEPS = {"glyphs": 400, "windows": 450, "language": 4800}
 MATRIX_RATE, OTHER_RATE = 0.03, 2e-3
 DECAY = 0.4  # of the last stage's steps, in the end, over which the rate comes down to nothing
 AVERAGE = 0.998  # the weights that are published are a running mean over some hundred steps
@@ -33,7 +33,7 @@ CURRICULUM = (
     (250, {"scenes": 0.25, "pages": 0.3, "grounding": 0.15, "videos": 0.15, "changes": 0.15}, 42),
     (700, {"scenes": 0.2, "pages": 0.35, "grounding": 0.15, "videos": 0.15, "changes": 0.15}, 64),
     (1200, {"scenes": 0.2, "pages": 0.35, "grounding": 0.15, "videos": 0.15, "changes": 0.15}, 100),
-    (3000, {"scenes": 0.2, "pages": 0.35, "grounding": 0.15, "videos": 0.15, "changes": 0.15}, 150),
+    (3000, {"scenes": 0.12, "pages": 0.42, "grounding": 0.1, "videos": 0.2, "changes": 0.16}, 150),
 )  # fmt: skip
 # Weight of the attention of words to what they name, likewise.
 BEFORE = 0.5  # of the characters before vision tokens

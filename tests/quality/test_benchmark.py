@@ -16,6 +16,7 @@ import generate
 import mustdrop
 from mustdrop import fidelity
 from mustdrop.demo.model import load
+from mustdrop.demo.tasks import LEARNED
 from mustdrop.errors import ConfigError, UnknownMethodError, UnsupportedModelError
 from mustdrop.method import registry
 
@@ -179,6 +180,49 @@ def test_right_means_that_generate_says_it_word_for_word():
             seen.add(right)
     assert seen == {0, 1}
     assert len(line["answers"]["locate"]["kl"]) == 3
+
+
+def test_the_second_model_is_asked_about_samples_of_every_kind(tmp_path):
+    out, files = tmp_path / "out.json", ["--journal", str(tmp_path / "journal.jsonl")]
+    size = ["--model", "pages", "--seeds", "5", "--scenes", "2", "--batch", "2", "--jobs", "1", "--keep", "0.25"]
+    methods = [word for name in ("none", "downsample", "uniform", "mustdrop+") for word in ("--method", name)]
+    assert (
+        command.main(["quality", *size, *methods, "--threads", str(torch.get_num_threads()), *files, "--out", str(out)])
+        == 0
+    )
+    result = json.loads(out.read_text())
+    rows = {row["method"]: row for row in result["rows"]}
+    kinds = [kind for kind, types in LEARNED.items() if types]
+    assert rows["none"]["scenes"] == 2 * len(kinds)
+    assert set(rows["none"]["types"]) <= set(result["abilities"])
+    assert {name.partition(".")[0] for name in rows["none"]["types"]} == set(kinds)
+    assert rows["none"]["correct"]["mean"] > 0.7
+    assert rows["downsample"]["flops"] < rows["uniform"]["flops"]
+    smaller, divided = rows["downsample"]["vtc"], rows["uniform"]["vtc"]
+    assert (smaller["hard_right"], smaller["easy_right"]) == (0, smaller["easy"])
+    assert divided["hard"] + divided["easy"] == round(rows["none"]["correct"]["mean"] * rows["none"]["questions"])
+    assert {(d["reference"], d["method"]) for d in result["differences"]} == {
+        ("mustdrop+", "downsample"), ("mustdrop+", "uniform"),
+    }  # fmt: skip
+    for block in ("quality-pages", "quality-pages-beside", "quality-pages-abilities", "quality-pages-against"):
+        text = generate.render(f"<!-- begin: {block} -->\n<!-- end: {block} -->\n", {"quality_pages": result})
+        assert "`uniform`" in text
+
+
+def test_a_place_is_right_anywhere_within_its_box():
+    subject = subjects.Samples("selection", [4], 3, 3, "cpu")
+    (batch,) = subject.batches(["grounding:4:0"])
+    (part,) = batch.parts
+    asked = [measure.ask(batch.model, part)]
+    line = measure.line(cells.Cell("uniform", 0.5), batch, asked)
+    inputs = part.everything
+    with mustdrop.patched(batch.model, "uniform", keep=0.5):
+        out = batch.model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+    found = {kind: iter(own["correct"]) for kind, own in line["answers"].items()}
+    ends = fidelity.lengths_of(out, batch.model).tolist()
+    for row, (kind, tokens, end) in enumerate(zip(part.types, out.tolist(), ends, strict=True)):
+        said = tokens[:end]
+        assert next(found[kind]) == int(said == part.truths[row] or part.right(row, said))
 
 
 def test_a_budget_that_cannot_be_met_is_a_row(tmp_path):

@@ -61,7 +61,8 @@ def beside_cells(row: Row, unpruned: Row | None) -> tuple[str, ...]:
         unpruned: the run that its FLOPs are a share of.
     """
     answer, beside = row.result.answer, row.beside
-    apart, divided = (beside and beside.apart), (beside and beside.divided)
+    apart = beside.apart if beside else None
+    divided = beside.divided if beside else None
     whole = unpruned and unpruned.result.answer
     shares = divided.shares if divided else (None, None)
     sizes = (divided.hard, divided.easy) if divided else (0, 0)

@@ -1,7 +1,4 @@
-"""Loads the bundled model, a tiny LLaVA for `mustdrop.demo.scenes`.
-
-A second one, a tiny Qwen3-VL for `mustdrop.demo.tasks`, is in training: `benchmarks/page_model` makes it.
-"""
+"""Loads the bundled models: a tiny LLaVA for `mustdrop.demo.scenes`, a tiny Qwen3-VL for `mustdrop.demo.tasks`."""
 
 from __future__ import annotations
 
@@ -27,7 +24,7 @@ def load(name: str = "scenes", dtype: torch.dtype = torch.float32) -> tuple[Any,
         dtype: of the weights.
 
     Raises:
-        ConfigError: another name, or a model that has not been trained and exported.
+        ConfigError: another name, or a model whose weights are missing.
     """
     if name not in NAMES:
         raise ConfigError(f"there is no bundled model {name!r}. {did_you_mean(name, NAMES)}")
@@ -38,8 +35,8 @@ def load(name: str = "scenes", dtype: torch.dtype = torch.float32) -> tuple[Any,
         processor = LlavaProcessor.from_pretrained(CHECKPOINT, local_files_only=True)
     elif not (PAGE_CHECKPOINT / "model.safetensors").exists():
         raise ConfigError(
-            "the model 'pages' is not part of this version, since its training is not done: `python -m benchmarks "
-            "page_model train` and then `export` write it."
+            f"the model 'pages' is not part of this installation: there are no weights in {PAGE_CHECKPOINT}. Install "
+            "mustdrop anew; in a checkout, `python -m benchmarks page_model export` writes them after training."
         )
     else:
         model = Qwen3VLForConditionalGeneration.from_pretrained(PAGE_CHECKPOINT, dtype=dtype, local_files_only=True)

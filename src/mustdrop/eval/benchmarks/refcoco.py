@@ -63,7 +63,7 @@ class RefCOCO(Benchmark):
     folder = "refcoco"
     section = "data-preparation"
     guide = "https://github.com/QwenLM/Qwen-VL/blob/master/eval_mm/EVALUATION.md"
-    splits = ("val", "testA", "testB")
+    splits: ClassVar[tuple[str, ...]] = ("val", "testA", "testB")
     max_new_tokens = 64
     general = "position"
     metric = "share of boxes with an intersection over union of at least 0.5"
