@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,10 +37,10 @@ class Reading:
     """What rows of the prompt gave to the entries of one layer.
 
     Attributes:
-        given: (B, P, n) parts of their sum, or (B, R, n) of each row.
+        given: (B, P, n) parts of their sum, or (B, R, n) of each row; after `settle` the (B, n) that ranks.
         queries: (B, n) how many of the rows see each entry.
         own: (B, R) long, the entry of each row's own token, where the rows are seen one by one.
-        mass: () or (B,), what they gave to the candidates in sum, where that splits the budget; None before `settle`.
+        mass: (B,), what they gave to the candidates in sum, where that splits the budget; None before `settle`.
     """
 
     given: Tensor
@@ -234,11 +235,12 @@ def _unsettled(forward: Forward) -> int:
 
 def settle(decode: DecodeCachePruner, forward: Forward, later: Later) -> None:
     """Sum up what has been read and tell the cache layers: those of one shape in one step."""
-    layers, alike = forward.cache.layers, {}
+    alike: dict[Any, list[int]] = {}
     for i, read in forward.readings.items():
         if read.given.ndim == 3:
             alike.setdefault((read.given.shape, id(read.queries), id(read.own), read.given.device), []).append(i)
     for some in alike.values():
+        layers = forward.cache.layers
         readings = [forward.readings[i] for i in some]
         given = torch.stack([read.given for read in readings])  # (L, B, P or R, n)
         total, own = given.sum(2), readings[0].own
@@ -247,11 +249,11 @@ def settle(decode: DecodeCachePruner, forward: Forward, later: Later) -> None:
             each = own.expand(len(some), -1, -1).flatten(0, 1)
             total = answers.gathered(decode.scorer, given.flatten(0, 1), each).view_as(total)
         if decode.scorer.by_layer:
-            flags = stacked([later.candidates(i, layers[i]) for i in some])
+            flags = stacked([held.candidates for held in _entries(later, layers, some)])
             mass = (mass * on(flags, mass.device)).sum(-1)
-        for place, (i, read) in enumerate(zip(some, readings, strict=True)):
-            layers[i].attended, layers[i].queries = total[place], read.queries
-            read.given, read.own, read.mass = total[place], None, mass[place]
+        for i, read, own_total, own_mass in zip(some, readings, total.unbind(), mass.unbind(), strict=True):
+            layers[i].attended, layers[i].queries = own_total, read.queries
+            read.given, read.own, read.mass = own_total, None, own_mass
 
 
 def read_step(scorer: CacheScorer, layer: Any, asked: Asked, valid: Tensor) -> None:
@@ -303,10 +305,10 @@ def after_prompt(decode: DecodeCachePruner | None, forward: Forward, later: Late
     settle(decode, forward, later)
     count = decode.counts(layers[0].totals).to(HOST)
     budgets = [count] * depth
-    entries = _entries(later, layers)
+    entries = _entries(later, layers, range(depth))
     if decode.scorer.by_layer:
-        held = torch.stack([own.candidates.sum(1) for own in entries])
-        mass = [forward.readings[i].mass for i in range(depth)]
+        held = stacked([own.candidates for own in entries]).sum(2).expand(depth, -1)
+        mass = [read.mass for _, read in sorted(forward.readings.items()) if read.mass is not None]
         budgets = list(answers.budgets(decode.scorer, _on_the_host(mass), count, held))
     distinct = {id(own): own for own in entries}.values()
     everything = torch.stack([own.vision.sum(1) <= count for own in distinct]).all(0)
@@ -319,11 +321,12 @@ def after_prompt(decode: DecodeCachePruner | None, forward: Forward, later: Late
         layer.attended = layer.queries = None  # nothing is read any more
 
 
-def _entries(later: Later, layers: list[Any]) -> list[Entries]:
-    """What each layer holds; found once for those that hold the same."""
+def _entries(later: Later, layers: list[Any], which: Iterable[int]) -> list[Entries]:
+    """What each of some layers holds; found once for those that hold the same."""
     found: dict[Any, Entries] = {}
     out = []
-    for i, layer in enumerate(layers):
+    for i in which:
+        layer = layers[i]
         key = (id(layer.positions), id(layer.vision), layer.slots, later.spans[i])
         if key not in found:
             parts = layer.slot_positions(), layer.slot_vision(), later.candidates(i, layer)

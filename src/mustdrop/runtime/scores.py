@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -175,7 +176,10 @@ def _chosen(
                 "Selection.from_mask(keep) for a mask (B, N) of what stays."
             )
         return chosen
-    return prefill.filter(seen(runtime, prefill, forward, media, hidden, attention), **options)
+    what = seen(runtime, prefill, forward, media, hidden, attention)
+    if media.counts is not None:
+        what = replace(what, most=max(media.counts[k]))
+    return prefill.filter(what, **options)
 
 
 def merged(selection: Selection, hidden: Tensor) -> Tensor:

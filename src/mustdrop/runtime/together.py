@@ -85,11 +85,11 @@ def _evict(
     known = [x.expand(many, -1, -1).gather(2, where.clamp(min=0)) for x in (positions, vision)]
     if padded or min(widths) < max(widths):
         known = [known[0].masked_fill(where < 0, PAD), known[1] & (where >= 0)]
-    each = [x.unbind() for x in (where, *known)]
-    for i, layer in enumerate(layers):
-        own = [x[i] if widths[i] == x[i].shape[1] else x[i][:, : widths[i]] for x in each]
+    cuts = zip(where.unbind(), known[0].unbind(), known[1].unbind(), strict=True)
+    for i, (layer, cut) in enumerate(zip(layers, cuts, strict=True)):
+        own, places, marks = cut if widths[i] == where.shape[2] else (x[:, : widths[i]] for x in cut)
         layer.attended = layer.queries = None  # nothing is read any more
-        layer.store(Cut(*own, padded), *stored[2 * i : 2 * i + 2])
+        layer.store(Cut(own, places, marks, padded), *stored[2 * i : 2 * i + 2])
     for width in set(widths):  # a static cache counts on its device
         same = [layer for layer, own in zip(layers, widths, strict=True) if own == width]
         same[0].count(same)
@@ -119,14 +119,10 @@ def _chosen(decode: DecodeCachePruner, layers: list[Any], flags: list[Tensor], w
 def _of_all(values: list[Tensor], n: int) -> Tensor:
     """(L * B, n) of what layers know of their entries; nothing is known of later ones."""
     base = values[0]._base
-    read_together = (
-        base is not None
-        and base.shape == (len(values), *values[0].shape)
-        and all(own._base is base and own.storage_offset() == i * own.numel() for i, own in enumerate(values))
-    )
+    read_together = all(own._base is base and own.storage_offset() == i * own.numel() for i, own in enumerate(values))
     if all(value is values[0] for value in values):
-        made = values[0].expand(len(values), -1, -1)
-    elif read_together:
+        made: Tensor = values[0].expand(len(values), -1, -1)
+    elif base is not None and base.shape == (len(values), *values[0].shape) and read_together:
         made = base
     else:
         made = torch.stack(values)

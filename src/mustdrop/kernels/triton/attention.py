@@ -262,9 +262,8 @@ def launch(
     batch, heads, _, dim = q.shape
     groups, keys = k.shape[1], k.shape[2]
     count, width = rows.shape[1], keys - first
-    if sums:
-        head_splits = head_parts(groups)
-    shape = (batch, count, width) if as_rows else (batch, head_splits if sums else 2, width)
+    parts_out = head_parts(groups) if sums else 2
+    shape = (batch, count, width) if as_rows else (batch, parts_out, width)
     if not count or not width or not batch:
         return q.new_zeros(shape, dtype=torch.float32)
     seen = visible.view(torch.uint8)
@@ -294,7 +293,9 @@ def launch(
         key_splits = max(1, min(16, triton.cdiv(keys, 2 * long), want // (pair_blocks * batch * groups)))
     bn = 128 if not wide and roomy(q.device) and triton.cdiv(width, 128) * batch * groups >= 3 * many else small
     key_blocks = triton.cdiv(width, bn)
-    if head_splits is None:
+    if sums:
+        head_splits = parts_out
+    elif head_splits is None:
         # the parts are rows x keys in size: only where that is little, and so are the programs without them
         head_splits = max(1, min(groups, want // (key_blocks * batch), PARTS // (batch * count * width)))
     groups_per = triton.cdiv(groups, head_splits)
