@@ -32,10 +32,7 @@ PAGES = {
 }
 BLOCK = re.compile(r"^(?P<skip><!-- skip: next[^\n]*-->\n)?```python\n(?P<code>.*?)^```\n", re.MULTILINE | re.DOTALL)
 COMMENT = re.compile(r"^<!-- begin.*?<!-- end[^\n]*\n|^<!--[^\n]*-->\n", re.MULTILINE | re.DOTALL)
-INSTALL = (
-    "# On a machine of somebody else, such as Colab's, install mustdrop first: take the sign from the next line.\n"
-    '# %pip install --quiet "mustdrop[viz]"'
-)
+INSTALL = "# On a machine without mustdrop, such as Colab's, install it first: take the sign from the next line.\n"
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 
 
@@ -43,7 +40,9 @@ def notebook(page: str) -> dict[str, Any]:
     """The notebook of a page."""
     text = (ROOT / page).read_text(encoding="utf-8")
     cells = [cell for cell in _cells(text, posixpath.dirname(page)) if cell["source"]]
-    cells.insert(1, _cell("code", INSTALL))
+    address = site_pages.repository()
+    source = f"mustdrop[viz] @ git+{address}" if address else "../..[viz]"  # until then, a checkout
+    cells.insert(1, _cell("code", f'{INSTALL}# %pip install --quiet "{source}"'))
     for number, cell in enumerate(cells):
         cell["id"] = f"cell-{number}"
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}

@@ -188,7 +188,7 @@ class Session:
             if fresh:  # the first call of a model takes longer, whatever it is
                 told(model, processor, prompt, settings[:1], new_tokens=1)
             shown = told(model, processor, prompt, settings, new_tokens=asked.new_tokens, watch=watch)
-        rows = [_row(one, *spent) for one, *spent in zip(shown, watch.seconds, watch.peaks, strict=True)]
+        rows = [_row(*found) for found in zip(shown, watch.seconds, watch.peaks, strict=True)]
         page = trace_page.page(trace_page.facts(prompt.media, shown[1:], prompt.question))
         return Outcome(rows, page)
 
