@@ -307,7 +307,8 @@ def after_prompt(decode: DecodeCachePruner | None, forward: Forward, later: Late
     budgets = [count] * depth
     entries = _entries(later, layers, range(depth))
     if decode.scorer.by_layer:
-        held = stacked([own.candidates for own in entries]).sum(2).expand(depth, -1)
+        seen = {id(own): own.candidates.sum(1) for own in entries}
+        held = torch.stack([seen[id(own)] for own in entries])
         mass = [read.mass for _, read in sorted(forward.readings.items()) if read.mass is not None]
         budgets = list(answers.budgets(decode.scorer, _on_the_host(mass), count, held))
     distinct = {id(own): own for own in entries}.values()
