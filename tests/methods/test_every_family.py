@@ -198,7 +198,8 @@ def test_trace_names_the_right_patches(case, flash):
     adapter, model, oracle = registry()[case.name], case.unpatched(), case.unpatched()
     for either in (model, oracle):
         if "vision" not in adapter.lacks:
-            following.hush(adapter.tower(either, case.kind).blocks)
+            tower = adapter.tower(either, case.kind)
+            following.hush((*tower.before, *tower.blocks))
         following.hush(adapter.decoder_layers(either))
     mustdrop.patch(model, **case.maskable)
     following.follow_through_the_layers(adapter, model, oracle, case.kind)

@@ -119,7 +119,10 @@ def _counts(layer: Any) -> bool:
 
 def first(cache: Any) -> Any:
     """The first layer of `cache` that holds entries; recurrent layers hold none."""
-    return next((layer for layer in cache.layers if type(layer) is not PrunedState), None)
+    for layer in cache.layers:  # compiled code asks
+        if type(layer) is not PrunedState:
+            return layer
+    return None
 
 
 def is_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mustdrop.compat import cache_of, give_cache
+from mustdrop.compat import cache_of, eager, give_cache
 from mustdrop.errors import UnsupportedOptionError
 from mustdrop.kv import PrunedState
+from mustdrop.runtime.compiled import compiled_step
 from mustdrop.runtime.rows import PAD, on
 from mustdrop.runtime.state import Forward, Local
 
@@ -43,12 +44,25 @@ class RowByRow:
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output (B, n, C); zeros where rows are padding behind a state that has begun."""
-        if torch.compiler.is_compiling():  # a step: one token, and nothing is dropped
+        if compiled_step(self.local, (hidden, *args), kwargs) or not self._ragged(kwargs):
             return self.function(hidden, *args, **kwargs)
+        return self._by_row(hidden, kwargs)
+
+    @eager
+    def _ragged(self, kwargs: dict[str, Any]) -> bool:
+        """Whether rows are padded behind a state that has begun."""
         forward, cache = self.local.forward, cache_of(kwargs)
-        state = None if cache is None or forward is None else cache.layers[self.index]
-        if forward is None or forward.rows is None or not forward.padded or not _begun(state):
-            return self.function(hidden, *args, **kwargs)
+        if forward is None or forward.rows is None or not forward.padded or cache is None:
+            return False
+        state = cache.layers[self.index]
+        return isinstance(state, PrunedState) and state.begun
+
+    @eager
+    def _by_row(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        forward, cache = self.local.forward, cache_of(kwargs)
+        assert forward is not None, "asked for a pass that has rows"
+        assert forward.rows is not None, "asked for a pass that has rows"
+        state: PrunedState = cache.layers[self.index]
         if state.record_past:
             raise UnsupportedOptionError(
                 "pictures of unequal length in a batch, in a chat that goes on, and a cache that records its past "
@@ -61,14 +75,9 @@ class RowByRow:
                 continue
             own = {name: _of_row(value, b, missing, hidden) for name, value in kwargs.items()}
             own["attention_mask"] = None
-            row = state.row(b)
-            give_cache(self, own, _with(cache, self.index, row))
+            give_cache(self, own, _with(cache, self.index, state.row(b)))  # type: ignore[arg-type]
             out[b : b + 1, missing:] = self.function(hidden[b : b + 1, missing:], **own)
         return out
-
-
-def _begun(state: Any) -> bool:
-    return isinstance(state, PrunedState) and state.begun
 
 
 def _with(cache: Any, index: int, state: PrunedState) -> Any:
