@@ -112,7 +112,7 @@ class Trace:
         mark = self._marks[sample]
         key = mark.order.masked_fill(~mark.alive, torch.iinfo(torch.long).max)
         place = key.argsort(stable=True).argsort(stable=True)
-        return torch.where(mark.assignment < 0, -1, place[mark.assignment.clamp(min=0)])
+        return torch.where(mark.into < 0, -1, place[mark.into.clamp(min=0)])
 
     def pinned(self, sample: int = 0) -> Tensor:
         """(k,) long, original indices of the key set, ascending."""

@@ -32,7 +32,11 @@ def as_file(component: Any) -> Any:
 
     It is no subclass: of these gradio writes stubs beside their source.
     """
-    component.preprocess = lambda given: None if given is None else getattr(given, "video", given).path
+
+    def path(given: Any) -> Any:
+        return None if given is None else getattr(given, "video", given).path
+
+    component.preprocess = path
     return component
 
 

@@ -149,7 +149,7 @@ class PrunedLayer(Slots, DynamicLayer):
         if remove and self.slots:
             self._check_crop(remove)
             kept = self.slots - remove
-            if self.described and kept < self._positions.shape[1]:
+            if self._positions is not None and kept < self._positions.shape[1]:
                 for name in _KNOWN:
                     value = getattr(self, name)
                     setattr(self, name, None if value is None else value[:, :kept])

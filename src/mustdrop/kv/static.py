@@ -200,8 +200,9 @@ class PrunedStaticLayer(Slots, StaticLayer):
                 key = (id(layer._positions), layer.dropped, layer.keys.device)
                 alike.setdefault(key, []).append(layer)
         for some in alike.values():
-            known = some[0]._positions
-            known = on(known.there if isinstance(known, Away) else known, some[0].keys.device)
+            place = some[0]._positions
+            assert place is not None  # they are the key
+            known = on(place.there if isinstance(place, Away) else place, some[0].keys.device)
             first, room = known.shape[1] + some[0].dropped, some[0].max_cache_len
             if first < room:  # the tokens that will fill the other slots
                 future = torch.arange(first, room, dtype=torch.long, device=known.device)

@@ -87,7 +87,8 @@ class Chooser:
         device = features.device
         index = torch.arange(len(features), dtype=torch.long, device=device)
         owner = index if owner is None else named(owner, self.layouts, self.ends, self.shown)
-        choice = Choice(torch.zeros(len(features), dtype=torch.bool, device=device), torch.full_like(index, -1), index)
+        into = torch.full_like(index, -1)
+        choice = Choice(torch.zeros(len(features), dtype=torch.bool, device=device), into, index)
         choice.order = index.clone()
         size = torch.bincount(owner, minlength=len(owner)).float()
         groups: dict[tuple[int, int | None], list[tuple[int, Tensor]]] = {}
@@ -103,14 +104,12 @@ class Chooser:
                 continue
             if count == n:
                 for _, part in views:
-                    choice.keep[part] = True
-                    choice.into[part] = part
+                    choice.keep[part], into[part] = True, part
                 continue
             for some in [views] if count is not None else [[view] for view in views]:
                 self._choose(choice, features, size, some, count)
         # what had merged into a feature before goes where that one goes
-        assert choice.into is not None
-        choice.into = choice.into[owner]
+        choice.into = into[owner]
         return choice
 
     def _room(self, i: int, layout: Layout, mine: Tensor, owner: Tensor, choice: Choice) -> tuple[Tensor, int | None]:
@@ -131,6 +130,7 @@ class Chooser:
             end = mine[self.ends[i]]
             first = torch.cat([end[None], first[first != end]])
         first = first if most is None else first[:most]
+        assert choice.into is not None  # as the caller has made it
         choice.keep[first], choice.into[first] = True, first
         free = mine[alive & ~structural & ~choice.keep[mine]]
         merged = self.run.merged
@@ -154,8 +154,10 @@ class Chooser:
     def view_of(self, layout: Layout) -> np.ndarray:
         """(N,) long, the item of the encoder's batch that each feature comes from; of a packed one, the frame."""
         if self.run.item:
-            return layout.patch_table[:, 0] // self.run.item
-        return places(layout)[0]
+            item: np.ndarray = layout.patch_table[:, 0] // self.run.item
+            return item
+        frame: np.ndarray = places(layout)[0]
+        return frame
 
     def _choose(
         self, choice: Choice, features: Tensor, size: Tensor, views: list[tuple[int, Tensor]], count: int | None
@@ -187,7 +189,7 @@ class Chooser:
         """
 
         def of_views(x: Tensor) -> Tensor:
-            return x.unflatten(0, tuple(index.shape)) if whole else x[index]
+            return x.view(*index.shape, *x.shape[1:]) if whole else x[index]
 
         table, known = np.concatenate([places(own) for own in self.layouts], 1), host_table(index)
         if known is None:

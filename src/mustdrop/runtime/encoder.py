@@ -244,7 +244,7 @@ class EncoderStage(Copied):
         if run.merged is not None and run.windows is not None:
             if run.counted is None:
                 size = self._window_size(run)
-                left = [hidden.shape[1] + (n - min(run.windows)) * size for n in run.windows]
+                left = [hidden.shape[1] - (n - min(run.windows)) * size for n in run.windows]
                 run.counted = run.merged, left
             return run.counted[1]
         if run.merged is not None:

@@ -59,7 +59,7 @@ class EncoderRun:
     inside: Inside | None = None
     seen: Callable[[Tensor], Tensor] | None = None
     lengths: list[Sequence[int] | Tensor] = field(default_factory=list)
-    counted: tuple[Selection, Tensor] | None = None
+    counted: tuple[Selection, Sequence[int] | Tensor] | None = None
     borders: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     packed: Packed | None = None
     gone: Tensor | None = None

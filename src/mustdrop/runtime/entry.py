@@ -225,7 +225,8 @@ def valid_tokens(tokens: Tensor, mask: Any, start: int = 0) -> Tensor:
 
 def last_token(valid: np.ndarray) -> np.ndarray:
     """(B, length) bool, True at the last valid token of each row."""
-    return valid & (valid[:, ::-1].cumsum(1)[:, ::-1] == 1)
+    last: np.ndarray = valid & (valid[:, ::-1].cumsum(1)[:, ::-1] == 1)
+    return last
 
 
 def words(embeds: Tensor, vision: Tensor, valid: Tensor) -> list[Tensor]:
@@ -335,8 +336,8 @@ def _spread_marks(media: Media, reorder: bool) -> None:
         seen = media.valid[b, place] if media.padded else None
         if seen is not None and not bool(seen.all()):  # what the mask hides does not enter, whatever became of it
             row.alive, row.pinned = row.alive & seen, row.pinned & seen
-            there = (row.assignment >= 0) & row.alive[row.assignment.clamp(min=0)] & seen
-            row.assignment = row.assignment.masked_fill(~there, -1)
+            there = (row.into >= 0) & row.alive[row.into.clamp(min=0)] & seen
+            row.assignment = row.into.masked_fill(~there, -1)
         media.pinned[b, place], media.importance[b, place] = row.pinned, row.importance
         if media.order is not None:
             media.order[b, place] = place[row.order]

@@ -146,7 +146,7 @@ class FixedRows:
         """(B, n) long, logical position of each row, PAD on padding."""
         if self.rows is not None:
             return self.rows
-        every = count_up(*self.vision.shape, self.vision.device)
+        every = count_up(len(self.vision), self.n, self.vision.device)
         return every if self.padding is None else every.masked_fill(self.padding, PAD)
 
     def slots(self, wanted: list[int]) -> int:

@@ -37,11 +37,11 @@ class EarlyChoice:
     def __call__(self, output: Any) -> Any:
         """The encoder's output with the rule's values in the patches that stay."""
         run, final = self.chooser.run, output.last_hidden_state
-        patches = stacked(self.chooser.layouts)
-        if not run.item or patches.shape[1] > 1 or int(patches.max()) >= len(final) * run.item:
+        table = stacked(self.chooser.layouts)
+        if not run.item or table.shape[1] > 1 or int(table.max()) >= len(final) * run.item:
             return output
-        self.whole = plain(patches) and len(patches) == len(final) * run.item
-        patches = sent(patches[:, 0], final.device)
+        self.whole = plain(table) and len(table) == len(final) * run.item
+        patches = sent(table[:, 0], final.device)
         states = getattr(output, "hidden_states", None)
         read = [final if states is None else states[k + 1] for k in self.layers]
         parts = [self._features(state, patches) for state in read]

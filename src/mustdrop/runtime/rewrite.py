@@ -42,17 +42,18 @@ class Rewriter:
 
         Where the layer folds tokens into a state, its mask says which rows are padding, and nothing else.
         """
-        given = None
-        if media.fixed is not None:  # layers hold the rows of this pass alone: who is given the same gets the same
-            given = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
-            key = ("given", folds, *map(id, given.values()))
-            if key in forward.memo:
-                kwargs.update(forward.memo[key][1])
-                return
+        if media.fixed is None:
+            self._rewrite(layer, forward, media, hidden, kwargs, folds)
+            return
+        # layers hold the rows of this pass alone: who is given the same gets the same
+        given = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
+        key = ("given", folds, *map(id, given.values()))
+        if key in forward.memo:
+            kwargs.update(forward.memo[key][1])
+            return
         self._rewrite(layer, forward, media, hidden, kwargs, folds)
-        if given is not None:
-            changed = {name: kwargs[name] for name, value in given.items() if kwargs[name] is not value}
-            forward.memo[key] = (given, changed)  # holding what came keeps its ids from being used again
+        changed = {name: kwargs[name] for name, value in given.items() if kwargs[name] is not value}
+        forward.memo[key] = (given, changed)  # holding what came keeps its ids from being used again
 
     def _rewrite(
         self,

@@ -12,7 +12,7 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -68,6 +68,12 @@ class Marks:
             alive, pinned, importance, order, torch.where(into < 0, -1, into - self.first) if self.first else into
         )
 
+    @property
+    def into(self) -> Tensor:
+        """`assignment`, as `to` has made it."""
+        assert self.assignment is not None, "marks that were not moved to the host"
+        return self.assignment
+
     @classmethod
     def of_prompt(cls, media: Sequence[Medium], marks: Sequence[Marks]) -> Marks:
         """Over the vision tokens of a prompt, on the host, from those of its media."""
@@ -87,9 +93,7 @@ class Marks:
             row.alive[index], row.pinned[index] = mark.alive, mark.pinned
             row.importance[index] = mark.importance.float()
             row.order[index] = index[mark.order]
-            assert mark.assignment is not None  # as `to` has made it
-            assert row.assignment is not None
-            row.assignment[index] = torch.where(mark.assignment < 0, -1, index[mark.assignment.clamp(min=0)])
+            row.into[index] = torch.where(mark.into < 0, -1, index[mark.into.clamp(min=0)])
         return row
 
 
@@ -176,8 +180,10 @@ class Prefill:
 
     def of_prompts(self) -> list[Marks]:
         """Per row, what the vision stage decided over its vision tokens, on the host."""
-        pairs = zip(self.media, self.marks, strict=True) if self.marks else ()
-        return [own.to("cpu") if isinstance(own, Marks) else Marks.of_prompt(media, own) for media, own in pairs]
+        out = []
+        for media, own in zip(self.media, self.marks, strict=True) if self.marks else ():
+            out.append(own.to("cpu") if isinstance(own, Marks) else Marks.of_prompt(media, cast("list[Marks]", own)))
+        return out
 
     def hear(self, layer: int, attention: Tensor | Sent, rows: Tensor | None) -> None:
         """Keep for the trace what a filter read, as it is: nothing is computed before somebody asks for it.

@@ -112,11 +112,11 @@ def select(
         statistics = score.ndim == 3
         spare = alive if protected is None else protected
         order = score if importance is None else importance
-        rest = alive if others is None else others
+        besides = alive if others is None else others
         _select[(batch,)](
-            score, alive.view(torch.uint8), wanted.contiguous(), spare.view(torch.uint8), order, rest.view(torch.uint8),
-            index, stays, n, slots, gamma, alpha, score.stride(0), score.stride(1) if statistics else 0,
-            score.stride(-1), *alive.stride(), *spare.stride(), order.stride(0), order.stride(-1), *rest.stride(),
+            score, alive.view(torch.uint8), wanted.contiguous(), spare.view(torch.uint8), order,
+            besides.view(torch.uint8), index, stays, n, slots, gamma, alpha, score.stride(0), score.stride(1) if statistics else 0,
+            score.stride(-1), *alive.stride(), *spare.stride(), order.stride(0), order.stride(-1), *besides.stride(),
             STATISTICS=statistics, PROTECTED=protected is not None, IMPORTANCE=importance is not None,
             OTHERS=others is not None and not rest, REST=rest, BN=block, BM=min(block, p2(slots, 16)),
             num_warps=min(32, max(4, block // 512)), num_stages=1, **FUSED,
