@@ -17,6 +17,7 @@ from mustdrop.errors import CacheStateError, UnsupportedOptionError
 from mustdrop.kv.growing import PrunedLayer
 from mustdrop.kv.slots import Arrival, Slots, Stored
 from mustdrop.kv.static import PrunedStaticLayer
+from mustdrop.runtime.rows import on
 
 __all__ = [
     "Arrival",
@@ -161,12 +162,26 @@ def _counters(layers: list[Any]) -> list[tuple[list[int], Any]]:
 
 def settle(cache: Any, failed: bool = False) -> None:
     """A pass over `cache` has ended: unless it has failed, a static cache is ready for compiled decode steps."""
-    sent: dict[Any, dict[int, Any]] = {}
-    for layer in getattr(cache, "layers", None) or ():
-        if type(layer) is not PrunedStaticLayer:
-            continue
+    layers = [layer for layer in getattr(cache, "layers", None) or () if type(layer) is PrunedStaticLayer]
+    sent = {} if failed else _positions(layers)
+    for layer in layers:
         if failed:
             layer.filled = None
         elif layer.is_initialized:
             layer.settle(sent.setdefault(layer.keys.device, {}))
         layer.ready = layer.ready if failed else True
+
+
+def _positions(layers: list[Any]) -> dict[Any, dict[int, Any]]:
+    """Per device, the positions that layers have yet to send there, by their id: those of one shape in one copy."""
+    alike: dict[Any, dict[int, Any]] = {}
+    for layer in layers:
+        if layer.is_initialized and layer.positions is not None and layer.fixed is None:
+            own = layer.positions
+            alike.setdefault((layer.keys.device, own.shape), {})[id(own)] = own
+    sent: dict[Any, dict[int, Any]] = {}
+    for (device, _), some in alike.items():
+        values = list(some.values())
+        moved = on(torch.stack(values), device).unbind() if len(values) > 1 else [on(values[0], device)]
+        sent.setdefault(device, {}).update(zip(some, moved, strict=True))
+    return sent
