@@ -114,6 +114,33 @@ def test_a_static_cache_waits_no_more_than_a_growing_one(method):
     assert {row["step"]["own_waits"] for row in rows} == {0}
 
 
+PER_LAYER = {"snapkv": 2, "h2o": 2, "tgvkv": 3}  # decoder layer
+PER_BLOCK = {"tome": 4, "mustdrop": 0}  # encoder block that merges
+
+
+def more(methods, **size):
+    """Launches of a prompt's pass beyond those of the untouched model, and what else is counted."""
+    rows = launches.measure(launches.build(side=8, **size), methods, (1,), ("growing",), keep=24, side=8)
+    return {row["method"]: row["prefill"] for row in rows}
+
+
+def test_what_a_layer_adds_of_its_own():
+    """The rest is the same for however many layers: reading, ranking and cutting are done for all of them together."""
+    few, many = (more(tuple(PER_LAYER), layers=layers, blocks=3) for layers in (4, 7))
+    for method, each in PER_LAYER.items():
+        assert many[method]["more_launches"] - few[method]["more_launches"] == 3 * each, method
+        for what in ("own_waits", "own_copies"):
+            assert many[method][what] == few[method][what], (method, what)
+
+
+def test_what_an_encoder_block_that_merges_adds_of_its_own():
+    few, many = (more(tuple(PER_BLOCK), layers=2, blocks=blocks) for blocks in (4, 6))
+    for method, each in PER_BLOCK.items():
+        assert many[method]["more_launches"] - few[method]["more_launches"] == 2 * each, method
+        for what in ("own_host", "own_waits", "own_copies"):
+            assert many[method][what] == few[method][what], (method, what)
+
+
 def test_a_prompt_comes_to_the_host_once():
     """Ids and mask together; nothing else is asked of a prompt that loses tokens by chance."""
     model = launches.build(layers=6, blocks=4, side=8)

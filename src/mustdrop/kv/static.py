@@ -193,21 +193,21 @@ class PrunedStaticLayer(Slots, StaticLayer):
 
         Layers of one device that hold the same entries get their own parts of one tensor.
         """
-        alike: dict[tuple[int, int, torch.device], list[PrunedStaticLayer]] = {}
+        alike: dict[Any, list[PrunedStaticLayer]] = {}
         for layer in layers:
             layer.filled = None
-            if layer._positions is not None and layer.fixed is None:
-                key = (id(layer._positions), layer.dropped, layer.keys.device)
+            known = layer._positions
+            if known is not None and layer.fixed is None:
+                key = (known.shape, isinstance(known, Away), layer.dropped, layer.max_cache_len, layer.keys.device)
                 alike.setdefault(key, []).append(layer)
         for some in alike.values():
-            place = some[0]._positions
-            assert place is not None  # they are the key
-            known = on(place.there if isinstance(place, Away) else place, some[0].keys.device)
-            first, room = known.shape[1] + some[0].dropped, some[0].max_cache_len
+            each = _stacked([layer._positions for layer in some], some[0].keys.device)
+            first, room = each.shape[2] + some[0].dropped, some[0].max_cache_len
             if first < room:  # the tokens that will fill the other slots
-                future = torch.arange(first, room, dtype=torch.long, device=known.device)
-                known = torch.cat([known, future.expand(known.shape[0], -1)], 1)
-            each = known.expand(len(some), -1, -1).clone()
+                future = torch.arange(first, room, dtype=torch.long, device=each.device)
+                each = torch.cat([each, future.expand(*each.shape[:2], -1)], 2)
+            if len(each) < len(some):
+                each = each.expand(len(some), -1, -1).clone()
             for layer, own in zip(some, each.unbind(0), strict=True):
                 layer.fixed = fixed_address(own)
 
@@ -251,3 +251,11 @@ class PrunedStaticLayer(Slots, StaticLayer):
     def _place(self, positions: Tensor) -> None:
         """Note the positions (B, n) of the filled slots; when the pass has ended, those of tokens to come follow."""
         self.positions, self.fixed, self.ready = positions, None, False
+
+
+def _stacked(values: list[Any], device: torch.device) -> Tensor:
+    """(L or 1, B, n) of (B, n) per layer on `device`, in one copy; 1 where all layers share them."""
+    own = [value.there if isinstance(value, Away) else value for value in values]
+    if all(value is own[0] for value in own):
+        return on(own[0], device)[None]
+    return on(torch.stack(own), device)

@@ -115,11 +115,11 @@ def select(
         besides = alive if others is None else others
         _select[(batch,)](
             score, alive.view(torch.uint8), wanted.contiguous(), spare.view(torch.uint8), order,
-            besides.view(torch.uint8), index, stays, n, slots, gamma, alpha, score.stride(0), score.stride(1) if statistics else 0,
-            score.stride(-1), *alive.stride(), *spare.stride(), order.stride(0), order.stride(-1), *besides.stride(),
-            STATISTICS=statistics, PROTECTED=protected is not None, IMPORTANCE=importance is not None,
-            OTHERS=others is not None and not rest, REST=rest, BN=block, BM=min(block, p2(slots, 16)),
-            num_warps=min(32, max(4, block // 512)), num_stages=1, **FUSED,
+            besides.view(torch.uint8), index, stays, n, slots, gamma, alpha, score.stride(0),
+            score.stride(1) if statistics else 0, score.stride(-1), *alive.stride(), *spare.stride(), order.stride(0),
+            order.stride(-1), *besides.stride(), STATISTICS=statistics, PROTECTED=protected is not None,
+            IMPORTANCE=importance is not None, OTHERS=others is not None and not rest, REST=rest, BN=block,
+            BM=min(block, p2(slots, 16)), num_warps=min(32, max(4, block // 512)), num_stages=1, **FUSED,
         )  # fmt: skip
     else:
         index.fill_(-1)
