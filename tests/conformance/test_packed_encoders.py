@@ -194,6 +194,12 @@ def test_an_input_stage_is_refused_by_name(name):
         mustdrop.patch(model, input=InputPruner())
 
 
+@pytest.mark.parametrize("name", sorted(name for name, adapter in registry().items() if "vision" in adapter.lacks))
+def test_an_input_stage_is_refused_where_the_encoder_cannot_be_looked_into(name):
+    with pytest.raises(UnsupportedModelError, match=rf"(?s)input stage.*{name}.*\"fastv\""):
+        mustdrop.patch(clone(name), "pixelprune")
+
+
 def test_what_the_refusal_names_works():
     mustdrop.patch(clone(CLOSED[0]), "divprune", keep=0.5)
 

@@ -78,8 +78,9 @@ class Runtime(Copied):
             try:
                 tower = self.adapter.tower(self.model, modality.name)
             except UnsupportedModelError:
-                if self.method.marks:
+                if pruner is not None:
                     raise
+                packed_steps.check(self.method.input, self.adapter, None)
                 continue
             known = [stage for stage in found.values() if stage.tower.module is tower.module]
             last = self.adapter.read_layer(self.model, modality.name, {})

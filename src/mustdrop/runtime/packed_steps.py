@@ -23,11 +23,19 @@ if TYPE_CHECKING:
     from mustdrop.runtime.encoder import EncoderStage
 
 
-def check(pruner: InputPruner | None, adapter: Adapter, tower: Tower) -> None:
-    """Raise `UnsupportedModelError` for an input stage, and an encoder that cannot run on some of the patches."""
-    if pruner is None or (tower.cuts and adapter.cell_pixels):
+def check(pruner: InputPruner | None, adapter: Adapter, tower: Tower | None) -> None:
+    """Raise `UnsupportedModelError` for an input stage, and an encoder that cannot run on some of the patches.
+
+    Args:
+        pruner: the input stage, or None.
+        adapter: of the family.
+        tower: its encoder; None if the adapter cannot look into that.
+    """
+    if pruner is None or (tower is not None and tower.cuts and adapter.cell_pixels):
         return
-    why = tower.uncut if tower.packed else "its encoder takes whole pictures, one beside the other, and not a sequence."
+    why = adapter.lacks.get("vision", "") if tower is None else tower.uncut
+    if tower is not None and not tower.packed:
+        why = "its encoder takes whole pictures, one beside the other, and not a sequence."
     nearest = '"fastv"' if "vision" in adapter.lacks else '"divprune"'
     raise UnsupportedModelError(
         f"the input stage cannot be used with the {adapter.name} family: "
