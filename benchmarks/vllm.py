@@ -2,8 +2,9 @@
 
 Two engines live in processes of their own, one with vLLM's class and one with the pruned class, which takes the budget
 per request. In each round every setting answers the same pictures at every concurrency, in turning order. Pictures
-differ, and no cache of prefixes or processed pictures helps. A second pair of engines with a small KV cache shows how
-many requests fit.
+differ, and no cache of prefixes or processed pictures helps. A second pair of engines has a small KV cache, in which
+longer answers do not all find room to the end: how many requests fit, how often one must leave and begin again, and how
+many steps all of them take, are counts, which do not depend on what else the machine does.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 from benchmarks.common import RESULTS, origin, save, significant, spread
 
 NEW = 8  # tokens of an answer
+LONG = 96  # likewise, in the small KV cache
 BUDGETS = (None, 1.0, 192, 128, 64)  # None: vLLM's own class; 1.0: the plugin, everything kept
 CONCURRENCY = (1, 4, 16)
 BLOCK = 32
@@ -40,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--blocks", type=int, default=64, help=f"of {BLOCK} tokens, of the small KV cache")
     parser.add_argument("--method", default="divprune")
+    parser.add_argument("--small", action="store_true", help="the small KV cache alone; the rest of --out stays")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS / "vllm_cpu.json")
     parser.add_argument("--worker", metavar="JSON", help=argparse.SUPPRESS)
@@ -52,14 +55,12 @@ def run(options: argparse.Namespace) -> int:
 
     result = origin(torch.device("cpu"), options.seed)
     common = {"method": options.method, "seed": options.seed}
+    room = small_cache(common, options) | {"commit": result["commit"], "date": result["date"]}
+    if options.small:
+        save(options.out, json.loads(options.out.read_text()) | {"small_cache": room})
+        return 0
     with worker(common | {"pruned": False}) as plain, worker(common | {"pruned": True}) as pruned:
         speed = rounds(plain, pruned, options)
-    small = common | {"blocks": options.blocks}
-    with worker(small | {"pruned": False}) as plain, worker(small | {"pruned": True}) as pruned:
-        fitting = [
-            {"keep": keep} | ask(plain if keep is None else pruned, keep, max(CONCURRENCY), options.requests, 0)
-            for keep in BUDGETS
-        ]
     result |= {
         "command": "python -m benchmarks vllm",
         "vllm": ask_version(),
@@ -71,16 +72,24 @@ def run(options: argparse.Namespace) -> int:
         "requests": options.requests,
         "rounds": options.rounds,
         "block": BLOCK,
-        "blocks": options.blocks,
         "rows": speed,
-        "small_cache": [
-            {name: one[name] for name in ("keep", "prompt_tokens", "running", "blocks_used", "preemptions")}
-            for one in fitting
-        ],
+        "small_cache": room,
     }
     save(options.out, result)
     sys.stdout.write(f"{options.out}\n")
     return 0
+
+
+def small_cache(common: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """What fits: all requests at once, with answers so long that the cache overflows."""
+    names = ("prompt_tokens", "running", "blocks_used", "preemptions", "steps")
+    settings = common | {"blocks": options.blocks}
+    rows = []
+    with worker(settings | {"pruned": False}) as plain, worker(settings | {"pruned": True}) as pruned:
+        for keep in BUDGETS:
+            one = ask(plain if keep is None else pruned, keep, options.requests, options.requests, 0, LONG)
+            rows.append({"keep": keep} | {name: one[name] for name in names})
+    return {"blocks": options.blocks, "requests": options.requests, "new_tokens": LONG, "rows": rows}
 
 
 def rounds(plain: Any, pruned: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -126,12 +135,15 @@ def worker(settings: dict[str, Any]) -> Iterator[Any]:
     finally:
         assert process.stdin is not None
         process.stdin.close()
-        process.wait(120)
+        try:
+            process.wait(120)
+        except subprocess.TimeoutExpired:  # it has nothing more to say
+            process.kill()
 
 
-def ask(process: Any, keep: Any, concurrency: int, requests: int, seed: int) -> dict[str, Any]:
+def ask(process: Any, keep: Any, concurrency: int, requests: int, seed: int, new: int = NEW) -> dict[str, Any]:
     """What one setting did with its requests."""
-    asked = {"keep": keep, "concurrency": concurrency, "requests": requests, "seed": seed}
+    asked = {"keep": keep, "concurrency": concurrency, "requests": requests, "seed": seed, "new": new}
     process.stdin.write(json.dumps(asked) + "\n")
     return read(process)
 
@@ -205,11 +217,13 @@ def prompts(processor: Any, keep: Any, requests: int, seed: int) -> list[dict[st
     return made
 
 
-def serve(engine: Any, processor: Any, keep: Any, concurrency: int, requests: int, seed: int) -> dict[str, Any]:
+def serve(
+    engine: Any, processor: Any, keep: Any, concurrency: int, requests: int, seed: int, new: int
+) -> dict[str, Any]:
     """Answer the requests, `concurrency` at a time; the time of the pictures' processing counts."""
     from vllm import SamplingParams
 
-    sampling = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
+    sampling = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
     inner = engine.llm_engine
     scheduler = inner.engine_core.engine_core.scheduler
     pool = scheduler.kv_cache_manager.block_pool
@@ -217,7 +231,8 @@ def serve(engine: Any, processor: Any, keep: Any, concurrency: int, requests: in
     waiting = list(enumerate(prompts(processor, keep, requests, seed)))
     begun: dict[str, float] = {}
     latencies, lengths, used, running = [], set[int](), 0, 0
-    preempted = 0
+    preempted: dict[str, int] = {}
+    steps = 0
     start, processor_start = time.perf_counter(), time.process_time()
     while waiting or begun:
         while waiting and len(begun) < concurrency:
@@ -230,7 +245,8 @@ def serve(engine: Any, processor: Any, keep: Any, concurrency: int, requests: in
                 latencies.append(time.perf_counter() - begun.pop(name))
                 lengths.add(len(output.prompt_token_ids or ()))
         used, running = max(used, free - pool.get_num_free_blocks()), max(running, len(scheduler.running))
-        preempted = max(preempted, sum(request.num_preemptions for request in scheduler.requests.values()))
+        preempted |= {name: request.num_preemptions for name, request in scheduler.requests.items()}
+        steps += 1
     return {
         "seconds": time.perf_counter() - start,
         "processor": time.process_time() - processor_start,
@@ -238,5 +254,6 @@ def serve(engine: Any, processor: Any, keep: Any, concurrency: int, requests: in
         "prompt_tokens": max(lengths),
         "blocks_used": used,
         "running": running,
-        "preemptions": preempted,
+        "preemptions": sum(preempted.values()),
+        "steps": steps,
     }

@@ -17,7 +17,7 @@ SPEED = (
     "processor time",
     "latency, s",
 )
-ROOM = ("`keep`", "prompt tokens", "requests at once", "KV blocks used", "preemptions")
+ROOM = ("`keep`", "prompt tokens", "requests at once", "KV blocks used", "preemptions", "steps")
 
 
 def render(record: Mapping[str, Any], table: Table) -> str:
@@ -45,6 +45,7 @@ def render(record: Mapping[str, Any], table: Table) -> str:
         )
         for row in record["rows"]
     ]
+    cache = record["small_cache"]
     room = [
         (
             name(row["keep"], record["vision_tokens"]),
@@ -52,12 +53,15 @@ def render(record: Mapping[str, Any], table: Table) -> str:
             row["running"],
             row["blocks_used"],
             row["preemptions"],
+            row["steps"],
         )
-        for row in record["small_cache"]
+        for row in cache["rows"]
     ]
     small = (
-        f"A KV cache of {record['blocks']} blocks of {record['block']} tokens, 16 requests at a time: how many of them "
-        "the cache lets run at once."
+        f"A KV cache of {cache['blocks']} blocks of {record['block']} tokens, {cache['requests']} requests at the same "
+        f"time, answers of {cache['new_tokens']} tokens: how many ran at once at most, how often one was thrown out "
+        "for want of room and begun again, and how many steps of the engine answered all "
+        f"(commit {str(cache['commit'])[:10]})."
     )
     return f"{setting}\n\n{table(SPEED, rows)}\n\n{small}\n\n{table(ROOM, room)}\n\nThe command: `{record['command']}`."
 
