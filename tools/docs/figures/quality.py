@@ -49,7 +49,11 @@ def curves(axes: Axes, record: Mapping[str, Any], cost: str, chosen: Sequence[st
             axes.plot(x, [s["mean"] for s in score], color="0.75", linewidth=0.9, zorder=1, label=label)
             continue
         place = chosen.index(name)
-        look = {"color": colormaps["tab10"](place), "zorder": 3, "linestyle": "--" if name in BASELINES else "-"}
+        look = {
+            "color": colormaps["tab10"](place + (place >= 7)),
+            "zorder": 3,
+            "linestyle": "--" if name in BASELINES else "-",
+        }
         axes.plot(x, [s["mean"] for s in score], marker=MARKERS[place % len(MARKERS)], ms=4, label=name, **look)
         axes.fill_between(
             x, [s["low"] for s in score], [s["high"] for s in score], color=look["color"], alpha=0.08, zorder=2
