@@ -106,8 +106,25 @@ def docs(session: nox.Session) -> None:
     install(session, *map(str, EXTRAS["docs"]), *light, *helpers)
     session.run("python", "tools/docs/check_links.py")
     session.run("python", "tools/docs/generate.py", *(session.posargs or ["--check"]))
+    session.run("python", "tools/docs/notebooks.py", *(session.posargs or ["--check"]))
     session.run("mkdocs", "build", "--strict", env={"NO_MKDOCS_2_WARNING": "1"})
     session.run("python", "tools/docs/look.py", SITE)
+
+
+@nox.session
+def tutorials(session: nox.Session) -> None:
+    """Execute the notebooks of the tutorials, in a folder of their own."""
+    install(session, "-e", ".[viz,tutorials]")
+    folder = Path(session.create_tmp(), "notebooks")
+    session.run("python", "tools/docs/notebooks.py", "--run", str(folder), *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def app(session: nox.Session) -> None:
+    """Use `mustdrop app` in a browser. Gradio asks for an older pillow than the other sessions have."""
+    constraints = constraints_without(session, {"pillow"} | FOLLOWERS)
+    session.install("-c", constraints, "-e", ".[app]", *tools("hypothesis", "pytest", "pyyaml", "selenium", "nox"))
+    session.run("pytest", "tests/app", *session.posargs, env=OFFLINE | {"GRADIO_ANALYTICS_ENABLED": "False"})
 
 
 @nox.session
@@ -211,11 +228,19 @@ def vlmevalkit(session: nox.Session) -> None:
 @nox.session
 def vllm(session: nox.Session) -> None:
     """Serve tiny models of every family with vLLM on the CPU, one process per file (6 minutes, 3.5 GB to install)."""
-    session.install(VLLM, "num2words", *tools("pytest"))  # num2words: SmolVLM's processor
+    # num2words: SmolVLM's processor. Ray's extra `llm` would bring another vLLM.
+    session.install(VLLM, "num2words", *map(str, EXTRAS["ray"]), *tools("pytest"))
     session.run("python", "tests/vllm/environment.py")
     session.install("--no-deps", "-e", ".")  # vLLM brings all that we need
     for file in session.posargs or sorted(map(str, Path("tests/vllm").glob("test_*.py"))):
         session.run("pytest", file, env=OFFLINE | {"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def ray(session: nox.Session) -> None:
+    """Ask a data set by Ray's workers, of which some are killed (2 minutes; one machine, two workers)."""
+    install(session, "-e", ".[ray]", *tools("pytest"))
+    session.run("pytest", "tests/integrations/test_ray.py", *session.posargs, env=OFFLINE)
 
 
 @nox.session

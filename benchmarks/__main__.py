@@ -11,10 +11,13 @@ from collections.abc import Sequence
 BENCHMARKS = {
     "end_to_end": "speed, FLOPs and KV bytes of a patched model against the same model unpatched",
     "evaluation": "scores, tokens and shares of time of the bundled model on its own benchmark",
+    "install": "bytes to download, sizes of what is built and seconds of an import, each within its bound",
     "gpu": "everything that needs a GPU, inside ten minutes, on a machine with nothing but torch on it",
+    "host_time": "processor time of a first token with tiny widths, patched beside untouched: what the host pays",
     "kernels": "time, bandwidth, FLOP/s and share of the roofline of every operation, beside eager PyTorch",
     "kernels_aot": "registers, spills and shared memory of every kernel, compiled for GPUs that need not be there",
     "launches": "operations of a prefill and a decode step by place, waits and copies, of every method, without a GPU",
+    "packed_encoder": "time against FLOPs where patches leave a packed encoder: before its layers, inside, behind",
     "page_model": "a second demo model, a Qwen3-VL: trains it, writes its folder, measures it on held-out samples",
     "peers": "speed and KV bytes beside what pip can install instead, in one run",
     "serving": "time to the first token by parts, decoding and memory, by model, attention, batch and budget",

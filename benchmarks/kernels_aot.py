@@ -40,13 +40,20 @@ def attention(heads: int, groups: int, dim: int, keys: int, rows: int, dtype: to
 def cases() -> dict[str, Callable[[], Any]]:
     """Calls of the launchers: a name, and what to call."""
     from mustdrop.kernels.triton import attention as text
-    from mustdrop.kernels.triton import decode, duplicates, gathering, greedy, matching, merging, selecting
+    from mustdrop.kernels.triton import bipartite, decode, duplicates, gathering, greedy, matching, merging, selecting
 
     def statistics(*sizes: Any, softcap: float | None = None, biased: bool = False) -> Callable[[], Any]:
         def call() -> Any:
             q, k, rows, visible = attention(*sizes)
             bias = torch.empty(1, 1, *visible.shape[1:], dtype=q.dtype) if biased else None
             return text.text_statistics(q, k, rows, visible, 0.1, bias, softcap)
+
+        return call
+
+    def sums(*sizes: Any) -> Callable[[], Any]:
+        def call() -> Any:
+            q, k, rows, visible = attention(*sizes)
+            return text.text_sums(q, k, rows, visible, 0.1)
 
         return call
 
@@ -78,6 +85,17 @@ def cases() -> dict[str, Callable[[], Any]]:
         x = torch.empty(1, tokens, channels, dtype=dtype)
         return lambda: matching.best_match(x[:, ::2], x[:, 1::2])
 
+    def slots(tokens: int, heads: int, dim: int, dtype: torch.dtype) -> Callable[[], Any]:
+        return lambda: bipartite.bipartite_slots(torch.empty(1, heads, tokens, dim, dtype=dtype), tokens // 3, 1)
+
+    def sized(tokens: int, channels: int, dtype: torch.dtype) -> Callable[[], Any]:
+        slot = torch.zeros(1, tokens, dtype=torch.long)
+        known = torch.empty(1, tokens), slot
+        return lambda: bipartite.merge_sized(torch.empty(1, tokens, channels, dtype=dtype), slot, tokens // 2, *known)
+
+    def followed(tokens: int, moves: int) -> Callable[[], Any]:
+        return lambda: bipartite.followed([torch.zeros(1, tokens - 10 * i, dtype=torch.long) for i in range(moves)])
+
     def gather(tokens: int, channels: int, dim: int, dtype: torch.dtype) -> Callable[[], Any]:
         hidden, tables = torch.empty(1, tokens, channels, dtype=dtype), torch.empty(2, 1, tokens, dim, dtype=dtype)
         index, place = torch.zeros(1, tokens // 4, dtype=torch.long), torch.zeros(1, tokens, dtype=torch.long)
@@ -90,6 +108,11 @@ def cases() -> dict[str, Callable[[], Any]]:
     def compact(layers: int, groups: int, tokens: int, dim: int, dtype: torch.dtype) -> Callable[[], Any]:
         cache = [torch.empty(1, groups, tokens, dim, dtype=dtype) for _ in range(layers)]
         return lambda: gathering.compact(cache, torch.zeros(1, tokens // 4, dtype=torch.long))
+
+    def each(layers: int, groups: int, tokens: int, dim: int, dtype: torch.dtype) -> Callable[[], Any]:
+        cache = [torch.empty(1, groups, tokens, dim, dtype=dtype) for _ in range(2 * layers)]
+        index, slots = torch.zeros(layers, 1, tokens // 4, dtype=torch.long), [tokens // 4 - i for i in range(layers)]
+        return lambda: gathering.compact_each(cache, index, torch.tensor(slots), slots)
 
     def farthest(tokens: int, channels: int, count: int, dtype: torch.dtype) -> Callable[[], Any]:
         return lambda: greedy.farthest_first(torch.empty(1, tokens, channels, dtype=dtype), count)
@@ -119,6 +142,8 @@ def cases() -> dict[str, Callable[[], Any]]:
             8, 4, 256, 2944, 64, BFLOAT16, softcap=50.0, biased=True
         ),
         "text statistics, float32, head dim 128": statistics(32, 32, 128, 640, 64, FLOAT),
+        "text sums, LLaVA-1.5-7B": sums(32, 32, 128, 640, 64, BFLOAT16),
+        "text sums, Qwen2.5-VL-7B, all rows of 4k": sums(28, 4, 128, 4096, 4096, BFLOAT16),
         "text rows, LLaVA-NeXT": rows_of(32, 32, 128, 2944, 64, BFLOAT16),
         "received attention, SigLIP, head dim 72": lambda: text.received_attention(
             *(torch.empty(2, 1, 16, 729, 72, dtype=HALF)), torch.ones(1, 729, dtype=torch.bool), 0.1
@@ -133,6 +158,12 @@ def cases() -> dict[str, Callable[[], Any]]:
         "merge, weighted, Qwen2.5-VL-7B": merge(16384, 3584, BFLOAT16, weighted=True),
         "best match, 128 channels": match(16384, 128, BFLOAT16),
         "best match, 1024 channels, float32": match(576, 1024, FLOAT),
+        "bipartite slots, CLIP": slots(577, 16, 64, BFLOAT16),
+        "bipartite slots, 4096 tokens, head dim 72": slots(4096, 16, 72, BFLOAT16),
+        "bipartite slots, float32, head dim 256": slots(1024, 8, 256, FLOAT),
+        "merge with sizes, CLIP": sized(577, 1024, BFLOAT16),
+        "merge with sizes, 4096 tokens, float32": sized(4096, 4096, FLOAT),
+        "24 moves followed": followed(577, 24),
         "farthest first, LLaVA-1.5-7B": farthest(576, 4096, 192, BFLOAT16),
         "farthest first, 4096 tokens": farthest(4096, 3584, 1024, BFLOAT16),
         "farthest first, 16384 tokens, float32": farthest(16384, 3584, 2048, FLOAT),
@@ -150,6 +181,7 @@ def cases() -> dict[str, Callable[[], Any]]:
         "cut of a mask": cut(2944, torch.bool),
         "cut of an additive mask": cut(2944, BFLOAT16),
         "cache compaction, LLaVA-1.5-7B": compact(64, 32, 640, 128, BFLOAT16),
+        "cache compaction by layer, LLaVA-1.5-7B": each(32, 32, 640, 128, BFLOAT16),
         "cache compaction, Qwen2.5-VL-7B, 16k": compact(8, 4, 16448, 128, BFLOAT16),
     }
 

@@ -21,6 +21,13 @@ QWEN_SIZES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {  # text, v
          "fullatt_block_indexes": [1, 3]},
         16,
     ),
+    "qwen2.5-vl-wide": (  # the real encoder's widths, few layers, and a small language model: for a CPU
+        {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 4, "num_attention_heads": 14,
+         "num_key_value_heads": 2},
+        {"depth": 4, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 896,
+         "fullatt_block_indexes": [0, 3]},
+        48,
+    ),
     "qwen2.5-vl-7b": (
         {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
          "num_key_value_heads": 4},

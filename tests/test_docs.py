@@ -11,7 +11,9 @@ import unittest
 from pathlib import Path
 from types import SimpleNamespace
 
+import nox
 import pytest
+from PIL import Image
 from sybil import Sybil
 from sybil.document import Document
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
@@ -103,7 +105,8 @@ def test_every_page_is_in_the_navigation_and_every_public_name_has_a_page():
         ("[a](docs/quality.md#x)", "README.md", "[a](quality.md#x)"),
         ("![a](docs/images/a.png)", "README.md", "![a](images/a.png)"),
         ("[a](LICENSE)", "README.md", "a"),
-        ("[a](../README.md#models)", "docs/methods.md", "[a](index.md#models)"),
+        ("[a](../README.md#methods)", "docs/methods.md", "[a](index.md#methods)"),
+        ("[![a](https://b.org/c.svg)](LICENSE) [d](docs/faq.md)", "README.md", "[d](faq.md)"),
         ("[a](../tune.md)", "docs/tutorials/video.md", "[a](../tune.md)"),
         ("[a](../docs/speed.md)", "benchmarks/README.md", "[a](../speed.md)"),
         ("[a](https://example.org) `[b](docs/quality.md)` [c](#d)", "README.md", None),
@@ -112,3 +115,50 @@ def test_every_page_is_in_the_navigation_and_every_public_name_has_a_page():
 def test_links_between_files_become_links_between_pages(link, there, here):
     page = SimpleNamespace(file=SimpleNamespace(src_uri=site_pages.ELSEWHERE.get(there, there.removeprefix("docs/"))))
     assert site_pages.on_page_markdown(link, page, None, None) == (here or link)
+
+
+# -- the first page ----------------------------------------------------------------------------------------------------
+
+FRONT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_first_page_is_short_and_says_when_it_does_not_help():
+    assert len(FRONT.splitlines()) <= 150
+    first_screen = FRONT.partition("## Install")[0]
+    assert len(re.findall(r"\*\*[\d.]+( times|%)", first_screen)) == 2
+    assert re.search(r"alone is slower \(0\.\d+ x\)", first_screen)
+
+
+def test_every_number_of_the_first_page_is_generated():
+    """Outside of generated blocks stand versions, budgets of examples and the tolerance of the proof, and no result."""
+    typed = re.sub(r"<!-- begin.*?<!-- end[^\n]*", "", FRONT, flags=re.DOTALL)
+    typed = re.sub(r"```.*?```|\[!\[[^\n]*", "", typed, flags=re.DOTALL)
+    assert re.findall(r"\d[\d.]* ?(?:%|x\b|MB|GB|times|seconds|ms)", typed) == ["2 x"]  # what `x` means
+
+
+def test_the_badges_say_what_the_project_says():
+    project = nox.project.load_toml(ROOT / "pyproject.toml")["project"]
+    versions = [line.rpartition(" ")[2] for line in project["classifiers"] if re.search(r":: 3\.\d+$", line)]
+    assert f"python-{versions[0]}_to_{versions[-1]}" in FRONT
+    assert f"licence-{project['license'].replace('-', '_')}" in FRONT
+    (transformers,) = [line for line in project["dependencies"] if line.startswith("transformers")]
+    assert f"transformers-{transformers.partition('>=')[2]}%2B" in FRONT
+
+
+def test_the_lines_for_a_model_of_the_hub_run_as_they_stand(tmp_path, monkeypatch, capsys):
+    """On the bundled model and a picture in a file: nothing else of them is changed."""
+    from mustdrop.demo.model import CHECKPOINT
+    from mustdrop.demo.scenes import SceneMaker
+
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(SceneMaker("heldout", seed=7).scene().image).save("scene.png")
+    (lines,) = re.findall(r'<!-- skip: next "downloads a model" -->\n```python\n(.*?)```', FRONT, re.DOTALL)
+    assert len(lines.splitlines()) <= 8
+    lines, models = re.subn(r'model="[^"]+"', f"model={str(CHECKPOINT)!r}", lines)
+    lines, pictures = re.subn(r'"https://[^"]+"', "'scene.png'", lines)
+    lines, questions = re.subn(r'"What is in the picture\?"', "'where is the magenta one ?'", lines)
+    assert (models, pictures, questions) == (1, 1, 1)
+    scope = {}
+    exec(lines, scope)
+    assert mustdrop.last_trace(scope["ask"].model).equal_tokens[0] <= 144
+    assert capsys.readouterr().out.strip()

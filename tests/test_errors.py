@@ -102,6 +102,31 @@ def test_the_nearest_model_is_named():
         mustdrop.patch(LlavaForConditionalGenerations())
 
 
+@pytest.mark.parametrize(
+    ("kind", "says", "hint"),
+    [
+        ("Bert", "mustdrop has no adapter for BertModel. It reads no images, so it has no vision tokens", None),
+        ("Llama", "no adapter for LlamaModel. It reads no images", "Llama4ForConditionalGeneration"),
+        ("ViT", "no adapter for ViTModel. It encodes images, and holds no language model", None),
+        ("CLIPVision", "no adapter for CLIPVisionModel. It encodes images", None),
+        ("Linear", "no adapter for Linear. It is no model of transformers", None),
+    ],
+)
+def test_what_is_no_vision_language_model_is_told_what_it_lacks_and_what_fits(kind, says, hint):
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    if kind == "Linear":
+        thing = torch.nn.Linear(2, 2)
+    else:
+        thing = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**small))
+    with pytest.raises(errors.UnsupportedModelError) as raised:
+        mustdrop.patch(thing)
+    said = str(raised.value)
+    assert says in said
+    assert "mustdrop.list_adapters()" in said
+    assert ("Did you mean" in said) is (hint is not None)
+    assert hint is None or hint in said
+
+
 def test_a_subclass_of_a_known_model_is_known():
     class Mine(transformers.LlavaForConditionalGeneration):
         pass

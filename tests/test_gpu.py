@@ -11,6 +11,7 @@ import torch
 import mustdrop
 import mustdrop.method
 from mustdrop.adapters import registry
+from mustdrop.stages import missing
 from support import families
 from support.builders import LLAMA, SIGLIP, answer, batch
 from support.checks import distance, patched
@@ -61,7 +62,7 @@ TURNS += [("llava", "image", method) for method in METHODS] + [("qwen2_5_vl", "i
 def same_on_both(name, kind, method, steps=3, **options):
     """In float64, where rounding decides nothing: decisions and answers of the CPU and of the device."""
     adapter = registry()[name]
-    if any(getattr(mustdrop.method.find(method, keep=0.5), stage) is not None for stage in adapter.lacks):
+    if missing(mustdrop.method.find(method, keep=0.5), adapter):
         pytest.skip("this family lacks a stage of this method")
     model = families.clone(name)
     exact = not any(

@@ -66,7 +66,7 @@ def test_the_committed_figures_keep_their_bounds_and_cover_every_method(committe
     assert launch_bounds.above(committed["rows"]) == []
     places = {(row["batch"], row["cache"]) for row in committed["rows"]}
     assert {(row["method"], row["batch"], row["cache"]) for row in committed["rows"]} == {
-        (method, *place) for method in ("untouched", *mustdrop.methods()) for place in places
+        (method, *place) for method in ("untouched", *launches.every_method()) for place in places
     }
     assert places == {(batch, cache) for batch in launches.BATCHES for cache in launches.CACHES}
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import nox
 import pytest
 import yaml
+from benchmarks import install
+from benchmarks.common import RESULTS
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -159,3 +161,33 @@ def test_issue_forms_can_be_read_and_a_bug_asks_for_doctor():
     bug = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text(encoding="utf-8"))
     (doctor,) = [field for field in bug["body"] if field["id"] == "doctor"]
     assert doctor["validations"]["required"]
+
+
+def test_what_it_costs_is_within_its_bounds():
+    record = json.loads((RESULTS / "install.json").read_text(encoding="utf-8"))
+    assert record["bounds"] == install.BOUNDS  # measured against today's
+    assert install.above(record) == []
+    assert install.above({"figures": {"a": 3, "b": 1}, "bounds": {"a": 2, "b": 2}}) == ["a: 3 is above 2"]
+
+
+def test_imports_of_today_load_no_more_modules_than_their_bounds():
+    for name, base in (("import", "bare"), ("patch", "base")):
+        counts = []
+        for one in (name, base):
+            done = subprocess.run(
+                [sys.executable, "-c", install.CODE[one] + install.COUNT], capture_output=True, text=True, check=True
+            )
+            counts.append(int(done.stderr.split()[-2]))
+        assert counts[0] - counts[1] <= install.BOUNDS[f"modules_of_{name}"]
+
+
+def test_sizes_are_those_of_files_that_fit_this_machine():
+    tags = list(install.platform_tags())
+    wheels = [
+        {"url": "https://a/b-1-cp311-cp311-musllinux_1_2_x86_64.whl", "size": 1},
+        {"url": "https://a/b-1-cp311-cp311-manylinux_2_28_x86_64.whl", "size": 2},
+        {"url": "https://a/b-1-cp311-cp311-win_amd64.whl", "size": 4},
+    ]
+    assert install._size({"wheels": wheels}, tags) == 2
+    assert install._size({"wheels": [{"path": "b-1+cpu-py3-none-any.whl"}]}, tags) == 0
+    assert install._size({"sdist": {"size": 7}}, tags) == 7

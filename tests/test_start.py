@@ -15,7 +15,7 @@ import mustdrop
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "matplotlib", "datasets", "scipy")
-COMMANDS = ("demo", "explain", "eval", "eval-suite", "report", "tune", "bench", "methods", "adapters", "doctor")
+COMMANDS = ("demo", "explain", "app", "eval", "eval-suite", "report", "tune", "bench", "methods", "adapters", "doctor")
 
 
 def loaded(code, *names):

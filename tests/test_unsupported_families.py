@@ -59,13 +59,20 @@ def test_a_stage_that_a_family_lacks_is_refused_and_the_others_work(name):
     if not adapter.available():
         pytest.skip(f"this transformers has no {name}")
     model = build(adapter)
-    for stage, why in adapter.lacks.items():
-        assert stage == "vision"
+    pruners = {
+        "vision": mustdrop.VisionStagePruner(window=None, keep=0.5),
+        "prefill": mustdrop.PrefillPruner(keep=0.5),
+        "decode": mustdrop.DecodeCachePruner(keep=4),
+    }
+    for stage, pruner in pruners.items():
+        if stage not in adapter.lacks:
+            mustdrop.unpatch(mustdrop.patch(model, **{stage: pruner}))
+            continue
         with pytest.raises(errors.UnsupportedModelError) as raised:
-            mustdrop.patch(model, vision=mustdrop.VisionStagePruner(window=None, keep=0.5))
-        assert why in str(raised.value)
-        assert "prefill" in str(raised.value)
-    mustdrop.unpatch(mustdrop.patch(model, prefill=mustdrop.PrefillPruner(keep=0.5)))
+            mustdrop.patch(model, **{stage: pruner})
+        for part in (f"{name} family has no {stage} stage", adapter.lacks[stage], "nearest method"):
+            assert part in str(raised.value)
+        assert not hasattr(model, "_mustdrop")
 
 
 def test_a_model_whose_layers_share_keys_is_refused_with_the_models_that_work():

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 LARGEST_SDIST = 20_000_000  # bytes, as a package index may ask; it is about 8 MB
 LARGEST_WHEEL = 12_000_000  # bytes, most of which are the bundled models
 # Beside what git knows below these names, an sdist holds its metadata. A wheel holds the package alone.
-IN_SDIST = ("src", "tests", "benchmarks", "docs", "examples", "tools")
+IN_SDIST = ("src", "tests", "benchmarks", "docs", "examples", "space", "tools")
 LEFT_OUT = "tests/golden/"  # recordings, too large for a package index
 ALONE_IN_SDIST = (
     ".gitignore",  # hatchling takes it along, and reads it when a wheel is made from the sdist

@@ -5,6 +5,7 @@
     python -m benchmarks quality --variants smallest   # more such scenes, smallest budgets: can it be better there?
     python -m benchmarks quality --variants ablations  # scenes of the selection split
     python -m benchmarks quality --variants geometry   # the same: features as they are, centred, and standardized
+    python -m benchmarks quality --variants merging    # the same: how many windows merge in mustdrop
 
 Each writes a result file of its own, and none looks at held-out scenes.
 """
@@ -31,14 +32,23 @@ BUDGETS = {
     "smallest": (1 / 9, 1 / 18),
     "ablations": (2 / 9, 1 / 9, 1 / 18),
     "geometry": (2 / 9, 1 / 9, 1 / 18),
+    "merging": (1 / 3, 2 / 9, 1 / 9, 1 / 18),
 }
-SPLITS = {"search": "train", "taper": "train", "smallest": "train", "ablations": "selection", "geometry": "selection"}
+SPLITS = {
+    "search": "train",
+    "taper": "train",
+    "smallest": "train",
+    "ablations": "selection",
+    "geometry": "selection",
+    "merging": "selection",
+}
 SEEDS = {
     "search": (2001, 2002),
     "taper": (2001, 2002),
     "smallest": (2001, 2002, 2003, 2004),
     "ablations": (3001, 3002),
     "geometry": (3001, 3002),
+    "merging": (3001, 3002),
 }
 
 Stages = Mapping[str, Any]
@@ -171,6 +181,19 @@ def geometry() -> dict[str, Callable[[float], Stages]]:
     }
 
 
+def merging() -> dict[str, Callable[[float], Stages]]:
+    """How many windows merge in the encoder in `mustdrop`: as the data decide, or as the prompt's shape does."""
+    shares = {
+        f"windows merge: {share:.3g} at most": _named("mustdrop", merge_share=share) for share in (1 / 4, 3 / 8, 1 / 2)
+    }
+    return {
+        "windows merge: from a similarity on": _named("mustdrop", merge="threshold"),
+        **shares,
+        "windows merge: all that the budget allows": _named("mustdrop", merge_share=1.0),
+        "windows merge: none": _named("mustdrop", window=None),
+    }
+
+
 def _whole(keep: float) -> dict[str, Any]:
     method = MustDropPlus(keep=keep).build()
     return {"vision": method.vision, "prefill": method.prefill, "decode": method.decode}
@@ -182,4 +205,5 @@ SETS: dict[str, Callable[[], dict[str, Callable[[float], Stages]]]] = {
     "smallest": smallest,
     "ablations": ablations,
     "geometry": geometry,
+    "merging": merging,
 }

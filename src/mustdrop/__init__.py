@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mustdrop.config import load_config
     from mustdrop.method import Method, Recipe
     from mustdrop.patching import last_trace, patch, patched, trace, unpatch
-    from mustdrop.pruners import DecodeCachePruner, PrefillPruner, VisionStagePruner
+    from mustdrop.pruners import DecodeCachePruner, InputPruner, PrefillPruner, VisionStagePruner
     from mustdrop.registry import list_methods, methods, register, unregister
     from mustdrop.selection import Selection
     from mustdrop.trace import Trace
@@ -28,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DecodeCachePruner",
+    "InputPruner",
     "Method",
     "PrefillPruner",
     "Recipe",
@@ -54,6 +55,7 @@ __all__ = [
 # line starts without them. A new name is a line here, one in `__all__` and one above for type checkers.
 _HOMES = {
     "DecodeCachePruner": "pruners",
+    "InputPruner": "pruners",
     "Method": "method",
     "PrefillPruner": "pruners",
     "Recipe": "method",

@@ -272,8 +272,12 @@ def knob_text(name: str, value: object) -> str:
     return f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
 
 
-def parse_keep(text: str) -> Keep:
+def parse_keep(text: str, where: str = "") -> Keep:
     """A budget that somebody typed: "64" is tokens, "0.25" and "25%" are shares.
+
+    Args:
+        text: what was typed.
+        where: what the message begins with.
 
     Raises:
         BudgetError: it is none of these.
@@ -284,4 +288,4 @@ def parse_keep(text: str) -> Keep:
             return float(number[:-1]) / 100
         return float(number) if set(number.lower()) & set(".en") else int(number)
     except ValueError:
-        raise BudgetError(f"{text!r} is neither a number of tokens (64) nor a share (0.25, 25%).") from None
+        raise BudgetError(f"{where}{text!r} is neither a number of tokens (64) nor a share (0.25, 25%).") from None

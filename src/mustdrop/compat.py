@@ -26,6 +26,14 @@ MINIMUM_TRANSFORMERS = "5.4"
 TRANSFORMERS = Version(transformers.__version__)
 _RECORDS = hasattr(DynamicSlidingWindowLayer, "activate_past_recording")
 
+
+class _NoLayer:
+    """Stands in for a cache layer that this release of transformers does not have; nothing is one."""
+
+
+#: Cache layer of linear attention and short convolutions.
+LinearAttentionLayer: Any = getattr(transformers.cache_utils, "LinearAttentionLayer", _NoLayer)
+
 Attention = Callable[..., Any]
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -3,8 +3,8 @@
 FLOPs count a multiply-add as two. A linear layer costs 2 * in * out per token; of a mixture of experts, those count
 that run for a token. Attention costs 4 * heads * head_dim per visible (query, key) pair, for scores and values; it is
 causal, so n tokens after p cached ones see n * p + n * (n + 1) / 2 pairs. Scoring costs 2 * heads * head_dim per (text
-row, key) pair at a filter layer. Norms, rotations, activations and short convolutions are left out. The language head
-counts once per prompt and once per decode step.
+row, key) pair at a filter layer. Norms, rotations, activations, short convolutions and what recurrent layers do with
+their state are left out. The language head counts once per prompt and once per decode step.
 
 The parts: `vision` is the encoder's layers and its patch embedding, `projector` what maps features into the language
 model, `scoring` what pruning adds, `prefill` and `decode_step` the decoder layers and the head.
@@ -208,7 +208,7 @@ class TextCost:
 
     Attributes:
         linear: FLOPs per token of each layer's linear layers.
-        widths: heads * head_dim of each layer.
+        widths: heads * head_dim of each layer; 0 of a recurrent one, whose tokens see a state and not each other.
         head: FLOPs of the language head for one token.
         vision: as `linear`, of vision tokens, which may have experts of their own.
     """
@@ -219,7 +219,14 @@ class TextCost:
     vision: tuple[int, ...]
 
     @classmethod
-    def of(cls, layers: nn.ModuleList, config: Any, model: Any, experts_of: Mapping[str, str]) -> TextCost:
+    def of(
+        cls,
+        layers: nn.ModuleList,
+        config: Any,
+        model: Any,
+        experts_of: Mapping[str, str],
+        recurrent: Collection[int] = (),
+    ) -> TextCost:
         """Read the sizes off a model.
 
         Args:
@@ -227,11 +234,13 @@ class TextCost:
             config: of the text model.
             model: has the language head, or none.
             experts_of: `Adapter.experts_of`.
+            recurrent: `Adapter.recurrent`.
         """
         heads = int(config.num_attention_heads)
         own = [getattr(getattr(layer, "self_attn", None), "head_dim", 0) for layer in layers]
-        if not all(own):
+        if not all(dim for i, dim in enumerate(own) if i not in recurrent):
             own = [getattr(config, "head_dim", None) or config.hidden_size // heads] * len(own)
+        own = [0 if i in recurrent else dim for i, dim in enumerate(own)]
         head = model.get_output_embeddings()
         others = {kind: [name for of, name in experts_of.items() if of != kind] for kind in ("text", "vision")}
         text = tuple(linear_flops(layer, others["text"]) for layer in layers)
@@ -260,9 +269,9 @@ class TextCost:
         return 2 * self.widths[layer] * raters * keys
 
 
-def embedding_flops(encoder: nn.Module, blocks: nn.ModuleList) -> int:
+def embedding_flops(encoder: nn.Module, blocks: Collection[nn.Module]) -> int:
     """FLOPs per patch of what turns pixels into patches: the first convolution (or linear layer) of an encoder."""
-    inside = {id(m) for m in blocks.modules()}
+    inside = {id(m) for block in blocks for m in block.modules()}
     for module in encoder.modules():
         if id(module) in inside:
             continue
@@ -290,7 +299,7 @@ class EncoderCost:
     width: int
 
     @classmethod
-    def of(cls, encoder: nn.Module, blocks: nn.ModuleList) -> EncoderCost:
+    def of(cls, encoder: nn.Module, blocks: Collection[nn.Module]) -> EncoderCost:
         """Read the sizes off an encoder and its layers."""
         config: Any = encoder.config
         width = int(config.hidden_size if not hasattr(config, "embed_dim") else config.embed_dim)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,7 @@ def told(
     *,
     new_tokens: int = 32,
     advance: Callable[[], object] | None = None,
+    watch: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> list[Told]:
     """Ask at every setting.
 
@@ -66,6 +68,7 @@ def told(
         settings: methods with their budgets; None is the method's own.
         new_tokens: most tokens of an answer.
         advance: called after each setting.
+        watch: makes what is entered around each answer.
 
     Returns:
         One for each setting, in their order, for `mustdrop.trace_page.write`.
@@ -80,7 +83,8 @@ def told(
     for method, keep in settings:
         knobs = {} if keep is None else {"keep": keep}
         with mustdrop.patched(model, method, **knobs), torch.inference_mode():
-            tokens = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+            with watch():
+                tokens = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
             trace = mustdrop.last_trace(model)
         answer = str(processor.batch_decode(tokens[:, length:], skip_special_tokens=True)[0]).strip()
         name = method if keep is None else f"{method}, keep={keep_text(keep)}"

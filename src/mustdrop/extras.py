@@ -93,4 +93,4 @@ def names() -> list[str]:
     if version(_PACKAGE) is None:
         return []
     listed = importlib.metadata.metadata(_PACKAGE).get_all("Provides-Extra") or []
-    return sorted(name for name in listed if name not in ("dev", "docs"))
+    return sorted(name for name in listed if name not in ("dev", "docs", "tutorials"))

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from mustdrop.constants import table
 
 Grid = tuple[int, int, int]
 
@@ -41,9 +44,33 @@ class Layout:
         return self.cells < 0
 
     @functools.cached_property
+    def cell_table(self) -> np.ndarray:
+        """`cells`, for arithmetic on the host."""
+        return table(self.cells)
+
+    @functools.cached_property
+    def patch_table(self) -> np.ndarray:
+        """`patches`, likewise."""
+        return table(self.patches)
+
+    @functools.cached_property
+    def gaps(self) -> np.ndarray:
+        """`structural`, likewise."""
+        return self.cell_table < 0
+
+    @functools.cached_property
     def in_picture(self) -> int:
         """Rows that stand for a part of the picture."""
-        return self.size - int(self.structural.sum())
+        return self.size - int(self.gaps.sum())
+
+    def items(self, patches: int) -> tuple[list[int], list[int]]:
+        """Items of the encoder's batch, of so many patches each, that its features come from, and how many from each.
+
+        A feature made of several patches counts where the first of them lies.
+        """
+        first = self.patch_table[:, 0]
+        numbers, counts = np.unique(first[first >= 0] // patches, return_counts=True)
+        return numbers.tolist(), counts.tolist()
 
     @property
     def offsets(self) -> tuple[int, ...]:

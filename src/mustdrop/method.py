@@ -1,4 +1,4 @@
-"""A method is a recipe that fills the three sockets. `mustdrop.registry` knows recipes by their names."""
+"""A method is a recipe that fills the four sockets. `mustdrop.registry` knows recipes by their names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import mustdrop.methods  # noqa: F401  (loaded before the package binds this name to the function `methods`)
 from mustdrop.budget import Keep
 from mustdrop.errors import ConfigError
-from mustdrop.pruners import DecodeCachePruner, PrefillPruner, VisionStagePruner
+from mustdrop.pruners import DecodeCachePruner, InputPruner, PrefillPruner, VisionStagePruner
 from mustdrop.pruners.base import Settings
 
 DEFAULT_METHOD = "mustdrop"
@@ -18,7 +18,7 @@ DEFAULT_KEEP: Keep = 1 / 3
 
 @dataclass(frozen=True)
 class Method:
-    """Three sockets and a name.
+    """Four sockets and a name.
 
     Attributes:
         vision: what happens in the vision encoder, or None.
@@ -27,6 +27,7 @@ class Method:
         name: the registered name, or "custom".
         strict: whether a picture that is too small for a budget or for a window is an error. If not, budgets beyond a
             picture keep what there is, at least one token, and a picture smaller than a window is not merged.
+        input: what happens before the vision encoder, or None.
     """
 
     vision: VisionStagePruner | None = None
@@ -34,9 +35,11 @@ class Method:
     decode: DecodeCachePruner | None = None
     name: str = "custom"
     strict: bool = False
+    input: InputPruner | None = None
 
     def __post_init__(self) -> None:
         for socket, kind in (
+            ("input", InputPruner),
             ("vision", VisionStagePruner),
             ("prefill", PrefillPruner),
             ("decode", DecodeCachePruner),
@@ -61,7 +64,17 @@ class Method:
     @property
     def drops(self) -> bool:
         """Whether any socket is filled."""
-        return any(socket is not None for socket in (self.vision, self.prefill, self.decode))
+        return self.marks or self.prefill is not None or self.decode is not None
+
+    @property
+    def marks(self) -> bool:
+        """Whether features may be marked as dropped before they enter the language model."""
+        return self.input is not None or self.vision is not None
+
+    @property
+    def waits(self) -> bool:
+        """Whether what it drops may come only with a later turn of a chat."""
+        return self.decode is not None and self.decode.old_pictures is not None
 
     @property
     def account(self) -> Literal["equal_tokens", "equal_entries"]:
@@ -70,7 +83,7 @@ class Method:
         Methods that only prune the cache count the vision entries that are left in it; all others count the vision
         tokens that the decoder layers process.
         """
-        cache_only = self.vision is None and self.prefill is None and self.decode is not None
+        cache_only = not self.marks and self.prefill is None and self.decode is not None
         return "equal_entries" if cache_only else "equal_tokens"
 
     @property
@@ -84,6 +97,11 @@ class Method:
             )
         if self.account == "equal_entries" and decode is not None and decode.after_prefill:
             return f"keep={decode.keep} asks for all of them, or the call had no cache (use_cache=False)."
+        if self.vision is None and prefill is None and self.input is not None:
+            return (
+                "its input stage drops what is predictable in documents, slides, screenshots and still scenes, and "
+                "found nothing of that kind: add a vision or prefill stage for photographs, or allow a tolerance."
+            )
         if prefill is None:
             return "it has no prefill stage and its vision stage found nothing to drop."
         if prefill.keep is not None:

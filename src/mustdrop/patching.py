@@ -6,16 +6,17 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from torch import nn
 
+from mustdrop import stages
 from mustdrop.adapters import find as find_adapter
 from mustdrop.adapters.unsupported import inside, unwrapped
 from mustdrop.budget import Keep, plain
 from mustdrop.errors import AmbiguousBudgetWarning, BudgetError, ConfigError, NotPatchedError, warn
 from mustdrop.method import DEFAULT_METHOD, Method
-from mustdrop.pruners import DecodeCachePruner, PrefillPruner, VisionStagePruner
+from mustdrop.pruners import DecodeCachePruner, InputPruner, PrefillPruner, VisionStagePruner
 from mustdrop.pruners.answers import forget
 from mustdrop.registry import MethodLike, resolve
 from mustdrop.runtime.core import Runtime
@@ -38,6 +39,7 @@ def patch(
     vision: VisionStagePruner | None = None,
     prefill: PrefillPruner | None = None,
     decode: DecodeCachePruner | None = None,
+    input: InputPruner | None = None,
     strict: bool | None = None,
     **knobs: Any,
 ) -> M:
@@ -47,12 +49,13 @@ def patch(
         model: a Hugging Face vision-language model of a known family (`mustdrop.adapters()`), or a peft model around
             one: then the model inside is patched.
         method: a method by name (`mustdrop.list_methods()`), a `Recipe` class or object, or a `Method`. Default:
-            "mustdrop", unless one of the three pruners is given.
+            "mustdrop", unless one of the four pruners is given.
         keep: equal-token budget: int (tokens) or share in (0, 1] of the prompt's vision tokens. It is the mean over the
             decoder layers of the vision tokens that a layer processes; never exceeded. Default one third.
         vision: what happens in the vision encoder.
         prefill: what happens between decoder layers.
         decode: what happens to the KV cache.
+        input: what happens before the vision encoder.
         strict: whether a picture that is too small for a budget or for a window is an error. By default such a picture
             keeps what there is, at least one token, and is not merged; a `Method` may say otherwise.
         **knobs: further settings of the named method.
@@ -67,7 +70,7 @@ def patch(
             share that no prompt can meet on this model.
         UnsupportedOptionError: an attention backend that cannot be pruned.
     """
-    chosen = _method(method, keep, vision, prefill, decode, knobs)
+    chosen = _method(method, keep, Sockets(vision, prefill, decode, input), knobs)
     if strict is not None:
         if not isinstance(plain(strict), bool):
             raise ConfigError(f"strict must be True or False, got {strict!r}.")
@@ -137,6 +140,8 @@ def trace(model: nn.Module) -> Trace:
         NotPatchedError: the model was never patched, or has not run since, or its last call failed.
     """
     runtime = _runtime(model)
+    if runtime is not None:
+        runtime.calls.sweep()
     ledger = _former(model) if runtime is None else runtime.ledger
     if ledger is None or (runtime is None and ledger.outcome() is None):
         raise NotPatchedError(f"this {type(model).__name__} is not patched: call mustdrop.patch(model) first.")
@@ -172,16 +177,22 @@ def _former(model: object) -> Ledger | None:
     return None
 
 
+class Sockets(NamedTuple):
+    """The pruners of a composition."""
+
+    vision: VisionStagePruner | None
+    prefill: PrefillPruner | None
+    decode: DecodeCachePruner | None
+    input: InputPruner | None
+
+
 def _method(
     given: MethodLike | None,
     keep: Keep | None,
-    vision: VisionStagePruner | None,
-    prefill: PrefillPruner | None,
-    decode: DecodeCachePruner | None,
+    sockets: Sockets,
     knobs: dict[str, Any],
 ) -> Method:
-    sockets = {"vision": vision, "prefill": prefill, "decode": decode}
-    composed = {name: value for name, value in sockets.items() if value is not None}
+    composed = {name: value for name, value in sockets._asdict().items() if value is not None}
     if composed:
         extra = [name for name, value in {"a method": given, "keep": keep, **knobs}.items() if value is not None]
         if extra:
@@ -190,7 +201,7 @@ def _method(
                 f"and {', '.join(extra)}. Put settings into "
                 "the pruners, e.g. prefill=PrefillPruner(keep=64)."
             )
-        return Method(vision, prefill, decode)
+        return Method(**composed)
     if keep is not None:
         knobs = {"keep": keep, **knobs}
     return resolve(DEFAULT_METHOD if given is None else given, **knobs)
@@ -199,7 +210,9 @@ def _method(
 def _put_in(model: nn.Module, chosen: Method) -> None:
     """Patch with a method that is known to be one."""
     inner = inside(model)
-    runtime = Runtime(inner, find_adapter(inner), chosen)  # fails before the model is touched
+    adapter = find_adapter(inner)
+    stages.require(chosen, adapter)
+    runtime = Runtime(inner, adapter, chosen)  # fails before the model is touched
     try:
         require_possible(chosen, runtime.depth, runtime.filters)
     except BudgetError as error:
@@ -234,4 +247,4 @@ def warn_of_one(*methods: Method) -> None:
 
 def _decode_knob(method: Method) -> str:
     """What the budget of the cache is called: where tokens are dropped earlier, `keep` is theirs."""
-    return "keep" if method.prefill is None and method.vision is None else "decode_keep"
+    return "keep" if method.prefill is None and not method.marks else "decode_keep"

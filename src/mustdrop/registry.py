@@ -51,6 +51,11 @@ def _built_in() -> Found:
     return in_package(importlib.import_module("mustdrop.methods"), Recipe)  # the attribute of that name is the function
 
 
+def built_in() -> tuple[str, ...]:
+    """Names of the methods that come with mustdrop."""
+    return tuple(_built_in().recipes)
+
+
 def _here() -> dict[str, type[Recipe]]:
     """Name -> recipe class, of those that need no other package."""
     return {**_built_in().recipes, **_registered}
@@ -287,5 +292,5 @@ def described(given: MethodLike, knobs: Mapping[str, Any]) -> tuple[str, dict[st
         return name_of(given), dict(knobs)
     if isinstance(given, Recipe):
         return name_of(type(given)), given.model_dump(mode="json", exclude_unset=True, fallback=repr)
-    sockets = {name: getattr(given, name) for name in ("vision", "prefill", "decode")}
+    sockets = {name: getattr(given, name) for name in ("input", "vision", "prefill", "decode")}
     return given.name, {name: repr(pruner) for name, pruner in sockets.items() if pruner is not None}

@@ -47,13 +47,14 @@ def table(trace: Trace) -> str:
     rich.add_row("prompt", *[cell for b in shown for cell in (str(int(trace.total[b])), "")], end_section=True)
     for first, last in groups(trace):
         name = f"{first}" if first == last else f"{first}-{last}"
-        rich.add_row(
-            name,
-            *[cell for b in shown for cell in (str(int(trace.tokens[first, b])), str(int(trace.kv_lengths[first, b])))],
-        )
+        entries = ["state" if first in trace.recurrent else str(int(trace.kv_lengths[first, b])) for b in shown]
+        rich.add_row(name, *[cell for b in shown for cell in (str(int(trace.tokens[first, b])), entries[b])])
     rich.add_section()
     rich.add_row("equal tokens", *[cell for b in shown for cell in (f"{float(trace.equal_tokens[b]):.2f}", "")])
     rich.add_row("equal entries", *[cell for b in shown for cell in ("", f"{float(trace.equal_entries[b]):.2f}")])
+    if any(own.shape[1] > 1 for own in trace.kv_pictures):
+        shares = ["; ".join(f"{n:.1f}" for n in trace.kv_pictures[b].float().mean(0).tolist()) for b in shown]
+        rich.add_row("of each picture", *[cell for share in shares for cell in ("", share)])
     console = Console(width=40 + 34 * len(shown), color_system=None)
     with console.capture() as capture:
         console.print(rich)

@@ -38,6 +38,9 @@ class Trace:
         media: per sample, its images and videos in the order of the prompt: `kind`, `layout` (grids and cells of the
             features, see `mustdrop.layout`) and `index`, the place of each feature among the sample's vision tokens.
             Empty if the encoder did not run.
+        kv_pictures: per sample, (L, pictures) long: cache entries per layer of each picture of the chat so far, in the
+            order in which they came; empty unless old pictures shrink (`DecodeCachePruner.old_pictures`).
+        recurrent: decoder layers that fold tokens into a state: their cache holds no entries.
     """
 
     method: str
@@ -52,6 +55,8 @@ class Trace:
     filters: tuple[int, ...]
     fit: Literal["crop", "stretch"]
     media: list[list[Medium]]
+    kv_pictures: list[Tensor] = field(default_factory=list)
+    recurrent: tuple[int, ...] = ()
     _alive: list[list[Tensor]] = field(default_factory=list)
     _marks: list[Marks] = field(default_factory=list)
     _heard: list[Heard] = field(default_factory=list)
@@ -64,8 +69,12 @@ class Trace:
 
     @property
     def equal_entries(self) -> Tensor:
-        """(B,) float, mean over the decoder layers of the vision entries in the cache at the end of the call."""
-        return self.kv_vision.float().mean(0)
+        """(B,) float, mean over the decoder layers of the vision entries in the cache at the end of the call.
+
+        Recurrent layers, which hold none, do not count.
+        """
+        holding = [i for i in range(len(self.kv_vision)) if i not in self.recurrent]
+        return self.kv_vision[holding].float().mean(0)
 
     @property
     def dropped_anything(self) -> bool:
@@ -103,7 +112,7 @@ class Trace:
         mark = self._marks[sample]
         key = mark.order.masked_fill(~mark.alive, torch.iinfo(torch.long).max)
         place = key.argsort(stable=True).argsort(stable=True)
-        return torch.where(mark.assignment < 0, -1, place[mark.assignment.clamp(min=0)])
+        return torch.where(mark.into < 0, -1, place[mark.into.clamp(min=0)])
 
     def pinned(self, sample: int = 0) -> Tensor:
         """(k,) long, original indices of the key set, ascending."""
@@ -159,6 +168,7 @@ class Trace:
             "tokens": self.tokens.tolist(),
             "kv_lengths": self.kv_lengths.tolist(),
             "kv_vision": self.kv_vision.tolist(),
+            "kv_pictures": [own.tolist() for own in self.kv_pictures],
             "kept": [[self.kept(layer, b).tolist() for b in batch] for layer in range(len(self._alive))],
             "assignment": [self.assignment(b).tolist() for b in batch],
             "pinned": [self.pinned(b).tolist() for b in batch],

@@ -12,9 +12,10 @@ import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 
 import mustdrop
-from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
+from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner, patching
 from mustdrop.errors import NotPatchedError, UnsupportedOptionError
 from mustdrop.patching import unpatched
+from mustdrop.registry import registry, resolve
 from support.builders import IMAGE, LLAMA, answer, batch, clone, defaults, plain, vision_positions
 from support.checks import TOLERANCE, distance, patched
 from support.oracle import MaskedOracle, hidden_by
@@ -462,6 +463,67 @@ def test_an_interrupted_forward_leaves_nothing_behind():
             assert mustdrop.trace(model).total.tolist() == [72]
 
 
+@pytest.mark.parametrize("door", ["model", "forward", "base", "text"])
+@pytest.mark.parametrize("when", ["before the forward", "after it", "after it, in front of ours"])
+def test_an_interrupt_around_an_outermost_forward_leaves_nothing_behind(door, when):
+    """In a hook on the very module that is called: torch tells no other hook of it, and no call is around it."""
+    model, inputs, other = clone(LLAMA), batch(LLAMA, (1,), seed=21), batch(LLAMA, (2,), seed=22)
+
+    def interrupt(*_):
+        if angry:
+            raise KeyboardInterrupt
+
+    angry = False
+    module = {"base": model.model, "text": model.model.language_model}.get(door, model)
+    if when.endswith("ours"):
+        module.register_forward_hook(interrupt)
+    mustdrop.patch(model, **MERGING)
+    if not when.endswith("ours"):
+        (module.register_forward_pre_hook if when.startswith("before") else module.register_forward_hook)(interrupt)
+    call = model.forward if door == "forward" else module
+    text = {"inputs_embeds": torch.zeros(1, 4, model.config.text_config.hidden_size)}
+    given = text if door == "text" else inputs
+    with torch.no_grad():
+        expected, states = model(**other).logits, model.model(**other).last_hidden_state
+        first = answer(model, other, steps=2).sequences
+    for again in (
+        lambda: torch.equal(model(**other).logits, expected),
+        lambda: torch.equal(model.model(**other).last_hidden_state, states),
+        lambda: torch.equal(answer(model, other, steps=2).sequences, first),
+    ):
+        for _ in range(2):  # twice in a row: nothing may pile up
+            angry = True
+            with pytest.raises(KeyboardInterrupt), torch.no_grad():
+                call(**given)
+            angry = False
+            if door != "text" and when != "after it":
+                with pytest.raises(NotPatchedError, match=r"last call.*failed"):
+                    mustdrop.last_trace(model)
+        with torch.no_grad():
+            assert again()
+        assert mustdrop.last_trace(model).total.tolist() == [72]
+        assert patching._runtime(model).local.aside == []
+
+
+def test_a_call_inside_a_hook_in_front_of_the_forward_keeps_the_call_around_it():
+    """It looks like an interrupted one: the pass has begun, and its forward has not."""
+    model, outer, inner = patched(LLAMA, **MERGING), batch(LLAMA, (1,), seed=21), batch(LLAMA, (2,), seed=22)
+    with torch.no_grad():
+        expected, alone = model(**outer).logits, model(**inner).logits
+    made = []
+
+    def nested(*_):
+        handle.remove()
+        made.append(model(**inner).logits)
+
+    for module in (model, model.model, model.model.language_model):
+        handle = module.register_forward_pre_hook(nested)
+        with torch.no_grad():
+            assert torch.equal(model(**outer).logits, expected)
+        assert torch.equal(made.pop(), alone)
+        assert mustdrop.last_trace(model).total.tolist() == [36]
+
+
 def test_an_interrupt_before_an_inner_call_has_begun_leaves_nothing_behind():
     """Nobody is told of it: the hook in front of the inner call's model raises, in a hook of the outer one."""
     model, outer, inner = patched(LLAMA, **MERGING), batch(LLAMA, (1,), seed=21), batch(LLAMA, (2,), seed=22)
@@ -545,10 +607,10 @@ def test_a_prompt_that_continues_a_cache_inside_another_call():
 
 
 @pytest.mark.parametrize("default", ["dtype", "device"])
-@pytest.mark.parametrize("method", mustdrop.methods())
+@pytest.mark.parametrize("method", [name for name in mustdrop.methods() if resolve(name).input is None])
 def test_methods_do_not_look_at_defaults_of_the_process(method, default):
     """Every method, its trace and its table, under another default type and another default device."""
-    knobs = {} if method == "none" else {"keep": 0.6}
+    knobs = {"keep": 0.6} if "keep" in registry()[method].model_fields else {}
     model, inputs = mustdrop.patch(clone(), method, **knobs), batch(LLAMA, (2,), seed=29)
     expected, kept = answer(model, inputs, steps=3), cost(mustdrop.trace(model))
     with defaults(default):

@@ -12,7 +12,7 @@ import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from mustdrop.adapters import find, registry
 from support.builders import defaults
-from support.families import batch, clone
+from support.families import batch, clone, fitting
 
 from .test_families import FAMILIES
 
@@ -42,7 +42,7 @@ def pytest_generate_tests(metafunc):
 
 def patched(name, kind):
     """A patched clone; the families take the ways in turn."""
-    return mustdrop.patch(clone(name), **WAYS[FAMILIES.index((name, kind)) % len(WAYS)])
+    return mustdrop.patch(clone(name), **fitting(name, WAYS[FAMILIES.index((name, kind)) % len(WAYS)]))
 
 
 def positional(function, inputs):

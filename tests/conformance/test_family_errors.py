@@ -10,9 +10,10 @@ import mustdrop
 from mustdrop import PrefillPruner, VisionStagePruner, errors
 from mustdrop.adapters import registry
 from support.builders import answer
-from support.families import batch, clone, plain
+from support.families import batch, clone, fitting, new_cache, plain
 
 FAMILIES = [(name, kind) for name, adapter in registry().items() if adapter.available() for kind in adapter.media]
+HALF = {"prefill": PrefillPruner(keep=0.5)}
 each = pytest.mark.parametrize(("name", "kind"), FAMILIES, ids=map("-".join, FAMILIES))
 
 
@@ -29,7 +30,10 @@ def needs_the_vision_stage(name):
 
 @each
 def test_media_without_frames(name, kind):
-    adapter, model = registry()[name], mustdrop.patch(clone(name), prefill=PrefillPruner(keep=0.5))
+    adapter, model = (
+        registry()[name],
+        mustdrop.patch(clone(name), **fitting(name, HALF)),
+    )
     inputs = batch(adapter, model, ((kind,),))
     (modality,) = [m for m in adapter.modalities(model) if m.name == kind]
     (pixels,) = [argument for argument in modality.pixels if argument in inputs]
@@ -42,7 +46,10 @@ def test_media_without_frames(name, kind):
 
 @each
 def test_more_placeholders_than_features(name, kind):
-    adapter, model = registry()[name], mustdrop.patch(clone(name), prefill=PrefillPruner(keep=0.5))
+    adapter, model = (
+        registry()[name],
+        mustdrop.patch(clone(name), **fitting(name, HALF)),
+    )
     inputs = batch(adapter, model, ((kind,),))
     (modality,) = [m for m in adapter.modalities(model) if m.name == kind]
     inputs["input_ids"][0, -2] = modality.token
@@ -64,12 +71,13 @@ def test_a_picture_smaller_than_a_window(name, kind):
 
 @each
 def test_a_cache_that_another_model_made(name, kind):
-    model = mustdrop.patch(clone(name), prefill=PrefillPruner(keep=0.5))
+    model = mustdrop.patch(clone(name), **fitting(name, HALF))
     inputs = batch(registry()[name], model, ((kind,),))
     layers = len(registry()[name].decoder_layers(model))
+    recurrent = registry()[name].recurrent(model)
     for depth, heads in ((layers - 1, 2), (layers, 3)):
-        cache = DynamicCache()
-        for i in range(depth):
+        cache = new_cache(model) if recurrent else DynamicCache()
+        for i in set(range(depth)) - set(recurrent):
             cache.update(torch.zeros(1, heads, 4, 16), torch.zeros(1, heads, 4, 16), i)
         with pytest.raises(errors.CacheStateError, match="another model made it"):
             answer(model, inputs, 1, past_key_values=cache)

@@ -16,7 +16,6 @@ from support import families
 from support.builders import answer
 from support.checks import assert_up_to_rounding, distance
 from support.families import assert_dropping_equals_masking, batch, cast, clone, plain
-from support.oracle import MaskedOracle
 from support.packed import PackedLinear, pack
 from support.places import CPU, FIRST, SECOND, THIRD, Places, eager_experts, spread
 
@@ -39,9 +38,10 @@ SELECT = {"vision": VisionStagePruner(window=None, keep=0.6), "prefill": Prefill
 
 def stages(name, setup):
     """A setup, and for a family that lacks a stage what is left of it: filters alone cannot bring a prompt to 0.4."""
-    lacks = registry()[name].lacks
-    left = {stage: pruner for stage, pruner in setup.items() if stage not in lacks}
-    return left | {"prefill": PrefillPruner(keep=0.6)} if lacks and setup is not KEEP_ALL else left
+    left = families.fitting(name, setup)
+    if "vision" in left or setup is KEEP_ALL:
+        return left
+    return left | {"prefill": PrefillPruner(keep=0.6)}
 
 
 def ragged(kind):
@@ -193,7 +193,7 @@ def test_gradients(name, kind):
     ours.backward()
     hidden = families.hidden_by(model, mustdrop.trace(model), inputs["input_ids"])
     assert hidden.anything
-    with MaskedOracle(oracle, hidden):
+    with families.FamilyOracle(oracle, hidden):
         theirs = oracle(**inputs, labels=labels).loss
     theirs.backward()
     assert distance(ours, theirs) <= 1e-5

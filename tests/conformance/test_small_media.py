@@ -18,7 +18,7 @@ from mustdrop.method import find
 from mustdrop.method import registry as recipes
 from support.builders import answer
 from support.edges import BUDGETED, share, skip_where_the_plain_model_fails, small_sizes, with_sizes
-from support.families import assert_dropping_equals_masking, batch, clone, compare, plain, vision_positions
+from support.families import assert_dropping_equals_masking, batch, clone, compare, fitting, plain, vision_positions
 
 FAMILIES = [(name, kind) for name, adapter in registry().items() if adapter.available() for kind in adapter.media]
 each = pytest.mark.parametrize(("name", "kind"), FAMILIES, ids=map("-".join, FAMILIES))
@@ -107,10 +107,12 @@ def test_a_mask_may_hide_vision_tokens(name, kind):
     skip_where_the_plain_model_fails(name, inputs)
     theirs = answer(model, inputs, 1)
     assert torch.equal(answer(mustdrop.patch(clone(name), "none"), inputs, 1).logits, theirs.logits)
-    stages = {"prefill": PrefillPruner(keep=0.6), "decode": DecodeCachePruner()}
-    if "vision" not in adapter.lacks:
-        stages["vision"] = VisionStagePruner(window=2, threshold=0.2, keep=0.8)
-    both = compare(name, rows, inputs=inputs, steps=2, **stages)
+    stages = {
+        "vision": VisionStagePruner(window=2, threshold=0.2, keep=0.8),
+        "prefill": PrefillPruner(keep=0.6),
+        "decode": DecodeCachePruner(),
+    }
+    both = compare(name, rows, inputs=inputs, steps=2, **fitting(name, stages))
     assert (both.ours.logits - both.oracle.logits).abs().max() <= 1e-5
     left = both.trace.kept(len(both.trace.tokens), 1)
     assert len(left) > 0

@@ -177,8 +177,8 @@ def test_too_many_failures_exit_with_1(tmp_path):
     [
         (["mmee"], "Did you mean 'mme'"),
         (["mme"], "llava_mme.jsonl"),
-        (["mme", "--keep", "abc"], "keep must be a number"),  # before anything is read or loaded
-        (["scenes", "--keep", "abc"], "keep must be a number"),
+        (["mme", "--keep", "abc"], "--keep 'abc' is neither a number of tokens"),  # before anything is read or loaded
+        (["scenes", "--keep", "abc"], "--keep 'abc' is neither a number of tokens"),
         (["scenes", "--method", "fastv", "--keep", "20", "--limit", "2", "--workers", "0"], "impossible with 576"),
         (["scenes", "--method", "mustdropp"], "there is no method"),
         (["scenes", "--method", "fastv", "--scale", "1"], "no knob 'scale'"),

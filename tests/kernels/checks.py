@@ -179,6 +179,11 @@ def check_rows_and_statistics(
     peak = expected.amax(1)[:, first:] if rows else torch.zeros_like(total)
     close(statistics, torch.stack([total, peak], 1), "probability", dtype)
     close(kernels.row_probabilities(q, k, place, visible, dim**-0.5), expected, "probability", dtype)
+    sums = kernels.text_sums(q, k, place, visible, dim**-0.5, first=first)
+    assert sums.shape[1] == next(parts for parts in range(16, 0, -1) if groups % parts == 0)
+    each = zip(q.chunk(sums.shape[1], 1), k.chunk(sums.shape[1], 1), strict=True)
+    parts = [probabilities(*pair, place, visible, dim**-0.5, first=first).sum(1) / sums.shape[1] for pair in each]
+    close(sums, torch.stack(parts, 1), "probability", dtype)
 
 
 @case(

@@ -239,6 +239,11 @@ def best(score: Tensor, alive: Tensor, wanted: int, protected: Tensor, importanc
     return sorted((must + rest)[: max(0, wanted)])
 
 
+def in_front(rows: list[list[int]], slots: int) -> list[list[int]]:
+    """Rows of indices behind as many -1 as they have fewer than `slots`."""
+    return [[-1] * (slots - len(row)) + row for row in rows]
+
+
 @case(
     *({"n": n, "slots": m, "coarse": c} for n, m, c in (
         (1, 1, False), (20, 20, True), (577, 64, False), (5, 0, False), (0, 0, False)))
@@ -267,7 +272,18 @@ def check_select(device: str, n: int, slots: int, coarse: bool) -> None:
         for given in ((score, alive), apart)[: 1 if guard is None else 2]:
             index, stays = kernels.select(*given, wanted, slots, guard, order)
             assert [row.nonzero()[:, 0].tolist() for row in stays] == expected
-            assert index.tolist() == padded(expected, slots)
+            assert index.tolist() == in_front(expected, slots)
+    others = ~alive & (torch.rand(batch, n, device=device) < 0.7)  # text stays besides
+    expected = [sorted(row + others[b].nonzero()[:, 0].tolist()) for b, row in enumerate(expected)]
+    most = max(map(len, expected), default=0)
+    index, stays = kernels.select(score, alive, wanted, most, protected, importance, others=others)
+    assert [row.nonzero()[:, 0].tolist() for row in stays] == expected
+    assert index.tolist() == in_front(expected, most)
+    expected = [sorted({*row, *(~alive[b]).nonzero()[:, 0].tolist()}) for b, row in enumerate(expected)]
+    most = max(map(len, expected), default=0)
+    index, stays = kernels.select(score, alive, wanted, most, protected, importance, rest=True)
+    assert [row.nonzero()[:, 0].tolist() for row in stays] == expected
+    assert index.tolist() == in_front(expected, most)
 
 
 @case({"n": 130})
@@ -280,7 +296,7 @@ def check_select_by_statistics(device: str, n: int) -> None:
     nobody = torch.zeros_like(alive)
     expected = [best(score[b], alive[b], int(wanted[b]), nobody[b], score[b]) for b in range(2)]
     index, _ = kernels.select(statistics, alive, wanted, n // 3, None, None, 0.5, 2.0)
-    assert index.tolist() == padded(expected, n // 3)
+    assert index.tolist() == in_front(expected, n // 3)
     index, stays = kernels.select(statistics, alive, wanted, 0, None, None, 0.5, 2.0)
     assert index.shape == (2, 0)
     assert [row.nonzero()[:, 0].tolist() for row in stays] == expected

@@ -144,3 +144,23 @@ def check_compact(device: str, dtype: torch.dtype, slots: int, kept: int) -> Non
         expected = torch.stack([whole[b][:, index[b].clamp(min=0)] for b in range(2)])
         assert torch.equal(got, expected)
         assert got.untyped_storage().nbytes() == got.nbytes  # nothing of what was left out is kept alive
+
+
+@case(*({"dtype": t, "slots": n, "widths": w} for t, n, w in (
+    (BFLOAT, 63, (20, 3, 20)), (FLOAT, 130, (1, 70, 0)), (HALF, 9, (4,)))))  # fmt: skip
+def check_compact_each(device: str, dtype: torch.dtype, slots: int, widths: tuple[int, ...]) -> None:
+    most = max(widths)
+    index = torch.rand(len(widths), 2, slots, device=device).argsort(2)[..., :most]
+    index[0, 1, 0] = -1
+    make = {"device": device, "dtype": dtype}
+    for wide in (16, 24):  # keys and values of one size, or of two
+        layers = []
+        for _ in widths:
+            layers += [torch.randn(2, 3, slots + 5, 16, **make)[:, :, :slots], torch.randn(2, 3, slots, wide, **make)]
+        layers[-1] = torch.randn(2, 3, wide, slots, **make).mT  # of another layout than the others
+        made.extend(layers)
+        out = kernels.compact_each(layers, index, torch.tensor(widths, device=device), list(widths))
+        for t, (got, x) in enumerate(zip(out, layers, strict=True)):
+            own = index[t // 2, :, : widths[t // 2]].clamp(min=0)
+            assert torch.equal(got, torch.stack([x[b][:, own[b]] for b in range(2)]))
+            assert got.untyped_storage().nbytes() == got.nbytes

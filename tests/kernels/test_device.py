@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mustdrop
-from kernels import checks, checks_choices, checks_tokens
+from kernels import checks, checks_choices, checks_merging, checks_tokens
 from mustdrop.kernels import dispatch
 from support.builders import LLAMA, SIGLIP, answer, batch
 from support.checks import distance, patched
@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 if INTERPRETED:
     from kernels.interpreter import checked
 
-assert checks_tokens.CASES is checks_choices.CASES is checks.CASES  # importing them registers their cases
+assert all(module.CASES is checks.CASES for module in (checks_choices, checks_merging, checks_tokens))  # now registered
 DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = [] if INTERPRETED else [
     pytest.mark.gpu,

@@ -30,11 +30,15 @@ def arguments():
     return {
         "row_probabilities": (q, k, rows, visible, 0.3, None, None, 4),
         "text_statistics": (q, k, rows, visible, 0.3, None, 5.0, 4),
+        "text_sums": (q, k, rows, visible, 0.3, None, 5.0, 4),
         "key_scores": (q[:, :, 0], k, visible[:, 0], 0.3),
         "received_attention": (k, k, visible[:, 0], 0.3),
         "window_similarity": (x, index),
         "merge_tokens": (x, slot, 3, None),
         "best_match": (x[:, ::2], x[:, 1::2]),
+        "bipartite_slots": (k, 3, 1, torch.tensor([3, 5]), torch.tensor([20, 13])),
+        "merge_sized": (x, slot, 3, torch.rand(2, 12), slot.argsort(1)),
+        "followed": ([slot, slot[:, :3]],),
         "farthest_first": (x, 5, slot >= 0, torch.tensor([5, 3]), torch.rand(2, 12), torch.rand(2, 12), slot.argmax(1)),
         "greedy_determinant": (x, torch.rand(2, 12), 5, slot >= 0, None),
         "greedy_coverage": (x @ x.mT, 5, torch.rand(2, 12), slot >= 0, torch.tensor([5, 3]), torch.rand(2, 12)),
@@ -43,6 +47,7 @@ def arguments():
         "gather_rows": ([x, x[:1]], keep, True),
         "cut_mask": (torch.rand(1, 1, 12, 12), keep, keep),
         "compact": ([k, k[:, :1]], keep),
+        "compact_each": ([k, k[:, :1]], torch.stack([keep, keep]), torch.tensor([2, 1]), [2, 1]),
     }
 
 
@@ -127,11 +132,15 @@ def test_no_reference_makes_anything_larger_than_its_inputs_or_its_result():
     calls = {
         "row_probabilities": (q, k, rows, visible, 0.3),
         "text_statistics": (q, k, rows, visible, 0.3),
+        "text_sums": (q, k, rows, visible, 0.3),
         "key_scores": (q[:, :, 0], k, visible[:, 0], 0.3),
         "received_attention": (q, k, visible[:, 0], 0.3),
         "window_similarity": (tokens, torch.arange(900).view(100, 9)),
         "merge_tokens": (tokens, slot, 300, None),
         "best_match": (tokens[:, ::2], tokens[:, 1::2]),
+        "bipartite_slots": (q, 200, 1),
+        "merge_sized": (tokens, slot, 300, tokens[..., 0].abs()),
+        "followed": ([slot, slot[:, :300] // 2],),
         "farthest_first": (wide, 20),
         "greedy_determinant": (wide, wide[..., 0].abs(), 20),
         "greedy_coverage": (wide, 20),
@@ -140,6 +149,7 @@ def test_no_reference_makes_anything_larger_than_its_inputs_or_its_result():
         "gather_rows": ([tokens], slot),
         "cut_mask": (visible[:, None], rows, rows),
         "compact": ([q, k], rows),
+        "compact_each": ([q, k], rows[None], torch.tensor([500]), [500]),
     }
     assert set(calls) == set(arguments())
     for name, given in calls.items():

@@ -78,7 +78,7 @@ def test_budgets_add_up_and_no_group_gets_more_than_it_has(least):
 def test_the_best_of_groups_and_scales_within_them():
     score = torch.tensor([[3.0, 1, 2, 9, 7, 8]])
     group = torch.tensor([[0, 0, 0, 1, 1, 1]])
-    assert best_in_groups(score, group, torch.tensor([[2, 1]])).tolist() == [[0, 2, 3]]
+    assert best_in_groups(score, group, torch.tensor([[2, 1]]), 3).tolist() == [[0, 2, 3]]
     assert min_max(score)[0, 3] == 1
     assert min_max(torch.ones(1, 3)).tolist() == [[1.0, 1.0, 1.0]]
     assert min_max_in_groups(score, group, 2).tolist() == [[1.0, 0.0, 0.5, 1.0, 0.0, 0.5]]

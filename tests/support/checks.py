@@ -65,13 +65,17 @@ def merged_features(
         entered = trace.kept(0, row * repeat)
         for first in range(0, total, n):
             alive = int(((entered >= first) & (entered < first + n)).sum())
+            threshold, least = vision.threshold, alive
+            if vision.merge_count == "budget":  # the most similar windows merge, a share of all at most
+                windows = int((variant.grid // vision.window) ** 2 * vision.merge_share + 1e-9)
+                threshold, least = -1.0, max(alive, n - windows * (vision.window**2 - 1))
             encoded = run(
                 model,
                 inputs["pixel_values"][image],
                 window=vision.window,
-                threshold=vision.threshold,
+                threshold=threshold,
                 layer=vision.layer,
-                at_least=alive,
+                at_least=least,
             )
             for feature, members in zip(encoded.features, encoded.members, strict=True):
                 features[image, members] = feature

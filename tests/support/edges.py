@@ -16,6 +16,7 @@ from mustdrop.adapters import registry
 from mustdrop.method import find
 from mustdrop.method import registry as recipes
 from mustdrop.pruners import PictureRule
+from mustdrop.stages import missing
 
 from .builders import answer
 from .families import PAD, batch, plain, vision_positions
@@ -27,8 +28,9 @@ BUDGETED = [name for name, recipe in recipes().items() if "keep" in recipe.model
 def refusal(method: str, family: str) -> str:
     """What the error says where a family lacks what the method needs; empty if it lacks nothing."""
     adapter, built = registry()[family], find(method, keep=0.5)
-    if any(getattr(built, stage) is not None for stage in adapter.lacks):
-        return "no vision stage"
+    gone = missing(built, adapter)
+    if gone:
+        return f"no {next(iter(gone))} stage"
     resizes = built.vision is not None and isinstance(built.vision.rule, PictureRule)
     return "resizes pictures" if resizes and adapter.fixed_pictures else ""
 

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import mustdrop
+from mustdrop import VisionStagePruner
 from mustdrop.adapters import find, registry
 from mustdrop.adapters.base import Adapter
 from mustdrop.adapters.tiny import build
@@ -27,6 +28,7 @@ from . import eager_flex, fake_flash
 from .builders import Answer, anatomy, answer
 from .oracle import Beams, CacheWatch, Hidden, MaskedOracle, _gone
 from .places import eager_experts
+from .shorter import ShorterOracle
 from .versions import BEAMS_MIX_IMAGES
 
 PAD, BOS = 0, 1
@@ -120,6 +122,18 @@ def batch(
     return inputs | adapter.tiny_types(kinds)
 
 
+def fitting(name: str, setup: dict[str, Any]) -> dict[str, Any]:
+    """Of a setup, the pruners whose stages the family has; one that selects in the vision stage where none is left."""
+    left = {stage: pruner for stage, pruner in setup.items() if stage not in registry()[name].lacks}
+    return left or {"vision": VisionStagePruner(window=None, keep=0.6)}
+
+
+def new_cache(model: Any) -> DynamicCache:
+    """A growing cache that never forgets; recurrent layers need one that knows of them."""
+    adapter = find(model)
+    return DynamicCache(config=adapter.text(model).config) if adapter.recurrent(model) else DynamicCache()
+
+
 def vision_positions(model: Any, ids: Tensor, row: int) -> Tensor:
     """(N,) positions of the vision tokens of one row."""
     tokens = torch.tensor([modality.token for modality in find(model).modalities(model)])
@@ -176,18 +190,25 @@ class Recorder:
                 object.__setattr__(self.base, method, before)
 
 
-class FamilyOracle(MaskedOracle):
-    """As :class:`MaskedOracle`; the features that the patched model made stand in for the model's own.
+class FamilyOracle:
+    """As :class:`MaskedOracle`, or where no mask hides a token, :class:`ShorterOracle`.
 
-    Rows that the vision stage dropped hold zeros, which nobody sees: those tokens are hidden from layer 0 on.
+    The features that the patched model made stand in for the model's own. Rows that the vision stage dropped hold
+    zeros, which nobody sees: those tokens are hidden from layer 0 on.
     """
 
     def __init__(self, model: Any, hidden: Hidden, outputs: dict[str, Any] | None = None) -> None:
-        super().__init__(model, hidden)
-        self.outputs = outputs or {}
+        kind = ShorterOracle if find(model).recurrent(model) else MaskedOracle
+        self.hiding: Any = kind(model, hidden)
+        self.model, self.outputs = model, outputs or {}
+
+    @property
+    def prompt_keys(self) -> dict[int, Tensor]:
+        """What :class:`MaskedOracle` has remembered."""
+        return self.hiding.prompt_keys
 
     def __enter__(self) -> FamilyOracle:
-        super().__enter__()
+        self.hiding.__enter__()
         base = find(self.model).base(self.model)
         for modality in find(self.model).modalities(self.model):
             if modality.name in self.outputs:
@@ -209,7 +230,7 @@ class FamilyOracle(MaskedOracle):
         return wrapper
 
     def __exit__(self, *_: object) -> None:
-        super().__exit__()
+        self.hiding.__exit__()
         base = find(self.model).base(self.model)
         for modality in find(self.model).modalities(self.model):
             vars(base).pop(modality.method, None)
@@ -264,7 +285,7 @@ def compare(
     hidden.beams = beams  # where tokens tie, copies of a prompt may have kept different ones
     if decode is not None and decode.keep is not None:
         with FamilyOracle(oracle_model, Hidden(hidden.prefill, hidden.prefill), recorder.outputs) as oracle:
-            answer(oracle_model, inputs, 0, past_key_values=DynamicCache(), **options)
+            answer(oracle_model, inputs, 0, past_key_values=new_cache(oracle_model), **options)
         where = functools.partial(vision_positions, model)
         hidden = watch.hidden_while_decoding(oracle.prompt_keys, ids, hidden, where)
     with fake_flash.exact_sdpa(flash), FamilyOracle(oracle_model, hidden, recorder.outputs):
@@ -272,7 +293,7 @@ def compare(
         # a cache that never forgets: what a sliding layer may not see, the mask says
         if options.get("use_cache") is not False:
             options = {name: value for name, value in options.items() if name != "cache_implementation"}
-            options["past_key_values"] = DynamicCache()
+            options["past_key_values"] = new_cache(oracle_model)
         theirs = answer(oracle_model, inputs, steps, **options)
     return Compared(ours, theirs, hidden, trace)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,7 @@ def follow_a_patch(adapter: Adapter, model: Any, kind: str, place: float) -> Non
     """
     tower = adapter.tower(model, kind)
     silence(tower.module)
+    hush(tower.before)
     spot = Spot.along(adapter.tiny_sizes(kind)[0], place)
     seen, features, layouts = [], [], []
     base, (modality,) = adapter.base(model), [m for m in adapter.modalities(model) if m.name == kind]
@@ -126,14 +127,15 @@ def silence(tower: Any) -> None:
             config._attn_implementation_internal = name
 
 
-def hush(blocks: nn.Module) -> None:
-    """Attention, linear attention too, that adds nothing: in these layers every token is on its own."""
+def hush(blocks: Iterable[nn.Module]) -> None:
+    """Attention, linear attention and short convolutions too, that adds nothing: every token is on its own there."""
 
     def nothing(_: nn.Module, args: object, out: Any) -> Any:
         return (torch.zeros_like(out[0]), *out[1:]) if isinstance(out, tuple) else torch.zeros_like(out)
 
-    for block in blocks.children():
-        mixers = [child for name, child in block.named_children() if "attn" in name or "attention" in name]
+    for block in blocks:
+        names = ("attn", "attention", "conv")
+        mixers = [child for name, child in block.named_children() if any(part in name for part in names)]
         kept = [child for child in mixers if "norm" not in type(child).__name__.lower()]
         assert kept, f"{type(block).__name__}: no attention found among {[n for n, _ in block.named_children()]}"
         for mixer in kept:

@@ -186,8 +186,9 @@ class CacheWatch:
 
     def _record(self, i: int) -> Callable[..., None]:
         def hook(_: object, args: object, kwargs: dict[str, Any], out: object) -> None:
-            if cache_of(kwargs) is not None:
-                self.keys[-1][i] = cache_of(kwargs).layers[i].keys.clone()
+            keys = None if cache_of(kwargs) is None else cache_of(kwargs).layers[i].keys
+            if keys is not None:  # recurrent layers have none
+                self.keys[-1][i] = keys.clone()
 
         return hook
 

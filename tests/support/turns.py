@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 import mustdrop
 from mustdrop.adapters import registry
@@ -17,7 +16,18 @@ from mustdrop.adapters.base import Adapter
 
 from . import fake_flash
 from .builders import answer
-from .families import Compared, FamilyOracle, Recorder, batch, clone, hidden_by, oracles, plain, vision_positions
+from .families import (
+    Compared,
+    FamilyOracle,
+    Recorder,
+    batch,
+    clone,
+    hidden_by,
+    new_cache,
+    oracles,
+    plain,
+    vision_positions,
+)
 from .oracle import CacheWatch, Hidden, _gone
 
 
@@ -104,11 +114,11 @@ def compare_two_turns(name: str, kind: str, attention: str = "sdpa", **settings:
     hidden = hidden_by(model, trace, first["input_ids"], decode.full_layers if decode and decode.cascade else None)
     if decode is not None and decode.keep is not None:
         with FamilyOracle(oracle_model, Hidden(hidden.prefill, hidden.prefill), recorder.outputs) as oracle:
-            answer(oracle_model, first, 0, past_key_values=DynamicCache())
+            answer(oracle_model, first, 0, past_key_values=new_cache(oracle_model))
         where = functools.partial(vision_positions, model)
         hidden = watch.hidden_while_decoding(oracle.prompt_keys, first["input_ids"], hidden, where)
     with fake_flash.exact_sdpa(flash), FamilyOracle(oracle_model, hidden, recorder.outputs):
-        start = answer(oracle_model, first, 3, past_key_values=DynamicCache())
+        start = answer(oracle_model, first, 3, past_key_values=new_cache(oracle_model))
         theirs = answer(oracle_model, again, 4, past_key_values=start.cache)
     assert torch.equal(one.sequences, start.sequences)
     return Compared(ours, theirs, hidden, trace)

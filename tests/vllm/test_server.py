@@ -25,6 +25,7 @@ from support import engines
 
 KEEP, ALL = 128, 576
 SECONDS = 900
+COUNTED = ("mustdrop:vision_tokens_total", "mustdrop:vision_tokens_kept_total")
 
 
 def scenes(number, seed=7):
@@ -103,6 +104,11 @@ def metric(address, name):
     return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
 
 
+def test_nothing_is_counted_before_the_first_prompt(server):
+    """What vLLM measures its memory with is no prompt. This test runs first."""
+    assert [metric(server, name) for name in COUNTED] == [0, 0]
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_answers_and_usage(server, kind):
     asked = scenes(6)
@@ -141,11 +147,10 @@ def test_faulty_requests_get_a_400_and_the_next_one_is_answered(server):
 
 
 def test_metrics_count_vision_tokens(server):
-    names = ("mustdrop:vision_tokens_total", "mustdrop:vision_tokens_kept_total")
-    before = [metric(server, name) for name in names]
+    before = [metric(server, name) for name in COUNTED]
     picture, text, _ = scenes(1, seed=11)[0]
     answer(server, body(picture, text))
-    after = [metric(server, name) for name in names]
+    after = [metric(server, name) for name in COUNTED]
     assert [b - a for a, b in zip(before, after, strict=True)] == [ALL, KEEP]
 
 

@@ -26,10 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import evaluation_tables
+import front
 import gpu_tables
 import kernel_table
 import launch_table
 import method_cards
+import notebooks
 import peer_table
 import product_table
 import quality_pages_table
@@ -69,6 +71,16 @@ def part(function: Callable[..., str], record: str) -> Renderer:
     return lambda results: function(results[record], table)
 
 
+def whole(function: Callable[..., str]) -> Renderer:
+    """A renderer that gives `function` all result files and what makes a table."""
+    return lambda results: function(results, table)
+
+
+for _part in (front.headline, front.facts, front.when, front.methods, front.families, front.proof, front.downloads):
+    renderer(f"front-{_part.__name__}")(whole(_part))
+for _notebook in notebooks.PAGES:
+    renderer(f"notebook-{_notebook}")(lambda results, name=_notebook: notebooks.links(name))
+renderer("install")(whole(front.costs))
 renderer("support")(part(support_table.render, "support"))
 renderer("product")(part(product_table.render, "product"))
 renderer("speed-cpu")(part(speed_table.rows, "end_to_end_cpu"))
@@ -81,6 +93,7 @@ renderer("serving-cpu-eager")(part(gpu_tables.serving, "serving_cpu_eager"))
 renderer("vllm-cpu")(part(serving_table.render, "vllm_cpu"))
 renderer("peers-cpu")(part(peer_table.render, "peers_cpu"))
 renderer("launches")(part(launch_table.render, "launches"))
+renderer("host-time")(part(launch_table.host_time, "host_time"))
 renderer("kernels-cuda")(part(gpu_tables.kernels, "kernels_cuda"))
 renderer("kernels-growth")(part(gpu_tables.growth, "kernels_cuda"))
 renderer("serving-cuda")(part(gpu_tables.serving, "serving_cuda"))
@@ -101,6 +114,7 @@ renderer("quality-search")(part(quality_table.variants, "quality_search"))
 renderer("quality-taper")(part(quality_table.variants, "quality_taper"))
 renderer("quality-smallest")(part(quality_table.variants, "quality_smallest"))
 renderer("quality-ablations")(part(quality_table.variants, "quality_ablations"))
+renderer("quality-merging")(part(quality_table.variants, "quality_merging"))
 
 
 @renderer("versions")

@@ -43,3 +43,19 @@ def _cells(rows: list[Mapping[str, Any]]) -> list[str]:
     if any("refused" in row for row in rows):
         return ["refused", *[""] * (len(COLUMNS) - 1)]
     return [" / ".join(f"{row[part][figure]:,}" for row in rows) for _, part, figure in COLUMNS]
+
+
+def host_time(record: Mapping[str, Any], table: Callable[..., str]) -> str:
+    """Processor time of a first token with tiny widths, beside the untouched model."""
+    text = (
+        f"{record['hardware']}; torch {record['versions']['torch']}, commit {str(record['commit'])[:10]}; "
+        f"{record['vision']} vision tokens, `keep={record['keep']}`, {record['pairs']} pairs; the median of "
+        "their ratios, and the quartiles."
+    )
+    batches = sorted({row["batch"] for row in record["rows"]})
+    rows: dict[str, list[str]] = {}
+    for row in record["rows"]:
+        low, high = row["quartiles"]
+        rows.setdefault(row["method"], []).append(f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})")
+    header = ["method", *(f"batch {batch}" for batch in batches)]
+    return text + "\n\n" + table(header, [[f"`{method}`", *cells] for method, cells in rows.items()])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 METHODS = Path(__file__).parents[2] / "src" / "mustdrop" / "methods"
-STAGES = {"vision": "vision encoder", "prefill": "prefill", "decode": "KV cache"}
+STAGES = {"input": "before the encoder", "vision": "vision encoder", "prefill": "prefill", "decode": "KV cache"}
 
 Table = Callable[..., str]
 

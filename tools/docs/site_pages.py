@@ -29,6 +29,9 @@ ELSEWHERE = {
     "benchmarks/demo_model/README.md": "benchmarks/demo_model.md",
 }
 LINK = re.compile(r"(?P<mark>!?)\[(?P<text>(?:[^\[\]]|\[[^\]]*\](?:\([^)]*\))?)*)\]\((?P<target>[^)\s]+)\)")
+# A picture of another site, alone or as a link: badges. They say on the site what the site itself says.
+COLAB = re.compile(r"\[!\[(Open in Colab)\]\([^)]*\)\]")
+BADGE = re.compile(r"\[!\[[^\]]*\]\(https?:[^)]*\)\]\([^)]*\)[ \n]?|!\[[^\]]*\]\(https?:[^)]*\)")
 CODE = re.compile(r"(^```.*?^```|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 
 
@@ -52,6 +55,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     here = page.file.src_uri
     if here.startswith("reference/"):
         return markdown
+    markdown = BADGE.sub("", COLAB.sub(r"[\1]", markdown))
     source = next((source for source, to in ELSEWHERE.items() if to == here), f"docs/{here}")
     parts = CODE.split(markdown)  # every other part is code
     return "".join(part if i % 2 else LINK.sub(lambda m: _link(m, source, here), part) for i, part in enumerate(parts))

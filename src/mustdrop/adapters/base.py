@@ -43,10 +43,16 @@ class Tower:
         suffix: tokens after the patches of each item; such towers merge behind the encoder only (`pool` is None).
         has_cls: whether the first prefix token, or without a prefix the last suffix token, attends like a CLS token.
         packed: whether the patches of all items lie in one sequence without a batch dimension (or with one of size 1).
-            Then tokens merge behind the encoder, not in it.
+            Its layers take borders or a mask, and rotary positions: they can run on some of the patches.
+        uncut: why the layers of a packed tower cannot run on some of the patches; empty if they can. Then tokens merge
+            behind the encoder, not in it.
+        mergers: modules of a packed tower that map the patches of its cells, which follow one another, to a row each.
+            They run on the cells that are left. Without any, all patches are there again behind the layers.
         halves: names of the second norm and the MLP of a layer that computes x + mlp(norm(x)) after its attention; None
             where layers are made otherwise.
         whole: layers whose patches see their whole frame, where all others see a window of it; empty if all do.
+        before: layers before `blocks`, on the finer patches that were joined before the first of `blocks`. They only
+            cost: nothing is read in them, and patches are counted as `blocks` sees them.
     """
 
     module: nn.Module
@@ -55,8 +61,16 @@ class Tower:
     has_cls: bool = False
     suffix: int = 0
     packed: bool = False
+    uncut: str = ""
+    mergers: tuple[nn.Module, ...] = ()
     halves: tuple[str, str] | None = None
     whole: tuple[int, ...] = ()
+    before: tuple[nn.Module, ...] = ()
+
+    @property
+    def cuts(self) -> bool:
+        """Whether the layers can run on some of the patches that lie in one sequence."""
+        return self.packed and not self.uncut
 
 
 class Adapter(ABC):
@@ -77,6 +91,7 @@ class Adapter(ABC):
             per token in dimension 1.
         experts_of: "text" or "vision" -> name of a module in the decoder layers that only tokens of that kind run.
         since: oldest release of transformers in which the family passes its tests.
+        cell_pixels: whether the pixels of each patch are known before a packed encoder runs (`pixels` gives them).
         fixed_pictures: why pictures cannot be resized once the processor has made pixels of them; empty if they can.
         lacks: stage that no model of the family can have ("vision", "prefill", "decode") -> why.
     """
@@ -96,6 +111,7 @@ class Adapter(ABC):
     experts_of: dict[str, str] = {}  # noqa: RUF012 (a constant of the class)
     since: str = MINIMUM_TRANSFORMERS
     fixed_pictures: str = ""
+    cell_pixels: bool = False
     lacks: dict[str, str] = {}  # noqa: RUF012 (a constant of the class)
 
     def available(self) -> bool:
@@ -148,6 +164,13 @@ class Adapter(ABC):
         """The decoder layers of the text model."""
         return self.text(model).layers  # type: ignore[return-value]
 
+    def recurrent(self, model: Any) -> tuple[int, ...]:
+        """Indices of the decoder layers that fold the tokens before a token into one state.
+
+        Their tokens must follow one another, and their cache holds no entry per token. Layers of attention are none.
+        """
+        return ()
+
     def tower(self, model: Any, modality: str = "image") -> Tower:
         """The vision encoder for a kind of media.
 
@@ -156,9 +179,7 @@ class Adapter(ABC):
         """
         if "vision" in self.lacks:
             raise UnsupportedModelError(
-                f"the {self.name} adapter has no vision stage: {self.lacks['vision']} Leave it out: "
-                "mustdrop.patch(model, prefill=PrefillPruner(...), decode=DecodeCachePruner()), or take a method "
-                'without one: mustdrop.patch(model, "fastv", keep=...).'
+                f"the {self.name} family has no vision stage: {self.lacks['vision']} Its encoder cannot be looked into."
             )
         return self.dense_tower(self.base(model).vision_tower)
 
@@ -208,6 +229,14 @@ class Adapter(ABC):
             None where the encoder takes pictures of one size only.
         """
         return None
+
+    def pixels(self, model: Any, modality: str, arguments: dict[str, Any]) -> Tensor:
+        """(P, D) pixels of each patch of a packed encoder, in its order, where `cell_pixels` says so.
+
+        By default the features method is given them, a row for each patch.
+        """
+        found = next(arguments[name] for name in self.media[modality][1] if arguments.get(name) is not None)
+        return found.flatten(1)  # type: ignore[no-any-return]
 
     def read_layers(self, model: Any, modality: str, arguments: dict[str, Any]) -> tuple[int, ...]:
         """Indices of the encoder layers whose outputs the features are read from (0-based).

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mustdrop.adapters.base import Tower
-from mustdrop.adapters.qwen2_vl import Qwen25VL
+from mustdrop.adapters.qwen2_vl import Qwen25VL, packed_tower
 from mustdrop.adapters.tiny import text
 from mustdrop.cost import linear_flops
 
@@ -19,8 +19,7 @@ class HyperClovaXVision(Qwen25VL):
 
     def tower(self, model: Any, modality: str = "image") -> Tower:
         """`model.model.vision_model`."""
-        visual = model.model.vision_model
-        return Tower(visual, visual.blocks, packed=True)
+        return packed_tower(model.model.vision_model)
 
     def projector_flops(self, model: Any) -> int:
         """The merger and the projection."""

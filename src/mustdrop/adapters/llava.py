@@ -88,10 +88,9 @@ def _grids(model: Any, arguments: dict[str, Any]) -> list[tuple[int, int]]:
     """(rows, columns) of the patches of each image: of its own size where sizes are given, else of all its pixels."""
     pixels, sizes = arguments["pixel_values"], arguments.get("image_sizes")
     if sizes is None:
-        sizes = [pixels.shape[-2:]] * len(pixels)
+        known = [tuple(pixels.shape[-2:])] * len(pixels)
+    else:
+        known = torch.as_tensor(sizes, dtype=torch.long, device="cpu").tolist()
     side = model.config.vision_config.patch_size
     high, wide = side if isinstance(side, list | tuple) else (side, side)
-    return [
-        (height // high, width // wide)
-        for height, width in torch.as_tensor(sizes, dtype=torch.long, device="cpu").tolist()
-    ]
+    return [(height // high, width // wide) for height, width in known]

@@ -24,6 +24,7 @@ class PaddleOCRVL(Adapter):
     name = "paddleocr_vl"
     classes = ("PaddleOCRVLForConditionalGeneration",)
     token_types: str | None = "mm_token_type_ids"
+    cell_pixels = True
 
     def tower(self, model: Any, modality: str = "image") -> Tower:
         """A SigLIP with rotary embeddings."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ class Qwen2VL(Adapter):
     name = "qwen2_vl"
     classes: tuple[str, ...] = ("Qwen2VLForConditionalGeneration",)
     token_types: str | None = "mm_token_type_ids"
+    cell_pixels = True
     media = {  # noqa: RUF012
         **Adapter.media,
         "video": ("get_video_features", ("pixel_values_videos",), "video_token_id"),
@@ -30,7 +32,7 @@ class Qwen2VL(Adapter):
     def tower(self, model: Any, modality: str = "image") -> Tower:
         """One tower for images and videos."""
         visual = model.model.visual
-        return Tower(visual, visual.blocks, packed=True, whole=tuple(getattr(visual, "fullatt_block_indexes", ())))
+        return packed_tower(visual)
 
     def layouts(self, model: Any, modality: str, arguments: dict[str, Any]) -> list[Layout]:
         """(frames, rows, columns) of features per medium; the patches of a feature follow one another."""
@@ -48,6 +50,17 @@ class Qwen2VL(Adapter):
     def order(self, model: Any, grid: tuple[int, int, int]) -> Tensor:
         """(features,) long, where each feature's patches are in the encoder's sequence, counted in features."""
         return torch.arange(grid[0] * grid[1] * grid[2], dtype=torch.long, device="cpu")
+
+    def pixels(self, model: Any, modality: str, arguments: dict[str, Any]) -> Tensor:
+        """The processor's rows, in the order into which the encoder puts its features."""
+        rows, unit = super().pixels(model, modality, arguments), model.config.vision_config.spatial_merge_size**2
+        start, pieces = 0, []
+        for t, h, w in arguments[f"{modality}_grid_thw"].tolist():
+            place = self.order(model, (t, h // math.isqrt(unit), w // math.isqrt(unit)))
+            mine = rows[start : start + t * h * w].view(len(place), unit, -1)
+            pieces.append(mine[place.argsort().to(mine.device)].flatten(0, 1))
+            start += t * h * w
+        return torch.cat(pieces)
 
     def resized(
         self, model: Any, modality: str, arguments: dict[str, Any], sizes: list[tuple[int, int]]
@@ -158,7 +171,17 @@ def tiny_qwen(kind: str, vision: dict[str, Any], **settings: Any) -> dict[str, A
     }
 
 
+def packed_tower(visual: Any) -> Tower:
+    """A tower of blocks and of mergers that take cell after cell; some blocks may see windows only."""
+    whole = tuple(getattr(visual, "fullatt_block_indexes", ()))
+    return Tower(visual, visual.blocks, packed=True, whole=whole, mergers=_mergers(visual))
+
+
 def mergers(model: Any) -> nn.ModuleList:
     """Everything that maps a packed tower's patches to features of the language model."""
-    visual = model.model.visual
-    return nn.ModuleList([visual.merger, *getattr(visual, "deepstack_merger_list", [])])
+    return nn.ModuleList(_mergers(model.model.visual))
+
+
+def _mergers(visual: Any) -> tuple[nn.Module, ...]:
+    lists = getattr(visual, "deepstack_merger_list", getattr(visual, "merger_list", []))
+    return visual.merger, *lists

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mustdrop.adapters.base import Tower
-from mustdrop.adapters.qwen2_vl import Qwen25VL
+from mustdrop.adapters.qwen2_vl import Qwen25VL, packed_tower
 from mustdrop.adapters.qwen3_vl import Qwen3VLMoe
 from mustdrop.cost import linear_flops
 
@@ -35,8 +35,7 @@ class Qwen25Omni(Qwen25VL):
 
     def tower(self, model: Any, modality: str = "image") -> Tower:
         """One tower for images and videos."""
-        visual: Any = seeing(model).visual
-        return Tower(visual, visual.blocks, packed=True, whole=tuple(getattr(visual, "fullatt_block_indexes", ())))
+        return packed_tower(seeing(model).visual)
 
     def projector_flops(self, model: Any) -> int:
         """The merger."""
@@ -75,8 +74,7 @@ class Qwen3Omni(Qwen3VLMoe):
 
     def tower(self, model: Any, modality: str = "image") -> Tower:
         """One tower for images and videos."""
-        visual: Any = seeing(model).visual
-        return Tower(visual, visual.blocks, packed=True, whole=tuple(getattr(visual, "fullatt_block_indexes", ())))
+        return packed_tower(seeing(model).visual)
 
     def projector_flops(self, model: Any) -> int:
         """The mergers."""

@@ -18,14 +18,6 @@ _KIND = re.compile(r"(For[A-Z]\w*|Model|Config|(Image|Video)?Processor(Fast)?|To
 _INSIDE_OF = ("module", "_orig_mod", "model")
 _DEPTH = 4  # wrappers in wrappers
 
-_RECURRENT = (
-    "most of its decoder layers fold all tokens into one recurrent state, which decays with every step: no mask gives "
-    "the result of leaving a token out, and there is no entry per token that a cache could drop."
-)
-_CONVOLUTION = (
-    "most of its decoder layers are short convolutions over neighbouring tokens: leaving a token out makes others "
-    "neighbours, which no mask does, and there is no entry per token that a cache could drop."
-)
 _CROSS = (
     "its vision tokens are no part of the sequence: decoder layers read them by cross-attention, so nothing in the "
     "prompt or in the cache of the text could be dropped."
@@ -39,14 +31,15 @@ _WORDS = (
     "its images are words of the vocabulary, made by a tokenizer: there are no encoder features to score or to merge."
 )
 _INSIDE = "its text model encodes the images itself, so there is no place between encoder and text model to work at."
+_INDEXED = "its sparse attention chooses entries of the cache by an index of its own, which has no pruned form."
+_HYBRID = (
+    "each of its decoder layers keeps convolution states beside its keys and values, in a kind of cache layer that has "
+    "no pruned form."
+)
 _TIMM = "its vision tower comes from the timm package, whose layers do not go through transformers' attention."
 
 #: Class name -> (family, why).
 UNSUPPORTED: dict[str, tuple[str, str]] = {
-    "Qwen3_5ForConditionalGeneration": ("Qwen3.5", _RECURRENT),
-    "Qwen3_5MoeForConditionalGeneration": ("Qwen3.5-MoE", _RECURRENT),
-    "MiniCPMV4_6ForConditionalGeneration": ("MiniCPM-V 4.6 (its text model is Qwen3.5)", _RECURRENT),
-    "Lfm2VlForConditionalGeneration": ("LFM2-VL", _CONVOLUTION),
     "MllamaForConditionalGeneration": ("Llama 3.2 Vision", _CROSS),
     "IdeficsForVisionText2Text": ("IDEFICS", _CROSS),
     "Gemma3nForConditionalGeneration": (
@@ -59,10 +52,11 @@ UNSUPPORTED: dict[str, tuple[str, str]] = {
         "its text model adds image features to hidden states of full length inside its own forward, between decoder "
         "layers, where a shorter sequence does not fit.",
     ),
-    "MistralLarge4ForConditionalGeneration": (
-        "Mistral Large 4",
-        "its sparse attention chooses entries of the cache by an index of its own, which has no pruned form.",
-    ),
+    "MistralLarge4ForConditionalGeneration": ("Mistral Large 4", _INDEXED),
+    "Glm5NextForConditionalGeneration": ("GLM-5 Next", _INDEXED),
+    "Qwen4ExpForConditionalGeneration": ("Qwen4-Exp", _INDEXED),
+    "InklingForConditionalGeneration": ("Inkling", _HYBRID),
+    "Inkling2ForConditionalGeneration": ("Inkling 2", _HYBRID),
     "Phi4MultimodalForCausalLM": ("Phi-4 multimodal", _INSIDE),
     "FuyuForCausalLM": ("Fuyu", "it has no vision encoder: raw patches enter through one linear layer."),
     "ChameleonForConditionalGeneration": ("Chameleon", _WORDS),
@@ -152,8 +146,21 @@ def _instead(thing: object, names: list[str], known: Sequence[str]) -> str:
     for path, part in thing.named_modules():  # a module of somebody's own, with the model as a part
         if path and {kind.__name__ for kind in type(part).__mro__} & set(known):
             return f"It holds a {type(part).__name__}: pass that, .{path} of what you passed."
+    what, near = _lacks(thing, near)
     hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
-    return f"Known are {len(known)} classes, such as {EXAMPLE} (mustdrop.list_adapters() names the families).{hint}"
+    return f"{what}Pass a model such as {EXAMPLE}; mustdrop.list_adapters() names the families.{hint}"
+
+
+def _lacks(thing: nn.Module, near: list[str]) -> tuple[str, list[str]]:
+    """What a module lacks of a vision-language model, as a sentence; and the classes that it may stand for."""
+    config = getattr(thing, "config", None)
+    if config is None:
+        return "It is no model of transformers. ", near if "For" in type(thing).__name__ else []
+    if getattr(thing, "main_input_name", "") == "pixel_values":
+        return "It encodes images, and holds no language model that reads them. ", []
+    if not any(hasattr(config, name) for name in ("vision_config", "image_token_id", "image_token_index")):
+        return "It reads no images, so it has no vision tokens to drop. ", near
+    return "", near
 
 
 def stem(name: str) -> str:

@@ -24,6 +24,7 @@ class VideoLlama3(Adapter):
     fixed_pictures = "its encoder takes patches, which the processor cut in an order and with positions of its own."
     name = "video_llama_3"
     classes = ("VideoLlama3ForConditionalGeneration",)
+    cell_pixels = True
     media = {  # noqa: RUF012
         **Adapter.media,
         "video": ("get_video_features", ("pixel_values_videos",), "video_token_id"),

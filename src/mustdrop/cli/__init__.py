@@ -1,4 +1,4 @@
-"""The commands `demo`, `explain`, `eval`, `eval-suite`, `report`, `tune`, `bench`, `methods`, `adapters`, `doctor`.
+"""The commands, one file each: asking and looking, measuring, serving a page, listing, and a check of the installation.
 
 Exit codes, of every command: 0, it did what it was asked; 1, it ran and found a failure (a failed self-test, too many
 questions that could not be asked), or an error that nobody foresaw, with its traceback; 2, it could not run as it was
@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from mustdrop.cli import bench, demo, doctor, explain, listing, report, suite
+from mustdrop.cli import application, bench, demo, doctor, explain, listing, report, suite
 from mustdrop.cli.common import FAILED, WRONG, errors
 from mustdrop.errors import MustDropError
 from mustdrop.eval.cli import eval_command
@@ -65,6 +65,7 @@ def add(command: Callable[..., None], name: str | None = None) -> None:
 
 add(demo.demo)
 add(explain.explain)
+add(application.app)
 add(eval_command, "eval")
 add(suite.suite, "eval-suite")
 add(report.report)

@@ -28,7 +28,7 @@ def budget(text: str) -> Keep:
     """
     from mustdrop.budget import check_keep, parse_keep
 
-    return check_keep(parse_keep(text), "--keep")
+    return check_keep(parse_keep(text, "--keep "), "--keep")
 
 
 def check_folder(path: Path) -> None:

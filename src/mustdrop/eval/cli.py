@@ -250,7 +250,9 @@ def eval_command(
 
 def _budgets(texts: Sequence[str]) -> list[Any]:
     """`--keep` as it was given, each once."""
-    found = [value(part) for text in texts for part in text.split(",") if part]
+    from mustdrop.cli.common import budget
+
+    found = [budget(part) for text in texts for part in text.split(",") if part]
     return list(dict.fromkeys(found))
 
 

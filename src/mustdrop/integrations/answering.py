@@ -29,11 +29,15 @@ class Answer:
         text: without special tokens, cut at the first stop word.
         prompt_tokens: tokens of the prompt, vision tokens included.
         tokens: tokens of the answer, the end token included.
+        vision_tokens: vision tokens of the prompt.
+        equal_tokens: the same after pruning: mean over the decoder layers of those that a layer processed.
     """
 
     text: str
     prompt_tokens: int
     tokens: int
+    vision_tokens: int
+    equal_tokens: float
 
 
 @dataclass
@@ -121,15 +125,20 @@ class Answerer:
         start = time.perf_counter()
         out = self.model.generate(**given, **generation)
         self.kept.seconds += time.perf_counter() - start
-        self._count()
+        trace = self._count()
         ends = _ends(self.model.generation_config.eos_token_id)
         prompts = given["attention_mask"].sum(1).tolist()
+        said = out[:, given["input_ids"].shape[1] :]
+        if len(said) != len(prompts):
+            raise ConfigError(f"expected one answer per prompt, got {len(said)} for {len(prompts)} prompts.")
+        beams = len(trace.total) // len(prompts)
+        counts = [row[::beams].tolist() for row in (trace.total, trace.equal_tokens)]
         answers = []
-        for ids, prompt in zip(out[:, given["input_ids"].shape[1] :], prompts, strict=True):
+        for ids, prompt, total, equal in zip(said, prompts, *counts, strict=True):
             text = self.processor.tokenizer.decode(ids, skip_special_tokens=True)
             for stop in until:
                 text = text.split(stop)[0] if stop else text
-            answers.append(Answer(str(text).strip(), int(prompt), _length(ids.tolist(), ends)))
+            answers.append(Answer(str(text).strip(), int(prompt), _length(ids.tolist(), ends), total, equal))
         self.kept.answered += sum(answer.tokens for answer in answers)
         return answers
 
@@ -169,8 +178,10 @@ class Answerer:
     def _inputs(self, batch: Sequence[Conversation]) -> Any:
         return chats.inputs(self.processor, batch, self.frames).to(self.model.device, self.model.dtype)
 
-    def _count(self) -> None:
-        self.kept.add(mustdrop.trace(self.model))
+    def _count(self) -> mustdrop.Trace:
+        trace = mustdrop.trace(self.model)
+        self.kept.add(trace)
+        return trace
 
 
 def batches(

@@ -26,6 +26,16 @@ def _statistics_shape(q: Tensor, k: Tensor, rows: Tensor, visible: Tensor, scali
     return q.new_empty(rows.shape[0], 2, k.shape[2] - _first(rest), dtype=torch.float32)
 
 
+def _sums_shape(q: Tensor, k: Tensor, rows: Tensor, visible: Tensor, scaling: float, *rest: object) -> Tensor:
+    parts = head_parts(k.shape[1])
+    return q.new_empty(rows.shape[0], parts, k.shape[2] - _first(rest), dtype=torch.float32)
+
+
+def head_parts(groups: int) -> int:
+    """How many parts `text_sums` has for so many key heads: the most that divide them, up to 16."""
+    return max(parts for parts in range(1, min(groups, 16) + 1) if groups % parts == 0)
+
+
 def _first(rest: tuple[object, ...]) -> int:
     return rest[2] if len(rest) > 2 else 0  # type: ignore[return-value]
 
@@ -101,6 +111,41 @@ def text_statistics(
     return torch.stack([total, peak], 1)
 
 
+@operation(_sums_shape, "attention:text_sums", 2)
+def text_sums(
+    q: Tensor,
+    k: Tensor,
+    rows: Tensor,
+    visible: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    first: int = 0,
+) -> Tensor:
+    """Sum over query rows of what `row_probabilities` gives, in parts that add up to it: a launch less per layer.
+
+    Args:
+        q: and all others: see `row_probabilities`.
+        k: likewise.
+        rows: likewise.
+        visible: likewise.
+        scaling: likewise.
+        bias: likewise.
+        softcap: likewise.
+        first: likewise.
+
+    Returns:
+        (B, P, K - first) float32. Part p is what the p-th of P equal shares of the heads adds to the mean over all
+        heads; P is the largest number up to 16 that divides the key heads.
+    """
+    parts = head_parts(k.shape[1])
+    total = q.new_zeros(q.shape[0], parts, k.shape[2] - first, dtype=torch.float32)
+    for _, hidden, part in _heads(q, k, rows, visible, scaling, bias, softcap, first):
+        seen = part.nan_to_num(0.0).masked_fill(hidden[:, None], 0.0)
+        total += rearrange(seen, "b (p h) r k -> b p h r k", p=parts).sum((2, 3))
+    return total / q.shape[1]
+
+
 @operation(_scores_shape, "decode:key_scores", 2)
 def key_scores(
     q: Tensor,
@@ -164,6 +209,24 @@ def _rows(
     first: int,
 ) -> Iterator[tuple[int, Tensor]]:
     """Head-mean probabilities of some query rows at a time: (number of the first, (B, some, K - first) float32)."""
+    for start, hidden, part in _heads(q, k, rows, visible, scaling, bias, softcap, first):
+        yield start, part.mean(1).nan_to_num(0.0).masked_fill(hidden, 0.0)
+
+
+def _heads(
+    q: Tensor,
+    k: Tensor,
+    rows: Tensor,
+    visible: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    softcap: float | None,
+    first: int,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Number of the first of some rows, which of them are padding, (B, some, 1), and (B, H, some, K - first).
+
+    Rows that see nothing hold NaN.
+    """
     groups = k.shape[1]
     index = rows.clamp(min=0)
     keys = rearrange(k.float(), "b g k d -> b g d k")
@@ -178,9 +241,7 @@ def _rows(
         if bias is not None:
             logits = logits + bias[:, :, start : start + step].float()
         logits = logits.masked_fill(~visible[:, None, start : start + step], -torch.inf)
-        probability = logits.softmax(-1)[..., first:].mean(1)
-        hidden = (rows[:, start : start + step] < 0)[..., None]
-        yield start, probability.nan_to_num(0.0).masked_fill(hidden, 0.0)
+        yield start, (rows[:, start : start + step] < 0)[..., None], logits.softmax(-1)[..., first:]
 
 
 def _at_once(products: int, *inputs: Tensor) -> int:

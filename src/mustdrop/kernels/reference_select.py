@@ -17,6 +17,8 @@ def _select_shape(
     importance: Tensor | None = None,
     gamma: float = 1.0,
     alpha: float = 1.0,
+    others: Tensor | None = None,
+    rest: bool = False,
 ) -> tuple[Tensor, Tensor]:
     return alive.new_empty(alive.shape[0], slots, dtype=torch.long), torch.empty_like(alive, dtype=torch.bool)
 
@@ -31,6 +33,8 @@ def select(
     importance: Tensor | None = None,
     gamma: float = 1.0,
     alpha: float = 1.0,
+    others: Tensor | None = None,
+    rest: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """What a filter keeps: protected tokens first, then the best of the others, in the order of the prompt.
 
@@ -39,14 +43,16 @@ def select(
             max(share / gamma, peak / alpha), where the share is that of the sum over the alive tokens.
         alive: (B, N) bool, what can stay.
         wanted: (B,) long, how many stay; rows with fewer alive tokens keep all of them.
-        slots: M, columns of `index`, at least as many as the most that stays in any row (0: only flags are wanted).
+        slots: M, columns of `index`, at most N and at least the most that stays in any row (0: only flags are wanted).
         protected: (B, N) bool, tokens before all others; if there are more than `wanted`, the most important stay.
         importance: (B, N), orders the protected ones among themselves; None: the score.
         gamma: divides the share.
         alpha: divides the peak.
+        others: (B, N) bool, what stays besides, counted in `slots` and not in `wanted`: the text of a prompt.
+        rest: whether all that is not alive does, in place of `others`.
 
     Returns:
-        (index, stays): (B, M) long, ascending, -1 behind what stays; and (B, N) bool.
+        (index, stays): (B, M) long, ascending, behind as many -1 as a row has fewer; and (B, N) bool.
     """
     if score.ndim == 3:
         total, peak = score.float().masked_fill(~alive[:, None], 0).unbind(1)
@@ -67,7 +73,9 @@ def select(
     place = torch.arange(alive.shape[1], dtype=torch.long, device=alive.device)
     best = torch.zeros_like(alive).scatter_(1, order, place < need[:, None]) & pool
     stays = best if stays is None else stays | best
+    others = ~alive if rest else others
+    stays = stays if others is None else stays | others
     if not slots:
         return order[:, :0], stays
-    index = place.expand_as(alive).masked_fill(~stays, alive.shape[1]).sort(1).values[:, :slots]
-    return index.masked_fill(index == alive.shape[1], -1), stays
+    index = place.expand_as(alive).masked_fill(~stays, -1)
+    return index.sort(1).values[:, alive.shape[1] - slots :].contiguous(), stays

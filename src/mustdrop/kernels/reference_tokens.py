@@ -62,13 +62,7 @@ def merge_tokens(x: Tensor, slot: Tensor, slots: int, weight: Tensor | None = No
         (B, M, C) of the type of `x`; sums are made in float32.
     """
     goes = slot.masked_fill(slot < 0, slots)
-    each = x.new_ones(goes.shape, dtype=torch.float32) if weight is None else weight.float()
-    whole = torch.zeros(goes.shape[0], slots + 1, dtype=torch.float32, device=x.device).scatter_add_(1, goes, each)
-    values = x.float() if weight is None else x.float() * each[..., None]
-    total = x.new_zeros(x.shape[0], slots + 1, x.shape[2], dtype=torch.float32)
-    total = total.scatter_add_(1, goes[..., None].expand_as(values), values)
-    whole = whole[:, :slots, None]
-    return (total[:, :slots] / torch.where(whole > 0, whole, 1.0)).to(x.dtype)
+    return means(x, goes, slots, None if weight is None else weight.float())[0]
 
 
 @operation(_match_shape, "matching:best_match", 3)
@@ -82,21 +76,14 @@ def best_match(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         b: (B, m, C) destinations, m at least 1.
 
     Returns:
-        (cosine, index): (B, n) float32 and (B, n) long. Among equals, any.
+        (cosine, index): (B, n) float32 and (B, n) long. Among equals, the first.
     """
-    to = torch.nn.functional.normalize(b.float(), dim=-1).mT
-    most = min(_CHUNK, a.numel() + b.numel())  # nothing is larger than the inputs
-    step = max(1, most // max(1, a.shape[0] * b.shape[1]))
-    parts = [a[:, start : start + step] for start in range(0, a.shape[1], step)]
-    best = [torch.nn.functional.normalize(part.float(), dim=-1).matmul(to).max(-1) for part in parts]
-    if not best:
-        return a.new_zeros(a.shape[:2], dtype=torch.float32), a.new_zeros(a.shape[:2], dtype=torch.long)
-    return torch.cat([found.values for found in best], 1), torch.cat([found.indices for found in best], 1)
+    return nearest(a, b)
 
 
-@operation(_gathered_shape, "gathering:gather_rows", lambda tensors, *_, **__: -(-len(tensors) // 4), grad=True)
+@operation(_gathered_shape, "gathering:gather_rows", lambda tensors, *_, **__: -(-len(tensors) // 8), grad=True)
 def gather_rows(tensors: list[Tensor], index: Tensor, zero: bool = False) -> list[Tensor]:
-    """The same rows of several tensors, with one launch for up to four of them.
+    """The same rows of several tensors, with one launch for up to eight of them.
 
     Args:
         tensors: each (B or 1, N, ...), of any type: hidden states, rotary tables, positions.
@@ -144,6 +131,65 @@ def compact(tensors: list[Tensor], index: Tensor) -> list[Tensor]:
         New tensors, each (B, G, M, D).
     """
     return [take(x, index, 2) for x in tensors]
+
+
+def _each_shape(tensors: list[Tensor], index: Tensor, widths: Tensor, slots: list[int]) -> list[Tensor]:
+    per = len(tensors) // max(1, len(slots))
+    return [x.new_empty(index.shape[1], x.shape[1], slots[t // per], x.shape[3]) for t, x in enumerate(tensors)]
+
+
+@operation(
+    _each_shape, "gathering:compact_each", lambda tensors, *_, **__: len({t.shape[1:] for t in tensors}), grad=True
+)
+def compact_each(tensors: list[Tensor], index: Tensor, widths: Tensor, slots: list[int]) -> list[Tensor]:
+    """As `compact`, where each layer keeps entries of its own, and as many as it likes.
+
+    Args:
+        tensors: each (B, G, N, D); as many of them, next to each other, belong to a layer.
+        index: (L, B, M) long, entries that stay in each layer; -1 is padding and reads entry 0.
+        widths: (L,) long, how many of the M columns count in each layer: `slots` on the device.
+        slots: the same numbers.
+
+    Returns:
+        New tensors, each (B, G, the layer's number, D).
+    """
+    per = len(tensors) // max(1, len(slots))
+    return [take(x, index[t // per, :, : slots[t // per]], 2) for t, x in enumerate(tensors)]
+
+
+def means(x: Tensor, goes: Tensor, slots: int, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(Weighted) means of the tokens that share a slot, and their weights together.
+
+    Args:
+        x: (B, N, C).
+        goes: (B, N) long, slot of each token, `slots` where it is gone.
+        slots: M, how many there are.
+        weight: (B, N) float32; None weighs all alike.
+
+    Returns:
+        (B, M, C) of the type of `x`, zero without tokens, and (B, M) float32.
+    """
+    each = x.new_ones(goes.shape, dtype=torch.float32) if weight is None else weight
+    whole = torch.zeros(goes.shape[0], slots + 1, dtype=torch.float32, device=x.device).scatter_add_(1, goes, each)
+    values = x.float() if weight is None else x.float() * each[..., None]
+    total = x.new_zeros(x.shape[0], slots + 1, x.shape[2], dtype=torch.float32)
+    total = total.scatter_add_(1, goes[..., None].expand_as(values), values)
+    whole = whole[:, :slots]
+    return (total[:, :slots] / torch.where(whole > 0, whole, 1.0)[..., None]).to(x.dtype), whole
+
+
+def nearest(a: Tensor, b: Tensor, there: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`best_match` in chunks; `there` (B, m) bool says which destinations exist."""
+    to = torch.nn.functional.normalize(b.float(), dim=-1).mT
+    most = min(_CHUNK, a.numel() + b.numel())  # nothing is larger than the inputs
+    step = max(1, most // max(1, a.shape[0] * b.shape[1]))
+    best = []
+    for start in range(0, a.shape[1], step):
+        similar = torch.nn.functional.normalize(a[:, start : start + step].float(), dim=-1).matmul(to)
+        best.append((similar if there is None else similar.masked_fill(~there[:, None], -torch.inf)).max(-1))
+    if not best:
+        return a.new_zeros(a.shape[:2], dtype=torch.float32), a.new_zeros(a.shape[:2], dtype=torch.long)
+    return torch.cat([found.values for found in best], 1), torch.cat([found.indices for found in best], 1)
 
 
 def take(x: Tensor, index: Tensor, dim: int, padded: bool = True) -> Tensor:

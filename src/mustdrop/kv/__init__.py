@@ -12,20 +12,23 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-from mustdrop.compat import cache_of, dynamic_cache
+from mustdrop.compat import LinearAttentionLayer, cache_of, dynamic_cache
 from mustdrop.errors import CacheStateError, UnsupportedOptionError
 from mustdrop.kv.growing import PrunedLayer
 from mustdrop.kv.slots import Arrival, Slots, Stored
+from mustdrop.kv.state import PrunedState
 from mustdrop.kv.static import PrunedStaticLayer
 
 __all__ = [
     "Arrival",
     "PrunedLayer",
+    "PrunedState",
     "PrunedStaticLayer",
     "Slots",
     "Stored",
     "adopt",
     "check",
+    "first",
     "is_step",
     "length",
     "settle",
@@ -38,6 +41,7 @@ _PRUNED: dict[Any, Any] = {
     DynamicLayer: PrunedLayer,
     DynamicSlidingWindowLayer: PrunedLayer,
     StaticLayer: PrunedStaticLayer,
+    LinearAttentionLayer: PrunedState,
 }
 
 
@@ -64,8 +68,11 @@ def adopt(cache: Any, text_config: Any, n_layers: int, use_cache: bool, no_stati
             return None
         cache = dynamic_cache(text_config)
     check(cache, no_static)
-    if len(cache.layers) < n_layers:
-        cache.layers.extend(PrunedLayer() for _ in range(n_layers - len(cache.layers)))
+    if len(cache.layers) < n_layers:  # those of recurrent layers are of another kind, and there is none for all of them
+        usual = dict(enumerate(dynamic_cache(text_config).layers))
+        for i in range(len(cache.layers), n_layers):
+            linear = isinstance(usual.get(i), LinearAttentionLayer)
+            cache.layers.append(PrunedState.adopt(usual[i]) if linear else PrunedLayer())
     for i, layer in enumerate(cache.layers):
         if not isinstance(layer, Slots):
             cache.layers[i] = _PRUNED[type(layer)].adopt(layer)
@@ -97,12 +104,25 @@ def check(cache: Any, no_static: str | None = None) -> None:
             )
         if no_static is not None and isinstance(layer, StaticLayer):
             raise UnsupportedOptionError(f"a static cache cannot be used here: {no_static}")
-    lengths = {int(layer.get_seq_length()) for layer in cache.layers if not isinstance(layer, StaticLayer)} - {0}
+    lengths = {int(layer.get_seq_length()) for layer in cache.layers if _counts(layer)} - {0}
     if len(lengths) > 1:
         raise CacheStateError(
             f"the layers of this cache hold different numbers of tokens ({sorted(lengths)}): a crop or a pass ended "
             "with an error on the way. Start with a new cache."
         )
+
+
+def _counts(layer: Any) -> bool:
+    """Whether a layer knows its length without asking a device."""
+    return not isinstance(layer, StaticLayer | LinearAttentionLayer)
+
+
+def first(cache: Any) -> Any:
+    """The first layer of `cache` that holds entries; recurrent layers hold none."""
+    for layer in cache.layers:  # compiled code asks
+        if type(layer) is not PrunedState:
+            return layer
+    return None
 
 
 def is_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -115,8 +135,8 @@ def is_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         kwargs: its keyword arguments.
     """
     cache = cache_of(kwargs)
-    layers = getattr(cache, "layers", None)
-    if not layers or type(layers[0]) is not PrunedStaticLayer or not layers[0].ready:
+    entries = first(cache) if getattr(cache, "layers", None) else None
+    if type(entries) is not PrunedStaticLayer or not entries.ready:
         return False
     token = kwargs.get("input_ids")
     if token is None:
@@ -130,13 +150,13 @@ def length(cache: Any, counts: bool) -> int:
     Of a static cache that holds something the device is asked, once for all layers where the pass that begins `counts`
     the slots: one whose every update comes with an arrival.
     """
-    first = cache.layers[0]
-    if not counts or type(first) is not PrunedStaticLayer:
+    entries = first(cache)
+    if not counts or type(entries) is not PrunedStaticLayer:
         return int(cache.get_seq_length())
     for places, counter in _counters(cache.layers):
         for i, number in zip(places, counter.tolist(), strict=True):
             cache.layers[i].filled = number
-    return first.logical
+    return int(entries.logical)
 
 
 def stored(layers: list[Any]) -> list[Stored]:
@@ -161,12 +181,8 @@ def _counters(layers: list[Any]) -> list[tuple[list[int], Any]]:
 
 def settle(cache: Any, failed: bool = False) -> None:
     """A pass over `cache` has ended: unless it has failed, a static cache is ready for compiled decode steps."""
-    sent: dict[Any, dict[int, Any]] = {}
-    for layer in getattr(cache, "layers", None) or ():
-        if type(layer) is not PrunedStaticLayer:
-            continue
-        if failed:
-            layer.filled = None
-        elif layer.is_initialized:
-            layer.settle(sent.setdefault(layer.keys.device, {}))
-        layer.ready = layer.ready if failed else True
+    layers = [layer for layer in getattr(cache, "layers", None) or () if type(layer) is PrunedStaticLayer]
+    if not failed:
+        PrunedStaticLayer.settle([layer for layer in layers if layer.is_initialized])
+    for layer in layers:
+        layer.filled, layer.ready = None, layer.ready if failed else True

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from mustdrop.compat import crop_length, records_past
 from mustdrop.errors import CacheStateError
-from mustdrop.kv.slots import Slots, Stored, reordering
+from mustdrop.kv.slots import Arrival, Slots, Stored, reordering
 from mustdrop.runtime.eviction import Cut
 from mustdrop.runtime.rows import HOST
 
@@ -62,25 +62,33 @@ class PrunedLayer(Slots, DynamicLayer):
         """Append entries; the arrival set by the layer hook says which logical positions they have."""
         arrival = self.expect_hook()
         reordering.index = None  # the next one will be another
-        shown = self.shown(key_states.shape[-2])
+        shown = 0 if self.window is None else self.shown(key_states.shape[-2])
         if arrival is None:
             self.logical += key_states.shape[-2]
             self.steps += 1
         else:
-            known = self.slot_positions()
-            marks = self.slot_vision()
-            self.positions = arrival.positions if known is None else torch.cat([known, arrival.positions], 1)
-            self.vision = arrival.vision if marks is None else torch.cat([marks, arrival.vision], 1)
-            self.totals = arrival.totals if self.totals is None else self.totals + arrival.totals
-            self.attended = self.queries = None
-            self.steps = 0
-            self.logical += arrival.advance
-            self.whole &= arrival.whole
+            self._note(arrival)
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        if arrival is not None or self.positions is not None or self.window is None:
+        if arrival is not None or self.described or self.window is None:
             return keys, values  # what a sliding layer may forget is decided at the end of the pass
         self.slide()
         return keys[:, :, -shown:], values[:, :, -shown:]
+
+    def _note(self, arrival: Arrival) -> None:
+        """What arrives, behind what is known of the slots."""
+        positions, vision, totals = arrival.positions, arrival.vision, arrival.totals
+        if self.slots:
+            known, marks = self.slot_positions(), self.slot_vision()
+            assert known is not None  # there are slots
+            assert marks is not None
+            positions, vision = torch.cat([known, positions], 1), torch.cat([marks, vision], 1)
+            totals = totals if self.totals is None else self.totals + totals
+        self.positions, self.vision, self.totals = positions, vision, totals
+        self.attended = self.queries = None
+        self.learn(arrival, self.logical)
+        self.steps = 0
+        self.logical += arrival.advance
+        self.whole &= arrival.whole
 
     def activate_past_recording(self) -> None:
         """From now on nothing is forgotten before the next `crop`; layers without a window never forget."""
@@ -97,7 +105,7 @@ class PrunedLayer(Slots, DynamicLayer):
         slots.
         """
         total = self.logical + query_length
-        if self.window is None or self.positions is not None:
+        if self.window is None or self.described:
             return total, 0
         length = min(self.logical, self.window - 1) + query_length
         return length, total - length
@@ -141,12 +149,13 @@ class PrunedLayer(Slots, DynamicLayer):
         if remove and self.slots:
             self._check_crop(remove)
             kept = self.slots - remove
-            if self.positions is not None and kept < self.positions.shape[1]:
+            if self._positions is not None and kept < self._positions.shape[1]:
                 for name in _KNOWN:
                     value = getattr(self, name)
                     setattr(self, name, None if value is None else value[:, :kept])
             self.keys, self.values = self.keys[..., :-remove, :], self.values[..., :-remove, :]
             self.logical -= remove
+            self.pictures = None if self.pictures is None or not self.logical else self.pictures[:, : self.logical]
         self._slide()
 
     def _check_crop(self, remove: int) -> None:
@@ -174,7 +183,7 @@ class PrunedLayer(Slots, DynamicLayer):
     @property
     def slots(self) -> int:
         """Physical entries stored."""
-        return 0 if self.keys is None or not self.is_initialized or not self.keys.numel() else int(self.keys.shape[-2])
+        return 0 if self.keys is None or not self.is_initialized or self.keys.ndim < 4 else int(self.keys.shape[-2])
 
     def slot_positions(self, extra: int = 0) -> Tensor | None:
         """(B, slots + extra) logical position per slot, PAD on padding; `extra` counts tokens about to arrive."""
@@ -188,15 +197,20 @@ class PrunedLayer(Slots, DynamicLayer):
     def stored(self, slots: int | Tensor) -> Stored:
         """What the layer stores now, `slots` entries."""
         n = self.slots
-        return Stored(self.positions if n else None, n, self.logical - n, self.keys.shape[0] if n else 0)
+        batch = self.keys.shape[0] if n else 0
+        return Stored(self._positions if n else None, n, self.logical - n, batch, self.pictures)
 
     def storage_bytes(self) -> int:
         """Bytes of the tensors that hold keys and values."""
         return 0 if not self.slots else self.keys.nbytes + self.values.nbytes
 
-    def unpruned_bytes(self) -> int:
-        """Bytes that a layer of transformers would take."""
-        return self.storage_bytes() // self.slots * self.unpruned_slots if self.slots else 0
+    def bytes_held(self) -> tuple[int, int]:
+        """Bytes of keys and values, and those that a layer of transformers would take."""
+        slots = self.slots
+        if not slots:
+            return 0, 0
+        held = self.keys.nbytes + self.values.nbytes
+        return held, held // slots * self.unpruned_slots
 
     @property
     def unpruned_slots(self) -> int:
@@ -205,7 +219,7 @@ class PrunedLayer(Slots, DynamicLayer):
 
     def shown(self, extra: int) -> int:
         """How many entries `update` will hand out if `extra` tokens arrive that follow one another."""
-        if self.window is None or self.positions is not None or self.arrival is not None:
+        if self.window is None or self.described or self.arrival is not None:
             return self.slots + extra
         return min(self.slots, self.window - 1) + extra
 
@@ -214,7 +228,7 @@ class PrunedLayer(Slots, DynamicLayer):
 
         Layers of one kind share a mask, and it has the columns of the first of them.
         """
-        if self.positions is not None:
+        if self.described:
             return False
         return mask is None or self.window is None or bool(mask.shape[-1] == self.shown(extra))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,61 @@ from mustdrop import kernels
 from mustdrop.errors import CacheStateError
 from mustdrop.runtime.eviction import Cut
 from mustdrop.runtime.rows import HOST, PAD, on, take
+
+
+class Away:
+    """A tensor that describes slots and lies on a device: the host asks for it once, if ever somebody must know.
+
+    A prompt whose counts are known beforehand is cut without the host, and most of what follows needs no more than
+    whether there is such a description.
+    """
+
+    def __init__(self, there: Tensor) -> None:
+        self.there = there
+
+    @classmethod
+    def of(cls, there: Tensor) -> Away:
+        """The one that stands for a tensor, so that layers which share the tensor share what the host learned."""
+        known: Away | None = getattr(there, "_away", None)
+        if known is None:
+            known = there._away = cls(there)  # type: ignore[attr-defined]
+        return known
+
+    @functools.cached_property
+    def here(self) -> Tensor:
+        """The tensor on the host (waits for its device)."""
+        return self.there.to(HOST)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the tensor."""
+        return self.there.shape
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Away:
+        return Away(self.there.clone())
+
+    def __reduce__(self) -> Any:
+        return Away, (self.there,)
+
+
+def at_home(x: Tensor | Away | None) -> Tensor | None:
+    """A description on the host."""
+    return x.here if isinstance(x, Away) else x
+
+
+class _Description:
+    """An attribute of a layer that is read on the host, wherever the tensor was that was set."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = "_" + name
+
+    def __get__(self, layer: Any, owner: type) -> Any:
+        return at_home(layer.__dict__[self.name])
+
+    def __set__(self, layer: Any, value: Tensor | Away | None) -> None:
+        if isinstance(value, Tensor) and value.device != HOST:
+            value = Away.of(value)
+        layer.__dict__[self.name] = value
 
 
 @dataclass(frozen=True)
@@ -28,6 +83,8 @@ class Arrival:
         advance: logical tokens that the chunk stands for (n plus what was dropped).
         whole: whether the new entries are all tokens of the chunk, in order.
         memo: what layers with the same entries derive from them.
+        pictures: (B, advance) long, which picture of the chunk each token belongs to, -1 for text; None where nobody
+            asks for that.
     """
 
     positions: Tensor
@@ -35,6 +92,7 @@ class Arrival:
     totals: Tensor
     advance: int
     whole: bool
+    pictures: Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
@@ -44,16 +102,18 @@ class Stored:
 
     Attributes:
         positions: (B, known or more) long, logical position of the first slots, PAD on padding; None: each slot holds
-            the token of its own number. On the host.
+            the token of its own number.
         slots: entries, or (1,) long: those of a static cache, which only the device may know.
         dropped: logical tokens that have no slot.
         batch: B.
+        pictures: see `Slots`.
     """
 
-    positions: Tensor | None
+    positions: Tensor | Away | None
     slots: int | Tensor
     dropped: int
     batch: int
+    pictures: Tensor | None = None
 
     @functools.cached_property
     def number(self) -> int:
@@ -77,9 +137,10 @@ class Stored:
         n, end = self.number, self.logical
         if not n:
             return None
-        known = 0 if self.positions is None else min(n, self.positions.shape[1])
+        positions = at_home(self.positions)
+        known = 0 if positions is None else min(n, positions.shape[1])
         tail = torch.arange(end - (n - known), end, dtype=torch.long, device=HOST).expand(self.batch, -1)
-        return tail if self.positions is None else torch.cat([self.positions[:, :known], tail], 1)
+        return tail if positions is None else torch.cat([positions[:, :known], tail], 1)
 
     def lengths(self, start: int, valid: Tensor) -> Tensor:
         """(B,) long, stored entries per row without padding.
@@ -120,7 +181,8 @@ reordering = _Reordering()
 class Slots:
     """The bookkeeping of one cache layer, mixed into a layer class of transformers.
 
-    `positions`, `vision` and `totals` lie on the host.
+    `positions`, `vision` and `totals` are read on the host. What a prompt set on a device comes over when it is first
+    read (`Away`); `_positions` and `layout` are what was set.
 
     Attributes:
         keys: (B, G, slots or more, D), None before the first entry.
@@ -131,6 +193,8 @@ class Slots:
         attended: (B, known) float32, attention that the query rows read so far gave them, where that is read.
         queries: (B, known) float32, how many of these rows see each of them.
         totals: (B,) long, vision tokens that came, dropped ones included.
+        pictures: (B, sequence) long, which picture of the chat the token at each position belongs to, -1 for text, as
+            far as pictures have come; None where nobody asks for that.
         padded: whether `positions` holds PAD.
         whole: whether nothing was dropped or moved: slots are logical positions.
         arrival: what the next `update` brings, None for tokens that follow one another.
@@ -139,22 +203,41 @@ class Slots:
 
     keys: Any
     values: Any
+    positions: Any = _Description()
+    vision: Any = _Description()
 
     def forget(self) -> None:
         """Start the bookkeeping anew."""
-        self.positions: Tensor | None = None
-        self.vision: Tensor | None = None
+        self._positions: Tensor | Away | None = None
+        self._vision: Tensor | Away | None = None
         self.attended: Tensor | None = None
         self.queries: Tensor | None = None
         self.totals: Tensor | None = None
+        self.pictures: Tensor | None = None
         self.arrival: Arrival | None = None
         self.padded = self.prepared = False
         self.whole = True
+
+    def learn(self, arrival: Arrival, start: int) -> None:
+        """Note which pictures arrive behind `start` logical tokens; the layers share what is known."""
+        if arrival.pictures is None:
+            return
+        known = self.pictures
+        key = ("pictures", id(known), start)
+        if key not in arrival.memo:
+            before = torch.full((len(arrival.pictures), start), -1, dtype=torch.long, device=HOST)
+            if known is not None:
+                before[:, : known.shape[1]] = known
+            first = torch.nn.functional.pad(before, (1, 0), value=-1).amax(1, keepdim=True) + 1
+            new = torch.where(arrival.pictures < 0, -1, arrival.pictures + first)
+            arrival.memo[key] = (known, torch.cat([before, new], 1))  # holding what was known keeps its id its own
+        self.pictures = arrival.memo[key][1]
 
     def apply(self, cut: Cut) -> None:
         """Store only the slots that a cut leaves."""
         keys, values = kernels.compact(self.entries(), on(self.index(cut), self.keys.device))
         self.store(cut, keys, values)
+        self.count([self])
 
     def evict(self, keep: Tensor) -> None:
         """Keep only the slots where `keep` (B, slots) is True: storage shrinks, padding goes too.
@@ -189,23 +272,30 @@ class Slots:
         """(B, n) long, entries that are gathered for a cut of this layer, PAD where nothing is. On the host."""
         return cut.index
 
+    def room(self, left: int) -> int:
+        """Entries that there must be room for where a cut leaves so many."""
+        return left
+
     def store(self, cut: Cut, keys: Tensor, values: Tensor) -> None:
         """Hold what a cut left of `entries`, gathered by `index`."""
         raise NotImplementedError
 
+    def count(self, layers: Sequence[Slots]) -> None:
+        """After `store`: layers that count their entries on a device do; they hold as many as this one."""
+
     def share(self, other: Slots) -> None:
         """Describe the same entries by the tensors of another layer."""
-        self.positions, self.vision, self.padded = other.positions, other.vision, other.padded
+        self._positions, self._vision, self.padded = other._positions, other._vision, other.padded
 
     @property
     def layout(self) -> object:
         """What layers with the same entries in the same slots share: its identity stands for the layout."""
-        return self.positions
+        return self._positions
 
     @property
     def layout_key(self) -> tuple[int, int]:
         """Equal for layers that hold the same positions."""
-        tail_only = self.positions is not None and not self.positions.shape[1]
+        tail_only = self._positions is not None and not self._positions.shape[1]
         return (0 if tail_only else id(self.layout), self.slots)
 
     @property
@@ -240,7 +330,7 @@ class Slots:
     @property
     def described(self) -> bool:
         """Whether slots may hold other tokens than those of their own number, so that layers need their hooks."""
-        return self.positions is not None
+        return self._positions is not None
 
     def expect_hook(self) -> Arrival | None:
         """What arrives with this `update`.
@@ -262,7 +352,7 @@ class Slots:
 
     def takes(self, mask: Any, extra: int) -> bool:
         """Whether a mask of transformers is right for this layer as it is, for `extra` tokens about to arrive."""
-        return self.positions is None
+        return self._positions is None
 
     def slide(self) -> None:
         """Forget what has left a sliding window; most layers have none."""
@@ -284,7 +374,7 @@ class Slots:
 
     def select_rows(self, select: Callable[[Tensor], Tensor]) -> None:
         """Apply `select` to the batch rows of the bookkeeping."""
-        for name in ("positions", "vision", "attended", "queries", "totals"):
+        for name in ("positions", "vision", "attended", "queries", "totals", "pictures"):
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, select(value))

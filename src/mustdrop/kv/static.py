@@ -12,15 +12,15 @@ counter to the end of that pass: there each update comes through the hook of its
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
 from mustdrop.compat import eager, fixed_address
-from mustdrop.kv.slots import Arrival, Slots, Stored
+from mustdrop.kv.slots import Arrival, Away, Slots, Stored
 from mustdrop.runtime.eviction import Cut
 from mustdrop.runtime.rows import HOST, PAD, on
 
@@ -29,14 +29,15 @@ class PrunedStaticLayer(Slots, StaticLayer):
     """A static cache layer with a logical length and fewer physical slots.
 
     `max_cache_len` stays what it was, the most logical tokens. There is room for `max_cache_len - dropped` entries, and
-    `cumulative_length` counts those that are filled. `positions` is (B, room).
+    `cumulative_length` counts those that are filled. `positions` are those of the last prompt, as in a growing layer.
 
     Attributes:
         dropped: logical tokens that have no slot.
         ready: whether a pass over this cache has ended, so that a compiled decode step may follow.
         filled: slots that are filled, as far as the host can know (see above); None: ask the device.
-        fixed: `positions` on the device of the entries, for decode steps; made when a pass has ended. A tensor of its
-            own: to a compiler, layers that share one are another program than layers that do not.
+        fixed: (B, room) long on the device of the entries, for decode steps: `positions`, and those of the tokens that
+            will fill the other slots; made when a pass has ended. A tensor of its own: to a compiler, layers that share
+            one are another program than layers that do not.
     """
 
     def __init__(self, max_cache_len: int) -> None:
@@ -126,29 +127,37 @@ class PrunedStaticLayer(Slots, StaticLayer):
         slots = self.slots
         if not slots:
             return None
-        if self.positions is not None:
-            return self.positions[:, : slots + extra]
-        return torch.arange(slots + extra, dtype=torch.long, device=HOST).expand(self.keys.shape[0], -1)
+        known = self.positions
+        first = 0 if known is None else known.shape[1]
+        if known is not None and first >= slots + extra:
+            return cast(Tensor, known[:, : slots + extra])
+        dropped = 0 if known is None else self.dropped  # tokens behind those that are known follow one another
+        tail = torch.arange(first + dropped, slots + extra + dropped, dtype=torch.long, device=HOST)
+        tail = tail.expand(self.keys.shape[0], -1)
+        return tail if known is None else torch.cat([known, tail], 1)
 
     def stored(self, slots: int | Tensor) -> Stored:
         """What the layer stores now, `slots` entries."""
         if not self.is_initialized:
             return Stored(None, 0, 0, 0)
-        return Stored(self.positions, slots, self.dropped, self.keys.shape[0])
+        return Stored(self._positions, slots, self.dropped, self.keys.shape[0], self.pictures)
 
     def storage_bytes(self) -> int:
         """Bytes of the tensors that hold keys and values, room for tokens to come included."""
         return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
 
-    def unpruned_bytes(self) -> int:
-        """Bytes that the layer would take with room for every token."""
-        room = self.keys.shape[2] if self.is_initialized else 0
-        return self.storage_bytes() // room * self.max_cache_len if room else 0
+    def bytes_held(self) -> tuple[int, int]:
+        """Bytes of keys and values, and those that the layer would take with room for every token."""
+        held, room = self.storage_bytes(), self.keys.shape[2] if self.is_initialized else 0
+        return held, held // room * self.max_cache_len if room else 0
+
+    def room(self, left: int) -> int:
+        """Entries that there must be room for where a cut leaves so many: these, and the tokens to come."""
+        return max(left, self.max_cache_len - self.dropped - self.slots + left)
 
     def index(self, cut: Cut) -> Tensor:
         """(B, room) long: what a cut leaves, then the room for later tokens, which nothing sees before it is filled."""
-        gone = self.slots - cut.index.shape[1]
-        free = max(0, self.max_cache_len - self.dropped - gone - cut.index.shape[1])
+        free = self.room(cut.index.shape[1]) - cut.index.shape[1]
         if ("room", free) not in cut.memo:
             cut.memo["room", free] = torch.nn.functional.pad(cut.index, (0, free), value=PAD)
         return cut.memo["room", free]  # type: ignore[no-any-return]
@@ -158,8 +167,8 @@ class PrunedStaticLayer(Slots, StaticLayer):
         self.carry(cut)
         self.dropped += self.slots - cut.index.shape[1]
         self.keys, self.values = fixed_address(keys), fixed_address(values)
-        self._count(cut.index.shape[1])
-        self._place(cut.positions, cut.memo)
+        self.filled = cut.index.shape[1]
+        self._place(cut.positions)
         self.vision, self.padded, self.whole = cut.vision, cut.padded, False
 
     def share(self, other: Slots) -> None:
@@ -172,23 +181,41 @@ class PrunedStaticLayer(Slots, StaticLayer):
         super().select_rows(select)
         self.fixed = None if self.fixed is None else select(self.fixed)
 
-    def settle(self, sent: dict[int, Tensor]) -> None:
+    def count(self, layers: Sequence[Slots]) -> None:
+        """After a cut of several layers with as many entries as this one: their counters on the device, all at once."""
+        counters = [layer.cumulative_length for layer in layers if isinstance(layer, PrunedStaticLayer)]
+        torch._foreach_zero_(counters)
+        torch._foreach_add_(counters, self.slots)
+
+    @staticmethod
+    def settle(layers: Sequence[PrunedStaticLayer]) -> None:
         """A pass has ended: what is known of the slots goes to the device, and the host stops counting.
 
-        Args:
-            sent: positions by the id of those on the host, shared by the layers of one device.
+        Layers of one device that hold the same entries get their own parts of one tensor.
         """
-        self.filled = None
-        if self.positions is not None and self.fixed is None:
-            key = id(self.positions)
-            if key not in sent:
-                sent[key] = on(self.positions, self.keys.device)
-            self.fixed = fixed_address(sent[key].clone())
+        alike: dict[tuple[int, int, torch.device], list[PrunedStaticLayer]] = {}
+        for layer in layers:
+            layer.filled = None
+            if layer._positions is not None and layer.fixed is None:
+                key = (id(layer._positions), layer.dropped, layer.keys.device)
+                alike.setdefault(key, []).append(layer)
+        for some in alike.values():
+            place = some[0]._positions
+            assert place is not None  # they are the key
+            known = on(place.there if isinstance(place, Away) else place, some[0].keys.device)
+            first, room = known.shape[1] + some[0].dropped, some[0].max_cache_len
+            if first < room:  # the tokens that will fill the other slots
+                future = torch.arange(first, room, dtype=torch.long, device=known.device)
+                known = torch.cat([known, future.expand(known.shape[0], -1)], 1)
+            each = known.expand(len(some), -1, -1).clone()
+            for layer, own in zip(some, each.unbind(0), strict=True):
+                layer.fixed = fixed_address(own)
 
     @eager
     def _receive(self, arrival: Arrival, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """A chunk in which tokens may have been dropped before this layer."""
         known, marks, slots = self.slot_positions(), self.slot_vision(), self.slots
+        self.learn(arrival, slots + self.dropped)
         self.whole &= arrival.whole
         lost = arrival.advance - key_states.shape[2]
         self.dropped += lost
@@ -200,7 +227,7 @@ class PrunedStaticLayer(Slots, StaticLayer):
         if key not in arrival.memo:
             new = arrival.positions if known is None else torch.cat([known, arrival.positions], 1)
             arrival.memo[key] = (self.layout, new)  # holding the old layout keeps its id from being used again
-        self._place(arrival.memo[key][1], arrival.memo)
+        self._place(arrival.memo[key][1])
         self.vision = arrival.vision if marks is None else torch.cat([marks, arrival.vision], 1)
         self.totals = arrival.totals if self.totals is None else self.totals + arrival.totals
         self.attended = self.queries = None
@@ -221,14 +248,6 @@ class PrunedStaticLayer(Slots, StaticLayer):
         self.cumulative_length.fill_(filled)
         self.filled = filled
 
-    def _place(self, positions: Tensor, memo: dict[Any, Any]) -> None:
-        """Note the positions (B, n) of filled slots, and those of the tokens that will fill the others.
-
-        Layers that share the former share the latter, and so the masks that are made from them.
-        """
-        key = ("placed", id(positions), self.dropped, self.max_cache_len)
-        if key not in memo:
-            first = positions.shape[1] + self.dropped
-            future = torch.arange(first, max(first, self.max_cache_len), dtype=torch.long, device=positions.device)
-            memo[key] = torch.cat([positions, future.expand(positions.shape[0], -1)], 1)
-        self.positions, self.fixed, self.ready = memo[key], None, False
+    def _place(self, positions: Tensor) -> None:
+        """Note the positions (B, n) of the filled slots; when the pass has ended, those of tokens to come follow."""
+        self.positions, self.fixed, self.ready = positions, None, False

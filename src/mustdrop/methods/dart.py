@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from mustdrop.constants import on_host
 from mustdrop.errors import ConfigError
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import PrefillPruner, Seen, TextScorer
@@ -50,7 +51,7 @@ class Duplication(TextScorer):
         stay = keep_best(norm, count, stay, pinned, importance)
         text = torch.zeros_like(seen.alive) if seen.text is None else seen.text & ~seen.alive
         rated = keep_best(norm, torch.full_like(count, self.text_pivots), text)
-        for b, wanted in enumerate(count.tolist()):
+        for b, wanted in enumerate(on_host(count).tolist()):
             pivots = torch.cat([_falling(norm[b], (first & stay)[b]), _falling(norm[b], rated[b])])
             if not len(pivots):  # a prompt without text, and no pivots among the image
                 pivots = _falling(norm[b], seen.alive[b])[:1]

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from mustdrop.constants import highest, on_host
 from mustdrop.errors import ConfigError
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Chosen, Features, VisionRule, VisionStagePruner
@@ -55,20 +56,22 @@ class TemporalPruning(VisionRule):
         place = rank_in_group(torch.zeros_like(change), seen.frame)
         even = uniform_scores(place.shape[1], place.device).float()[place]
         rank = rank_in_group(torch.where(number == 0, even, change), seen.frame)
-        size = sizes(seen.frame, int(seen.frame.max()) + 1).gather(1, seen.frame)
-        group = self.groups(number, count)[:, None]
+        size = sizes(seen.frame, highest(seen.frame) + 1).gather(1, seen.frame)
+        last = on_host(seen.frame) - (0 if seen.first is None else on_host(seen.first))
+        group = self.groups(number, count, int(last.max()))[:, None]
         whole = (group > 0) & (number % group.clamp(min=1) == 0)
         return Chosen.best(-((rank + 0.5) / size).masked_fill(whole, 0), count)
 
-    def groups(self, number: Tensor, count: int) -> Tensor:
+    def groups(self, number: Tensor, count: int, last: int) -> Tensor:
         """(B,) long, frames per whole frame; 0 where the budget is too small for any.
 
         Args:
             number: (B, N) long, of the frame that each feature lies in.
             count: features that stay.
+            last: the highest of the numbers.
         """
         found = torch.zeros_like(number[:, 0])
-        length, last = self.group, int(number.max())
+        length = self.group
         while True:
             whole = (number % length == 0).sum(1)
             fits = count - whole >= SPARSEST * (number.shape[1] - whole)
@@ -85,11 +88,9 @@ def earlier_features(seen: Features, number: Tensor) -> Tensor:
         seen: where the features lie.
         number: (B, N) long, of the frame in its video: the one that it is compared with lacks its lowest digit 1.
     """
-    high, wide = int(seen.row.max()) + 1, int(seen.column.max()) + 1
+    high, wide = highest(seen.row) + 1, highest(seen.column) + 1
     place = seen.row * wide + seen.column
-    table = torch.full(
-        (len(place), (int(seen.frame.max()) + 1) * high * wide), -1, dtype=torch.long, device=place.device
-    )
+    table = torch.full((len(place), (highest(seen.frame) + 1) * high * wide), -1, dtype=torch.long, device=place.device)
     index = torch.arange(place.shape[1], dtype=torch.long, device=place.device).expand_as(place)
     table.scatter_(1, seen.frame * high * wide + place, index)
     back = number - (number & (number - 1))

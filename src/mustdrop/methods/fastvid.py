@@ -62,7 +62,8 @@ class SalientAndContext(VisionRule):
     ) -> tuple[Tensor, Tensor]:
         """(M,) what stays and (N,) what each feature joins, of one video."""
         context = (budget * self.context + 1e-6).long()
-        salient = best_in_groups(attention[None], frame[None], (budget - context)[None])[0]
+        own = budget - context
+        salient = best_in_groups(attention[None], frame[None], own[None], int(own.sum()))[0]
         rest = torch.ones_like(frame, dtype=torch.bool)
         rest[salient] = False
         target = torch.full_like(frame, -1)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from mustdrop.constants import numbers
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Chosen, Features, Read, VisionRule, VisionStagePruner
 from mustdrop.pruners.base import Budget
@@ -42,15 +44,15 @@ class CropsByContext(VisionRule):
         crops = self.crops_of(n, count)
         place = torch.arange(n, dtype=torch.long, device=attention.device)
         crop = place * crops // n
-        size = torch.bincount(crop, minlength=crops)
-        sides = size.tolist()
+        sides = np.bincount(np.arange(n) * crops // n, minlength=crops).tolist()
+        size = numbers(sides, attention.device)
         pieces = zip(attention.split_with_sizes(sides, 1), unit(seen.values).split_with_sizes(sides, 1), strict=True)
         given, varied = (torch.stack(made, 1) for made in zip(*(_context(*piece) for piece in pieces), strict=True))
         # the variance in the unit of the attention: by means over the picture, so that it tells crops apart
         scale = given.mean(1, keepdim=True) / varied.mean(1, keepdim=True).clamp(min=1e-12)
         worth = given + self.weight * varied * scale
         budget = largest_remainder(worth, count, size.expand(len(worth), -1))
-        return Chosen(best_in_groups(attention, crop.expand_as(attention), budget))
+        return Chosen(best_in_groups(attention, crop.expand_as(attention), budget, count))
 
     def crops_of(self, features: int, count: int) -> int:
         """How many crops a view is cut into."""

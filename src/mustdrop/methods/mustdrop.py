@@ -1,6 +1,8 @@
-"""MustDrop: multi-stage vision token dropping (arXiv 2411.10803). All three stages."""
+"""MustDrop: windows merge in the encoder, words decide between layers, the cache follows (arXiv 2411.10803)."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from pydantic import Field
 
@@ -21,10 +23,19 @@ class MustDrop(Recipe):
         bias: rank rule, tokens on top (`--bias`).
         layers: filter layers; None is (2, 6, 10, 14) of 32, scaled to the model.
         window: side of the merging windows.
+        merge: how many windows merge: "budget", which follows from the prompt's shape, or "threshold", which the data
+            decide (see `VisionStagePruner.merge_count`); None: "budget" where `keep` is a number and no `threshold` is
+            given.
+        merge_share: share of the windows that "budget" merges at most.
         threshold: similarity from which a window merges.
         key_share: share of pinned tokens.
+        inside: whether windows also merge inside an encoder of packed patches, which then runs on fewer; False merges
+            the features that it gives.
+        select_layer: encoder layer after which the tokens that cannot enter under the budget leave an encoder of packed
+            patches; its attention also says which are pinned. None: they leave behind it.
         decode_keep: vision entries per layer that stay in the cache while decoding; None keeps all after the cut.
         interval: decode steps between two evictions.
+        old_pictures: entries per layer that remain of each picture of a chat once a later turn has brought a newer one.
         compat: "released" reproduces the authors' code decision by decision.
     """
 
@@ -35,10 +46,15 @@ class MustDrop(Recipe):
     bias: float | None = None
     layers: tuple[int, ...] | None = None
     window: int | None = Field(3, ge=2)
+    merge: Literal["budget", "threshold"] | None = None
+    merge_share: float = Field(0.375, gt=0, le=1)
     threshold: float = 0.8
     key_share: float = 0.08
+    inside: bool = True
+    select_layer: int | None = None
     decode_keep: Budget | None = None
     interval: int = 8
+    old_pictures: Budget | None = None
     compat: Compat = "paper"
 
     def build(self) -> Method:
@@ -51,7 +67,15 @@ class MustDrop(Recipe):
             )
         return Method(
             vision=VisionStagePruner(
-                window=self.window, threshold=self.threshold, key_share=self.key_share, compat=self.compat
+                window=self.window,
+                merge_count=self._merge_count(data_decide),
+                merge_share=self.merge_share,
+                threshold=self.threshold,
+                key_share=self.key_share,
+                key_layer=-1 if self.select_layer is None else self.select_layer,
+                inside=self.inside,
+                select_layer=self.select_layer,
+                compat=self.compat,
             ),
             prefill=PrefillPruner(
                 layers=self.layers,
@@ -62,5 +86,12 @@ class MustDrop(Recipe):
                 bias=self.bias,
                 compat=self.compat,
             ),
-            decode=DecodeCachePruner(keep=self.decode_keep, interval=self.interval),
+            decode=DecodeCachePruner(keep=self.decode_keep, interval=self.interval, old_pictures=self.old_pictures),
         )
+
+    def _merge_count(self, data_decide: bool) -> Literal["budget", "threshold"]:
+        """How many windows merge; a threshold that somebody names is meant."""
+        if self.merge is not None:
+            return self.merge
+        named = "threshold" in self.model_fields_set
+        return "threshold" if data_decide or named or self.compat == "released" else "budget"

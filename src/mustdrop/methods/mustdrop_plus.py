@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from mustdrop.constants import highest
 from mustdrop.errors import ConfigError
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.methods.tome import SoftMatching
@@ -53,19 +54,19 @@ class AttendedAndDiverse(TextScorer):
         """See `TextScorer.choose`."""
         if seen.hidden is None:
             raise ConfigError("AttendedAndDiverse compares hidden states: call filter() with Seen(hidden=...).")
-        score = self.score(seen)
-        highest = score.masked_fill(~seen.alive, 0).amax(1, keepdim=True).clamp(min=1e-30)
-        quality = (score / highest).clamp(min=1e-6) ** self.power
-        must = torch.zeros_like(seen.alive)
+        score = self.score(seen)  # 0 where nothing is alive
+        quality = (score / score.amax(1, keepdim=True).clamp(min=1e-30)).clamp(min=1e-6) ** self.power
+        must = None
         if pinned is not None:
             must = keep_best(score, count, seen.alive & pinned, pinned, importance)
             quality = quality.masked_fill(must, PINNED)
-        most = int(count.max())
+        most = highest(count) if seen.most is None else seen.most
         picks = greedy_determinant(seen.hidden, quality, most, seen.alive, count)
         # earlier picks rank higher; pinned tokens that others explain wholly stay all the same
-        rank = torch.zeros(picks.shape[0], score.shape[1] + 1, dtype=torch.float32, device=score.device)
+        n = score.shape[1]
+        rank = torch.zeros(picks.shape[0], n + 1, dtype=torch.float32, device=score.device)
         order = torch.arange(most, 0, -1.0, dtype=torch.float32, device=score.device).expand_as(picks)
-        rank = rank.scatter(1, picks.masked_fill(picks < 0, score.shape[1]), order)[:, :-1]
+        rank = rank.scatter_(1, picks % (n + 1), order)[:, :-1]  # -1: one place too many, cut off
         return keep_best(rank, count, seen.alive, must)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import numpy as np
 import torch
 
+from mustdrop.constants import on_host
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Chosen, Features, VisionRule, VisionStagePruner
 from mustdrop.pruners.base import Budget
@@ -20,7 +22,7 @@ class AveragePooling(VisionRule):
     def choose(self, seen: Features, count: int | None) -> Chosen:
         """See `VisionRule.choose`. What has the same shape is cut once."""
         assert count is not None
-        place = torch.stack([seen.frame, seen.row, seen.column], 1).cpu()
+        place = torch.from_numpy(np.stack([on_host(x) for x in (seen.frame, seen.row, seen.column)], 1))
         place = place - place.amin(2, keepdim=True)
         shapes, shape = torch.unique(place, dim=0, return_inverse=True)
         cells = [square_cells(one, count) for one in shapes]

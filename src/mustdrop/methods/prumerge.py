@@ -48,20 +48,29 @@ class PruneAndMerge(VisionRule):
         if names.shape[1] >= n:
             return Chosen(ranked.sort(1).values)
         kept = torch.zeros_like(attention, dtype=torch.bool).scatter(1, names, True)
-        others = kept.long().argsort(dim=1, stable=True)[:, : n - int(kept[0].sum())]
-        # The released sampling names some features twice. Their copies lie where the first of the others go, which
-        # nothing takes in then (so it is in the released code).
+        others = kept.long().argsort(dim=1, stable=True)  # those that are kept come last
+        slots, gone = names, others[:, : n - names.shape[1]]
+        if sampled is None:
+            slots, gone = self._named_twice(names, top, others[:, : n - int(kept[0].sum())])
+        weight = attention.gather(1, gone)
+        spare = gone.gather(1, weight.argmax(1, keepdim=True))  # the most attended names what takes in all that goes
+        last = torch.zeros_like(attention).scatter(1, gone, weight)
+        weights = torch.cat([self._near(names, gone, keys, attention), last[:, None]], 1)
+        return Chosen(torch.cat([slots, spare], 1), None, lambda values: weights.to(values) @ values)
+
+    @staticmethod
+    def _named_twice(names: Tensor, top: int, others: Tensor) -> tuple[Tensor, Tensor]:
+        """The released sampling names some features twice: (slots, what is gone).
+
+        Their copies lie where the first of the others go, which nothing takes in then (so it is in the released code).
+        """
         again = torch.isin(names[0], names[0, :top]) & (
             torch.arange(names.shape[1], dtype=torch.long, device=names.device) >= top
         )
         copies, gone = others.tensor_split([int(again.sum())], dim=1)
         slots = names.clone()
         slots[:, again] = copies
-        weight = attention.gather(1, gone)
-        spare = gone.gather(1, weight.argmax(1, keepdim=True))  # the most attended names what takes in all that goes
-        last = torch.zeros_like(attention).scatter(1, gone, weight)
-        weights = torch.cat([self._near(names, gone, keys, attention), last[:, None]], 1)
-        return Chosen(torch.cat([slots, spare], 1), None, lambda values: weights.to(values) @ values)
+        return slots, gone
 
     def _amounts(self, attention: Tensor, count: int | None) -> tuple[int, int | None]:
         """(kept by attention, kept by sampling); None samples with the released step."""

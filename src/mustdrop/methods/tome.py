@@ -29,6 +29,7 @@ class SoftMatching(InnerRule):
     """
 
     space: ClassVar[Literal["encoder", "language"]] = "encoder"
+    per_head: ClassVar[bool] = True
     number: int | tuple[int, ...] | None = None
     share: Literal["even"] | Annotated[float, Field(gt=0, le=0.5)] = "even"
     slope: float = 0.0
@@ -47,19 +48,21 @@ class SoftMatching(InnerRule):
         """See `InnerRule.join`."""
         return bipartite.join(keys, number, protected)
 
+    def join_uneven(self, keys: Tensor, numbers: Tensor, lengths: Tensor, protected: int) -> Tensor:
+        """See `InnerRule.join_uneven`."""
+        return kernels.bipartite_slots(keys, 0, protected, numbers, lengths)
+
     def choose(self, seen: Features, count: int | None) -> Chosen:
         """See `VisionRule.choose`: what the layers left is matched again, as often as it takes."""
-        values = seen.values
-        slot = torch.arange(values.shape[1], dtype=torch.long, device=values.device).expand(values.shape[:2])
-        size = torch.ones_like(slot, dtype=torch.float32) if seen.size is None else seen.size
-        names, weight, own = slot, size, size
+        values, size, names = seen.values, seen.size, None
+        moves: list[Tensor] = []
         while count is not None and values.shape[1] > count:
             into, slots = bipartite.join(values, values.shape[1] - count)
-            values = kernels.merge_tokens(values, into, slots, weight)
-            weight = weight.new_zeros(len(weight), slots).scatter_add_(1, into, weight)
-            first = torch.full((len(into), slots), seen.values.shape[1], dtype=torch.long, device=into.device)
-            names, slot = first.scatter_reduce(1, into, names, "amin"), into.gather(1, slot)
-        return Chosen.merged(names, slot, own)
+            values, size, _, names = kernels.merge_sized(values, into, slots, size, names)
+            moves.append(into)
+        if names is None:
+            names = torch.arange(values.shape[1], dtype=torch.long, device=values.device).expand(values.shape[:2])
+        return Chosen.merged(names, kernels.followed(moves) if moves else names, seen.size)
 
 
 class ToMe(Recipe):
@@ -72,6 +75,8 @@ class ToMe(Recipe):
         slope: with one `r`: -1 merges most in the first layers, 1 in the last.
         proportional: whether a merged token's attention is weighed with its size; it takes an encoder without
             flash attention.
+        select_layer: encoder layer after which tokens merge, all at once, in an encoder of packed patches; None merges
+            what such an encoder gives, and it saves nothing.
         compat: "released" hands the tokens on in the order of the released code, with new positions; it has no `keep`.
     """
 
@@ -79,6 +84,7 @@ class ToMe(Recipe):
     r: NonNegativeInt | tuple[NonNegativeInt, ...] | None = None
     slope: float = Field(0.0, ge=-1, le=1)
     proportional: bool = True
+    select_layer: int | None = None
     compat: Compat = "paper"
 
     @classmethod
@@ -96,4 +102,7 @@ class ToMe(Recipe):
         rule = SoftMatching(number=self.r, slope=self.slope, weighs=self.proportional)
         if self.r is not None:
             keep = "rule"
-        return Method(vision=VisionStagePruner(window=None, key_share=0, keep=keep, score=rule, compat=self.compat))
+        stage = VisionStagePruner(
+            window=None, key_share=0, keep=keep, score=rule, select_layer=self.select_layer, compat=self.compat
+        )
+        return Method(vision=stage)

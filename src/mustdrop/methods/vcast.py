@@ -37,7 +37,7 @@ class CurvedFrames(VisionRule):
         budget = largest_remainder(weight, count, size, least=1)
         unlike = 1 - torch.cosine_similarity(seen.values, spread(means, seen.frame), dim=2)
         length = min_max_in_groups(seen.values.norm(dim=2), seen.frame, means.shape[1])
-        return Chosen(best_in_groups(unlike + length, seen.frame, budget))
+        return Chosen(best_in_groups(unlike + length, seen.frame, budget, count))
 
 
 def curvature(means: Tensor, video: Tensor) -> Tensor:

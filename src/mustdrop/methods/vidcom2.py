@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mustdrop import kernels
+from mustdrop.constants import highest
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Chosen, Features, VisionRule, VisionStagePruner
 from mustdrop.pruners.base import Budget
@@ -35,7 +36,7 @@ class FrameUniqueness(VisionRule):
         """See `VisionRule.choose`. Each grid of an image counts as a frame."""
         assert count is not None
         values, frame = self._steady(seen.values), seen.frame
-        frames = int(frame.max()) + 1
+        frames = highest(frame) + 1
         own = kernels.merge_tokens(values, frame, frames)
         of_video = _likeness(values, values.mean(1, keepdim=True))
         of_frame = _likeness(values, own.gather(1, frame[..., None].expand_as(values)))

@@ -1,8 +1,9 @@
-"""The three sockets, one per stage of a vision token's life. Each is a frozen object, callable on plain tensors."""
+"""The four sockets, one per stage of a vision token's life. Each is a frozen object, callable on plain tensors."""
 
 from mustdrop.pruners.caching import AllRows, CacheScorer, GeneratedRows, LastQuery, ObservationWindow, Received
 from mustdrop.pruners.decode import DecodeCachePruner
 from mustdrop.pruners.importance import Importance
+from mustdrop.pruners.incoming import InputPruner, InputRule, Predictable
 from mustdrop.pruners.prefill import PrefillPruner
 from mustdrop.pruners.recycling import Recycling
 from mustdrop.pruners.scoring import LastRow, MeanOverText, Raters, Seen, TextScorer
@@ -18,11 +19,14 @@ __all__ = [
     "GeneratedRows",
     "Importance",
     "InnerRule",
+    "InputPruner",
+    "InputRule",
     "LastQuery",
     "LastRow",
     "MeanOverText",
     "ObservationWindow",
     "PictureRule",
+    "Predictable",
     "PrefillPruner",
     "Raters",
     "Read",

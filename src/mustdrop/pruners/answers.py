@@ -18,6 +18,7 @@ from mustdrop.errors import ConfigError
 
 if TYPE_CHECKING:
     from mustdrop.pruners.caching import CacheScorer, Received
+    from mustdrop.pruners.incoming import InputRule
     from mustdrop.pruners.scoring import Seen, TextScorer
     from mustdrop.pruners.selecting import Chosen, Features, InnerRule, VisionRule
 
@@ -30,6 +31,28 @@ def forget(owner: object) -> None:
     """Look at the numbers of a scorer or rule again: it comes to another model."""
     for key in [key for key in list(_looked) if key[0] == id(owner)]:
         _looked.pop(key, None)
+
+
+# -- input stage ------------------------------------------------------------------------------------------------------
+
+
+def cells(rule: InputRule, media: Sequence[Tensor]) -> list[Tensor]:
+    """`InputRule.choose`: per medium (frames, rows, columns) bool, one cell of each at least.
+
+    Raises:
+        ConfigError: see `scores`.
+    """
+    got: object = rule.choose(media)
+    if not isinstance(got, Sequence) or len(got) != len(media):
+        came = f"{len(got)} of them" if isinstance(got, Sequence) else _shown(got)
+        raise ConfigError(f"{_name(rule)}.choose: expected a tensor for each of {len(media)} media, got {came}.")
+    made = [_tensor(rule, "choose", one, "bool", seen.shape[:3], None) for one, seen in zip(got, media, strict=True)]
+    for one in made:
+        _require(
+            not one.numel() or bool(one.any()),
+            f"{_name(rule)}.choose: at least one cell of each picture must enter the encoder, got one with none.",
+        )
+    return made
 
 
 # -- prefill stage ----------------------------------------------------------------------------------------------------
@@ -168,9 +191,10 @@ def slots(rule: InnerRule, keys: Tensor, number: int, protected: int) -> tuple[T
     if not isinstance(got, tuple) or len(got) != 2 or not isinstance(got[1], int):
         raise ConfigError(
             f"{_name(rule)}.join returned {_shown(got)}, expected a tuple: the slot of each token, (B, N) long, here "
-            f"{tuple(keys.shape[:2])}, and the number of slots, an int."
+            f"{(keys.shape[0], keys.shape[-2])}, and the number of slots, an int."
         )
-    slot, total = _tensor(rule, "join", got[0], "long", keys.shape[:2], keys.device), got[1]
+    shape = (keys.shape[0], keys.shape[-2])
+    slot, total = _tensor(rule, "join", got[0], "long", shape, keys.device), got[1]
     if _looks(rule, "join", slot):
         front = torch.arange(protected, dtype=torch.long, device=slot.device)
         fits = bool(((slot >= 0) & (slot < total)).all()) and bool((slot[:, :protected] == front).all())
@@ -180,6 +204,28 @@ def slots(rule: InnerRule, keys: Tensor, number: int, protected: int) -> tuple[T
             f"which nothing joins, got {_some(slot)}.",
         )
     return slot, total
+
+
+def uneven_slots(
+    rule: InnerRule, keys: Tensor, numbers: Tensor, lengths: Tensor, left: Sequence[int], protected: int
+) -> Tensor | None:
+    """`InnerRule.join_uneven`: (B, N) long slots, as many in each row as are `left`; None if the rule cannot.
+
+    Raises:
+        ConfigError: see `scores`.
+    """
+    got = rule.join_uneven(keys, numbers, lengths, protected)
+    if got is None:
+        return None
+    slot = _tensor(rule, "join_uneven", got, "long", (keys.shape[0], keys.shape[-2]), keys.device)
+    if _looks(rule, "join_uneven", slot):
+        most = torch.tensor(left, dtype=torch.long, device=slot.device)[:, None]
+        real = torch.arange(slot.shape[1], dtype=torch.long, device=slot.device) < lengths[:, None]
+        _require(
+            bool((torch.where(real, (slot >= 0) & (slot < most), slot == -1)).all()),
+            f"{_name(rule)}.join_uneven: expected slots below {list(left)}, and -1 on padding, got {_some(slot)}.",
+        )
+    return slot
 
 
 # -- decode stage -----------------------------------------------------------------------------------------------------

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidationInfo
 
 from mustdrop.budget import Keep, check_keep, plain
 from mustdrop.errors import ConfigError, MustDropError, UnknownKnobError, did_you_mean
 
+
+def _budget(value: Any, info: ValidationInfo) -> Keep:
+    return check_keep(value, info.field_name or "keep")
+
+
 # Checked before pydantic converts anything: True is not 1 token, and "64" is not 64.
-Budget = Annotated[Keep, BeforeValidator(check_keep)]
+Budget = Annotated[Keep, BeforeValidator(_budget)]
 Compat = Literal["paper", "released"]
 
 

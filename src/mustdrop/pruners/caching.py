@@ -38,6 +38,8 @@ class Received:
 class CacheScorer(Settings):
     """Base of the scorers of the decode stage: all text after the last image, its mean; subclass, and change a part.
 
+    Batch rows are independent: `gather` and `score` get those of several layers at once.
+
     Attributes:
         reads_prompt: whether rows of the prompt are read, in every layer of the prefill. If not, only generated tokens
             rank.

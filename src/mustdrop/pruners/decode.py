@@ -34,6 +34,9 @@ class DecodeCachePruner(Settings):
         score: how entries are ranked; None is the attention of the generated tokens.
         after_prefill: entries leave once, at the end of the prefill, and not while decoding. Needs a `score` that reads
             the prompt.
+        old_pictures: entries per layer that remain of each picture (or video) of a chat once a later turn has brought a
+            newer one: int, or share of the picture's tokens. `score` ranks them if it reads the prompt, else the
+            attention of the newest question. Pictures that come in one turn are of one age. None leaves them alone.
 
     Raises:
         ConfigError, BudgetError, UnknownKnobError: on construction, see the message.
@@ -45,13 +48,19 @@ class DecodeCachePruner(Settings):
     full_layers: int = Field(2, ge=0)
     score: CacheScorer | None = None
     after_prefill: bool = False
+    old_pictures: Budget | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> DecodeCachePruner:
-        if self.keep is None and (self.score is not None or self.after_prefill):
+        if self.keep is None and (self.after_prefill or (self.score is not None and self.old_pictures is None)):
             raise ConfigError(
                 "DecodeCachePruner.score and after_prefill say how entries leave, and keep=None says that none do: "
                 "give keep=, or leave them out."
+            )
+        if self.keep is None and self.score is not None and not self.score.reads_prompt:
+            raise ConfigError(
+                f"DecodeCachePruner.old_pictures shrink at the end of a prefill, and {type(self.score).__name__} ranks "
+                "by the generated tokens: give a score that reads the prompt, or leave it out."
             )
         if self.after_prefill and not self.scorer.reads_prompt:
             raise ConfigError(
@@ -59,7 +68,7 @@ class DecodeCachePruner(Settings):
                 f"{type(self.scorer).__name__} ranks by the generated tokens: give score=, e.g. "
                 "score=ObservationWindow()."
             )
-        if self.scorer.by_layer and not self.after_prefill:
+        if self.keep is not None and self.scorer.by_layer and not self.after_prefill:
             raise ConfigError(
                 f"{type(self.scorer).__name__} splits the budget over the layers by what all of them read of the "
                 "prompt: give after_prefill=True."
@@ -81,13 +90,18 @@ class DecodeCachePruner(Settings):
         """Whether attention of generated tokens is read, and entries leave while decoding."""
         return self.keep is not None and not self.after_prefill
 
+    @property
+    def reads_layers(self) -> bool:
+        """Whether attention is read in every layer, at some time."""
+        return self.keep is not None or self.old_pictures is not None
+
+    def left_of(self, totals: Tensor) -> Tensor:
+        """`old_pictures` as a number of entries per row, of a picture with `totals` (B,) tokens."""
+        return _entries(self.old_pictures, totals)
+
     def counts(self, totals: Tensor) -> Tensor:
         """`keep` as a number of entries per row, for prompts with `totals` (B,) vision tokens."""
-        if self.keep is None:
-            return totals
-        if isinstance(self.keep, int):
-            return totals.clamp(max=self.keep)
-        return (totals * self.keep + 1e-6).long().clamp(min=1)
+        return _entries(self.keep, totals)
 
     def due(self, step: int) -> bool:
         """Whether entries leave before decode step `step` (1 = the first one)."""
@@ -107,3 +121,12 @@ class DecodeCachePruner(Settings):
         """
         count = torch.as_tensor(count, dtype=torch.long, device=attended.device).expand(attended.shape[0])
         return Selection.from_mask(keep_best(attended, count, vision) | ~vision)
+
+
+def _entries(budget: int | float | None, totals: Tensor) -> Tensor:
+    """(B,) long, a budget in entries, of `totals` (B,) tokens."""
+    if budget is None:
+        return totals
+    if isinstance(budget, int):
+        return totals.clamp(max=budget)
+    return (totals * budget + 1e-6).long().clamp(min=1)

@@ -81,7 +81,10 @@ def relevance(values: Tensor, question: tuple[Tensor, ...]) -> Tensor:
         ConfigError: there is not one question per view, or its width is another.
     """
     check_question(values, question)
-    mean = torch.stack([unit(words).sum(0) / max(1, len(words)) for words in question])
+    if len({len(words) for words in question}) == 1:
+        mean = unit(torch.stack(question)).sum(1) / max(1, len(question[0]))
+    else:
+        mean = torch.stack([unit(words).sum(0) / max(1, len(words)) for words in question])
     return (unit(values) @ mean[..., None])[..., 0]
 
 

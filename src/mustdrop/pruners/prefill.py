@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -246,26 +245,34 @@ class PrefillPruner(Settings):
         Raises:
             ConfigError: `count` is missing where there is a budget, or `seen` lacks what is read.
         """
-        attention, alive = seen.attention, seen.alive
         if self.rank:
-            count = rank_counts(attention, alive, 1.0 if self.scale is None else self.scale, self.bias or 0.0)
+            count = rank_counts(seen.attention, seen.alive, 1.0 if self.scale is None else self.scale, self.bias or 0.0)
         if self.score is None and self.recycle is None:
-            return self._dual(dual_statistics(attention, alive), alive, count, pinned, importance)
-        wanted = _wanted(count, alive)
-        score: Tensor
-        if self.score is None:
-            statistics = dual_statistics(attention, alive)
-            score = dual_score(statistics, self.global_threshold or 1.0, self.individual_threshold or 1.0)
-            choose: Callable[..., Tensor] = partial(keep_best, score, alive=alive, pinned=pinned, importance=importance)
-        else:
-            choose = partial(answers.stays, self.score, seen, pinned=pinned, importance=importance)
-            score = attention.new_zeros(0)
+            return self._dual(dual_statistics(seen.attention, seen.alive), seen.alive, count, pinned, importance)
+        wanted = _wanted(count, seen.alive)
         if self.recycle is None:
-            return Selection.from_mask(choose(count=wanted))
-        if seen.hidden is None:
-            raise ConfigError("PrefillPruner(recycle=...) clusters hidden states: call filter() with Seen(hidden=...).")
+            return Selection.from_mask(self.stays(seen, wanted, pinned=pinned, importance=importance))
+        return self._recycled(seen, wanted, pinned, importance)
+
+    def stays(
+        self, seen: Seen, count: Tensor, *, pinned: Tensor | None = None, importance: Tensor | None = None
+    ) -> Tensor:
+        """(B, n) bool, the vision tokens that stay where `count` (B,) of each row do; arguments as for `filter`."""
         if self.score is not None:
-            score = answers.scores(self.score, seen)
+            return answers.stays(self.score, seen, count=count, pinned=pinned, importance=importance)
+        return keep_best(self._score(seen), count, seen.alive, pinned, importance)
+
+    def _score(self, seen: Seen) -> Tensor:
+        """(B, n) dual attention."""
+        statistics = dual_statistics(seen.attention, seen.alive)
+        return dual_score(statistics, self.global_threshold or 1.0, self.individual_threshold or 1.0)
+
+    def _recycled(self, seen: Seen, wanted: Tensor, pinned: Tensor | None, importance: Tensor | None) -> Selection:
+        """What stays, and clusters of what does not."""
+        if self.recycle is None or seen.hidden is None:
+            raise ConfigError("PrefillPruner(recycle=...) clusters hidden states: call filter() with Seen(hidden=...).")
+        alive, choose = seen.alive, partial(self.stays, seen, pinned=pinned, importance=importance)
+        score = self._score(seen) if self.score is None else answers.scores(self.score, seen)
         kept = wanted
         if self.keep is not None:
             room = [self.recycle.kept(*pair) for pair in zip(alive.sum(1).tolist(), wanted.tolist(), strict=True)]

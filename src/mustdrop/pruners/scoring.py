@@ -26,6 +26,7 @@ class Seen:
         text: (B, n) bool, the text rows that score; None outside a model.
         keys: (B, n, G * D) keys of the layer, heads side by side, if the scorer reads them.
         hidden: (B, n, C) output of the layer behind the model's final norm, if the scorer reads it.
+        most: vision tokens that any row keeps at most, where the host knows it; None: ask `count`.
     """
 
     attention: Tensor
@@ -33,6 +34,7 @@ class Seen:
     text: Tensor | None = None
     keys: Tensor | None = None
     hidden: Tensor | None = None
+    most: int | None = None
 
 
 class TextScorer(Settings):

@@ -237,9 +237,11 @@ class InnerRule(VisionRule):
 
     Attributes:
         weighs: whether later layers weigh a merged token's attention with its size (by a bias on the logits).
+        per_head: whether `join` gets the keys of each head, (B, H, N, D), in place of their mean.
     """
 
     weighs: bool = True
+    per_head: ClassVar[bool] = False
 
     def amounts(self, patches: int, target: int, layers: int) -> list[int]:
         """Tokens that merge in each of the layers.
@@ -255,8 +257,22 @@ class InnerRule(VisionRule):
         """(B, N) slot of each token when `number` tokens of one layer merge, and how many slots there are.
 
         Args:
-            keys: (B, N, D) keys of the layer, mean over the heads.
+            keys: (B, N, D) keys of the layer, mean over the heads; or those of each head, see `per_head`.
             number: tokens that go.
             protected: tokens at the front that stay what they are.
         """
         raise NotImplementedError
+
+    def join_uneven(self, keys: Tensor, numbers: Tensor, lengths: Tensor, protected: int) -> Tensor | None:
+        """`join` of rows that differ in what they have and in what goes, all at once.
+
+        Args:
+            keys: as for `join`.
+            numbers: (B,) long, tokens that go in each row: that many must, or half of those not protected, if fewer.
+            lengths: (B,) long, tokens of each row; what is behind is padding.
+            protected: as for `join`.
+
+        Returns:
+            (B, N) long, slot of each token, -1 on padding; None: `join` is asked for the rows of each kind.
+        """
+        return None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -19,7 +20,15 @@ from mustdrop.pruners.base import Budget, Compat, Settings
 from mustdrop.pruners.selecting import Read, VisionRule
 from mustdrop.rules.encoder_attention import random_scores, uniform_scores
 from mustdrop.rules.ranking import keep_best
-from mustdrop.rules.windows import check_window, merge_windows, window_index, window_similarity
+from mustdrop.rules.windows import (
+    check_window,
+    merge_most,
+    merge_windows,
+    window_count,
+    window_index,
+    window_similarity,
+    window_size,
+)
 from mustdrop.selection import Selection
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -36,8 +45,17 @@ class VisionStagePruner(Settings):
             (a 2x2 merger), the side counts features.
         temporal_window: adjacent frames of a video that a merging window spans; 1 merges within frames. Windows over
             several frames merge behind the encoder, which sees frames one by one. An image is one frame.
+        merge_count: how many windows merge. "budget": the most similar ones, as many as the budget allows, a share of
+            them (`merge_share`) at most, which follows from the prompt's shape. "threshold": all whose similarity
+            reaches `threshold`, as the paper has it, as far as the budget allows; so it is also without a budget, and
+            with compat="released".
+        merge_share: share of the windows that merge_count="budget" merges at most, in (0, 1].
         threshold: mean pairwise cosine similarity in [-1, 1] from which a window becomes its mean.
         layer: encoder layer (0-based) after which windows merge; later encoder layers run on fewer tokens.
+        inside: whether windows merge inside the encoder, where it can run on fewer tokens; False merges the features
+            that it gives, by how similar these are, and the encoder saves nothing.
+        select_layer: encoder layer (0-based, negative counts from the end) after which the tokens that are not selected
+            leave an encoder of packed patches; what selects is read up to there. None: selected is behind the encoder.
         key_share: share of the tokens that is pinned (the paper's key set), in [0, 1].
         key_layer: encoder layer whose attention scores the tokens (negative counts from the end): the attention
             that the
@@ -59,8 +77,12 @@ class VisionStagePruner(Settings):
 
     window: int | None = Field(3, ge=2)
     temporal_window: int = Field(1, ge=1)
+    merge_count: Literal["budget", "threshold"] = "threshold"
+    merge_share: Share = 1.0
     threshold: float = Field(0.8, ge=-1, le=1)
     layer: int = Field(0, ge=0)
+    inside: bool = True
+    select_layer: int | None = None
     key_share: float = Field(0.08, ge=0, le=1)
     key_layer: int = -1
     keep: Literal["auto", "rule"] | Budget = "auto"
@@ -79,6 +101,11 @@ class VisionStagePruner(Settings):
             raise ConfigError(
                 f'VisionStagePruner.taper={self.taper} splits the budget of the prefill stage: it needs keep="auto", '
                 f"got keep={self.keep}: leave one out."
+            )
+        if self.select_layer is not None and self.window is not None and not self.inside:
+            raise ConfigError(
+                f"VisionStagePruner.select_layer={self.select_layer} selects inside the encoder, and inside=False "
+                "merges behind it: leave one out, or set window=None."
             )
         if self.compat == "released" and self.keep != "auto" and self.rule is None:
             raise ConfigError(
@@ -125,6 +152,11 @@ class VisionStagePruner(Settings):
         return own if self.rule is None else tuple(dict.fromkeys((*own, *self.rule.reads)))
 
     @property
+    def counts_windows(self) -> bool:
+        """Whether the number of windows that merge follows from shapes alone, once there is a budget."""
+        return self.window is not None and self.merge_count != "threshold" and self.selects
+
+    @property
     def selects(self) -> bool:
         """Whether `keep` can ask for fewer tokens than merging leaves."""
         return self.compat == "paper" or self.rule is not None
@@ -151,16 +183,42 @@ class VisionStagePruner(Settings):
             return Selection.from_mask(torch.ones(features.shape[:2], dtype=torch.bool, device=features.device))
         return self.merge_by(self.similarity(features, grid, scale), grid, at_least, scale)
 
-    def similarity(self, features: Tensor, grid: tuple[int, ...], scale: int = 1) -> Tensor:
-        """(B, windows) float32, how alike the tokens of each window are; arguments as for `merge`."""
-        return window_similarity(features, grid, self._window(scale))
+    def similarity(self, features: Tensor, grid: tuple[int, ...], scale: int = 1, gone: Tensor | None = None) -> Tensor:
+        """(B, windows) float32, how alike the tokens of each window are; arguments as for `merge`.
+
+        Windows in which a token is `gone` (N,) merge under no threshold.
+        """
+        found = window_similarity(features, grid, self._window(scale))
+        if gone is None:
+            return found
+        windows = window_index(grid, self._window(scale), gone.device)
+        return found.masked_fill(gone[windows].any(1).to(found.device), -torch.inf)
 
     def merge_by(
         self, similarity: Tensor, grid: tuple[int, ...], at_least: Tensor | None = None, scale: int = 1
     ) -> Selection:
         """The second half of `merge`, from what `similarity` found; on the device where that lies."""
         released = self.compat == "released"
-        return merge_windows(similarity, grid, self._window(scale), self.threshold, at_least, released=released)
+        threshold = self.threshold
+        if self.counts_windows and at_least is not None:  # the most similar ones merge, however similar they are
+            threshold = -math.inf
+            lost = self.most_windows(grid, scale) * (self.window_tokens(grid, scale) - 1)
+            at_least = at_least.clamp(min=math.prod(grid) - lost)
+        return merge_windows(similarity, grid, self._window(scale), threshold, at_least, released=released)
+
+    def merge_most(
+        self, similarity: Tensor, grid: tuple[int, ...], counts: Sequence[int], scale: int = 1
+    ) -> tuple[Selection, Tensor, Tensor]:
+        """As `merge_by`, the most similar windows of each row, as many as `counts` says: see `rules.windows`."""
+        return merge_most(similarity, grid, self._window(scale), counts)
+
+    def most_windows(self, grid: tuple[int, ...], scale: int = 1) -> int:
+        """How many windows of a grid may merge."""
+        return int(window_count(grid, self._window(scale)) * self.merge_share + 1e-9)
+
+    def window_tokens(self, grid: tuple[int, ...], scale: int = 1) -> int:
+        """Tokens of each of them."""
+        return window_size(grid, self._window(scale))
 
     def _window(self, scale: int) -> tuple[int, int, int]:
         assert self.window is not None  # asked only where windows merge
@@ -207,6 +265,10 @@ class VisionStagePruner(Settings):
         # a hair below the product: 0.08 * 450 is 36.000000000000004 in floating point and must pin 36
         share = torch.ceil(picture.sum(1) * self.key_share - 1e-9).long()
         return keep_best(importance, share, picture)
+
+    def pin_count(self, picture: int) -> int:
+        """How many of so many features of a picture are the key set."""
+        return math.ceil(picture * self.key_share - 1e-9)
 
     def scores(self, importance: Tensor) -> Tensor:
         """(B, N) scores that `select` ranks by, higher stays: `importance` itself, or the random / uniform baseline."""

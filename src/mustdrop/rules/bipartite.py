@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from mustdrop import kernels
@@ -13,35 +12,18 @@ from mustdrop import kernels
 def join(metric: Tensor, number: int, protected: int = 0) -> tuple[Tensor, int]:
     """Where each token goes if `number` of them join another one.
 
-    Tokens at even places are sources, those at odd places destinations. The sources whose best match is closest join
-    it; what comes out are the other sources, then the destinations, both in their order.
+    See `mustdrop.kernels.bipartite_slots`: what comes out are the sources that stay, then the destinations.
 
     Args:
-        metric: (B, N, D), compared by cosine.
+        metric: (B, N, D), compared by cosine; or (B, H, N, D), whose mean over H is compared.
         number: tokens that go, at most (N - protected) // 2 do.
         protected: tokens at the front that neither go nor are merged into; one (CLS) at most.
 
     Returns:
         (into, slots): (B, N) long, slot of each token, and how many slots there are.
     """
-    source, destination = metric[:, ::2], metric[:, 1::2]
-    number = min(number, (metric.shape[1] - protected) // 2)
-    slots = metric.shape[1] - max(number, 0)
-    if number <= 0:
-        return torch.arange(slots, dtype=torch.long, device=metric.device).expand(metric.shape[:2]), slots
-    similar, best = kernels.best_match(source, destination)
-    if protected:
-        similar[:, 0] = -torch.inf
-    ranked = similar.argsort(dim=1, descending=True, stable=True)
-    goes, stays = ranked[:, :number], ranked[:, number:].sort(1).values
-    left = stays.shape[1]
-    into = metric.new_empty(metric.shape[:2], dtype=torch.long)
-    into[:, 1::2] = torch.arange(left, slots, dtype=torch.long, device=metric.device)
-    even = torch.empty_like(similar, dtype=torch.long)
-    even.scatter_(1, stays, torch.arange(left, dtype=torch.long, device=metric.device).expand_as(stays))
-    even.scatter_(1, goes, best.gather(1, goes) + left)
-    into[:, ::2] = even
-    return into, slots
+    number = max(0, min(number, (metric.shape[-2] - protected) // 2))
+    return kernels.bipartite_slots(metric, number, protected), metric.shape[-2] - number
 
 
 def amounts(tokens: int, target: int, layers: int) -> list[int]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from mustdrop.constants import constant
 
 
 def uniform_scores(n: int, device: torch.device | None = None) -> Tensor:
@@ -16,10 +19,13 @@ def uniform_scores(n: int, device: torch.device | None = None) -> Tensor:
     Returns:
         (n,) float64.
     """
-    index = torch.arange(n, dtype=torch.long, device=device)
-    score = torch.zeros(n, dtype=torch.float64, device=device)
-    half = 0.5
-    while bool(index.any()):
+    where = torch.device("cpu") if device is None else device
+    return constant(("van der Corput", n), where, lambda: torch.from_numpy(_van_der_corput(n)).to(where))
+
+
+def _van_der_corput(n: int) -> np.ndarray:
+    index, score, half = np.arange(n), np.zeros(n), 0.5
+    while index.any():
         score += half * (index % 2)
         index, half = index // 2, half / 2
     return -score
@@ -27,5 +33,10 @@ def uniform_scores(n: int, device: torch.device | None = None) -> Tensor:
 
 def random_scores(n: int, seed: int, device: torch.device | None = None) -> Tensor:
     """(n,) float64 scores in [0, 1). They depend on (n, seed) alone, so a row of a batch gets what it gets alone."""
+    where = torch.device("cpu") if device is None else device
+    return constant(("random", n, seed), where, lambda: _drawn(n, seed).to(where))
+
+
+def _drawn(n: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(n, generator=generator, dtype=torch.float64, device="cpu").to(device)
+    return torch.rand(n, generator=generator, dtype=torch.float64, device="cpu")

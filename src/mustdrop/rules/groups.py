@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mustdrop import kernels
+from mustdrop.constants import highest, numbers
+
 
 def rank_in_group(score: Tensor, group: Tensor) -> Tensor:
     """Rank of each entry among those of its group: 0 is the highest; ties go to the lower index.
@@ -28,7 +31,7 @@ def rank_in_group(score: Tensor, group: Tensor) -> Tensor:
 
 def sizes(group: Tensor, groups: int) -> Tensor:
     """(B, groups) long, entries of each group; `group` (B, N) holds numbers from 0 to groups - 1."""
-    return torch.nn.functional.one_hot(group, groups).sum(1)
+    return group.new_zeros(len(group), groups).scatter_add_(1, group, torch.ones_like(group))
 
 
 def windows(frame: Tensor, row: Tensor, column: Tensor, side: int) -> Tensor:
@@ -44,7 +47,7 @@ def windows(frame: Tensor, row: Tensor, column: Tensor, side: int) -> Tensor:
         (B, N) long.
     """
     down, across = row // side, column // side
-    high, wide = int(down.max()) + 1, int(across.max()) + 1
+    high, wide = highest(row) // side + 1, highest(column) // side + 1
     return (frame * high + down) * wide + across
 
 
@@ -71,6 +74,8 @@ def largest_remainder(weight: Tensor, amount: int, size: Tensor, least: int = 0)
     Returns:
         (B, G) long, each row adds up to `amount`.
     """
+    if size.shape[1] == 1:
+        return torch.full_like(size, amount)
     floor = size.clamp(max=least) if bool((size.clamp(max=least).sum(1) <= amount).all()) else torch.zeros_like(size)
     room = (size - floor).double()
     left = (amount - floor.sum(1, keepdim=True)).double()
@@ -96,19 +101,20 @@ def largest_remainder(weight: Tensor, amount: int, size: Tensor, least: int = 0)
     return floor + (whole + (rank < missing)).long()
 
 
-def best_in_groups(score: Tensor, group: Tensor, budget: Tensor) -> Tensor:
+def best_in_groups(score: Tensor, group: Tensor, budget: Tensor, count: int) -> Tensor:
     """The best of each group, as many as it may keep.
 
     Args:
         score: (B, N), higher stays.
         group: (B, N) long, from 0 to G - 1.
-        budget: (B, G) long, no more than the group has; all rows keep equally many.
+        budget: (B, G) long, no more than the group has.
+        count: what the budgets of each row add up to.
 
     Returns:
         (B, M) long, ascending.
     """
     stays = rank_in_group(score, group) < budget.gather(1, group)
-    return stays.nonzero()[:, 1].view(len(score), -1)
+    return kernels.select(stays.float(), stays, numbers([count] * len(score), score.device), count)[0]
 
 
 def members(group: Tensor, groups: int) -> tuple[Tensor, Tensor]:

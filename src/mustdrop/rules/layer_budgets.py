@@ -7,8 +7,6 @@ from torch import Tensor
 
 from mustdrop.rules.ranking import rank_descending
 
-_HALVINGS = 100  # of an interval of doubles: more than they can tell apart
-
 
 def proportional(mass: Tensor, count: Tensor, entries: Tensor) -> Tensor:
     """Entries per layer in proportion to a mass, so that the mean over the layers is `count`.
@@ -31,17 +29,27 @@ def proportional(mass: Tensor, count: Tensor, entries: Tensor) -> Tensor:
     weight = mass.to(entries.device).T.double()
     weight = weight / weight.amax(1, keepdim=True).clamp(min=torch.finfo(torch.double).tiny)
     weight = weight + 1e-9  # a layer without mass comes last, and a prompt without any shares alike
-    low, high = torch.zeros_like(amount), most.amax(1) * 1e9 + 1
-
-    def shares(scale: Tensor) -> Tensor:
-        return torch.minimum(torch.maximum(scale[:, None] * weight, least), most)
-
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        fits = shares(middle).sum(1) <= amount
-        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
-    exact = shares(low)
+    exact = _shares(_scale(weight, least, most, amount), weight, least, most)
     whole = exact.floor()
     remainder = torch.where(whole < most, exact - whole, -1.0)
     extra = rank_descending(remainder) < (amount - whole.sum(1))[:, None]
     return (whole + (extra & (whole < most))).long().T
+
+
+def _shares(scale: Tensor, weight: Tensor, least: Tensor, most: Tensor) -> Tensor:
+    """`scale` (..., 1) times the weights (..., L), within their bounds."""
+    return torch.minimum(torch.maximum(scale * weight, least), most)
+
+
+def _scale(weight: Tensor, least: Tensor, most: Tensor, amount: Tensor) -> Tensor:
+    """(B, 1) factor with which the shares add up to `amount` (B,), or as near as their bounds allow.
+
+    The sum of the shares rises with the factor, in straight lines between those at which a share meets a bound.
+    """
+    bends = torch.cat([least / weight, most / weight], 1).sort(1).values
+    sums = _shares(bends[..., None], weight[:, None], least[:, None], most[:, None]).sum(2)
+    below = ((sums <= amount[:, None]).sum(1, keepdim=True) - 1).clamp(min=0)
+    above = (below + 1).clamp(max=bends.shape[1] - 1)
+    (start, end), (low, high) = ([x.gather(1, place) for place in (below, above)] for x in (bends, sums))
+    part = (amount[:, None] - low).clamp(min=0) / (high - low).clamp(min=torch.finfo(low.dtype).tiny)
+    return start + (end - start) * part.clamp(max=1)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mustdrop import kernels
+from mustdrop.constants import highest
 from mustdrop.rules.groups import sizes
 
 
@@ -19,7 +20,7 @@ def frame_means(values: Tensor, frame: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (B, F, C), 0 where a frame has none; (B, F) long.
     """
-    frames = int(frame.max()) + 1
+    frames = highest(frame) + 1
     return kernels.merge_tokens(values, frame, frames), sizes(frame, frames)
 
 

@@ -56,7 +56,7 @@ def dual_score(statistics: tuple[Tensor, Tensor], gamma: float = 1.0, alpha: flo
     "drop below (gamma, alpha) times lambda" are the same family of selections.
     """
     share, peak = statistics
-    return torch.maximum(share / gamma, peak / alpha)
+    return torch.maximum(share if gamma == 1 else share / gamma, peak if alpha == 1 else peak / alpha)
 
 
 def rank_counts(attention: Tensor, alive: Tensor, scale: float, bias: float) -> Tensor:

@@ -8,13 +8,17 @@ A grid is (rows, columns), or (frames, rows, columns); a window is its side, or 
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from mustdrop import kernels
+from mustdrop.constants import constant, count_up, every, numbers, sent
 from mustdrop.errors import ConfigError
 from mustdrop.rules.ranking import rank_descending
 from mustdrop.selection import Selection
@@ -74,7 +78,7 @@ def window_similarity(x: Tensor, grid: Sides, window: int | Sides) -> Tensor:
     if x.shape[1] != math.prod(grid):
         sides = "x".join(map(str, grid))
         raise ConfigError(f"got {x.shape[1]} tokens for a grid of {sides} = {math.prod(grid)} patches.")
-    index = window_index(grid, window, x.device)
+    index = sent(_windows(grid, window), x.device)
     if not len(index):
         return torch.zeros(x.shape[0], 0, dtype=torch.float32, device=x.device)
     return kernels.window_similarity(x, index)
@@ -123,3 +127,68 @@ def merge_windows(
     selection = Selection.from_mask(representative == itself, order)
     slot = selection.assignment(total)
     return Selection(selection.keep, selection.valid, slot.gather(1, representative))
+
+
+def merge_most(
+    similarity: Tensor, grid: Sides, window: int | Sides, counts: Sequence[int]
+) -> tuple[Selection, Tensor, Tensor]:
+    """Merge the most similar windows of each row, as many as `counts` says; nothing waits for the device.
+
+    Args:
+        similarity: (B, W) from `window_similarity`.
+        grid: sides of the grid.
+        window: as in `window_similarity`.
+        counts: per row, windows that merge, 0 to W; ties go to the first.
+
+    Returns:
+        `Selection` over the patches of the grid, the patch that names each, (B, N) long, and which name themselves,
+        (B, N) bool. A merged window is named by its centre patch.
+    """
+    total, device, tables = math.prod(grid), similarity.device, _tables(grid, window)
+    size = window_size(grid, window)
+    wanted = numbers(counts, device)
+    flags = kernels.select(similarity, every(tuple(similarity.shape), device), wanted, 0)[1]
+    of, centre = sent(tables[0], device), sent(tables[1], device)
+    merged = flags[:, of] if tables[2] else torch.nn.functional.pad(flags, (0, 1))[:, of]
+    itself = count_up(len(counts), total, device)
+    into = torch.where(merged, centre, itself)
+    alive = into == itself
+    left = [total - n * (size - 1) for n in counts]
+    most = max(left, default=total)
+    zeros = constant("zeros", device, lambda: torch.zeros(1, 1, dtype=torch.float32, device=device))
+    keep = kernels.select(zeros.expand_as(alive), alive, numbers(left, device), most)[0]
+    slot = (alive.cumsum(1) - 1).gather(1, into)
+    if min(left, default=total) == most:
+        return Selection(keep, every(tuple(keep.shape), device), slot), into, alive
+    # what is left of each row moves to the front
+    place = count_up(len(counts), most, device)
+    valid = place < numbers(left, device)[:, None]
+    keep = keep.gather(1, (place + (most - numbers(left, device))[:, None]).clamp(max=most - 1))
+    return Selection(keep.masked_fill(~valid, 0), valid, slot), into, alive
+
+
+def window_count(grid: Sides, window: int | Sides) -> int:
+    """Complete windows of a grid."""
+    return math.prod(side // own for side, own in zip(*_solid(grid, window), strict=True))
+
+
+def window_size(grid: Sides, window: int | Sides) -> int:
+    """Tokens that each of them holds."""
+    return math.prod(_solid(grid, window)[1])
+
+
+@functools.lru_cache(maxsize=64)
+def _windows(grid: Sides, window: int | Sides) -> np.ndarray:
+    """`window_index`, once for the grids that a model sees all day."""
+    return window_index(grid, window, torch.device("cpu")).numpy()
+
+
+@functools.lru_cache(maxsize=64)
+def _tables(grid: Sides, window: int | Sides) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Of each token the window that it lies in (W outside of all) and that one's centre, and whether all lie in one."""
+    index = _windows(grid, window)
+    of = np.full(math.prod(grid), len(index), dtype=np.int64)
+    centre = np.arange(math.prod(grid), dtype=np.int64)
+    of[index] = np.arange(len(index))[:, None]
+    centre[index] = index[:, _centre(grid, window)][:, None]
+    return of, centre, bool((of < len(index)).all())

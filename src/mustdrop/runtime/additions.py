@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from mustdrop.runtime.rows import HOST, on, take
+from mustdrop.runtime.rows import on, take
 from mustdrop.runtime.state import Local
 
 
@@ -23,7 +23,7 @@ class AdditionWrapper:
         forward = self.local.forward
         if forward is None or forward.rows is None:
             return self.function(hidden, mask, rows)
-        mask = mask.to(HOST)
+        mask = on(mask, forward.rows.device)
         here = forward.current(mask)
         ordinal = mask.flatten().cumsum(0).view(mask.shape) - 1
         index = take(ordinal, forward.rows, 1)[here]

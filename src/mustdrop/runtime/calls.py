@@ -15,6 +15,7 @@ from mustdrop import kv
 from mustdrop.compat import by_name, cache_of, eager
 from mustdrop.runtime import checks
 from mustdrop.runtime.compiled import compiled_step
+from mustdrop.runtime.frames import call_of_module, runs
 from mustdrop.runtime.state import Call, Local
 
 if TYPE_CHECKING:
@@ -49,10 +50,13 @@ class Calls:
         """A module is called: its arguments by name. Begins a call if this pass belongs to none."""
         kwargs = by_name(module.forward, args, kwargs)
         local = self.local
+        self.sweep()
         if not self._belongs(level, kwargs):
             self._begin_forward(level, kwargs)
         elif not local.levels and local.call is not None:
             local.call.passes(kwargs)
+        if not local.levels:
+            local.frame = call_of_module()
         local.levels, local.reached, local.arrived = (*local.levels, level), level, module
         return kwargs
 
@@ -64,7 +68,7 @@ class Calls:
         local.levels, local.arrived = local.levels[:-1], None
         if local.levels:
             return True
-        local.reached = 0
+        local.reached, local.frame = 0, None
         kv.settle(cache_of(kwargs), failed=error is not None)
         if local.call is not None and not local.call.generates:
             self.finish(local.call, len(local.aside) - 1, error, silent=level == TEXT)
@@ -88,6 +92,17 @@ class Calls:
             if level in local.levels:
                 local.levels = local.levels[: local.levels.index(level) + 1]
                 self.leave(level, kwargs, error)
+
+    def sweep(self) -> None:
+        """End the passes that an interrupt in a hook has left, of which nobody was told: see `frames`."""
+        local = self.local
+        while local.levels and local.frame is not None and not runs(local.frame):
+            call, silent = local.call, local.levels[0] == TEXT
+            local.levels, local.reached, local.arrived, local.frame = (), 0, None, None
+            if call is None or call.generates:
+                local.forward = local.kinds = local.mask = local.encoder = local.capture = None
+                return
+            self.finish(call, len(local.aside) - 1, KeyboardInterrupt("interrupted in a hook"), silent)
 
     def finish(self, call: Call, depth: int, error: BaseException | None = None, silent: bool = False) -> None:
         """End a call with `depth` others around it. The outermost one leaves its trace, or why there is none."""

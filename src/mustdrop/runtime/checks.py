@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mustdrop import kv
 from mustdrop.adapters.base import Modality
-from mustdrop.compat import Span, checkpoints_activations
+from mustdrop.compat import LinearAttentionLayer, Span, checkpoints_activations
 from mustdrop.errors import CacheStateError, ConfigError, UnsupportedOptionError
 from mustdrop.runtime import parallel, tap
 from mustdrop.runtime.block_masks import FLEX
@@ -141,13 +141,16 @@ def cache(runtime: Runtime, given: Any) -> None:
         CacheStateError: entries of a model with other layers or other keys.
     """
     kv.check(given, no_static(runtime))
-    filled = [layer for layer in given.layers if int(layer.get_seq_length())]
-    if filled and len(filled) != runtime.depth:
+    holding = [layer for layer in given.layers if not isinstance(layer, LinearAttentionLayer)]
+    filled = [layer for layer in holding if int(layer.get_seq_length())]
+    keeping = [i for i in range(runtime.depth) if i not in runtime.recurrent]
+    if filled and len(filled) != len(keeping):
         raise CacheStateError(
-            f"this cache holds entries of {len(filled)} layers, {type(runtime.model).__name__} has {runtime.depth} "
-            "decoder layers: another model made it. Start with a new cache."
+            f"this cache holds entries of {len(filled)} layers, {type(runtime.model).__name__} has {len(keeping)} "
+            "decoder layers that keep some: another model made it. Start with a new cache."
         )
-    for i, (layer, block) in enumerate(zip(filled, runtime.layers, strict=False)):
+    for i, layer in zip(keeping, filled, strict=False):
+        block = runtime.layers[i]
         if not isinstance(layer.keys, Tensor) or layer.keys.ndim != 4:
             continue
         heads, width = int(layer.keys.shape[1]), int(layer.keys.shape[-1])

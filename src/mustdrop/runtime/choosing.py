@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mustdrop.budget import share_out
+from mustdrop.constants import host_table, sent
 from mustdrop.errors import MustDropError
 from mustdrop.layout import Layout
 from mustdrop.pruners import Chosen, Features, Read, VisionRule
 from mustdrop.runtime.encoder_run import EncoderRun
+from mustdrop.runtime.rows import on
 
 
 @dataclass
@@ -22,13 +25,13 @@ class Choice:
 
     Attributes:
         keep: (F,) bool.
-        into: (F,) long, the feature that each became part of, -1 where it is gone.
+        into: (F,) long, the feature that each became part of, -1 where it is gone; None: each is its own, or gone.
         order: (F,) long, sort key of a kept feature, from the order in which the rule named what it kept.
         parts: features that were chosen from together, (B, N) long, and what was chosen.
     """
 
     keep: Tensor
-    into: Tensor
+    into: Tensor | None
     order: Tensor
     parts: list[tuple[Tensor, Chosen]] = field(default_factory=list)
 
@@ -59,6 +62,7 @@ class Chooser:
         shown: per medium (N,) bool, features that a mask does not hide; None: all.
         questions: per medium (T, C), embeddings of its prompt's words, if the rule asks for them.
         released: whether what merged in the encoder is shown in the encoder's order, as released codes have it.
+        fixed: decides in place of this, where all counts are known beforehand.
     """
 
     rule: VisionRule
@@ -69,6 +73,7 @@ class Chooser:
     shown: Sequence[Tensor] | None
     questions: Sequence[Tensor]
     released: bool = False
+    fixed: Callable[[Chooser, Tensor, Tensor | None], Choice] | None = None
 
     def __call__(self, features: Tensor, owner: Tensor | None = None) -> Choice:
         """Choose from features (F, C) of all media.
@@ -77,10 +82,13 @@ class Chooser:
             features: of the space that the rule asks for.
             owner: (F,) long, the feature that names the window that each merged into before; None if none did.
         """
+        if self.fixed is not None:
+            return self.fixed(self, features, owner)
         device = features.device
         index = torch.arange(len(features), dtype=torch.long, device=device)
         owner = index if owner is None else named(owner, self.layouts, self.ends, self.shown)
-        choice = Choice(torch.zeros(len(features), dtype=torch.bool, device=device), torch.full_like(index, -1), index)
+        into = torch.full_like(index, -1)
+        choice = Choice(torch.zeros(len(features), dtype=torch.bool, device=device), into, index)
         choice.order = index.clone()
         size = torch.bincount(owner, minlength=len(owner)).float()
         groups: dict[tuple[int, int | None], list[tuple[int, Tensor]]] = {}
@@ -96,12 +104,12 @@ class Chooser:
                 continue
             if count == n:
                 for _, part in views:
-                    choice.keep[part], choice.into[part] = True, part
+                    choice.keep[part], into[part] = True, part
                 continue
             for some in [views] if count is not None else [[view] for view in views]:
                 self._choose(choice, features, size, some, count)
         # what had merged into a feature before goes where that one goes
-        choice.into = choice.into[owner]
+        choice.into = into[owner]
         return choice
 
     def _room(self, i: int, layout: Layout, mine: Tensor, owner: Tensor, choice: Choice) -> tuple[Tensor, int | None]:
@@ -110,6 +118,8 @@ class Chooser:
         That is the feature that ends the prompt, then rows that stand for no part of the picture.
         """
         alive = owner[mine] == mine
+        if self.run.gone is not None:
+            alive &= ~self.run.gone[mine.to(self.run.gone.device)].to(alive.device)
         most = None if self.most is None else self.most[i]
         if self.shown is not None and most is not None:  # what is hidden takes no place from others
             seen = alive & self.shown[i].to(mine.device)
@@ -120,6 +130,7 @@ class Chooser:
             end = mine[self.ends[i]]
             first = torch.cat([end[None], first[first != end]])
         first = first if most is None else first[:most]
+        assert choice.into is not None  # as the caller has made it
         choice.keep[first], choice.into[first] = True, first
         free = mine[alive & ~structural & ~choice.keep[mine]]
         merged = self.run.merged
@@ -134,47 +145,73 @@ class Chooser:
             return []
         if not self.rule.by_view:
             return [(free, room)]
-        view = self._view_of(layout).to(free.device)[free]
+        view = sent(self.view_of(layout), free.device)[free]
         parts = [free[view == v] for v in torch.unique(view).tolist()]
         if room is None:
             return [(part, None) for part in parts]
         return list(zip(parts, share_out(room, [len(part) for part in parts]), strict=True))
 
-    def _view_of(self, layout: Layout) -> Tensor:
+    def view_of(self, layout: Layout) -> np.ndarray:
         """(N,) long, the item of the encoder's batch that each feature comes from; of a packed one, the frame."""
         if self.run.item:
-            return layout.patches[:, 0] // self.run.item
-        return places(layout)[0]
+            item: np.ndarray = layout.patch_table[:, 0] // self.run.item
+            return item
+        frame: np.ndarray = places(layout)[0]
+        return frame
 
     def _choose(
         self, choice: Choice, features: Tensor, size: Tensor, views: list[tuple[int, Tensor]], count: int | None
     ) -> None:
         index = torch.stack([part for _, part in views])
-        media = [i for i, _ in views]
-        frame, row, column, first = torch.cat([places(layout) for layout in self.layouts], 1).to(features.device)
-        seen = Features(
-            features[index].float(),
-            frame[index],
-            row[index],
-            column[index],
-            {read: self.reading(read, features.device)[index] for read in self.rule.reads},
-            tuple(self.questions[i].to(features.device) for i in media) if self.rule.asks else (),
-            size[index],
-            first[index],
-        )
-        chosen = self.rule(seen, count)
+        chosen = self.ask(features, size, [i for i, _ in views], index, count)
         kept = index.gather(1, chosen.keep)
         choice.keep[kept.flatten()] = True
         choice.order[kept.flatten()] = kept.sort(1).values.flatten()
+        assert choice.into is not None  # as it is made here
         if chosen.into is None:
             choice.into[kept.flatten()] = kept.flatten()
         else:
             choice.into[index] = torch.where(chosen.into < 0, -1, kept.gather(1, chosen.into.clamp(min=0)))
         choice.parts.append((index, chosen))
 
+    def ask(
+        self, features: Tensor, size: Tensor, media: list[int], index: Tensor, count: int | None, whole: bool = False
+    ) -> Chosen:
+        """The rule's choice from views of equal length.
+
+        Args:
+            features: (F, C) of all media.
+            size: (F,) float, how many features each stands for.
+            media: the medium of each view.
+            index: (b, N) long, the features of each view.
+            count: how many of each stay; None leaves it to the rule.
+            whole: whether the views are all features in their order.
+        """
+
+        def of_views(x: Tensor) -> Tensor:
+            return x.view(*index.shape, *x.shape[1:]) if whole else x[index]
+
+        table, known = np.concatenate([places(own) for own in self.layouts], 1), host_table(index)
+        if known is None:
+            frame, row, column, first = (of_views(x) for x in sent(table, features.device))
+        else:  # where features lie is known to the host, and stays so
+            frame, row, column, first = (sent(x[known], features.device) for x in table)
+        seen = Features(
+            of_views(features).float(),
+            frame,
+            row,
+            column,
+            {read: of_views(self.reading(read, features.device)) for read in self.rule.reads},
+            tuple(self.questions[i].to(features.device) for i in media) if self.rule.asks else (),
+            of_views(size),
+            first,
+        )
+        return self.rule(seen, count)
+
     def reading(self, read: Read, device: torch.device) -> Tensor:
         """(F,) or (F, D), the mean over each feature's patches of what was read; 0 for structural rows."""
-        return of_features(self.run, read, stacked(self.layouts).to(device))
+        patches = stacked(self.layouts)
+        return of_features(self.run, read, sent(patches, device), plain(patches))
 
 
 def patches_left(layouts: Sequence[Layout], most: Sequence[int], item: int) -> list[int]:
@@ -185,48 +222,59 @@ def patches_left(layouts: Sequence[Layout], most: Sequence[int], item: int) -> l
     """
     left: dict[int, int] = {}
     for layout, number in zip(layouts, most, strict=True):
-        items, counts = torch.unique(layout.patches[~layout.structural, 0] // item, return_counts=True)
-        room = max(0, min(number, layout.size) - int(layout.structural.sum()))
-        parts = share_out(min(room, int(counts.sum())), counts.tolist())
-        for i, part, n in zip(items.tolist(), parts, counts.tolist(), strict=True):
+        items, counts = layout.items(item)
+        room = max(0, min(number, layout.size) - (layout.size - layout.in_picture))
+        parts = share_out(min(room, sum(counts)), counts) if items else []
+        for i, part, n in zip(items, parts, counts, strict=True):
             left[i] = part + item - n
     return [left.get(i, 0) for i in range(max(left, default=-1) + 1)]
 
 
-def of_features(run: EncoderRun, read: Read, patches: Tensor) -> Tensor:
-    """(F,) or (F, D), the mean over each feature's patches (F, k) of what was read; 0 for structural rows."""
+def of_features(run: EncoderRun, read: Read, patches: Tensor, as_read: bool = False) -> Tensor:
+    """(F,) or (F, D), the mean over each feature's patches (F, k) of what was read; 0 for structural rows.
+
+    `as_read` says that each feature is the patch of its own number.
+    """
     found = run.reading(read)
     if found is None:
         raise MustDropError(
             f"encoder layer {read.layer} did not run, so there is nothing to read from it: choose another layer."
         )
+    if as_read:
+        return on(found, patches.device)[: len(patches)]
     real = patches >= 0
     values = found.to(patches.device)[patches.clamp(min=0)]
     real = real.view(*real.shape, *[1] * (values.ndim - 2))
     return (values * real).sum(1) / real.sum(1).clamp(min=1)
 
 
-def places(layout: Layout) -> Tensor:
+def places(layout: Layout) -> np.ndarray:
     """(4, N) long: frame (over all grids), row, column, and first frame of the grid, of each feature; structural 0."""
-    out = torch.zeros(4, layout.size, dtype=torch.long, device="cpu")
+    cells, structural = layout.cell_table, layout.gaps
+    out = np.zeros((4, layout.size), dtype=np.int64)
     first = 0
     for (frames, rows, columns), start in zip(layout.grids, layout.offsets, strict=False):
         if not frames * rows * columns:
             continue
-        cell = layout.cells - start
-        inside = (cell >= 0) & (cell < frames * rows * columns) & ~layout.structural
+        cell = cells - start
+        inside = (cell >= 0) & (cell < frames * rows * columns) & ~structural
         cell = cell[inside]
         frame, row, column = cell // (rows * columns) + first, cell // columns % rows, cell % columns
-        out[:, inside] = torch.stack([frame, row, column, torch.full_like(cell, first)])
+        out[:, inside] = np.stack([frame, row, column, np.full_like(cell, first)])
         first += frames
     return out
 
 
-def stacked(layouts: Sequence[Layout]) -> Tensor:
+def stacked(layouts: Sequence[Layout]) -> np.ndarray:
     """(F, k) encoder patches of the features of all media, -1 fills up."""
     width = max((layout.patches.shape[1] for layout in layouts), default=1)
-    pad = torch.nn.functional.pad
-    return torch.cat([pad(layout.patches, (0, width - layout.patches.shape[1]), value=-1) for layout in layouts])
+    tables = [layout.patch_table for layout in layouts]
+    return np.concatenate([np.pad(t, ((0, 0), (0, width - t.shape[1])), constant_values=-1) for t in tables])
+
+
+def plain(patches: np.ndarray) -> bool:
+    """Whether each feature is the patch of its own number, so that nothing has to be looked up."""
+    return patches.shape[1] == 1 and bool((patches[:, 0] == np.arange(len(patches))).all())
 
 
 def owners(run: EncoderRun, patches: Tensor) -> Tensor:
@@ -237,15 +285,19 @@ def owners(run: EncoderRun, patches: Tensor) -> Tensor:
     """
     number = len(patches)
     index = torch.arange(number, dtype=torch.long, device=patches.device)
-    if run.merged is None:
+    if run.packed is not None and run.merges_packed:
+        owner = run.packed.owner.to(patches.device)
+        return torch.where(owner < 0, index, owner)
+    if run.merged is None or run.merged.merge_into is None:
         return index
-    total = run.merged.merge_into.numel() if run.merged.merge_into is not None else int(patches.max()) + 1
+    total = run.merged.merge_into.numel()
     key = run.owners(total).to(patches.device)[patches[:, 0].clamp(min=0)]
     holds = (patches == key[:, None]).any(1)
     rank = torch.where(holds, index, index + number)
     structural = patches[:, 0] < 0
-    table = torch.full((total,), 2 * number, dtype=torch.long, device=patches.device)
-    table = table.scatter_reduce(0, key[~structural], rank[~structural], "amin")
+    key = key.masked_fill(structural, total)  # rows of no patch have a place of their own
+    table = torch.full((total + 1,), 2 * number, dtype=torch.long, device=patches.device)
+    table = table.scatter_reduce(0, key, rank, "amin")
     return torch.where(structural, index, table[key] % number)
 
 

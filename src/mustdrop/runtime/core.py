@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mustdrop.adapters.base import Adapter, Modality, Tower
 from mustdrop.compat import cache_of, require_supported_transformers
-from mustdrop.cost import EncoderCost, TextCost
+from mustdrop.cost import EncoderCost, TextCost, linear_flops
 from mustdrop.errors import BudgetWarning, ConfigError, NothingDroppedWarning, UnsupportedModelError, warn
 from mustdrop.method import Method
-from mustdrop.runtime import checks, shrinking
+from mustdrop.runtime import checks, packed_steps, shrinking
 from mustdrop.runtime.calls import BASE, MODEL, Calls, raised
 from mustdrop.runtime.compiled import outside_steps
 from mustdrop.runtime.copying import Copied
 from mustdrop.runtime.encoder import EncoderStage
+from mustdrop.runtime.encoder_run import EncoderRun
 from mustdrop.runtime.entry import last_token, valid_tokens, words
 from mustdrop.runtime.installation import Installation
 from mustdrop.runtime.ledger import Ledger, now
@@ -40,6 +42,7 @@ class Runtime(Copied):
         self.text: Any = adapter.text(model)
         self.layers = adapter.decoder_layers(model)
         self.depth = len(self.layers)
+        self.recurrent = frozenset(adapter.recurrent(model))
         self.filters: tuple[int, ...] = () if method.prefill is None else method.prefill.filter_layers(self.depth)
         if method.renumber and not hasattr(self.text, "rotary_emb"):
             raise UnsupportedModelError(
@@ -75,12 +78,19 @@ class Runtime(Copied):
             try:
                 tower = self.adapter.tower(self.model, modality.name)
             except UnsupportedModelError:
-                if pruner is not None:
+                if self.method.marks:
                     raise
                 continue
             known = [stage for stage in found.values() if stage.tower.module is tower.module]
             last = self.adapter.read_layer(self.model, modality.name, {})
-            stage = known[0] if known else EncoderStage(pruner, tower, self.local, ("encoder", modality.name), last)
+            packed_steps.check(self.method.input, self.adapter, tower)
+            stage = (
+                known[0]
+                if known
+                else EncoderStage(
+                    pruner, tower, self.local, ("encoder", modality.name), last, self.method.input is not None
+                )
+            )
             stage.check(last)
             found[modality.name] = stage
         return found
@@ -89,17 +99,23 @@ class Runtime(Copied):
     def text_cost(self) -> TextCost:
         """Sizes of the text model, as it is now."""
         return self._sizes(
-            "text", lambda: TextCost.of(self.layers, self.text.config, self.model, self.adapter.experts_of)
+            "text",
+            lambda: TextCost.of(self.layers, self.text.config, self.model, self.adapter.experts_of, self.recurrent),
         )
 
     def encoder_cost(self, tower: Tower) -> EncoderCost:
         """Sizes of an encoder, as it is now."""
-        return self._sizes(id(tower.module), lambda: EncoderCost.of(tower.module, tower.blocks))
+        return self._sizes(id(tower.module), lambda: EncoderCost.of(tower.module, (*tower.before, *tower.blocks)))
 
     @property
     def projector_flops(self) -> int:
         """FLOPs per feature of what maps features into the language model, as it is now."""
         return self._sizes("projector", lambda: self.adapter.projector_flops(self.model))
+
+    def skipped(self, run: EncoderRun) -> int:
+        """FLOPs that the mergers of a packed encoder did not spend, since they ran on fewer cells."""
+        parts = [] if run.packed is None else run.packed.skipped
+        return sum(n * int(self._sizes(id(part), lambda part=part: linear_flops(part))) for part, n in parts)  # type: ignore[misc]
 
     def _sizes(self, key: object, read: Callable[[], T]) -> T:
         """What `read` finds in the modules: once, for it takes a while, unless adapters may be switched and merged."""
@@ -166,7 +182,7 @@ class Runtime(Copied):
             start = 0 if cache is None else int(cache.get_seq_length())
             valid = valid_tokens(kinds, mask, start)
             if ids is not None and not start and (given is None or getattr(given, "shape", None) == ids.shape):
-                call.looked = Looked(ids, given, kinds, valid, bool(valid.all()))
+                call.looked = Looked(ids, given, kinds, valid, bool(valid.all()), (kinds.numpy(), valid.numpy()))
             call.totals_of = {m.name: (kinds == i).sum(1).tolist() for i, m in enumerate(self.modalities)}
             if bool(((kinds >= 0) & ~valid).any()):  # each still stands for a feature, so the encoder's marks know them
                 call.shown_of = {
@@ -177,7 +193,7 @@ class Runtime(Copied):
             call.totals = (kinds >= 0).sum(1).tolist()
             checks.media(self, call.totals_of, kwargs if ids is None else {"input_ids": ids, **kwargs})
             call.plans = self.plan_batch(call.totals)
-            ends = kinds.masked_fill(~last_token(valid), -1).amax(1).tolist()
+            ends = np.where(last_token(valid.numpy()), kinds.numpy(), -1).max(1).tolist()
             rule = None if self.method.vision is None else self.method.vision.rule
             if rule is not None and rule.asks:
                 embeds = kwargs.get("inputs_embeds")
@@ -192,7 +208,9 @@ class Runtime(Copied):
             return
         made = Ended.of(self, call)
         self.ledger.note(call.began, made)
-        if self.method.drops and any(call.totals) and not self.warned and not made.dropped_anything:
+        if self.method.waits or not self.method.drops:
+            return
+        if any(call.totals) and not self.warned and not made.dropped_anything:
             self.warned = True
             warn(
                 f"method {self.method.name!r} kept every vision token of this prompt: {self.method.why_nothing}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +13,12 @@ from mustdrop import kernels, kv
 from mustdrop.compat import Span
 from mustdrop.errors import MustDropError
 from mustdrop.pruners import CacheScorer, DecodeCachePruner, Received, answers
-from mustdrop.runtime import parallel
+from mustdrop.runtime import parallel, together
 from mustdrop.runtime.block_masks import Mask
 from mustdrop.runtime.masks import visible_keys
-from mustdrop.runtime.rows import PAD, on, pack
+from mustdrop.runtime.rows import HOST, PAD, on, pack
 from mustdrop.runtime.state import Call, Forward
+from mustdrop.runtime.together import Entries, stacked
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -25,6 +27,26 @@ if TYPE_CHECKING:
 
 #: Rows x keys of a mask that may exist at once, in elements, where all rows of a prompt are read.
 AT_ONCE = 1 << 25
+
+
+Sight = tuple[Tensor, Tensor | None]  # what `visible_keys` gives
+
+
+@dataclass
+class Reading:
+    """What rows of the prompt gave to the entries of one layer.
+
+    Attributes:
+        given: (B, P, n) parts of their sum, or (B, R, n) of each row; after `settle` the (B, n) that ranks.
+        queries: (B, n) how many of the rows see each entry.
+        own: (B, R) long, the entry of each row's own token, where the rows are seen one by one.
+        mass: (B,), what they gave to the candidates in sum, where that splits the budget; None before `settle`.
+    """
+
+    given: Tensor
+    queries: Tensor
+    own: Tensor | None = None
+    mass: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +60,8 @@ class Asked:
         scaling: factor on the logits.
         softcap: see `mustdrop.kernels.row_probabilities`.
         group: processes that share the heads in tensor parallel, else None.
+        seen: (B, R, K) bool, keys that the rows to be read see, where that is known; None: the mask says it.
+        given: the mask as the function got it.
     """
 
     q: Tensor
@@ -46,20 +70,28 @@ class Asked:
     scaling: float
     softcap: float | None
     group: ProcessGroup | None = None
+    seen: Tensor | None = None
+    given: Mask = None
 
     @classmethod
     def of(
         cls, module: nn.Module, q: Tensor, k: Tensor, mask: Mask, kwargs: dict[str, Any], stored: int | None
     ) -> Asked:
         """From the arguments of the function; `stored` slots of `k` are filled (None: all)."""
+        given = mask
         if stored is not None:  # a static cache hands out room for later tokens too
             k, mask = k[:, :, :stored], mask[..., :stored] if isinstance(mask, Tensor) else mask
         scaling = kwargs.get("scaling") or getattr(module, "scaling", None) or q.shape[-1] ** -0.5
-        return cls(q, k, mask, scaling, kwargs.get("softcap"), parallel.group_of(module))
+        group = parallel.group_of(module)
+        return cls(q, k, mask, scaling, kwargs.get("softcap"), group, given=given)
 
-    def arguments(self, rows: Tensor, first: int = 0) -> tuple[Any, ...]:
+    def arguments(self, rows: Tensor, first: int = 0, sight: Sight | None = None) -> tuple[Any, ...]:
         """Arguments of the kernels that read query rows (B, R), -1 on padding; keys before `first` give no result."""
-        visible, bias = visible_keys(rows, self.mask, self.q.shape[2], self.k.shape[2])
+        bias, visible = None, self.seen
+        if sight is not None:
+            visible, bias = sight
+        elif visible is None:
+            visible, bias = visible_keys(rows, self.mask, self.q.shape[2], self.k.shape[2])
         return self.q, self.k, rows, visible, self.scaling, bias, self.softcap, first
 
     def over_heads(self, x: Tensor) -> Tensor:
@@ -130,37 +162,98 @@ class Later:
 
 
 def read_prompt(
-    scorer: CacheScorer, layer: kv.Slots, forward: Forward, media: Media, asked: Asked, vision: Tensor
+    decode: DecodeCachePruner, i: int, layer: Any, forward: Forward, media: Media, asked: Asked, later: Later
 ) -> Tensor:
-    """Note what the prompt's rows give to the entries of a layer, those of earlier turns included.
+    """Note what the prompt's rows give to the entries of layer `i`, those of earlier turns included.
+
+    Layers that see the same share what says so, and what they give is summed up for all of them at the end.
 
     Args:
-        scorer: which rows, and what of them.
+        decode: which rows, and what of them.
+        i: number of the layer.
         layer: cache layer that has just received the rows of this pass.
         forward: the pass.
         media: its vision tokens.
         asked: the layer's attention.
-        vision: (B, slots) bool, entries that compete for the layer's budget.
+        later: what tokens after the prompt see.
 
     Returns:
         (B, R) rows that were read, -1 on padding.
     """
-    prompt = forward.current(media.prompt)
-    rows = on(pack(answers.rows(scorer, forward.current(media.text) & prompt, prompt)), asked.q.device)
+    scorer = decode.scorer
+    rows = _rows(scorer, forward, media, asked.q.device)
+    sight, queries = _sight(forward, asked, rows, scorer.by_row or rows.shape[1] <= asked.at_once(rows))
     if scorer.by_row:
-        arguments = asked.arguments(rows)
-        attention = asked.over_heads(kernels.row_probabilities(*arguments))
-        own = (rows + asked.k.shape[2] - asked.q.shape[2]).masked_fill(rows == PAD, PAD)
-        read = Received(answers.gathered(scorer, attention, own), _seeing(rows, arguments[3]))
-        mass = attention.sum(1)
+        attention = asked.over_heads(kernels.row_probabilities(*asked.arguments(rows, sight=sight)))
+        reading = Reading(attention, queries, _own(forward, asked, rows))
+    elif sight is not None:
+        reading = Reading(asked.over_heads(kernels.text_sums(*asked.arguments(rows, sight=sight))), queries)
     else:
         parts = [_sums(asked, part) for part in torch.split(rows, asked.at_once(rows), dim=1)]
         read = sum(parts[1:], start=parts[0])
-        mass = read.given
-    layer.attended, layer.queries = read.given, read.queries
-    if scorer.by_layer:
-        forward.masses.append((mass * on(vision, mass.device)).sum(1))
+        reading = Reading(read.given[:, None], read.queries)
+    forward.readings[i] = reading
+    if not decode.after_prefill or _unsettled(forward) > AT_ONCE:
+        settle(decode, forward, later)
     return rows
+
+
+def _rows(scorer: CacheScorer, forward: Forward, media: Media, device: torch.device) -> Tensor:
+    """(B, R) long, rows of the prompt that are read, -1 on padding; found once for all layers with the same tokens."""
+    key = ("read", id(forward.rows), device)
+    if key not in forward.memo:
+        prompt = forward.current(media.prompt)
+        found = pack(answers.rows(scorer, forward.current(media.text) & prompt, prompt))
+        forward.memo[key] = (forward.rows, on(found, device))  # holding the rows keeps their id from being used again
+    return forward.memo[key][1]  # type: ignore[no-any-return]
+
+
+def _sight(forward: Forward, asked: Asked, rows: Tensor, whole: bool) -> tuple[Sight | None, Tensor]:
+    """What the rows see, and how many see each key; (None, empty) where that is too much to hold as a `whole`."""
+    if not whole:
+        return None, rows.new_empty(0)
+    key = ("sight", id(rows), id(asked.given), asked.q.shape[2], asked.k.shape[2])
+    if key not in forward.memo:
+        sight = visible_keys(rows, asked.mask, asked.q.shape[2], asked.k.shape[2])
+        forward.memo[key] = (rows, asked.given, sight, _seeing(rows, sight[0]))
+    return forward.memo[key][2:]  # type: ignore[no-any-return]
+
+
+def _own(forward: Forward, asked: Asked, rows: Tensor) -> Tensor:
+    """(B, R) long, the entry of each row's own token, -1 on padding."""
+    before = asked.k.shape[2] - asked.q.shape[2]
+    key = ("own", id(rows), before)
+    if key not in forward.memo:
+        forward.memo[key] = (rows, (rows + before).masked_fill(rows == PAD, PAD))
+    return forward.memo[key][1]  # type: ignore[no-any-return]
+
+
+def _unsettled(forward: Forward) -> int:
+    """Numbers that wait to be summed up."""
+    return sum(read.given.numel() for read in forward.readings.values() if read.given.ndim == 3)
+
+
+def settle(decode: DecodeCachePruner, forward: Forward, later: Later) -> None:
+    """Sum up what has been read and tell the cache layers: those of one shape in one step."""
+    alike: dict[Any, list[int]] = {}
+    for i, read in forward.readings.items():
+        if read.given.ndim == 3:
+            alike.setdefault((read.given.shape, id(read.queries), id(read.own), read.given.device), []).append(i)
+    for some in alike.values():
+        layers = forward.cache.layers
+        readings = [forward.readings[i] for i in some]
+        given = torch.stack([read.given for read in readings])  # (L, B, P or R, n)
+        total, own = given.sum(2), readings[0].own
+        mass = total
+        if own is not None:
+            each = own.expand(len(some), -1, -1).flatten(0, 1)
+            total = answers.gathered(decode.scorer, given.flatten(0, 1), each).view_as(total)
+        if decode.scorer.by_layer:
+            flags = stacked([held.candidates for held in _entries(later, layers, some)])
+            mass = (mass * on(flags, mass.device)).sum(-1)
+        for i, read, own_total, own_mass in zip(some, readings, total.unbind(), mass.unbind(), strict=True):
+            layers[i].attended, layers[i].queries = own_total, read.queries
+            read.given, read.own, read.mass = own_total, None, own_mass
 
 
 def read_step(scorer: CacheScorer, layer: Any, asked: Asked, valid: Tensor) -> None:
@@ -203,24 +296,55 @@ def after_prompt(decode: DecodeCachePruner | None, forward: Forward, later: Late
         return
     depth = len(later.spans)
     layers = forward.cache.layers[:depth]
-    unread = [i for i, layer in enumerate(layers) if layer.attended is None]
+    unread = [i for i in range(depth) if i not in forward.readings]
     if unread:
         raise MustDropError(
             f"decoder layers {unread} ran without their attention being read: their attention modules do not ask their "
             "config which function to use."
         )
-    count = decode.counts(layers[0].totals)
+    settle(decode, forward, later)
+    count = decode.counts(layers[0].totals).to(HOST)
     budgets = [count] * depth
-    candidates = [later.candidates(i, layer) for i, layer in enumerate(layers)]
+    entries = _entries(later, layers, range(depth))
     if decode.scorer.by_layer:
-        entries = torch.stack([own.sum(1).cpu() for own in candidates])
-        mass = torch.stack([own.cpu() for own in forward.masses])
-        budgets = list(answers.budgets(decode.scorer, mass, count.cpu(), entries))
-    held = torch.stack([layer.slot_vision().sum(1).cpu() for layer in layers])
-    everything = (held <= count.cpu()).all(0)
-    for layer, own, vision in zip(layers, budgets, candidates, strict=True):
-        _evict(decode, layer, own, vision, everything)
+        seen = {id(own): own.candidates.sum(1) for own in entries}
+        held = torch.stack([seen[id(own)] for own in entries])
+        mass = [read.mass for _, read in sorted(forward.readings.items()) if read.mass is not None]
+        budgets = list(answers.budgets(decode.scorer, _on_the_host(mass), count, held))
+    distinct = {id(own): own for own in entries}.values()
+    everything = torch.stack([own.vision.sum(1) <= count for own in distinct]).all(0)
+    if type(decode).__call__ is DecodeCachePruner.__call__:
+        together.evict(decode, layers, entries, budgets, everything)
+    else:  # a rule of somebody's own
+        for layer, own, budget in zip(layers, entries, budgets, strict=True):
+            _evict(decode, layer, budget, own.candidates, everything)
+    for layer in layers:
         layer.attended = layer.queries = None  # nothing is read any more
+
+
+def _entries(later: Later, layers: list[Any], which: Iterable[int]) -> list[Entries]:
+    """What each of some layers holds; found once for those that hold the same."""
+    found: dict[Any, Entries] = {}
+    out = []
+    for i in which:
+        layer = layers[i]
+        key = (id(layer.positions), id(layer.vision), layer.slots, later.spans[i])
+        if key not in found:
+            parts = layer.slot_positions(), layer.slot_vision(), later.candidates(i, layer)
+            found[key] = Entries(*(on(part, HOST) for part in parts))
+        out.append(found[key])
+    return out
+
+
+def _on_the_host(values: list[Tensor]) -> Tensor:
+    """(L, B) of (B,) per layer, in one copy per device."""
+    devices: dict[torch.device, list[int]] = {}
+    for i, value in enumerate(values):
+        devices.setdefault(value.device, []).append(i)
+    out: dict[int, Tensor] = {}
+    for some in devices.values():
+        out |= dict(zip(some, torch.stack([values[i] for i in some]).to(HOST).unbind(), strict=True))
+    return torch.stack([out[i] for i in range(len(values))]) if len(devices) > 1 else torch.stack([*out.values()])
 
 
 def _evict(

@@ -11,16 +11,18 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from mustdrop import kernels
 from mustdrop.adapters.base import Tower
 from mustdrop.compat import eager
+from mustdrop.constants import count_up, every
 from mustdrop.errors import ConfigError
 from mustdrop.pruners import InnerRule, Read, VisionStagePruner
-from mustdrop.runtime import block_masks, parallel, reading
+from mustdrop.runtime import block_masks, packed_steps, parallel, reading
 from mustdrop.runtime.block_masks import Mask
 from mustdrop.runtime.copying import Copied
 from mustdrop.runtime.encoder_run import EncoderRun
@@ -74,6 +76,17 @@ class BlockHook:
 
 
 @dataclass
+class LengthHook:
+    """Pre-hook of an encoder layer that only costs (`Tower.before`)."""
+
+    stage: EncoderStage
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """See `EncoderStage.passed`."""
+        self.stage.passed(args[0] if args else kwargs[_parameters(type(module).forward)[1]], kwargs)
+
+
+@dataclass
 class StatesHook:
     """Hook of one encoder layer whose hidden states are read."""
 
@@ -89,18 +102,27 @@ class EncoderStage(Copied):
     """Watches one tower, and runs a `VisionStagePruner` in it if there is one."""
 
     def __init__(
-        self, pruner: VisionStagePruner | None, tower: Tower, local: Local, key: object, read_layer: int
+        self,
+        pruner: VisionStagePruner | None,
+        tower: Tower,
+        local: Local,
+        key: object,
+        read_layer: int,
+        lets_in: bool = False,
     ) -> None:
+        self.lets_in = lets_in  # whether there is a stage before the encoder
         self.pruner, self.tower, self.local, self.key = pruner, tower, local, key
         self.last = read_layer
         self.reads: dict[int, list[Read]] = {}
         self.compared: set[int] = set()  # layers of which something is read that queries and keys tell
+        self.leaves_at: int | None = None  # the layer after which what is not selected leaves a packed tower
         if pruner is None:
             return
         depth = len(tower.blocks)
         self.reads = layers_read(pruner, depth, read_layer, tower.whole)
         self.compared = {i for i, reads in self.reads.items() if any(read.what != "states" for read in reads)}
-        if pruner.window is None or tower.packed:
+        self.leaves_at = packed_steps.check_layers(pruner, tower, read_layer, list(self.reads))
+        if pruner.window is None or not pruner.inside or (tower.packed and not self.merges_packed):
             return
         if pruner.layer > depth - 2:
             raise ConfigError(
@@ -116,9 +138,21 @@ class EncoderStage(Copied):
     def merges_inside(self, pool: int | None, frames: int) -> bool:
         """Whether windows merge inside the encoder, which must see whole windows as squares of patches of one item."""
         pruner = self.pruner
-        if pruner is None or pruner.window is None or self.tower.packed or pool is None:
+        if pruner is None or pruner.window is None or self.tower.packed or pool is None or not pruner.inside:
             return False
         return frames == 1 or pruner.temporal_window == 1
+
+    @property
+    def merges_packed(self) -> bool:
+        """Whether windows merge inside a packed encoder. The authors' code knows no such encoder."""
+        pruner = self.pruner
+        merges = pruner is not None and pruner.window is not None and pruner.inside and pruner.compat == "paper"
+        return merges and self.tower.cuts
+
+    @property
+    def shortens(self) -> bool:
+        """Whether patches may leave a packed encoder."""
+        return self.tower.cuts and (self.lets_in or self.merges_packed or self.leaves_at is not None)
 
     @property
     def inner(self) -> InnerRule | None:
@@ -140,13 +174,22 @@ class EncoderStage(Copied):
     def check(self, read_layer: int) -> None:
         """Raise `ConfigError` if merging would come after the layer that the features are read from."""
         pruner = self.pruner
-        if pruner is None or pruner.window is None or self.tower.packed:
+        if pruner is None or pruner.window is None or not pruner.inside:
+            return
+        if self.tower.packed and not self.merges_packed:
             return
         if pruner.layer >= read_layer:
             raise ConfigError(
                 f"VisionStagePruner.layer={pruner.layer}: this model reads its features from "
                 f"encoder layer {read_layer}; merge before it (0 to {read_layer - 1})."
             )
+
+    @eager
+    def passed(self, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """Note for the account what enters a layer."""
+        run: EncoderRun | None = self.local.encoder
+        if run is not None:
+            run.lengths.append(self._lengths(run, hidden, kwargs))
 
     @eager
     def before_block(
@@ -164,15 +207,19 @@ class EncoderStage(Copied):
             self.local.capture = (self.key, index)
         if index == 0 and run.inside is not None and block_masks.hides(_given_mask(args, kwargs)):
             run.inside = None  # padding must not merge with patches: the rule is asked behind
+        follows = None
+        if run.packed is not None:
+            run.uncut.append(self._lengths(run, args[0], kwargs))
+            follows = run.packed.before(index, _parameters(type(module).forward)[1:], args, kwargs)
+            args, kwargs = follows or (args, kwargs)
         if not run.item and not self.tower.packed and args[0].ndim == 3:
             run.item = args[0].shape[1] - self.tower.prefix - self.tower.suffix
         merges = run.grid is not None and pruner is not None and index == pruner.layer + 1
         if merges:
             args = (self._merge(run, args[0], module), *args[1:])
         run.lengths.append(self._lengths(run, args[0], kwargs))
-        if not takes_mask(module):
-            return (args, kwargs) if merges else None
-        return self.masked(args[0], module, args, kwargs) or ((args, kwargs) if merges else None)
+        changed = (args, kwargs) if merges or follows else None
+        return self.masked(args[0], module, args, kwargs) or changed if takes_mask(module) else changed
 
     @eager
     def masked(
@@ -183,6 +230,8 @@ class EncoderStage(Copied):
         if run is None or run.merged is None:
             return None
         given = _given_mask(args, kwargs)
+        if given is None and run.windows is not None and len(set(run.windows)) == 1:
+            return None  # all items have as many tokens, and none is padding
         mask = self._mask(run, given, hidden, module)
         if len(args) > 1:
             return (args[0], mask, *args[2:]), kwargs
@@ -192,23 +241,44 @@ class EncoderStage(Copied):
         """Lengths of the sequences that attend to themselves in one layer."""
         if run.inside is not None and run.inside.lengths:
             return run.inside.lengths
+        if run.merged is not None and run.windows is not None:
+            if run.counted is None:
+                size = self._window_size(run)
+                left = [hidden.shape[1] - (n - min(run.windows)) * size for n in run.windows]
+                run.counted = run.merged, left
+            return run.counted[1]
         if run.merged is not None:
             if run.counted is None or run.counted[0] is not run.merged:
                 run.counted = run.merged, run.merged.counts + self.tower.prefix
             return run.counted[1]
         borders = kwargs.get("cu_seqlens")
         if isinstance(borders, Tensor):
-            if run.borders is None or run.borders[0] is not borders:
-                run.borders = borders, borders.diff()
-            return run.borders[1]
+            if id(borders) not in run.borders:  # holding them keeps their id from being used again
+                run.borders[id(borders)] = borders, borders.diff()
+            return run.borders[id(borders)][1]
         rows, length = (1, hidden.shape[0]) if hidden.ndim == 2 else hidden.shape[:2]
         return [length] * rows
+
+    def _window_size(self, run: EncoderRun) -> int:
+        """Tokens that each merged window takes."""
+        assert self.pruner is not None
+        assert run.grid is not None
+        return self.pruner.window_tokens(run.grid, run.pool) - 1
 
     def _merge(self, run: EncoderRun, hidden: Tensor, module: nn.Module) -> Tensor:
         prefix = self.tower.prefix
         patches = hidden[:, prefix:]
         assert self.pruner is not None
         assert run.grid is not None
+        if run.windows is not None:
+            run.windows = [*run.windows, *[0] * (len(hidden) - len(run.windows))]
+            if not any(run.windows):
+                return hidden
+            similarity = self.pruner.similarity(patches, run.grid, run.pool)
+            run.merged, *names = self.pruner.merge_most(similarity, run.grid, run.windows, run.pool)
+            run.names = names[0], names[1]
+            merged = kernels.merge_tokens(patches, cast(Tensor, run.merged.merge_into), run.merged.keep.shape[1])
+            return torch.cat([hidden[:, :prefix], merged], 1)
         similarity = self.pruner.similarity(patches, run.grid, run.pool).to(HOST)
         run.merged = self.pruner.merge_by(similarity, run.grid, run.at_least, run.pool)
         if bool(run.merged.valid.all()) and run.merged.keep.shape[1] == patches.shape[1]:
@@ -221,7 +291,7 @@ class EncoderStage(Copied):
         merged, prefix = run.merged, self.tower.prefix
         assert merged is not None
         bias = None if run.inside is None else run.inside.bias(hidden.dtype)
-        if bias is not None:
+        if bias is not None or (run.inside is not None and run.inside.lengths and not run.inside.uneven):
             return bias
         key = (id(given), id(merged))
         if key not in run.masks:
@@ -244,9 +314,10 @@ class EncoderStage(Copied):
         scaling = kwargs.get("scaling") or getattr(module, "scale", None) or q.shape[-1] ** -0.5
         group = parallel.group_of(module)
         q, k = parallel.side_by_side(q, group), parallel.side_by_side(k, group)
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # grouped keys
         if run.inside is not None:
-            run.inside.keys = k.float().mean(1)
+            run.inside.read(k)
+        if q.shape[1] > k.shape[1]:
+            k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)  # grouped keys
         for read in self.reads.get(index, ()):
             if read.what == "states":
                 continue
@@ -254,8 +325,10 @@ class EncoderStage(Copied):
             if self.tower.packed:
                 pieces += reading.of_segments(read, q, k, block_masks.dense(mask), kwargs, scaling)
                 continue
-            visible = torch.ones(q.shape[0], k.shape[2], dtype=torch.bool, device=q.device)
-            if run.merged is not None:
+            visible = every((q.shape[0], k.shape[2]), q.device)
+            if run.merged is not None and run.windows is not None and len(set(run.windows)) == 1:
+                pass  # none is padding
+            elif run.merged is not None:
                 visible = nn.functional.pad(run.merged.valid, (self.tower.prefix, 0), value=True).to(q.device)
             elif mask is not None:  # patches that nobody sees are padding
                 visible = attended_keys(mask).expand(q.shape[0], -1)
@@ -281,8 +354,11 @@ class EncoderStage(Copied):
         run: EncoderRun | None = self.local.encoder
         if run is None or output is None:
             return output
+        if run.packed is not None:
+            return run.packed.after_tower(output)
         if run.merged is not None and run.merged.merge_into is not None:
-            whole = _Whole(run.merged, run.merged.merge_into, self.tower.prefix)
+            complete = run.windows is not None or run.inside is not None
+            whole = _Whole(run.merged, run.merged.merge_into, self.tower.prefix, complete)
             for name in ("last_hidden_state", "hidden_states"):
                 value = getattr(output, name, None)
                 if value is not None:
@@ -293,11 +369,12 @@ class EncoderStage(Copied):
 class _Whole:
     """Gives hidden states all patches: each has the value of what it became part of, zero if it is gone."""
 
-    def __init__(self, merged: Selection, into: Tensor, prefix: int) -> None:
-        front = torch.arange(prefix, dtype=torch.long, device=into.device).expand(len(into), -1)
-        self.row = torch.cat([front, into.clamp(min=0) + prefix], 1)
-        gone = into < 0
-        self.gone = nn.functional.pad(gone, (prefix, 0)) if bool(gone.any()) else None
+    def __init__(self, merged: Selection, into: Tensor, prefix: int, complete: bool) -> None:
+        """`complete` says that no patch is gone."""
+        front = count_up(len(into), prefix, into.device)
+        self.row = torch.cat([front, (into if complete else into.clamp(min=0)) + prefix], 1)
+        gone = None if complete or not bool((into < 0).any()) else into < 0
+        self.gone = None if gone is None else nn.functional.pad(gone, (prefix, 0))
         self.length = merged.keep.shape[1] + prefix
 
     def __call__(self, state: Tensor | None) -> Tensor | None:

@@ -13,6 +13,7 @@ from mustdrop.adapters.base import Tower
 from mustdrop.pruners import Read
 from mustdrop.runtime.block_masks import Mask
 from mustdrop.runtime.halves import Inside
+from mustdrop.runtime.packed import Packed
 from mustdrop.selection import Selection
 
 
@@ -25,7 +26,10 @@ class EncoderRun:
         grid: (rows, columns) of the patches of one item where windows merge inside the encoder, else None.
         pool: patches per side of a feature.
         at_least: (items,) long, patches that merging must leave, or None.
+        windows: per item, how many windows merge, where that is known beforehand; those behind the last one merge none.
         merged: what merging decided.
+        names: (items, patches) long, the patch that names the window of each, and which of them name themselves; where
+            `windows` are known.
         masks: attention masks of the layers after merging, by the mask that came and the tokens that are left.
         readings: what was read from the layers, a value or vector per patch, in the pieces in which they ran.
         item: patches of one item of a dense tower; 0 where all items lie in one sequence, or before it has run.
@@ -34,14 +38,20 @@ class EncoderRun:
         seen: what a dense tower is shown in place of its pixels, or None.
         lengths: per encoder layer, the lengths of the sequences that attended to themselves.
         counted: the last of them after merging, and what merging had left then.
-        borders: the last of them in a packed sequence, and the borders that they are of.
+        borders: those of a packed sequence, by the id of the borders that they are of.
+        packed: what is left of the patches of a packed tower where some may leave inside, or None.
+        gone: (F,) bool, features whose patches the input stage did not let in, or None.
+        merges_packed: whether windows merge inside a packed tower.
+        uncut: as `lengths`, had no patch left; kept for such a tower only.
     """
 
     tower: Tower
     grid: tuple[int, int] | None = None
     pool: int = 1
     at_least: Tensor | None = None
+    windows: list[int] | None = None
     merged: Selection | None = None
+    names: tuple[Tensor, Tensor] | None = None
     masks: dict[tuple[int, int], tuple[Selection, Mask]] = field(default_factory=dict)
     readings: dict[Read, list[Tensor]] = field(default_factory=dict)
     item: int = 0
@@ -49,15 +59,22 @@ class EncoderRun:
     inside: Inside | None = None
     seen: Callable[[Tensor], Tensor] | None = None
     lengths: list[Sequence[int] | Tensor] = field(default_factory=list)
-    counted: tuple[Selection, Tensor] | None = None
-    borders: tuple[Tensor, Tensor] | None = None
+    counted: tuple[Selection, Sequence[int] | Tensor] | None = None
+    borders: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    packed: Packed | None = None
+    gone: Tensor | None = None
+    merges_packed: bool = False
+    uncut: list[Sequence[int] | Tensor] = field(default_factory=list)
 
     def reading(self, read: Read) -> Tensor | None:
         """(patches,) or (patches, D), what was read of every patch of all items; None if the layer did not run."""
         pieces = self.readings.get(read)
         if not pieces:
             return None
-        return torch.cat(pieces) if self.tower.packed else torch.cat(pieces).flatten(0, 1)
+        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        if not self.tower.packed:
+            return whole.flatten(0, 1)
+        return whole if self.packed is None else self.packed.whole(whole)
 
     def whole(self, found: Tensor) -> Tensor:
         """(items, patches, ...) of what was read of the tokens that are left.

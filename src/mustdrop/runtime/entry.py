@@ -5,10 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from mustdrop import kernels
+from mustdrop.constants import sent
 from mustdrop.pruners import answers
+from mustdrop.runtime import fixed
+from mustdrop.runtime.fixed import FixedRows
 from mustdrop.runtime.plan import survivors_of
 from mustdrop.runtime.rows import HOST, on
 from mustdrop.runtime.state import Call, Marks, Medium
@@ -25,26 +30,30 @@ class Media:
         vision: bool, vision tokens that the attention mask does not hide.
         places: bool, all vision tokens; each stands for a feature.
         valid: bool, tokens that the attention mask does not hide (padding, mostly).
-        alive: bool, all but the vision tokens that the vision stage dropped.
+        whole: whether the vision stage dropped none of them.
         prompt: bool, valid tokens of the prompt itself.
         text: bool, text after the row's last vision token (see `_raters`).
         raters: bool, those of them that score.
         totals: vision tokens per row.
         padded: whether any token is padding.
-        marks: what the vision stage decided, per row over its vision tokens; empty without a vision stage.
+        marks: what the vision stage decided, per row over its vision tokens; empty without a vision stage, and where
+            `fixed` knows.
         media: per row, its media in the order of the prompt; empty if the encoder did not run.
+        alive: bool, all but the vision tokens that the vision stage dropped. On the device with `fixed`.
         ends: bool, vision tokens that end their prompts: they predict what follows, so they stay; None without such.
         pinned: bool, the key set and the ends, or None.
         importance: float, encoder attention, or None.
         order: long, sort key of the rows where they are reordered (compat="released"), or None.
-        counts: survivors per filter, each (B,) long, or None where the data decide. An empty tensor says that this
-            filter keeps everything in every row, so that it neither scores nor gathers.
+        counts: survivors per filter and row, or None where the data decide. Empty for a filter that keeps everything in
+            every row, so that it neither scores nor gathers.
+        pictures: long, which medium of the pass each token belongs to, -1 for text; None where nobody asks for that.
+        fixed: the rows on the device, where all counts are known beforehand.
     """
 
     vision: Tensor
     places: Tensor
     valid: Tensor
-    alive: Tensor
+    whole: bool
     prompt: Tensor
     text: Tensor
     raters: Tensor
@@ -52,11 +61,14 @@ class Media:
     padded: bool
     marks: list[Marks]
     media: list[list[Medium]]
+    alive: Tensor
     ends: Tensor | None = None
     pinned: Tensor | None = None
     importance: Tensor | None = None
     order: Tensor | None = None
-    counts: list[Tensor] | None = None
+    counts: list[list[int]] | None = None
+    pictures: Tensor | None = None
+    fixed: FixedRows | None = None
 
     @property
     def reordered(self) -> bool:
@@ -77,34 +89,116 @@ def read(runtime: Runtime, embeds: Tensor, kinds: Tensor, mask: Tensor | None) -
     forward = runtime.local.forward
     looked = None if call is None else call.looked
     if looked is not None and looked.kinds is kinds:
-        valid = looked.valid
+        valid, (own, shown) = looked.valid, looked.tables
     else:
         valid = valid_tokens(kinds, mask, forward.start if forward is not None else 0)
-    places = kinds >= 0
-    vision = places & valid
-    names = [modality.name for modality in runtime.modalities]
-    found = _media(call, names, kinds)
-    marks = _marks(call, found) if found else []
-    alive = torch.ones_like(vision)
-    if marks and call is not None and not call.unmarked:
-        for b, row in enumerate(marks):
-            alive[b, places[b]] = row.alive
-    elif runtime.method.vision is not None:  # only the rows themselves know
-        alive = ~(places & embeds[..., 0].isnan().to(HOST))
-    totals = vision.sum(1).tolist()
-    prompt = _prompt(valid, call)
-    raters = text = _raters(vision, prompt)
+        own, shown = kinds.numpy(), valid.numpy()
+    places = own >= 0
+    vision, prompt = places & shown, _prompt(shown, call)
+    text, ends = _raters(vision, prompt), vision & last_token(prompt)
+    found = _media(call, [modality.name for modality in runtime.modalities], own)
+    made = [torch.from_numpy(x) for x in (vision, places, prompt, text)]
+    media = Media(
+        made[0], made[1], valid, True, made[2], made[3], made[3], vision.sum(1).tolist(), not bool(shown.all()), [],
+        found, made[0], ends=torch.from_numpy(ends) if ends.any() else None,
+    )  # fmt: skip
+    if fixed.possible(runtime, call, kinds, media.ends is not None):
+        _fixed(runtime, media, embeds, own, (vision, shown, text), call)
+        return media
+    _look(runtime, media, embeds, call)
+    return media
+
+
+def _look(runtime: Runtime, media: Media, embeds: Tensor, call: Call | None) -> None:
+    """The host looks at what was decided: marks, scoring rows, counts."""
+    media.marks = _marks(call, media.media) if media.media else []
+    media.alive = torch.ones_like(media.vision)
+    if media.marks and call is not None and not call.unmarked:
+        for b, row in enumerate(media.marks):
+            media.alive[b, media.places[b]] = row.alive
+    elif runtime.method.marks:  # only the rows themselves know
+        media.alive = ~(media.places & embeds[..., 0].isnan().to(HOST))
+    media.whole = bool(media.alive.all())
     prefill = runtime.method.prefill
     if prefill is not None and prefill.score is not None:
-        entering, given = on(vision & alive, embeds.device), on(raters, embeds.device)
-        raters = answers.raters(prefill.score, embeds.nan_to_num(0.0), entering, given).to(HOST)
-    media = Media(vision, places, valid, alive, prompt, text, raters, totals, not bool(valid.all()), marks, found)
+        entering, given = on(media.vision & media.alive, embeds.device), on(media.raters, embeds.device)
+        media.raters = answers.raters(prefill.score, embeds.nan_to_num(0.0), entering, given).to(HOST)
     if media.marks:
         _spread_marks(media, reorder=runtime.method.renumber)
-    _pin_the_end(media, call)
+    if media.ends is not None:
+        _pin_the_end(media, media.ends)
     if prefill is not None and (prefill.keep is not None or prefill.survivors is not None):
-        media.counts = _counts(runtime, media)
-    return media
+        media.counts = _counts(runtime, media.totals, (media.vision & media.alive).sum(1).tolist())
+
+
+def _fixed(
+    runtime: Runtime,
+    media: Media,
+    embeds: Tensor,
+    kinds: np.ndarray,
+    tables: tuple[np.ndarray, np.ndarray, np.ndarray],
+    call: Call | None,
+) -> None:
+    """All counts are known: what the filters need goes to the device, and nothing comes back.
+
+    `tables` are what `media` says of vision tokens, of valid ones and of those that score.
+    """
+    device, (vision, valid, raters) = embeds.device, tables
+    here, is_text = sent(vision, device), sent(valid & ~vision, device)
+    padding = sent(~valid, device) if media.padded else None
+    alive, present, protected, importance = here, media.totals, None, None
+    if runtime.method.marks and call is not None:
+        flat = fixed.FlatMarks.join([call.flat[m.name] for m in runtime.modalities if m.name in call.flat])
+        alive, protected, importance = fixed.entering(flat, sent(_features(runtime, call, kinds), device))
+        present = _entering(call, runtime, len(kinds))
+    media.whole = present == media.totals
+    media.alive = alive
+    if media.ends is not None:
+        end = on(media.ends, device)
+        protected = end if protected is None else protected | end
+        importance = end.float() if importance is None else importance
+        importance = importance.masked_fill(end, torch.inf)
+    prefill = runtime.method.prefill
+    if prefill is not None:
+        media.counts = _counts(runtime, media.totals, present)
+    text = (valid & ~vision).sum(1).tolist()
+    scoring = fixed.Scoring.of(raters & valid, valid)
+    media.fixed = fixed.FixedRows(here, alive, protected, importance, is_text, text, present, scoring, padding)
+
+
+def _features(runtime: Runtime, call: Call, kinds: np.ndarray) -> np.ndarray:
+    """(B, length) long, the feature that each vision token stands for, of all kinds one after the other; -1 for text.
+
+    Where prompts were repeated for beams, so are their features.
+    """
+    out = np.full(kinds.shape, -1, dtype=np.int64)
+    base = 0
+    for i, modality in enumerate(runtime.modalities):
+        rows = call.layouts.get(modality.name)
+        if rows is None:
+            continue
+        sizes = [sum(layout.size for layout in row) for row in rows]
+        first = np.cumsum([0, *sizes[:-1]]) + base
+        mine = kinds == i
+        times = len(kinds) // max(1, len(rows))
+        place = mine.cumsum(1) - 1 + np.repeat(first, times)[:, None]
+        out[mine] = place[mine]
+        base += sum(sizes)
+    return out
+
+
+def _entering(call: Call, runtime: Runtime, batch: int) -> list[int]:
+    """Per row, vision tokens that enter the language model."""
+    present = [0] * batch
+    for modality in runtime.modalities:
+        rows = call.layouts.get(modality.name)
+        if rows is None or modality.name not in call.flat:
+            continue
+        left = iter(call.flat[modality.name].counts)
+        each = [sum(next(left) for _ in row) for row in rows]
+        for b in range(batch):
+            present[b] += each[b // (batch // len(rows))]
+    return present
 
 
 def valid_tokens(tokens: Tensor, mask: Any, start: int = 0) -> Tensor:
@@ -129,10 +223,10 @@ def valid_tokens(tokens: Tensor, mask: Any, start: int = 0) -> Tensor:
     return torch.ones_like(tokens, dtype=torch.bool)
 
 
-def last_token(valid: Tensor) -> Tensor:
+def last_token(valid: np.ndarray) -> np.ndarray:
     """(B, length) bool, True at the last valid token of each row."""
-    index = torch.arange(valid.shape[1], dtype=torch.long, device=valid.device)
-    return index == torch.where(valid, index, -1).amax(1, keepdim=True)
+    last: np.ndarray = valid & (valid[:, ::-1].cumsum(1)[:, ::-1] == 1)
+    return last
 
 
 def words(embeds: Tensor, vision: Tensor, valid: Tensor) -> list[Tensor]:
@@ -143,45 +237,43 @@ def words(embeds: Tensor, vision: Tensor, valid: Tensor) -> list[Tensor]:
         vision: (B, length) bool.
         valid: (B, length) bool, tokens that are not padding.
     """
-    index = torch.arange(vision.shape[1], dtype=torch.long, device=vision.device)
-    text = valid & ~vision
-    behind = text & (index > torch.where(vision, index, -1).amax(1, keepdim=True))
-    text = torch.where(behind.any(1, keepdim=True), behind, text)
-    return [row[keep] for row, keep in zip(embeds, text.to(embeds.device), strict=True)]
+    text = (valid & ~vision).numpy()
+    behind = text & (vision.numpy()[:, ::-1].cumsum(1)[:, ::-1] == 0)  # no vision token here or later
+    text = np.where(behind.any(1, keepdims=True), behind, text)
+    places = [np.flatnonzero(row) for row in text]
+    if len({len(place) for place in places}) == 1:
+        return list(kernels.gather_rows([embeds], sent(np.stack(places), embeds.device))[0].unbind(0))
+    return [row[sent(place, embeds.device)] for row, place in zip(embeds, places, strict=True)]
 
 
-def _prompt(valid: Tensor, call: Call | None) -> Tensor:
+def _prompt(valid: np.ndarray, call: Call | None) -> np.ndarray:
     """(B, length) bool, valid tokens of the prompt.
 
     What `generate` appended to it (drafts, or its answer so far where there is no cache) decides nothing.
     """
     if call is None or call.length is None:
         return valid
-    return valid & (torch.arange(valid.shape[1], dtype=torch.long, device=valid.device) < call.length)
+    return valid & (np.arange(valid.shape[1]) < call.length)
 
 
-def _pin_the_end(media: Media, call: Call | None) -> None:
+def _pin_the_end(media: Media, end: Tensor) -> None:
     """Where a prompt ends with a vision token, that token predicts what follows: it stays, before all others."""
-    end = media.vision & last_token(_prompt(media.valid, call))
-    if not bool(end.any()):
-        return
-    media.ends, nothing = end, torch.zeros_like(end)
+    nothing = torch.zeros_like(end)
     media.pinned = end | (nothing if media.pinned is None else media.pinned)
     media.importance = (nothing.float() if media.importance is None else media.importance).masked_fill(end, torch.inf)
 
 
-def _raters(vision: Tensor, valid: Tensor) -> Tensor:
+def _raters(vision: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """Text after the row's last vision token; without text the last token.
 
     `valid` marks the tokens of the prompt. Labels decide nothing: what is dropped is the same with and without them.
     """
-    index = torch.arange(vision.shape[1], dtype=torch.long, device=vision.device)
-    last = torch.where(vision, index, -1).amax(1, keepdim=True)
-    text = valid & ~vision & (index > last)
-    return torch.where(text.any(1, keepdim=True), text, last_token(valid))
+    behind = vision[:, ::-1].cumsum(1)[:, ::-1] == 0  # no vision token here or later
+    text = valid & ~vision & behind
+    return np.where(text.any(1, keepdims=True), text, last_token(valid))
 
 
-def _media(call: Call | None, names: list[str], kinds: Tensor) -> list[list[Medium]]:
+def _media(call: Call | None, names: list[str], kinds: np.ndarray) -> list[list[Medium]]:
     """Media per batch row, repeated where the batch was expanded for beams; empty if the encoder saw other media.
 
     Args:
@@ -198,20 +290,30 @@ def _media(call: Call | None, names: list[str], kinds: Tensor) -> list[list[Medi
     out = []
     for row, own in enumerate(kinds):
         own = own[own >= 0]
-        media = []
+        media: list[tuple[int, Medium]] = []
         for i, name in enumerate(names):
-            place = (own == i).nonzero()[:, 0]
+            place = np.flatnonzero(own == i)
             layouts = call.layouts.get(name, [[]] * prompts)[row // times]
             sizes = [layout.size for layout in layouts]
             if sum(sizes) != len(place):
                 return []
-            media += [Medium(name, *pair) for pair in zip(layouts, place.split(sizes), strict=True) if len(pair[1])]
-        out.append(sorted(media, key=lambda medium: int(medium.index[0])))
+            parts = np.split(place, np.cumsum(sizes)[:-1]) if sizes else []
+            media += [
+                (int(part[0]), Medium(name, layout, part))
+                for layout, part in zip(layouts, parts, strict=True)
+                if len(part)
+            ]
+        out.append([medium for _, medium in sorted(media, key=lambda pair: pair[0])])
     return out
 
 
 def _marks(call: Call | None, media: list[list[Medium]]) -> list[Marks]:
     """What the vision stage decided, per batch row over its vision tokens; empty without one."""
+    return [Marks.of_prompt(row, marks) for row, marks in zip(media, by_medium(call, media), strict=False)]
+
+
+def by_medium(call: Call | None, media: list[list[Medium]]) -> list[list[Marks]]:
+    """What the vision stage decided, per batch row and medium; empty without one."""
     if call is None or not call.marks:
         return []
     by_layout = {
@@ -220,28 +322,7 @@ def _marks(call: Call | None, media: list[list[Medium]]) -> list[Marks]:
         for layouts, marks in zip(call.layouts[kind], rows, strict=True)
         for layout, mark in zip(layouts, marks, strict=True)
     }
-    rows = []
-    for own in media:
-        pairs = [(medium.index, by_layout[id(medium.layout)].to(HOST)) for medium in own]
-        if len(pairs) == 1:  # its features are all the vision tokens of the prompt, in their order
-            mark = pairs[0][1]
-            rows.append(Marks(mark.alive, mark.pinned, mark.importance.float(), mark.order, mark.assignment))
-            continue
-        n = sum(len(index) for index, _ in pairs)
-        row = Marks(
-            alive=torch.ones(n, dtype=torch.bool, device=HOST),
-            pinned=torch.zeros(n, dtype=torch.bool, device=HOST),
-            importance=torch.zeros(n, dtype=torch.float32, device=HOST),
-            order=torch.arange(n, dtype=torch.long, device=HOST),
-            assignment=torch.arange(n, dtype=torch.long, device=HOST),
-        )
-        for index, mark in pairs:
-            row.alive[index], row.pinned[index] = mark.alive, mark.pinned
-            row.importance[index] = mark.importance.float()
-            row.order[index] = index[mark.order]
-            row.assignment[index] = torch.where(mark.assignment < 0, -1, index[mark.assignment.clamp(min=0)])
-        rows.append(row)
-    return rows
+    return [[by_layout[id(medium.layout)] for medium in row] for row in media]
 
 
 def _spread_marks(media: Media, reorder: bool) -> None:
@@ -255,19 +336,18 @@ def _spread_marks(media: Media, reorder: bool) -> None:
         seen = media.valid[b, place] if media.padded else None
         if seen is not None and not bool(seen.all()):  # what the mask hides does not enter, whatever became of it
             row.alive, row.pinned = row.alive & seen, row.pinned & seen
-            there = (row.assignment >= 0) & row.alive[row.assignment.clamp(min=0)] & seen
-            row.assignment = row.assignment.masked_fill(~there, -1)
+            there = (row.into >= 0) & row.alive[row.into.clamp(min=0)] & seen
+            row.assignment = row.into.masked_fill(~there, -1)
         media.pinned[b, place], media.importance[b, place] = row.pinned, row.importance
         if media.order is not None:
             media.order[b, place] = place[row.order]
 
 
-def _counts(runtime: Runtime, media: Media) -> list[Tensor]:
-    """Survivors per filter under the budget, from what really enters."""
-    present = (media.vision & media.alive).sum(1).tolist()
+def _counts(runtime: Runtime, totals: list[int], present: list[int]) -> list[list[int]]:
+    """Survivors per filter and row under the budget, from what really enters; empty where a filter keeps everything."""
     rows: list[tuple[int, ...]] = []
     prefill = runtime.method.prefill
-    for plan, entering in zip(runtime.plan_batch(media.totals), present, strict=True):
+    for plan, entering in zip(runtime.plan_batch(totals), present, strict=True):
         tokens = plan.tokens
         if prefill is not None and prefill.survivors is not None:
             rows.append(prefill.left(entering) if entering else (0,) * len(runtime.filters))
@@ -278,6 +358,6 @@ def _counts(runtime: Runtime, media: Media) -> list[Tensor]:
     counts = []
     for k in range(len(runtime.filters)):
         wanted = [row[k] for row in rows]
-        counts.append(torch.tensor(wanted if wanted != present else [], dtype=torch.long, device=HOST))
+        counts.append(wanted if wanted != present else [])
         present = wanted
     return counts

@@ -66,15 +66,33 @@ def evict_dropped(layers: list[Slots], start: int, here: Tensor) -> None:
         cut = shared[key]
         if cut is not None:
             alike.setdefault((key, id(layer.index(cut)), layer.keys.device), []).append(layer)
-    for (key, _, device), some in alike.items():
+    for (key, _, _), some in alike.items():
         cut = shared[key]
         assert cut is not None  # only layers that lose something are collected
-        while some:  # as many layers at once as may exist twice for a moment
-            part = [some.pop() for _ in range(min(len(some), max(1, AT_ONCE // some[-1].storage_bytes())))]
-            stored = kernels.compact([t for layer in part for t in layer.entries()], on(part[0].index(cut), device))
-            for layer, keys, values in zip(part, stored[::2], stored[1::2], strict=True):
-                layer.store(cut, keys, values)
+        _cut(some, cut)
     _share(layers)
+
+
+def cut_alike(layers: list[Slots], cut: Cut) -> None:
+    """Cut layers that hold the same tokens."""
+    alike: dict[tuple[int, torch.device], list[Slots]] = {}
+    for layer in layers:
+        if layer.slots:
+            alike.setdefault((id(layer.index(cut)), layer.keys.device), []).append(layer)
+    for some in alike.values():
+        _cut(some, cut)
+
+
+def _cut(layers: list[Slots], cut: Cut) -> None:
+    """Cut layers of one device and one index, as many at once as may exist twice for a moment."""
+    left = list(layers)
+    while left:
+        part = [left.pop() for _ in range(min(len(left), max(1, AT_ONCE // left[-1].storage_bytes())))]
+        index = on(part[0].index(cut), part[0].keys.device)
+        stored = kernels.compact([t for layer in part for t in layer.entries()], index)
+        for layer, keys, values in zip(part, stored[::2], stored[1::2], strict=True):
+            layer.store(cut, keys, values)
+        part[0].count(part)
 
 
 def _share(layers: list[Slots]) -> None:

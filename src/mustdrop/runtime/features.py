@@ -17,14 +17,15 @@ from mustdrop.budget import share_out
 from mustdrop.compat import eager
 from mustdrop.errors import MustDropError, UnsupportedOptionError
 from mustdrop.layout import Layout
-from mustdrop.pruners import PictureRule, answers
-from mustdrop.runtime import checks
-from mustdrop.runtime.choosing import Chooser, patches_left
+from mustdrop.pruners import PictureRule, VisionStagePruner, answers
+from mustdrop.runtime import checks, fixed_vision, packed_steps
+from mustdrop.runtime.choosing import Choice, Chooser, patches_left, stacked
 from mustdrop.runtime.encoder import EncoderStage
 from mustdrop.runtime.encoder_run import EncoderRun
+from mustdrop.runtime.fixed_vision import Counts
 from mustdrop.runtime.halves import Inside
 from mustdrop.runtime.leaving import EarlyChoice
-from mustdrop.runtime.marking import decide, must_remain
+from mustdrop.runtime.marking import Decided, decide, must_remain
 from mustdrop.runtime.plan import rows_of_media
 from mustdrop.runtime.shrinking import Shrunk
 from mustdrop.runtime.state import Call, Local
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from mustdrop.runtime.core import Runtime
 
 T = TypeVar("T")
+
+#: Decides where there is no vision stage: all that is there stays, and nothing is read.
+_KEEPS_ALL = VisionStagePruner(window=None, key_share=0, score="uniform")
 
 
 class MarksHook:
@@ -86,17 +90,32 @@ class FeaturesWrapper:
             return self.function(*args, **kwargs)
         stage.check(runtime.adapter.read_layer(runtime.model, kind, arguments))
         shown = _shown(call, kind, sizes) if call is not None and of_call else None
+        gone = self._gone(layouts, owners, call if of_call else None, sizes, shown, arguments)
+        shown = packed_steps.left(shown, gone)
         seen = sizes if shown is None else [int(own.sum()) for own in shown]
         if call is not None and of_call:
             plans, shares = call.plans, _shares(call, kind)
         else:
             plans, shares = [runtime.plan(size) for size in sizes], [Share((size,)) for size in sizes]
         ends = _ends(shares, owners, sizes, shown)
-        least = _limits(seen, owners, shares, [plan.at_least for plan in plans])
-        run = self._run(stage, layouts, least, arguments)
         most = _limits(seen, owners, shares, [plan.at_most for plan in plans])
+        least = _limits(seen, owners, shares, [plan.at_least for plan in plans])
+        counted = not ends and shown is None  # nothing that only the data tell
+        run = self._run(stage, layouts, least, arguments, counted)
         run.inside = self._inside(stage, layouts, most, arguments)
+        run.gone = None if gone is None else torch.cat(gone)
         chooser = self._chooser(stage, run, layouts, most, ends, shown, call if of_call else None, owners)
+        pruner = stage.pruner or _KEEPS_ALL
+
+        def decide_on(flat: Tensor, choice: Choice | None = None) -> Decided:
+            return decide(pruner, run, layouts, flat, least, most, ends, shown, chooser, choice)
+
+        steps = packed_steps.Steps(stage, run, layouts, least, decide_on)
+        if stage.shortens:
+            steps.prepare(torch.from_numpy(stacked(layouts)))
+        counts = self._counts(stage, run, layouts, least, most, arguments) if counted else None
+        if chooser is not None and counts is not None:
+            chooser.fixed = functools.partial(_choose_fixed, counts)
         early = None
         if chooser is not None and chooser.rule.space == "encoder":
             early = EarlyChoice(chooser, stage.tower, runtime.adapter.read_layers(runtime.model, kind, arguments))
@@ -111,14 +130,19 @@ class FeaturesWrapper:
             local.encoder, local.capture = None, None
         if call is not None:
             call.encoded.append(run)
-        if stage.pruner is None:
+        if stage.pruner is None and gone is None:
             return output
         field = self.runtime.adapter.features
         flat = self._flat(getattr(output, field), layouts)
         choice = None if early is None else early.choice
         if call is not None and _structural(layouts) and _count(getattr(output, field)) < len(flat):
             call.unmarked = True  # rows that the model adds later bear no marks
-        decided = decide(stage.pruner, run, layouts, flat, least, most, ends, shown, chooser, choice)
+        if counts is not None:
+            decided, marks = fixed_vision.decide(pruner, run, layouts, flat, least, counts, chooser, choice)
+            if call is not None:
+                call.flat[kind] = marks
+        else:
+            decided = steps.decided or decide_on(flat, choice)
         setattr(output, field, _restored(decided.write(flat), getattr(output, field), layouts))
         for name in self.runtime.adapter.added_features:
             levels = [_restored(decided.merged(_rows(level)), level, layouts) for level in getattr(output, name)]
@@ -126,6 +150,25 @@ class FeaturesWrapper:
         if call is not None:
             call.marks[kind] = _grouped(decided.marks, owners, len(mine))
         return output
+
+    def _gone(
+        self,
+        layouts: Sequence[Layout],
+        owners: Sequence[int],
+        call: Call | None,
+        sizes: Sequence[int],
+        shown: list[Tensor] | None,
+        arguments: dict[str, Any],
+    ) -> list[Tensor] | None:
+        """Per medium (N,) bool, features whose patches the input stage does not let in; None without such a stage."""
+        runtime, kind = self.runtime, self.modality.name
+        pruner = runtime.method.input
+        if pruner is None:
+            return None
+        pixels = runtime.adapter.pixels(runtime.model, kind, arguments)
+        shares = [] if call is None else _shares(call, kind)
+        ends = dict[int, int]() if call is None else _ends(shares, owners, sizes, shown)
+        return packed_steps.incoming(pruner, pixels, layouts, owners, ends)
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """The call's arguments by name; None if there are no pixels, for transformers' own error message.
@@ -141,8 +184,33 @@ class FeaturesWrapper:
             arguments[names[0]] = first
         return arguments if any(arguments.get(name) is not None for name in names) else None
 
+    def _counts(
+        self,
+        stage: EncoderStage,
+        run: EncoderRun,
+        layouts: Sequence[Layout],
+        least: Sequence[int],
+        most: Sequence[int],
+        arguments: dict[str, Any],
+    ) -> Counts | None:
+        """Features of each medium, where nothing but shapes decides how many there are."""
+        runtime, kind, pruner = self.runtime, self.modality.name, stage.pruner
+        if pruner is None or pruner.keep == "rule" or pruner.compat == "released" or run.packed is not None:
+            return None
+        if pruner.rule is not None and not fixed_vision.choosable(pruner.rule, run, layouts, pruner):
+            return None
+        item = 0
+        if run.inside is not None:
+            item = math.prod(runtime.adapter.encoder_grid(runtime.model, kind, arguments))
+        return fixed_vision.counts_of(pruner, run, layouts, least, most, item)
+
     def _run(
-        self, stage: EncoderStage, layouts: Sequence[Layout], least: Sequence[int], arguments: dict[str, Any]
+        self,
+        stage: EncoderStage,
+        layouts: Sequence[Layout],
+        least: Sequence[int],
+        arguments: dict[str, Any],
+        counted: bool,
     ) -> EncoderRun:
         runtime, kind = self.runtime, self.modality.name
         run = EncoderRun(stage.tower)
@@ -158,7 +226,9 @@ class FeaturesWrapper:
         run.grid, run.pool = runtime.adapter.encoder_grid(runtime.model, kind, arguments), pool
         if runtime.method.strict:
             stage.pruner.check(run.grid, pool)
-        if stage.pruner.selects and any(layout.size for layout in layouts):
+        if counted and stage.pruner.counts_windows:
+            run.windows = fixed_vision.windows_inside(stage.pruner, layouts, least, run)
+        elif stage.pruner.selects and any(layout.size for layout in layouts):
             run.at_least = must_remain(stage.pruner, layouts, least, run)
         return run
 
@@ -233,6 +303,10 @@ class FeaturesWrapper:
                 "Do the processor and the config of the model agree (patch size, image size, merge size)?"
             )
         return made
+
+
+def _choose_fixed(counts: Counts, chooser: Chooser, features: Tensor, owner: Tensor | None) -> Choice:
+    return fixed_vision.choose(chooser, features, None if chooser.run.merged is None else owner, counts)
 
 
 def _grouped(values: Sequence[T], owners: Sequence[int], rows: int) -> list[list[T]]:
@@ -321,7 +395,8 @@ def _rows(features: Any) -> Tensor:
     """(F, C) of features in whatever container: one tensor, or one per medium, with or without a frame dimension."""
     if isinstance(features, Tensor):
         return features.flatten(0, -2)
-    return torch.cat([part.flatten(0, -2) for part in features])
+    parts = [part.flatten(0, -2) for part in features]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _structural(layouts: Sequence[Layout]) -> int:

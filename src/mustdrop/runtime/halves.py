@@ -7,6 +7,7 @@ layer's code is repeated here, and only the sum of the second half is made twice
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,23 +25,46 @@ from mustdrop.runtime.tap import implementation_of
 from mustdrop.selection import Selection
 
 
-@dataclass
-class Group:
-    """Items that merge as many tokens as each other in every layer.
+class Followed(Selection):
+    """What merging in the layers has come to after one of them; computed when somebody asks, since most do not."""
 
-    Attributes:
-        amounts: tokens that merge in each layer.
-        items: their numbers in the encoder's batch; None: all.
-        tokens: tokens that each still has; None before anything has merged.
-    """
+    def __init__(self, inside: Inside) -> None:
+        moves, names, base = list(inside.moves), inside.names, inside.base
+        lengths, prefix = list(inside.lengths), inside.prefix
+        assert names is not None  # something has merged
+        object.__setattr__(self, "_find", lambda: _followed(moves, names, lengths, prefix, base))
 
-    amounts: Sequence[int]
-    items: list[int] | None = None
-    tokens: int | None = None
+    @functools.cached_property
+    def _found(self) -> Selection:
+        return self._find()  # type: ignore[attr-defined,no-any-return]
 
-    def here(self, layer: int) -> int:
-        """Tokens that merge in one layer."""
-        return self.amounts[layer] if layer < len(self.amounts) else 0
+    @property
+    def keep(self) -> Tensor:
+        """See `Selection`."""
+        return self._found.keep
+
+    @property
+    def valid(self) -> Tensor:
+        """See `Selection`."""
+        return self._found.valid
+
+    @property
+    def merge_into(self) -> Tensor | None:
+        """See `Selection`."""
+        return self._found.merge_into
+
+
+def _followed(moves: list[Tensor], names: Tensor, lengths: list[int], prefix: int, base: Selection | None) -> Selection:
+    """The patches through all layers; `names` (items, slots) are the first of each slot, counted with the prefix."""
+    into = kernels.followed(moves)[:, prefix:] - prefix  # the tokens before the patches stay where they are
+    if base is not None and base.merge_into is not None:
+        into = into.gather(1, base.merge_into.to(into.device))
+    keep, slots = names[:, prefix:] - prefix, names.shape[1] - prefix
+    if min(lengths) == max(lengths):
+        return Selection(keep, torch.ones(keep.shape, dtype=torch.bool, device=keep.device), into)
+    counts = torch.tensor(lengths, dtype=torch.long, device=keep.device) - prefix
+    valid = torch.arange(slots, dtype=torch.long, device=keep.device) < counts[:, None]
+    return Selection(keep.masked_fill(~valid, 0), valid, into)
 
 
 @dataclass
@@ -48,29 +72,36 @@ class Inside:
     """State of merging in one pass through an encoder.
 
     Each item has amounts of its own, so that an image becomes the same tokens in every batch. Items with fewer tokens
-    than others are padded at the end; nobody sees the padding.
+    than others are padded at the end; nobody sees the padding. All numbers are known before the first layer runs.
 
     Attributes:
         rule: what merges.
         amounts: per item, tokens that merge in each layer. Items that become no feature may be missing.
         prefix: tokens before the patches.
-        groups: of items with the same amounts.
-        size: (items, tokens) float, patches that each token stands for; None before anything has merged.
-        keys: (items, tokens, D) of the layer that is running.
+        keys: (items, tokens, D) of the layer that is running, or (items, heads, tokens, D).
         mid: its tokens between the halves.
         out: its output.
+        size: (items, tokens) float, patches that each token stands for; None before anything has merged.
+        logs: (items, tokens) logarithms of the sizes.
+        names: (items, tokens) long, first patch of each token, counted with those before the patches.
         lengths: tokens that each item has, those before the patches included; empty before anything has merged.
+        moves: (items, tokens) long of each layer that merged, slot of each token.
+        base: what windows had merged before.
     """
 
     rule: InnerRule
     amounts: Sequence[Sequence[int]]
     prefix: int
-    groups: list[Group] = field(default_factory=list)
-    size: Tensor | None = None
     keys: Tensor | None = None
     mid: Tensor | None = None
     out: Tensor | None = None
+    size: Tensor | None = None
+    logs: Tensor | None = None
+    names: Tensor | None = None
     lengths: list[int] = field(default_factory=list)
+    moves: list[Tensor] = field(default_factory=list)
+    base: Selection | None = None
+    memo: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, rule: InnerRule, amounts: Sequence[Sequence[int]], tower: Tower) -> Inside:
@@ -87,67 +118,110 @@ class Inside:
             )
         return cls(rule, amounts, tower.prefix)
 
+    @property
+    def uneven(self) -> bool:
+        """Whether items have different numbers of tokens now."""
+        return bool(self.lengths) and min(self.lengths) < max(self.lengths)
+
+    def read(self, k: Tensor) -> None:
+        """Keep the keys (items, heads, tokens, D) of the layer that is running."""
+        self.keys = k if self.rule.per_head else k.float().mean(1)
+
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """(items, 1, 1, tokens) logarithm of the sizes, for the attention of the next layer; padding is hidden.
 
         None where merged tokens weigh like others.
         """
-        if self.size is None or not self.rule.weighs:
+        if self.logs is None or not self.rule.weighs:
             return None
-        return self.size.log().to(dtype).clamp(min=torch.finfo(dtype).min)[:, None, None]
+        return self.logs.to(dtype)[:, None, None]
+
+    def nothing(self, like: Tensor) -> Tensor:
+        """(1, 1, 1) zero, made once."""
+        key = (like.dtype, like.device)
+        if key not in self.memo:
+            self.memo[key] = like.new_zeros(1, 1, 1)
+        return self.memo[key]
 
     def merge(self, index: int, hidden: Tensor, merged: Selection | None) -> Selection | None:
         """Merge the tokens (items, tokens, C) of one layer; they wait in `mid`. None if none merge here."""
-        groups = self._grouped(len(hidden))
-        if self.keys is None or not any(group.here(index) for group in groups):
+        items, tokens = hidden.shape[:2]
+        numbers = [own[index] if index < len(own) else 0 for own in self._of_items(items)]
+        if self.keys is None or not any(numbers):
             return None
-        device, (items, tokens, _) = hidden.device, hidden.shape
-        slot = torch.full((items, tokens), -1, dtype=torch.long, device=device)
-        for group in groups:
-            mine = slice(None) if group.items is None else torch.tensor(group.items, dtype=torch.long, device=device)
-            own = tokens if group.tokens is None else group.tokens
-            joined = answers.slots(self.rule, self.keys[mine, :own], group.here(index), self.prefix)
-            slot[mine, :own], group.tokens = joined
-        self.lengths = self._lengths(items)
+        if not self.moves:
+            self.base, self.lengths = merged, [tokens] * items
+            self.names = None if merged is None else _names(merged, self.prefix, hidden.device)
+        slot = self._slots(index, numbers)
+        self.moves.append(slot)
         slots = max(self.lengths)
-        size = hidden.new_ones(items, tokens, dtype=torch.float32) if self.size is None else self.size
-        self.mid = kernels.merge_tokens(hidden, slot, slots, size)
-        # padding has no slot: its size, which is 0, goes anywhere
-        self.size = size.new_zeros(items, slots).scatter_add_(1, slot.clamp(min=0), size)
-        patches = slot[:, self.prefix :] - self.prefix  # the tokens before the patches stay where they are
-        before = torch.arange(tokens - self.prefix, dtype=torch.long, device=device).expand_as(patches)
-        into = patches if merged is None or merged.merge_into is None else patches.gather(1, merged.merge_into)
-        names = before if merged is None else merged.keep.masked_fill(~merged.valid, into.shape[1])
-        # each slot is named by the first of its patches
-        keep = torch.full((items, slots - self.prefix), into.shape[1], dtype=torch.long, device=device)
-        keep = keep.scatter_reduce(1, patches.clamp(min=0), names, "amin")
-        valid = torch.ones(items, slots - self.prefix, dtype=torch.bool, device=device)
-        if min(self.lengths) < slots:
-            counts = torch.tensor(self.lengths, dtype=torch.long, device=device)
-            valid = torch.arange(slots - self.prefix, dtype=torch.long, device=device) < (counts - self.prefix)[:, None]
-            keep = keep.masked_fill(~valid, 0)
-        return Selection(keep, valid, into)
+        self.mid, self.size, self.logs, self.names = kernels.merge_sized(hidden, slot, slots, self.size, self.names)
+        return Followed(self)
 
-    def _lengths(self, items: int) -> list[int]:
-        """Tokens that each item has after a merge."""
-        out = [0] * items
-        for group in self.groups:
-            for item in range(items) if group.items is None else group.items:
-                out[item] = group.tokens or 0
-        return out
-
-    def _grouped(self, items: int) -> list[Group]:
-        """The groups of so many items; those that nobody asked for merge like the items with the fewest tokens left."""
-        if self.groups:
-            return self.groups
+    def _of_items(self, items: int) -> list[tuple[int, ...]]:
+        """Amounts of so many items; those that nobody asked for merge like the items with the fewest tokens left."""
         amounts = [tuple(own) for own in self.amounts] or [()]
-        amounts += [max(amounts, key=sum)] * (items - len(amounts))
-        found: dict[tuple[int, ...], list[int]] = {}
-        for item, own in enumerate(amounts):
-            found.setdefault(own, []).append(item)
-        several = len(found) > 1
-        self.groups = [Group(own, members if several else None) for own, members in found.items()]
-        return self.groups
+        return amounts + [max(amounts, key=sum)] * (items - len(amounts))
+
+    def _slots(self, index: int, numbers: list[int]) -> Tensor:
+        """(items, tokens) long, where each token of a layer goes; `lengths` become what is left."""
+        assert self.keys is not None
+        kinds = list(zip(numbers, self.lengths, strict=True))
+        if len(set(kinds)) == 1:
+            slot, left = answers.slots(self.rule, self.keys, numbers[0], self.prefix)
+            self.lengths = [left] * len(kinds)
+            return slot
+        lengths = [self._left(*kind) for kind in kinds]
+        numbers_there, lengths_there = self._on_device(index, kinds)
+        found = answers.uneven_slots(self.rule, self.keys, numbers_there, lengths_there, lengths, self.prefix)
+        if found is not None:
+            self.lengths = lengths
+            return found
+        return self._in_groups(kinds)
+
+    def _on_device(self, index: int, kinds: list[tuple[int, int]]) -> Tensor:
+        """(2, items) long, what goes and what there is in one layer; those of all layers are sent at once."""
+        assert self.keys is not None
+        now = [own for _, own in kinds]
+        key = (index, tuple(now))
+        if key not in self.memo:
+            amounts, plan = self._of_items(len(kinds)), {}
+            for layer in range(index, max(map(len, amounts))):
+                go = [own[layer] if layer < len(own) else 0 for own in amounts]
+                plan[layer, tuple(now)] = [go, now]
+                now = [self._left(*kind) for kind in zip(go, now, strict=True)]
+            sent = torch.tensor(list(plan.values()), dtype=torch.long, device=self.keys.device)
+            self.memo |= dict(zip(plan, sent, strict=True))
+        return self.memo[key]
+
+    def _left(self, number: int, tokens: int) -> int:
+        """Tokens that are left of so many if `number` go, or as many as can."""
+        return tokens - max(0, min(number, (tokens - self.prefix) // 2))
+
+    def _in_groups(self, kinds: list[tuple[int, int]]) -> Tensor:
+        """`_slots` where the rule takes only items that are alike."""
+        assert self.keys is not None
+        keys, lengths = self.keys, list(self.lengths)
+        slot = torch.full((len(kinds), keys.shape[-2]), -1, dtype=torch.long, device=keys.device)
+        for number, own in dict.fromkeys(kinds):
+            items = [item for item, kind in enumerate(kinds) if kind == (number, own)]
+            key = ("items", *items)
+            if key not in self.memo:
+                self.memo[key] = torch.tensor(items, dtype=torch.long, device=keys.device)
+            mine = self.memo[key]
+            slot[mine, :own], left = answers.slots(self.rule, keys[mine][..., :own, :], number, self.prefix)
+            for item in items:
+                lengths[item] = left
+        self.lengths = lengths
+        return slot
+
+
+def _names(merged: Selection, prefix: int, device: torch.device) -> Tensor:
+    """(items, tokens) long, first patch of each token after windows have merged, counted with the prefix."""
+    assert merged.merge_into is not None
+    names = merged.keep.masked_fill(~merged.valid, merged.merge_into.shape[1]) + prefix
+    front = torch.arange(prefix, dtype=torch.long, device=names.device).expand(len(names), -1)
+    return torch.cat([front, names], 1).to(device)
 
 
 @dataclass
@@ -186,7 +260,8 @@ class HalfHooks:
         if run is None or run.inside is None or run.inside.mid is None:
             return None
         run.inside.out, run.inside.mid = run.inside.mid + output, None
-        return output.new_zeros(1, 1, 1)
+        inside: Inside = run.inside
+        return inside.nothing(output)
 
     @eager
     def after_block(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

@@ -12,10 +12,20 @@ from mustdrop.pruners import PictureRule
 from mustdrop.runtime import tap
 from mustdrop.runtime.additions import AdditionWrapper
 from mustdrop.runtime.calls import BASE, MODEL, TEXT, Direct, PrepareWrapper
-from mustdrop.runtime.encoder import BlockHook, EncoderCapture, EncoderStage, MaskHook, StatesHook, takes_mask
+from mustdrop.runtime.encoder import (
+    BlockHook,
+    EncoderCapture,
+    EncoderStage,
+    LengthHook,
+    MaskHook,
+    StatesHook,
+    takes_mask,
+)
 from mustdrop.runtime.features import FeaturesWrapper, MarksHook
 from mustdrop.runtime.generate import GenerateWrapper
 from mustdrop.runtime.halves import HalfHooks
+from mustdrop.runtime.packed import PackedHooks
+from mustdrop.runtime.recurrent import RowByRow
 from mustdrop.runtime.shrinking import PicturesHook
 from mustdrop.runtime.text import AttentionCapture, LayerHook
 
@@ -81,14 +91,21 @@ class Installation:
         stage, decode = runtime.stage, runtime.method.decode
         for i, layer in enumerate(runtime.layers):
             self.handles.append(layer.register_forward_pre_hook(LayerHook(stage, i), with_kwargs=True))
-        for i in range(runtime.depth) if decode is not None and decode.keep is not None else runtime.filters:
+            if i in runtime.recurrent:
+                self._override(layer, "forward", RowByRow(runtime.local, i, layer.forward))
+        for i in range(runtime.depth) if decode is not None and decode.reads_layers else runtime.filters:
             self._tap(runtime, runtime.layers[i], ("text", i), AttentionCapture(stage, i), f"decoder layer {i}")
 
     def _encoder(self, runtime: Runtime, stage: EncoderStage) -> None:
         """Before each encoder layer; where a vision stage is set, also what it reads, masks and gives back."""
         tower = stage.tower
+        for block in tower.before:
+            self.handles.append(block.register_forward_pre_hook(LengthHook(stage), with_kwargs=True))
         for i, block in enumerate(tower.blocks):
             self.handles.append(block.register_forward_pre_hook(BlockHook(stage, i), with_kwargs=True))
+        if stage.shortens:
+            self.handles += PackedHooks(runtime.local).install(tower)
+            self.handles.append(tower.module.register_forward_hook(stage.after_tower, prepend=True))
         if stage.pruner is None:
             return
         if not tower.packed:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mustdrop.adapters.base import Tower
-from mustdrop.runtime.choosing import Choice, Chooser, owners, stacked
+from mustdrop.constants import sent
+from mustdrop.runtime.choosing import Choice, Chooser, owners, plain, stacked
 
 
 @dataclass
@@ -24,24 +25,28 @@ class EarlyChoice:
         tower: the encoder.
         layers: the encoder layers that features are read from.
         choice: what was decided, or None.
+        whole: whether the features are all patches of all items, in their order.
     """
 
     chooser: Chooser
     tower: Tower
     layers: Sequence[int]
     choice: Choice | None = None
+    whole: bool = False
 
     def __call__(self, output: Any) -> Any:
         """The encoder's output with the rule's values in the patches that stay."""
         run, final = self.chooser.run, output.last_hidden_state
-        patches = stacked(self.chooser.layouts)
-        if not run.item or patches.shape[1] > 1 or int(patches.max()) >= len(final) * run.item:
+        table = stacked(self.chooser.layouts)
+        if not run.item or table.shape[1] > 1 or int(table.max()) >= len(final) * run.item:
             return output
-        patches = patches[:, 0].to(final.device)
+        self.whole = plain(table) and len(table) == len(final) * run.item
+        patches = sent(table[:, 0], final.device)
         states = getattr(output, "hidden_states", None)
         read = [final if states is None else states[k + 1] for k in self.layers]
-        seen = torch.cat([self._rows(state)[patches.clamp(min=0)] for state in read], 1)
-        self.choice = self.chooser(seen, owners(run, patches[:, None]))
+        parts = [self._features(state, patches) for state in read]
+        seen = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        self.choice = self.chooser(seen, owners(run, patches[:, None]) if run.merged is not None else None)
         if states is not None:
             wanted = {k + 1 for k in self.layers}
             output["hidden_states"] = tuple(
@@ -56,14 +61,21 @@ class EarlyChoice:
         prefix = self.tower.prefix
         return state[:, prefix : prefix + self.chooser.run.item].flatten(0, 1)
 
+    def _features(self, state: Tensor, patches: Tensor) -> Tensor:
+        """(F, C) of a hidden state."""
+        return self._rows(state) if self.whole else self._rows(state)[patches.clamp(min=0)]
+
     def _written(self, state: Tensor, patches: Tensor, choice: Choice) -> Tensor:
         """A hidden state with the rule's values in the rows of the features that stay."""
-        flat = self._rows(state)[patches.clamp(min=0)]
+        flat = self._features(state, patches)
         made = choice.blend(flat)
         if made is flat:
             return state
-        changed = choice.keep.to(patches.device) & (patches >= 0)
-        whole = self._rows(state).clone()
-        whole[patches[changed]] = made[changed]
+        if self.whole:
+            whole = made
+        else:
+            changed = choice.keep.to(patches.device) & (patches >= 0)
+            whole = self._rows(state).clone()
+            whole[patches[changed]] = made[changed]
         first, item = self.tower.prefix, self.chooser.run.item
         return torch.cat([state[:, :first], whole.view(len(state), item, -1), state[:, first + item :]], 1)

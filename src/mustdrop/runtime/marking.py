@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mustdrop.budget import share_out
+from mustdrop.constants import where
 from mustdrop.layout import Layout
 from mustdrop.pruners import VisionStagePruner
 from mustdrop.runtime.choosing import Choice, Chooser, named, of_features, owners, stacked
@@ -26,11 +27,15 @@ class Decided:
         merge: (F,) long, for each feature of the call the one that takes its mean in; None if none is to be changed
             (windows that merged inside the encoder have equal features already).
         choice: what a rule decided, if its values are still to be written.
+        alive: (F,) bool, features that stay; None: as the marks say.
+        whole: whether all do; None: nobody knows.
     """
 
     marks: list[Marks]
     merge: Tensor | None
     choice: Choice | None = None
+    alive: Tensor | None = None
+    whole: bool | None = None
 
     def write(self, features: Tensor) -> Tensor:
         """Features (F, C) of all media, merged, with NaN in the rows of those that are dropped."""
@@ -38,10 +43,10 @@ class Decided:
             features = means(features, self.merge)
         if self.choice is not None:
             features = self.choice.blend(features)
-        alive = torch.cat([mark.alive for mark in self.marks])
-        if bool(alive.all()):
+        alive = torch.cat([mark.alive for mark in self.marks]) if self.alive is None else self.alive
+        if bool(alive.all()) if self.whole is None else self.whole:
             return features
-        return features.masked_fill(on(~alive, features.device)[:, None], torch.nan)
+        return where(on(alive, features.device)[:, None], features, torch.nan)
 
     def merged(self, features: Tensor) -> Tensor:
         """As `write`, with zeros instead of NaN: for features that are added to tokens and not looked at."""
@@ -71,9 +76,9 @@ def must_remain(pruner: VisionStagePruner, layouts: Sequence[Layout], least: Seq
     remain = torch.zeros(items, dtype=torch.long, device=HOST)
     window, square = pruner.window**2 - 1, (pruner.window * run.pool) ** 2 - 1
     for layout, fewest in zip(layouts, least, strict=True):
-        item, count = torch.unique(layout.patches[~layout.structural, 0] // patches, return_counts=True)
+        item, count = layout.items(patches)
         gone = max(0, layout.size - fewest)
-        for i, n in zip(item.tolist(), share_out(min(gone, int(count.sum())), count.tolist()), strict=True):
+        for i, n in zip(item, share_out(min(gone, sum(count)), count), strict=True):
             remain[i] = patches - n // window * square
     return remain
 
@@ -104,10 +109,10 @@ def decide(
         chooser: asks the pruner's rule, if it has one.
         choice: what the rule has decided already, as the features left the encoder.
     """
-    patches = stacked(layouts)
+    patches = torch.from_numpy(stacked(layouts))
     importance = _importance(pruner, run, patches)
-    behind = run.grid is None and pruner.window is not None
-    owner = _merge_behind(pruner, layouts, features, least) if behind else owners(run, patches)
+    behind = run.grid is None and pruner.window is not None and not run.merges_packed
+    owner = merge_behind(pruner, layouts, features, least, run.gone) if behind else owners(run, patches)
     owner = named(owner, layouts, ends, shown)
     starts = [0]
     for layout in layouts:
@@ -128,6 +133,7 @@ def decide(
             most=torch.tensor([most[i] for i in group], dtype=torch.long, device=HOST),
             ends=_marked([layouts[i].size for i in group], {group.index(i): k for i, k in ends.items() if i in group}),
             shown=None if shown is None else torch.stack([shown[i] for i in group]),
+            gone=None if run.gone is None else torch.stack([run.gone[starts[i] : starts[i + 1]] for i in group]),
         )
         for i, mark in zip(group, part.marks(pruner), strict=True):
             marks[i] = mark
@@ -158,6 +164,7 @@ def _by_rule(
     done = choice is not None
     if choice is None:
         choice = chooser(features if merge is None else means(features, merge), on(owner, features.device))
+    assert choice.into is not None  # as the chooser makes it
     kept, became, ordered = choice.keep.to(HOST), choice.into.to(HOST), choice.order.to(HOST)
     marks, start = [], 0
     for layout in layouts:
@@ -192,11 +199,13 @@ class _Group:
     most: Tensor
     ends: Tensor
     shown: Tensor | None
+    gone: Tensor | None = None
 
     def marks(self, pruner: VisionStagePruner) -> list[Marks]:
         """The decisions. `order` is the feature that names what each became part of, dropped or not."""
         importance, owner = self.importance, self.owner
         alive = owner == torch.arange(owner.shape[1], dtype=torch.long, device=owner.device)
+        alive = alive if self.gone is None else alive & ~self.gone
         seen = alive if self.shown is None else alive & self.shown
         count = self.most if pruner.selects and bool((seen.sum(1) > self.most).any()) else None
         keep, pinned = pruner.select(importance, alive if count is None else seen, count, self.structural, self.ends)
@@ -220,10 +229,17 @@ def _importance(pruner: VisionStagePruner, run: EncoderRun, patches: Tensor) -> 
     return of_features(run, pruner.importance, patches)
 
 
-def _merge_behind(
-    pruner: VisionStagePruner, layouts: Sequence[Layout], features: Tensor, least: Sequence[int]
+def merge_behind(
+    pruner: VisionStagePruner,
+    layouts: Sequence[Layout],
+    features: Tensor,
+    least: Sequence[int],
+    gone: Tensor | None = None,
 ) -> Tensor:
-    """(F,) long as `owners`, for windows over the cells of each grid of features."""
+    """(F,) long as `owners`, for windows over the cells of each grid of features.
+
+    Windows with a feature that is `gone` (F,) do not merge.
+    """
     owner = torch.arange(len(features), dtype=torch.long, device=HOST)
     start = 0
     for layout, fewest in zip(layouts, least, strict=True):
@@ -231,13 +247,17 @@ def _merge_behind(
         place = torch.empty(layout.offsets[-1], dtype=torch.long, device=HOST)
         place[cells[cells >= 0]] = (cells >= 0).nonzero()[:, 0] + start  # cell -> feature
         sizes = [b - a for a, b in zip(layout.offsets[:-1], layout.offsets[1:], strict=True)]
-        gone = share_out(min(max(0, layout.size - fewest), sum(sizes)), sizes)
-        for grid, first, size, n in zip(layout.grids, layout.offsets, sizes, gone, strict=False):
+        lost = 0 if gone is None else int(gone[start : start + layout.size].sum())
+        free = share_out(min(max(0, layout.size - lost - fewest), sum(sizes)), sizes)
+        for grid, first, size, n in zip(layout.grids, layout.offsets, sizes, free, strict=False):
             if not pruner.merges(grid):
                 continue
             mine = place[first : first + size]
             limit = torch.tensor([size - n], dtype=torch.long, device=features.device) if pruner.selects else None
-            merged = pruner.merge(features[mine][None].float(), grid, limit).to(HOST)
+            similarity = pruner.similarity(
+                features[mine][None].float(), grid, gone=None if gone is None else gone[mine]
+            )
+            merged = pruner.merge_by(similarity, grid, limit).to(HOST)
             if merged.merge_into is not None:
                 owner[mine] = mine[merged.keep[0, merged.merge_into[0]]]
         start += layout.size

@@ -149,7 +149,7 @@ def fixed_mask(mask: object, positions: Tensor, padded: bool) -> Tensor:
             "a pruned static cache needs a mask with queries and keys, and the attention implementation came with "
             f"{type(mask).__name__}: use model.set_attn_implementation('sdpa')."
         )
-    known = take(mask, positions, 3)
+    known = take(mask, positions, 3, padded)
     if not padded:
         return known
     hidden = (positions == PAD)[:, None, None]

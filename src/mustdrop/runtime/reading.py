@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mustdrop.adapters.base import Tower
+from mustdrop.constants import numbers
 from mustdrop.kernels import received_attention, row_probabilities
 from mustdrop.pruners import Read
 from mustdrop.runtime.encoder_run import EncoderRun
@@ -33,7 +34,7 @@ def of_items(read: Read, tower: Tower, q: Tensor, k: Tensor, visible: Tensor, sc
     if read.what == "joint_attention":
         q, k = (x.transpose(1, 2).flatten(2)[:, None] for x in (q, k))
         scaling = q.shape[-1] ** -0.5
-    cls = torch.full((len(q), 1), 0 if tower.prefix else k.shape[2] - 1, dtype=torch.long, device=q.device)
+    cls = numbers([0 if tower.prefix else k.shape[2] - 1] * len(q), q.device)[:, None]
     return row_probabilities(q, k, cls, visible[:, None], scaling)[:, 0, inside]
 
 

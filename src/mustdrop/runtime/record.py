@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mustdrop import kv
 from mustdrop.cost import Compared, EncoderCost, TextCost, total
+from mustdrop.runtime import old_pictures
 from mustdrop.runtime.rows import PAD, take
 from mustdrop.runtime.state import Call, Prefill
 from mustdrop.trace import Trace
@@ -29,12 +30,16 @@ class Encoded:
         prefix: tokens before the patches.
         lengths: per encoder layer, the lengths of the sequences that attended to themselves.
         merged: whether tokens merged.
+        uncut: as `lengths`, had no patch left a packed encoder; empty for others.
+        skipped: FLOPs that its mergers did not spend, since they ran on fewer cells.
     """
 
     cost: EncoderCost
     prefix: int
     lengths: list[Sequence[int] | Tensor]
     merged: bool
+    uncut: list[Sequence[int] | Tensor]
+    skipped: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +63,7 @@ class Ended:
         backend: see `Trace`.
         kernels: see `Trace`.
         fit: see `Trace`.
+        recurrent: see `Trace`.
     """
 
     method: str
@@ -73,6 +79,7 @@ class Ended:
     backend: str
     kernels: str
     fit: Literal["crop", "stretch"]
+    recurrent: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, runtime: Runtime, call: Call) -> Ended:
@@ -83,7 +90,14 @@ class Ended:
             prefill = Prefill(empty, 0, empty)
         layers = [] if call.cache is None else call.cache.layers[:depth]
         encoded = [
-            Encoded(runtime.encoder_cost(run.tower), run.tower.prefix, run.lengths, run.merged is not None)
+            Encoded(
+                runtime.encoder_cost(run.tower),
+                run.tower.prefix,
+                run.lengths,
+                run.merged is not None,
+                run.uncut,
+                runtime.skipped(run),
+            )
             for run in call.encoded
             if run.lengths
         ]
@@ -101,6 +115,7 @@ class Ended:
             backend=runtime.implementation,
             kernels=", ".join(sorted(call.kernels)) or "none",
             fit=runtime.adapter.fit(runtime.model),
+            recurrent=tuple(sorted(runtime.recurrent)),
         )
 
     @property
@@ -109,6 +124,7 @@ class Ended:
         if self.kv_bytes.actual < self.kv_bytes.unpruned:
             return True
         vision, last = self.prefill.vision, self.prefill.rows[-1] if self.prefill.rows else None
+        last = None if last is None else last.cpu()
         left = vision & self.prefill.valid if last is None else take(vision, last, 1) & (last != PAD)
         return bool((left.sum(1) < vision.sum(1)).any())
 
@@ -133,8 +149,10 @@ class Ended:
             filters=self.filters,
             fit=self.fit,
             media=prefill.media,
+            kv_pictures=_pictures(self.stored),
+            recurrent=self.recurrent,
             _alive=alive,
-            _marks=[row.to("cpu") for row in prefill.marks],
+            _marks=prefill.of_prompts(),
             _heard=prefill.heard,
             _vision=prefill.vision,
         )
@@ -145,8 +163,9 @@ class Ended:
 
         Of a static cache those that it counted: the hooks see no compiled step.
         """
-        if self.stored and isinstance(self.stored[0].slots, Tensor):
-            return self.stored[0].logical - self.prefill.start - self.prefill.valid.shape[1]
+        fixed = next((layer for layer in self.stored if isinstance(layer.slots, Tensor)), None)
+        if fixed is not None:
+            return fixed.logical - self.prefill.start - self.prefill.valid.shape[1]
         return self.steps
 
 
@@ -165,6 +184,15 @@ def _entries(layers: list[kv.Stored], prefill: Prefill, depth: int, batch: int) 
             done[layer.key] = layer.lengths(prefill.start, prefill.valid), layer.held(prefill.start, seen)
     lengths, held = zip(*(done[layer.key] for layer in layers), strict=True)
     return torch.stack(lengths), torch.stack(held)
+
+
+def _pictures(layers: list[kv.Stored]) -> list[Tensor]:
+    """Per sample (L, pictures) long, entries of each picture of the chat; empty where the cache does not know them."""
+    found = [old_pictures.by_picture(layer) for layer in layers]
+    known = [own for own in found if own is not None]
+    if not known or len(known) < len(found):
+        return []
+    return list(torch.stack(known, 1))
 
 
 def _alive(prefill: Prefill, rows: list[Tensor | None]) -> list[list[Tensor]]:
@@ -191,8 +219,8 @@ def _alive(prefill: Prefill, rows: list[Tensor | None]) -> list[list[Tensor]]:
 
 
 def _kv_bytes(layers: list[Any]) -> Compared:
-    actual = sum(layer.storage_bytes() for layer in layers)
-    return Compared(actual, sum(layer.unpruned_bytes() for layer in layers))
+    pairs = [layer.bytes_held() for layer in layers]
+    return Compared(sum(actual for actual, _ in pairs), sum(unpruned for _, unpruned in pairs))
 
 
 def _flops(ended: Ended, rows: list[Tensor | None], tokens: Tensor, kv_lengths: Tensor) -> Compared:
@@ -210,7 +238,7 @@ def _flops(ended: Ended, rows: list[Tensor | None], tokens: Tensor, kv_lengths: 
     logical = [int(n) + prefill.start + ended.logical_steps for n in whole]
     parts = {
         "vision": _encoder_cost(ended.encoded),
-        "projector": Compared(ended.projector, ended.projector),
+        "projector": Compared(ended.projector - sum(run.skipped for run in ended.encoded), ended.projector),
         "scoring": Compared(scoring, 0),
         "prefill": Compared(
             sum(text.prefill(new[b], past, tokens[:, b].tolist()) for b in range(batch)),
@@ -228,14 +256,19 @@ def _encoder_cost(passes: list[Encoded]) -> Compared:
     """Of every pass through an encoder, merged and as long as it came in."""
     actual = unpruned = 0
     for run in passes:
-        known = {id(length): length.tolist() if isinstance(length, Tensor) else length for length in run.lengths}
-        lengths = [known[id(length)] for length in run.lengths]
-        embedding = run.cost.embedding * (sum(lengths[0]) - run.prefix * len(lengths[0]))
+        lengths = _known(run.lengths)
+        # before windows merge, every layer of items with a batch dimension sees what the first one sees
+        whole = _known(run.uncut) if run.uncut else [lengths[0]] * len(lengths) if run.merged else lengths
+        embedding = run.cost.embedding * (sum(whole[0]) - run.prefix * len(whole[0]))
         actual += embedding + run.cost.layers(lengths)
-        # before windows merge, every layer sees what the first one sees
-        whole = [lengths[0]] * len(lengths) if run.merged else lengths
         unpruned += embedding + run.cost.layers(whole)
     return Compared(actual, unpruned)
+
+
+def _known(lengths: Sequence[Sequence[int] | Tensor]) -> list[Sequence[int]]:
+    """On the host; those that are one object are asked for once."""
+    known = {id(own): own.tolist() if isinstance(own, Tensor) else own for own in lengths}
+    return [known[id(own)] for own in lengths]
 
 
 def _projector_flops(runtime: Runtime, call: Call) -> int:

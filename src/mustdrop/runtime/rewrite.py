@@ -10,6 +10,7 @@ from torch import Tensor
 from mustdrop import kernels, kv
 from mustdrop.compat import CACHE_NAMES
 from mustdrop.errors import UnsupportedOptionError
+from mustdrop.runtime import recurrent
 from mustdrop.runtime.entry import Media
 from mustdrop.runtime.masks import Layout, fixed_mask, physical_mask
 from mustdrop.runtime.rows import HOST, PAD, on
@@ -29,11 +30,45 @@ class Rewriter:
         self.runtime = runtime
 
     def rewrite(
-        self, layer: kv.Slots | None, forward: Forward, media: Media, hidden: Tensor, kwargs: dict[str, Any]
+        self,
+        layer: kv.Slots | None,
+        forward: Forward,
+        media: Media,
+        hidden: Tensor,
+        kwargs: dict[str, Any],
+        folds: bool = False,
     ) -> None:
-        """Positions, masks and whatever else has one entry per row, for the rows that are left."""
+        """Positions, masks and whatever else has one entry per row, for the rows that are left.
+
+        Where the layer folds tokens into a state, its mask says which rows are padding, and nothing else.
+        """
+        if media.fixed is None:
+            self._rewrite(layer, forward, media, hidden, kwargs, folds)
+            return
+        # layers hold the rows of this pass alone: who is given the same gets the same
+        given = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
+        key = ("given", folds, *map(id, given.values()))
+        if key in forward.memo:
+            kwargs.update(forward.memo[key][1])
+            return
+        self._rewrite(layer, forward, media, hidden, kwargs, folds)
+        changed = {name: kwargs[name] for name, value in given.items() if kwargs[name] is not value}
+        forward.memo[key] = (given, changed)  # holding what came keeps its ids from being used again
+
+    def _rewrite(
+        self,
+        layer: kv.Slots | None,
+        forward: Forward,
+        media: Media,
+        hidden: Tensor,
+        kwargs: dict[str, Any],
+        folds: bool,
+    ) -> None:
         layout = self._layout(layer, forward, media)
-        self._map_mask(layout, forward, hidden, kwargs)
+        if folds:
+            kwargs["attention_mask"] = recurrent.mask(forward, hidden)
+        else:
+            self._map_mask(layout, forward, hidden, kwargs)
         cut: dict[str, int] = {}  # what has rows to cut, and its dimensions where there are several axes of positions
         for name, value in kwargs.items():
             if value is None:
@@ -112,7 +147,7 @@ class Rewriter:
         if layer.whole:
             return False
         if layer.fixed is None:  # in a pass after one that has failed
-            layer.settle({})
+            kv.PrunedStaticLayer.settle([layer])
         assert layer.fixed is not None  # the layer has lost something, so it knows positions
         mask = kwargs.get("attention_mask")
         if memo is None:
@@ -175,9 +210,13 @@ class Rewriter:
 
 def arrival(forward: Forward, media: Media) -> kv.Arrival:
     """Logical positions of the current rows, for the cache layers."""
-    if "arrival" not in forward.memo:
+    if "arrival" not in forward.memo and media.fixed is not None:
+        there, totals = media.fixed, torch.tensor(media.totals, dtype=torch.long, device=HOST)
+        made = kv.Arrival(there.positions, there.vision, totals, forward.length, forward.rows is None)
+        forward.memo["arrival"] = made
+    elif "arrival" not in forward.memo:
         positions = (forward.index + forward.start).masked_fill(~forward.current(media.valid), PAD)
         vision, totals, whole = forward.current(media.vision), media.vision.sum(1), forward.rows is None
-        made = kv.Arrival(positions, vision, totals, forward.length, whole)
+        made = kv.Arrival(positions, vision, totals, forward.length, whole, media.pictures)
         forward.memo["arrival"] = made
     return forward.memo["arrival"]  # type: ignore[no-any-return]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from mustdrop.constants import numbers
 from mustdrop.errors import ConfigError
 from mustdrop.pruners import PrefillPruner, Seen
 from mustdrop.runtime import parallel
 from mustdrop.runtime.entry import Media
-from mustdrop.runtime.rows import Sent, on, pack, take
+from mustdrop.runtime.fixed import FixedRows
+from mustdrop.runtime.rows import HOST, Sent, on, pack, take
 from mustdrop.runtime.state import Forward
 from mustdrop.selection import Selection
 
@@ -29,7 +32,10 @@ def rows(prefill: PrefillPruner | None, forward: Forward, media: Media, asked: A
         media: its vision tokens.
         asked: the layer's attention; the rows of this pass are the last of its keys.
     """
-    text = pack(forward.current(media.raters & media.valid))
+    if media.fixed is not None:
+        text = media.fixed.scoring.rows(asked.q.shape[2], asked.q.device)
+    else:
+        text = pack(forward.current(media.raters & media.valid))
     scorer = None if prefill is None else prefill.score
     if scorer is None:
         return text
@@ -53,14 +59,16 @@ def seen(
         attention: (B, R, n) of the rows that score.
     """
     keys, forward.keys = forward.keys, None
-    vision = forward.current(media.vision)
+    if media.fixed is not None:
+        vision, text = media.fixed.vision, media.fixed.scoring.flags(media.fixed.n, hidden.device)
+    else:
+        vision, text = forward.current(media.vision), forward.current(media.raters & media.valid)
     features: Tensor | None = None
     if prefill.score is not None and "hidden" in prefill.score.reads:
         norm = getattr(runtime.text, "norm", None)
         features = (hidden if norm is None else norm(hidden)).detach().float()
     elif prefill.recycle is not None:
         features = hidden.detach()
-    text = forward.current(media.raters & media.valid)
     here = attention.device
     return Seen(
         attention,
@@ -101,6 +109,29 @@ def choose(
     )
 
 
+def kept(
+    runtime: Runtime,
+    prefill: PrefillPruner,
+    forward: Forward,
+    media: Media,
+    rows: FixedRows,
+    hidden: Tensor,
+    attention: Tensor | Sent,
+    wanted: list[int],
+) -> Tensor:
+    """(B, M) long, the rows that stay after a filter layer where `wanted` vision tokens of each prompt do.
+
+    Arguments as for `choose`; on the device, and nothing waits for it.
+    """
+    if isinstance(attention, Sent):
+        gamma, alpha = prefill.global_threshold or 1.0, prefill.individual_threshold or 1.0
+        return rows.select(attention.tensor, wanted, gamma, alpha)
+    known = seen(runtime, prefill, forward, media, hidden, attention)
+    count = numbers(wanted, attention.device)
+    stays = prefill.stays(known, count, pinned=rows.protected, importance=rows.importance)
+    return rows.among(stays, wanted)
+
+
 def with_ends(selection: Selection, ends: Tensor, counted: bool) -> Selection:
     """The selection with the tokens that end a prompt, which rules of somebody's own may not know of.
 
@@ -130,7 +161,7 @@ def _chosen(
 ) -> Selection:
     vision = forward.current(media.vision)
     options: dict[str, Any] = {
-        "count": None if media.counts is None else media.counts[k],
+        "count": None if media.counts is None else torch.tensor(media.counts[k], dtype=torch.long, device=HOST),
         "pinned": None if media.pinned is None else forward.current(media.pinned),
         "importance": None if media.importance is None else take(media.importance, forward.index, 1),
     }
@@ -145,7 +176,10 @@ def _chosen(
                 "Selection.from_mask(keep) for a mask (B, N) of what stays."
             )
         return chosen
-    return prefill.filter(seen(runtime, prefill, forward, media, hidden, attention), **options)
+    what = seen(runtime, prefill, forward, media, hidden, attention)
+    if media.counts is not None:
+        what = replace(what, most=max(media.counts[k]))
+    return prefill.filter(what, **options)
 
 
 def merged(selection: Selection, hidden: Tensor) -> Tensor:
@@ -170,4 +204,4 @@ def released_order(selection: Selection, n: int) -> Tensor:
 
 def skips(media: Media, k: int) -> bool:
     """Whether the k-th filter keeps everything in every row, as its counts say."""
-    return media.counts is not None and not media.counts[k].numel()
+    return media.counts is not None and not media.counts[k]

@@ -10,22 +10,26 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mustdrop.kernels.dispatch import current_log, fresh_log, log_to
 from mustdrop.layout import Layout
 from mustdrop.runtime.plan import RowPlan
-from mustdrop.runtime.rows import PAD, Sent, take
+from mustdrop.runtime.rows import PAD, Sent, on, take
 
 if TYPE_CHECKING:
-    from mustdrop.runtime.decoding import Later
+    from types import FrameType
+
+    from mustdrop.runtime.decoding import Later, Reading
     from mustdrop.runtime.encoder_run import EncoderRun
     from mustdrop.runtime.entry import Media
+    from mustdrop.runtime.fixed import FlatMarks
 
 _MANY = 1 << 20  # numbers that a trace may keep of what one filter read
 
@@ -39,18 +43,58 @@ class Marks:
         pinned: the key set.
         importance: encoder attention.
         order: sort key of an alive feature.
-        assignment: index of the alive feature that each feature became part of, -1 where it is gone.
+        assignment: index of the alive feature that each feature became part of, -1 where it is gone; None: that of its
+            `order`, if it is alive.
+        first: number of the first feature in `order` and `assignment`.
     """
 
     alive: Tensor
     pinned: Tensor
     importance: Tensor
     order: Tensor
-    assignment: Tensor
+    assignment: Tensor | None
+    first: int = 0
 
     def to(self, device: torch.device | str) -> Marks:
-        """The same on another device."""
-        return Marks(*(getattr(self, field.name).to(device) for field in fields(self)))
+        """The same on another device, with an assignment, and numbers from 0 on."""
+        alive, pinned, importance, order = (
+            x.to(device) for x in (self.alive, self.pinned, self.importance, self.order)
+        )
+        order = order - self.first if self.first else order
+        if self.assignment is None:
+            return Marks(alive, pinned, importance, order, order.masked_fill(~alive[order], -1))
+        into = self.assignment.to(device)
+        return Marks(
+            alive, pinned, importance, order, torch.where(into < 0, -1, into - self.first) if self.first else into
+        )
+
+    @property
+    def into(self) -> Tensor:
+        """`assignment`, as `to` has made it."""
+        assert self.assignment is not None, "marks that were not moved to the host"
+        return self.assignment
+
+    @classmethod
+    def of_prompt(cls, media: Sequence[Medium], marks: Sequence[Marks]) -> Marks:
+        """Over the vision tokens of a prompt, on the host, from those of its media."""
+        pairs = [(medium.index, mark.to("cpu")) for medium, mark in zip(media, marks, strict=True)]
+        if len(pairs) == 1:  # its features are all the vision tokens of the prompt, in their order
+            mark = pairs[0][1]
+            return replace(mark, importance=mark.importance.float())
+        n = sum(len(index) for index, _ in pairs)
+        row = cls(
+            alive=torch.ones(n, dtype=torch.bool, device="cpu"),
+            pinned=torch.zeros(n, dtype=torch.bool, device="cpu"),
+            importance=torch.zeros(n, dtype=torch.float32, device="cpu"),
+            order=torch.arange(n, dtype=torch.long, device="cpu"),
+            assignment=torch.arange(n, dtype=torch.long, device="cpu"),
+        )
+        for index, mark in pairs:
+            row.alive[index], row.pinned[index] = mark.alive, mark.pinned
+            row.importance[index] = mark.importance.float()
+            row.order[index] = index[mark.order]
+            row.into[index] = torch.where(mark.into < 0, -1, index[mark.into.clamp(min=0)])
+        return row
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,12 +104,17 @@ class Medium:
     Attributes:
         kind: "image" or "video".
         layout: how its features lie.
-        index: (N,) long, place of each feature among the vision tokens of the prompt.
+        place: (N,) place of each feature among the vision tokens of the prompt.
     """
 
     kind: str
     layout: Layout
-    index: Tensor
+    place: np.ndarray
+
+    @functools.cached_property
+    def index(self) -> Tensor:
+        """(N,) long, `place`."""
+        return torch.from_numpy(self.place)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +162,8 @@ class Prefill:
         past: per decoder layer, entries that its cache held before.
         scored: (decoder layer, rows whose attention was read there: the most of any sample), once per reader.
         heard: what each filter read.
-        marks: per row, what the vision stage decided over its vision tokens (empty without one).
+        marks: per row, what the vision stage decided over its vision tokens, or over those of each of its media (empty
+            without one).
         media: per row, its media in the order of the prompt: layout, kind, and where its features are among the row's
             vision tokens (empty if the encoder did not run).
     """
@@ -125,8 +175,15 @@ class Prefill:
     past: list[int] = field(default_factory=list)
     scored: list[tuple[int, int]] = field(default_factory=list)
     heard: list[Heard] = field(default_factory=list)
-    marks: list[Marks] = field(default_factory=list)
+    marks: list[Marks] | list[list[Marks]] = field(default_factory=list)
     media: list[list[Medium]] = field(default_factory=list)
+
+    def of_prompts(self) -> list[Marks]:
+        """Per row, what the vision stage decided over its vision tokens, on the host."""
+        out = []
+        for media, own in zip(self.media, self.marks, strict=True) if self.marks else ():
+            out.append(own.to("cpu") if isinstance(own, Marks) else Marks.of_prompt(media, cast("list[Marks]", own)))
+        return out
 
     def hear(self, layer: int, attention: Tensor | Sent, rows: Tensor | None) -> None:
         """Keep for the trace what a filter read, as it is: nothing is computed before somebody asks for it.
@@ -154,6 +211,7 @@ class Looked:
         kinds: (B, S) long, index of the modality that each position stands for, -1 for text. On the host.
         valid: (B, S) bool, tokens that the mask does not hide. On the host.
         whole: whether it hides none: then no mask says the same, and `generate` leaves it out.
+        tables: `kinds` and `valid`, for arithmetic without torch.
     """
 
     ids: Tensor
@@ -161,6 +219,7 @@ class Looked:
     kinds: Tensor
     valid: Tensor
     whole: bool
+    tables: tuple[np.ndarray, np.ndarray]
 
     def knows(self, ids: Tensor | None, mask: Any) -> bool:
         """Whether the host has seen both."""
@@ -188,6 +247,7 @@ class Call:
         words: per prompt (T, C), embeddings of its words after the last vision token (all of them, if none follow);
             None where no rule asks for them.
         marks: kind of media -> per prompt and medium, what the vision stage decided (empty without one).
+        flat: kind of media -> what it decided about all features, where the counts were known beforehand.
         layouts: kind of media -> per prompt and medium, how its features lie.
         encoded: what each pass through an encoder saw.
         prefill: record of the first pass through the text model.
@@ -212,6 +272,7 @@ class Call:
     open_ended: list[str | None] = field(default_factory=list)
     words: list[Tensor] | None = None
     marks: dict[str, list[list[Marks]]] = field(default_factory=dict)
+    flat: dict[str, FlatMarks] = field(default_factory=dict)
     layouts: dict[str, list[list[Layout]]] = field(default_factory=dict)
     encoded: list[EncoderRun] = field(default_factory=list)
     prefill: Prefill | None = None
@@ -254,12 +315,13 @@ class Forward:
         attention: captured at the last filter layer: (B, T, n), or (B, 2, n), on its way to the host, where the pruner
             needs no more than the sum and the maximum over the text rows.
         keys: (B, n, G * D) likewise, if the scorer reads them.
-        masses: per decoder layer, (B,) attention that the rows read for the cache gave to its vision entries.
+        readings: per decoder layer, what rows of the prompt gave to the entries of its cache, where that ranks them.
         memo: masks and positions shared by layers of one layout.
         flash: whether the text model runs a flash-attention kernel.
         idle: whether layers have at most a mask to map: one token, over growing caches of which nothing is read.
         mask: the attention mask as the caller gave it, which says what is padding.
         later: what tokens after the prompt can see, once a cache policy has asked.
+        shrinks: whether it brings a newer picture to a chat whose older ones shrink then.
     """
 
     length: int
@@ -272,12 +334,13 @@ class Forward:
     record: Prefill | None = None
     attention: Tensor | Sent | None = None
     keys: Tensor | None = None
-    masses: list[Tensor] = field(default_factory=list)
+    readings: dict[int, Reading] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict)
     flash: bool = False
     idle: bool = False
     mask: Any = None
     later: Later | None = None
+    shrinks: bool = False
 
     @functools.cached_property
     def start(self) -> int:
@@ -306,7 +369,7 @@ class Forward:
             return x
         key = ("current", id(x))
         if key not in self.memo:
-            made = take(x, self.rows, 1, self.padded)
+            made = take(on(x, self.rows.device), self.rows, 1, self.padded)
             self.memo[key] = (x, made & (self.rows != PAD) if self.padded else made)
         return self.memo[key][1]  # type: ignore[no-any-return]
 
@@ -326,6 +389,7 @@ class Local(threading.local):
         self.levels: tuple[int, ...] = ()  # of the modules that the pass is in: the whole model, the base, the text
         self.reached = 0  # the deepest of them in this pass
         self.arrived: object = None  # the module whose hooks have run, on the way into its forward
+        self.frame: FrameType | None = None  # of the outermost module that the pass is in; it runs until that is done
         self.forward: Forward | None = None
         self.kinds: Tensor | None = None  # (B, S) long: index of the modality, -1 for text
         self.mask: Tensor | None = None  # the 2-D attention mask of the base model's call

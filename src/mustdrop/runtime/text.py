@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from mustdrop import kernels, kv
 from mustdrop.compat import cache_of, eager, give_cache, spans
+from mustdrop.constants import where
 from mustdrop.errors import MustDropError, UnsupportedOptionError
 from mustdrop.pruners import DecodeCachePruner
 from mustdrop.pruners.prefill import needs_rows
-from mustdrop.runtime import checks, decoding, entry, scores
+from mustdrop.runtime import checks, decoding, entry, old_pictures, scores
 from mustdrop.runtime.block_masks import Mask
 from mustdrop.runtime.calls import TEXT, raised
 from mustdrop.runtime.compiled import compiled_step, outside_steps
@@ -23,6 +24,7 @@ from mustdrop.runtime.copying import Copied
 from mustdrop.runtime.decoding import Asked, Later
 from mustdrop.runtime.entry import Media
 from mustdrop.runtime.eviction import evict_dropped
+from mustdrop.runtime.fixed import FixedRows
 from mustdrop.runtime.rewrite import Rewriter, arrival
 from mustdrop.runtime.rows import HOST, PAD, Sent, has_padding, on, pack, take
 from mustdrop.runtime.state import Call, Forward, Local, Prefill
@@ -101,7 +103,7 @@ class TextStage(Copied):
         cache = kv.adopt(cache_of(kwargs), module.config, runtime.depth, bool(wants), checks.no_static(runtime))
         if cache is not None:
             give_cache(module, kwargs, cache)
-        seen = embeds is not None and kinds is not None and bool((kinds >= 0).any())
+        seen = embeds is not None and kinds is not None and self._has_vision(kinds)
         begins = self._begins(cache, tokens.shape[1], seen)
         forward = local.forward = Forward(tokens.shape[1], begins, tokens.shape[0], cache, flash=runtime.flash)
         mask = kwargs.get("attention_mask")
@@ -109,7 +111,7 @@ class TextStage(Copied):
         forward.mask = mask
         checks.windows(runtime, self.spans, forward)
         if embeds is None or kinds is None or not seen:
-            marked = embeds is not None and runtime.method.vision is not None and forward.length > 1
+            marked = embeds is not None and runtime.method.marks and forward.length > 1
             if marked and bool(cast(Tensor, embeds)[..., 0].isnan().any()):
                 raise UnsupportedOptionError(
                     "inputs_embeds hold rows of NaN: image features of a patched model, placed by hand. Pass input_ids "
@@ -124,15 +126,25 @@ class TextStage(Copied):
                 self._record(forward, Prefill(nothing, forward.start, valid))
             return (), kwargs
         media = forward.media = entry.read(runtime, embeds, kinds, mask)
+        if self._decode.old_pictures is not None:
+            media.pictures, forward.shrinks = old_pictures.numbers(media), old_pictures.due(self._decode, cache, media)
         if self._is_recorded(forward):
-            made = Prefill(media.places, forward.start, media.valid, marks=media.marks, media=media.media)
+            marks = media.marks or entry.by_medium(self.local.call, media.media)
+            made = Prefill(media.places, forward.start, media.valid, marks=marks, media=media.media)
             self._record(forward, made)
-        if runtime.method.vision is not None and not bool(media.alive.all()):
-            kwargs["inputs_embeds"] = embeds.masked_fill(on(~media.alive, embeds.device)[..., None], 0.0)
+        if not media.whole:
+            stay = media.alive if media.fixed is None else media.fixed.arrive()
+            kwargs["inputs_embeds"] = where(on(stay, embeds.device)[..., None], embeds, 0.0)
         forward.idle = self._keeps_all(forward, media)
         if forward.idle and forward.record is not None:
             forward.record.rows, forward.record.past = [None] * runtime.depth, [forward.start] * runtime.depth
         return (), kwargs
+
+    def _has_vision(self, kinds: Tensor) -> bool:
+        """Whether any of the positions is a vision token's."""
+        call = self.local.call
+        known = None if call is None else call.looked
+        return bool(((known.tables[0] if known is not None and known.kinds is kinds else kinds.numpy()) >= 0).any())
 
     def _begins(self, cache: Any, length: int, seen: bool) -> Callable[[], int]:
         """What says how many tokens came before this pass.
@@ -142,7 +154,8 @@ class TextStage(Copied):
         """
         if cache is None:
             return lambda: 0
-        step = length == 1 and not seen and type(cache.layers[0]) is kv.PrunedStaticLayer and cache.layers[0].ready
+        first = kv.first(cache)
+        step = length == 1 and not seen and type(first) is kv.PrunedStaticLayer and first.ready
         if step and not self._decode.reads_steps:
             return lambda: kv.length(cache, counts=False)
         start = kv.length(cache, counts=seen)
@@ -153,7 +166,7 @@ class TextStage(Copied):
         if forward.length > 1 or forward.flash or self.runtime.method.renumber or self._decode.reads_steps:
             return False
         layers = [] if forward.cache is None else forward.cache.layers
-        if not all(isinstance(layer, kv.PrunedLayer) for layer in layers):
+        if not all(isinstance(layer, kv.PrunedLayer | kv.PrunedState) for layer in layers):
             return False
         for layer in layers:
             layer.prepared = True
@@ -161,13 +174,13 @@ class TextStage(Copied):
 
     def _keeps_all(self, forward: Forward, media: Media) -> bool:
         """Whether it is certain before the first layer that all tokens stay, in their order, and no layer is read."""
-        reads = self._decode.reads_prompt or self._decode.reads_steps
-        if reads or media.reordered or not bool(media.alive.all()):
+        reads = self._decode.reads_prompt or self._decode.reads_steps or media.pictures is not None
+        if reads or media.reordered or not media.whole:
             return False
         if not all(scores.skips(media, k) for k in range(len(self.runtime.filters))):
             return False
         layers = [] if forward.cache is None else forward.cache.layers
-        return all(isinstance(layer, kv.PrunedLayer) and layer.positions is None for layer in layers)
+        return all(isinstance(layer, kv.PrunedLayer | kv.PrunedState) and layer.positions is None for layer in layers)
 
     def _is_recorded(self, forward: Forward) -> bool:
         """Whether the trace describes this pass, the first of its call. Of others only the tokens are counted."""
@@ -196,20 +209,22 @@ class TextStage(Copied):
         media = forward.media
         if media is None:
             return (args, kwargs) if self._extend(i, layer, forward, hidden, kwargs) else None
-        if i == 0 and (media.reordered or not bool(media.alive.all())):
+        if i == 0 and media.fixed is not None and not media.whole:
+            hidden = self._taken(forward, media.fixed, media.fixed.enter(hidden))
+        elif i == 0 and (media.reordered or not media.whole):
             hidden = self._gather(forward, media, hidden, media.alive)
         elif i - 1 in self.runtime.filters:
             hidden = self._filter(forward, media, self.runtime.filters.index(i - 1), hidden)
         if forward.record is not None:
             forward.record.rows.append(forward.rows)
-            forward.record.past.append(layer.slots if layer is not None else 0)
-        if self._filters_after(i, media) or (layer is not None and self._decode.reads_prompt):
+            forward.record.past.append(layer.slots if layer is not None and forward.start else 0)
+        if self._filters_after(i, media) or (layer is not None and self._reads_prompt(forward)):
             self.runtime.local.capture = ("text", i)
         if layer is not None:
             layer.arrival = arrival(forward, media)
             layer.padded |= media.padded if forward.rows is None else forward.padded
         if forward.rows is not None:
-            self.rewriter.rewrite(layer, forward, media, hidden, kwargs)
+            self.rewriter.rewrite(layer, forward, media, hidden, kwargs, i in self.runtime.recurrent)
         else:
             self._extend(i, layer, forward, hidden, kwargs)
         return (hidden,), kwargs
@@ -245,6 +260,10 @@ class TextStage(Copied):
             )
         if forward.record is not None:
             forward.record.hear(self.runtime.filters[k], attention, forward.rows)
+        if media.fixed is not None and media.counts is not None:
+            rows, wanted = media.fixed, media.counts[k]
+            index = scores.kept(self.runtime, prefill, forward, media, rows, hidden, attention, wanted)
+            return self._taken(forward, rows, rows.take(index, wanted, self.runtime.filters[k] + 1, hidden))
         vision = forward.current(media.vision)
         selection = scores.choose(self.runtime, prefill, forward, media, hidden, attention, k)
         keep = selection.mask(vision.shape[1]).to(HOST) | ~vision
@@ -255,6 +274,12 @@ class TextStage(Copied):
             hidden = scores.merged(selection, hidden)
         order = scores.released_order(selection.to(HOST), vision.shape[1]) if reorders else None
         return self._gather(forward, media, hidden, keep, order)
+
+    @staticmethod
+    def _taken(forward: Forward, rows: FixedRows, hidden: Tensor) -> Tensor:
+        """Hidden states of the rows that a choice on the device has left."""
+        forward.rows, forward.padded, forward.memo = rows.rows, rows.padded, {}
+        return hidden
 
     def _gather(
         self, forward: Forward, media: Media, hidden: Tensor, keep: Tensor, order: Tensor | None = None
@@ -288,6 +313,10 @@ class TextStage(Copied):
     def _decode(self) -> DecodeCachePruner:
         return self.runtime.method.decode or _NO_DECODE
 
+    def _reads_prompt(self, forward: Forward) -> bool:
+        """Whether rows of the prompt are read in every layer, for the cache."""
+        return self._decode.reads_prompt or forward.shrinks
+
     def _filters_after(self, i: int, media: Media) -> bool:
         filters = self.runtime.filters
         return i in filters and not scores.skips(media, filters.index(i))
@@ -309,14 +338,21 @@ class TextStage(Copied):
             prefill = self.runtime.method.prefill
             rows = on(scores.rows(prefill, forward, media, asked), q.device)
             first = asked.k.shape[2] - q.shape[2]
+            fixed = media.fixed
+            if fixed is not None and not first and asked.mask is None:
+                seen = fixed.scoring.visible(fixed.scoring.rows(q.shape[2], q.device), q.shape[2])
+                asked = replace(asked, seen=None if seen is None else seen[:, seen.shape[1] - rows.shape[1] :])
             if needs_rows(prefill):
                 forward.attention = asked.probabilities(rows, first)
+            elif fixed is not None:
+                forward.attention = Sent(asked.statistics(rows, first))
             else:  # the host decides while the device runs the rest of this layer
                 forward.attention = Sent.off(asked.statistics(rows, first))
             self._note(forward, i, rows)
-        if layer is not None and decode.reads_prompt:
-            vision = Later.of(self.spans, forward, self.local.call).candidates(i, layer)
-            self._note(forward, i, decoding.read_prompt(decode.scorer, layer, forward, media, asked, vision))
+        if layer is not None and self._reads_prompt(forward):
+            later = Later.of(self.spans, forward, self.local.call)
+            reader = decode if decode.reads_prompt else old_pictures.reader(decode)
+            self._note(forward, i, decoding.read_prompt(reader, i, layer, forward, media, asked, later))
 
     @staticmethod
     def _note(forward: Forward, i: int, rows: Tensor) -> None:
@@ -350,10 +386,17 @@ class TextStage(Copied):
             return None
         if forward.record is not None:
             forward.record.rows.append(forward.rows)
+        later = Later.of(self.spans, forward, self.local.call) if self._decode.after_prefill else None
+        if later is not None and (forward.rows is not None or forward.shrinks):
+            # what was read goes with the entries that are cut now
+            decoding.settle(self._decode, forward, later)
         made = None if forward.rows is None else self._scatter(forward, forward.rows, call, output)
-        if self._decode.after_prefill:
-            decoding.after_prompt(self._decode, forward, Later.of(self.spans, forward, self.local.call))
-        layers = [] if forward.cache is None or self._decode.reads_steps else forward.cache.layers
+        if forward.shrinks:
+            old_pictures.shrink(self._decode, forward, Later.of(self.spans, forward, self.local.call))
+        if later is not None:
+            decoding.after_prompt(self._decode, forward, later)
+        remembers = self._decode.reads_steps or self._decode.old_pictures is not None
+        layers = [] if forward.cache is None or remembers else forward.cache.layers
         if made is None and all(layer.whole for layer in layers):  # all or none: a model without hooks is then refused
             for layer in layers:  # at its first layer
                 layer.forget()
@@ -361,15 +404,22 @@ class TextStage(Copied):
 
     def _scatter(self, forward: Forward, rows: Tensor, call: Call | None, output: Any) -> Any:
         """Hidden states at the logical length again; caches cut to what the last layer processed."""
-        target = rows.masked_fill(rows == PAD, forward.length)  # padding goes to one row too many, cut off below
-        here = torch.zeros(forward.batch, forward.length + 1, dtype=torch.bool, device=HOST)
-        here = here.scatter(1, target, True)[:, :-1]
-        if forward.cache is not None and self._decode.cascade:
-            evict_dropped(forward.cache.layers[self._decode.full_layers :], forward.start, here)
-        if call is not None:
-            call.out_of_the_loss(~here)
+        # padding goes to one row too many, cut off below
+        spare = int(forward.padded)
+        target = rows.masked_fill(rows == PAD, forward.length) if spare else rows
+        fixed = None if forward.media is None else forward.media.fixed
+        evicts = forward.cache is not None and self._decode.cascade
+        if fixed is not None and evicts:
+            fixed.evict(forward.cache.layers[self._decode.full_layers : self.runtime.depth], self._decode.full_layers)
+        if (evicts and fixed is None) or (call is not None and call.labels):
+            here = torch.zeros(forward.batch, forward.length + spare, dtype=torch.bool, device=rows.device)
+            here = here.scatter(1, target, True)[:, : forward.length]
+            if evicts and fixed is None:
+                evict_dropped(forward.cache.layers[self._decode.full_layers :], forward.start, here)
+            if call is not None:
+                call.out_of_the_loss(~here)
         hidden = output.last_hidden_state
-        full = hidden.new_zeros(hidden.shape[0], forward.length + 1, hidden.shape[2])
+        full = hidden.new_zeros(hidden.shape[0], forward.length + spare, hidden.shape[2])
         place = on(target, hidden.device)[..., None].expand_as(hidden)
-        output.last_hidden_state = full.scatter(1, place, hidden)[:, :-1]
+        output.last_hidden_state = full.scatter(1, place, hidden)[:, : forward.length]
         return output

@@ -1,7 +1,7 @@
-"""Draw docs/images/quality.png and quality_pages.png from benchmarks/results: `python tools/docs/figures/quality.py`.
+"""Draw docs/images/quality*.png from benchmarks/results/quality.json: `python tools/docs/figures/quality.py`.
 
-Accuracy of every method against what it processed, and against what it computed. A handful of lines have a colour and a
-band (95 % intervals): the baselines, the package's own methods, and the best others. The rest is grey.
+Two figures: accuracy against what was processed, and against what was computed. A few methods are in colour, the others
+are grey; the table beside the figure has them all.
 """
 
 from __future__ import annotations
@@ -12,99 +12,104 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from lines import COLOURS, LIGHT, figure, message, names
 
 ROOT = Path(__file__).parents[3]
-NAMES = ("quality", "quality_pages")
-BASELINES, OWN = ("random", "uniform", "downsample"), ("mustdrop+", "mustdrop")
-BEST = 3  # other methods in colour
-MARKERS = "osD^v<>P"
+TARGET = ROOT / "docs" / "images" / "quality.png"
+SHOWN = ("mustdrop+", "mustdrop", "vscan", "fastv", "random")
+PALETTE = dict(zip(SHOWN, COLOURS, strict=True))
+SMALL, TOTAL = 64, 576  # the budget of the message
 
 
-def shown(record: Mapping[str, Any]) -> list[str]:
-    """The methods in colour: the package's own, the baselines, and the others that are best over all budgets."""
-    rows = [row for row in record["rows"] if "cannot" not in row and row["keep"] is not None]
-    budgets = {row["keep"] for row in rows}
-    scores: dict[str, list[float]] = {}
-    for row in rows:
-        if row["equal_share"] <= row["keep"] * 1.02:  # others limit the cache alone
-            scores.setdefault(row["method"], []).append(row["correct"]["mean"])
-    named = [name for name in (*OWN, *BASELINES) if name in scores]
-    whole = [name for name, own in scores.items() if len(own) == len(budgets) and name not in named]
-    return named + sorted(whole, key=lambda name: -sum(scores[name]))[:BEST]
-
-
-def curves(axes: Axes, record: Mapping[str, Any], cost: str, chosen: Sequence[str]) -> None:
-    """A line per method with a budget; a level for the unpruned model."""
+def curves(axes: Axes, record: Mapping[str, Any], cost: str) -> dict[str, list[tuple[float, float]]]:
+    """A line per method with a budget, and a level for the unpruned model; the points of the lines in colour."""
     answered = [row for row in record["rows"] if "cannot" not in row]
-    names = list(dict.fromkeys(row["method"] for row in answered if row["keep"] is not None))
-    others = [name for name in names if name not in chosen]
-    for name in (*others, *chosen):
+    listed = list(dict.fromkeys(row["method"] for row in answered if row["keep"] is not None))
+    shown = {}
+    for name in [*(name for name in listed if name not in SHOWN), *(name for name in SHOWN if name in listed)]:
         own = sorted((row for row in answered if row["method"] == name), key=lambda row: row[cost])
         x, score = [row[cost] for row in own], [row["correct"] for row in own]
-        if name in others:
-            label = "all others" if name == others[0] else None
-            axes.plot(x, [s["mean"] for s in score], color="0.75", linewidth=0.9, zorder=1, label=label)
+        means = [s["mean"] for s in score]
+        if name not in SHOWN:
+            axes.plot(x, means, color=LIGHT, lw=1, zorder=1)
             continue
-        place = chosen.index(name)
-        look = {
-            "color": colormaps["tab10"](place + (place >= 7)),
-            "zorder": 3,
-            "linestyle": "--" if name in BASELINES else "-",
-        }
-        axes.plot(x, [s["mean"] for s in score], marker=MARKERS[place % len(MARKERS)], ms=4, label=name, **look)
-        axes.fill_between(
-            x, [s["low"] for s in score], [s["high"] for s in score], color=look["color"], alpha=0.08, zorder=2
-        )
-    for row in answered:
-        if row["keep"] is None:
-            axes.axhline(row["correct"]["mean"], color="black", linestyle=":", linewidth=1, label="unpruned")
+        axes.plot(x, means, marker="o", ms=4, color=PALETTE[name], lw=2, zorder=3)
+        low, high = [s["low"] for s in score], [s["high"] for s in score]
+        axes.fill_between(x, low, high, color=PALETTE[name], alpha=0.12, lw=0)
+        shown[name] = list(zip(x, means, strict=True))
+    (whole,) = [row["correct"]["mean"] for row in answered if row["keep"] is None]
+    axes.axhline(whole, color="black", linestyle=":", lw=1)
+    axes.annotate("all tokens", (0, whole), (4, 3), ("axes fraction", "data"), "offset points", fontsize=9)
     axes.set_xscale("log")
-    axes.grid(alpha=0.3, which="both")
-    axes.set_ylim(top=1.0)
+    axes.set_ylim(0.15, 1.0)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_ylabel("right answers")
+    return shown
 
 
-def draw(record: Mapping[str, Any]) -> Figure:
-    """Both panels."""
-    figure = Figure(figsize=(11, 4.8), layout="constrained", facecolor="white")
-    left, right = figure.subplots(1, 2, sharey=True)
-    chosen = shown(record)
-    curves(left, record, "equal_share", chosen)
-    curves(right, record, "flops", chosen)
-    left.set_ylabel("accuracy")
-    left.set_xlabel("equal tokens, share of the vision tokens")
-    right.set_xlabel("FLOPs of the prompt, share of the unpruned model's")
-    ticks = sorted({row["keep"] for row in record["rows"] if row.get("keep")})
-    left.set_xticks([*ticks, 1.0], [*(f"{tick:.0%}" for tick in ticks), "100%"])
-    left.minorticks_off()
-    least = min(row["flops"] for row in record["rows"] if "cannot" not in row)
-    marks = (0.15, 0.2, 0.3, 0.5, 0.7, 1.0) if least < 0.4 else (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-    right.set_xticks(marks, [f"{mark:.0%}" for mark in marks])
-    right.minorticks_off()
-    handles, labels = left.get_legend_handles_labels()
-    order = sorted(range(len(labels)), key=lambda i: (labels[i] == "all others", labels[i] == "unpruned"))
-    figure.legend([handles[i] for i in order], [labels[i] for i in order], loc="outside right center", fontsize=8)
-    if record["split"] != "heldout":
-        figure.suptitle(f"pilot: {record['split']} split, not the reported run", fontsize=10)
-    return figure
+def draw(record: Mapping[str, Any], cost: str = "equal_tokens") -> Figure:
+    """One figure.
+
+    Args:
+        record: of the result file.
+        cost: "equal_tokens" or "flops".
+    """
+    made, axes = figure()
+    shown = curves(axes, record, cost)
+    questions = len(record["seeds"]) * record["scenes_per_seed"] * len(record["types"])
+    under = f"bundled model, {questions} questions about digits; bands: 95 % intervals; grey: the other methods"
+    if cost == "equal_tokens":
+        budgets = sorted({round(row["equal_tokens"]) for row in record["rows"] if row["keep"] and "cannot" not in row})
+        budgets = [number for number in budgets if number < TOTAL]
+        axes.set_xticks(budgets, [str(number) for number in budgets])
+        axes.set_xlim(min(budgets) * 0.93, max(budgets) * 1.75)
+        axes.set_xlabel(f"average retained tokens per layer, of {TOTAL}")
+        text = _at_small(record)
+    else:
+        axes.set_xticks(ticks := [0.15, 0.2, 0.3, 0.5, 0.7], [f"{tick:.0%}" for tick in ticks])
+        axes.set_xlim(0.14, 0.98)
+        axes.set_xlabel("FLOPs of the prompt, share of the unpruned model's")
+        text = _cheapest(shown)
+    axes.minorticks_off()
+    message(axes, text if record["split"] == "heldout" else f"pilot: {record['split']} scenes", under)
+    made.draw_without_rendering()
+    names(axes, {name: points[-1] for name, points in shown.items()}, PALETTE)
+    return made
+
+
+def _at_small(record: Mapping[str, Any]) -> str:
+    right = {row["method"]: row["correct"]["mean"] for row in _near(record["rows"], SMALL / TOTAL)}
+    found = [f"{right[name]:.0%} with {name}" for name in ("mustdrop+", "random") if name in right]
+    return f"{SMALL} of {TOTAL} tokens: right in {' and '.join(found)}" if found else "Accuracy and budget"
+
+
+def _near(rows: Sequence[Mapping[str, Any]], share: float) -> list[Mapping[str, Any]]:
+    return [row for row in rows if row["keep"] and "cannot" not in row and abs(row["keep"] - share) < 0.01]
+
+
+def _cheapest(shown: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    """Who gives 85 % of the right answers with the fewest FLOPs, among the lines in colour."""
+    reached = {name: min((x for x, y in points if y >= 0.85), default=2.0) for name, points in shown.items()}
+    best = min(reached, key=lambda name: reached[name])
+    return (
+        f"85% right takes {reached[best]:.0%} of the FLOPs with {best}" if reached[best] <= 1 else "Accuracy and FLOPs"
+    )
 
 
 def main() -> None:
-    """Write the pictures of the result files that there are."""
+    """Write the pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--result", type=Path, help="default: those in benchmarks/results")
-    parser.add_argument("--out", type=Path, help="with --result: the picture")
+    parser.add_argument("--result", type=Path, default=ROOT / "benchmarks" / "results" / "quality.json")
+    parser.add_argument("--out", type=Path, default=TARGET)
     options = parser.parse_args()
-    results = ROOT / "benchmarks" / "results"
-    pairs = [(results / f"{name}.json", ROOT / "docs" / "images" / f"{name}.png") for name in NAMES]
-    if options.result:
-        pairs = [(options.result, options.out or pairs[0][1])]
-    for source, target in pairs:
-        if source.exists():
-            draw(json.loads(source.read_text(encoding="utf-8"))).savefig(target, dpi=110)
-            print(f"wrote {target}")
+    record = json.loads(options.result.read_text(encoding="utf-8"))
+    for cost, path in (("equal_tokens", options.out), ("flops", options.out.with_stem(f"{options.out.stem}-flops"))):
+        draw(record, cost).savefig(path, dpi=130)
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

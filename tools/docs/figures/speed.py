@@ -1,6 +1,7 @@
-"""Draw docs/images/speed.png from benchmarks/results: `python tools/docs/figures/speed.py`.
+"""Draw docs/images/speed.png and kernel-growth.png from benchmarks/results: `python tools/docs/figures/speed.py`.
 
-Left: what scoring costs as vision tokens grow. Right: the prefill's speed-up beside what its FLOPs promise.
+The first is about models: how much faster the first token comes, against what the FLOPs promise. The second is about
+one kernel: what scoring costs as vision tokens grow.
 """
 
 from __future__ import annotations
@@ -10,61 +11,99 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lines import COLOURS, GREY, LIGHT, figure, message, names
+
 ROOT = Path(__file__).parents[3]
-TARGET = ROOT / "docs" / "images" / "speed.png"
+IMAGES = ROOT / "docs" / "images"
 
 
-def growth(axes: Axes, record: Mapping[str, Any]) -> None:
+def prefill(record: Mapping[str, Any]) -> Figure:
+    """The measured speed-up of the time to the first token and of the prefill, by batch; sdpa in colour, eager grey."""
+    made, axes = figure()
+    ends, colours = {}, {}
+    (model,) = [model for model in record["models"] if model["rows"]]
+    for place, batch in enumerate((8, 1)):
+        for attention in ("eager", "sdpa"):
+            rows = [row for row in model["rows"] if (row["attention"], row["batch"]) == (attention, batch)]
+            points = sorted((row["prefill"]["flops_ratio"], row["first_token"]["speed_up"]["median"]) for row in rows)
+            colour = COLOURS[place] if attention == "sdpa" else LIGHT
+            axes.plot(
+                *zip(*points, strict=True), marker="o", ms=4, lw=2, color=colour, zorder=2 + (attention == "sdpa")
+            )
+            name = f"{batch} prompts" if batch > 1 else "one prompt"
+            if attention == "sdpa":
+                ends[name], colours[name] = points[-1], colour
+            else:
+                ends[f"{name}, eager"], colours[f"{name}, eager"] = points[-1], GREY
+    top = max(row["prefill"]["flops_ratio"] for row in model["rows"])
+    axes.axhline(1, color="black", linestyle=":", lw=1)
+    axes.annotate("as fast as unpruned", (1, 1), (-4, 4), ("axes fraction", "data"), "offset points", ha="right")
+    axes.set_xlim(0.9, top * 1.22)
+    axes.set_ylim(0, None)
+    axes.set_xlabel("FLOPs of the unpruned prefill over those of the pruned one")
+    axes.set_ylabel("first token: times as fast")
+    best = {
+        batch: max(r["first_token"]["speed_up"]["median"] for r in model["rows"] if _is(r, batch)) for batch in (8, 1)
+    }
+    worst = min(r["first_token"]["speed_up"]["median"] for r in model["rows"] if _is(r, 1))
+    message(
+        axes,
+        f"Eight prompts at a time: up to {best[8]:.1f} times as fast. One prompt: down to {worst:.2f}",
+        f"{model['model']} sizes, {model['dtype']}, {model['vision_tokens']} + {model['text_tokens']} tokens, "
+        f"{record['hardware']}; sdpa in colour",
+    )
+    made.draw_without_rendering()
+    names(axes, ends, colours)
+    return made
+
+
+def _is(row: Mapping[str, Any], batch: int) -> bool:
+    return row["batch"] == batch and row["attention"] == "sdpa" and row["share"] < 1
+
+
+def growth(record: Mapping[str, Any]) -> Figure:
     """Time of scoring, kernel and reference, against vision tokens; the dotted line is in proportion to them."""
+    made, axes = figure()
     points = record["growth"]
     tokens = [point["vision_tokens"] for point in points]
+    colours = {"kernel": COLOURS[0], "reference": GREY, "in proportion": "black"}
+    ends = {}
     for name, label in (("eager", "reference"), ("kernel", "kernel")):
-        axes.plot(tokens, [1e6 * point[name]["median"] for point in points], marker="o", ms=4, label=label)
+        times = [1e6 * point[name]["median"] for point in points]
+        axes.plot(tokens, times, marker="o", ms=4, lw=2, color=colours[label])
+        ends[label] = (tokens[-1], times[-1])
     last = 1e6 * points[-1]["kernel"]["median"]
-    axes.plot(tokens, [last * n / tokens[-1] for n in tokens], color="grey", linestyle=":", label="in proportion")
+    axes.plot(tokens, [last * n / tokens[-1] for n in tokens], color="black", linestyle=":", lw=1)
+    axes.annotate(
+        "in proportion", (tokens[0], last * tokens[0] / tokens[-1]), (8, -2), textcoords="offset points", fontsize=9
+    )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(tokens, [f"{n:,}" for n in tokens], rotation=30)
     axes.minorticks_off()
+    axes.set_xlim(tokens[0] * 0.85, tokens[-1] * 2)
     axes.set_xlabel("vision tokens (64 text tokens)")
     axes.set_ylabel("microseconds")
-    axes.set_title(record["hardware"], fontsize=10)
-    axes.legend()
-    axes.grid(alpha=0.3)
-
-
-def prefill(axes: Axes, record: Mapping[str, Any]) -> None:
-    """The measured speed-up against the ratio of FLOPs; hollow marks are the bare layers."""
-    rows = [(model["model"], row) for model in record["models"] for row in model["rows"]]
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for name, row in rows:
-        groups.setdefault(f"{name}, {row['attention']}, batch {row['batch']}", []).append(row["prefill"])
-    for place, (label, points) in enumerate(groups.items()):
-        ordered = sorted(points, key=lambda point: point["flops_ratio"])
-        x, colour = [point["flops_ratio"] for point in ordered], f"C{place}"
-        axes.plot(x, [p["speed_up"]["median"] for p in ordered], marker="o", ms=4, color=colour, label=label)
-        axes.plot(x, [p["of_bare_layers"]["median"] for p in ordered], "o", ms=6, mfc="none", color=colour)
-    top = max(row["prefill"]["flops_ratio"] for _, row in rows)
-    axes.plot([1, top], [1, top], color="grey", linestyle=":", label="the FLOPs ratio")
-    axes.set_xlabel("prefill: ratio of FLOPs")
-    axes.set_ylabel("prefill: speed-up (hollow: bare layers)")
-    axes.set_title(record["hardware"], fontsize=10)
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
+    first, most = points[0], points[-1]
+    ratio = (most["kernel"]["median"] / first["kernel"]["median"], tokens[-1] / tokens[0])
+    message(
+        axes,
+        f"Scoring {ratio[1]:.0f} times the tokens takes the kernel {ratio[0]:.0f} times as long",
+        f"the kernel alone, {record['dtype']}, {record['hardware']}",
+    )
+    made.draw_without_rendering()
+    names(axes, ends, colours)
+    return made
 
 
 def main() -> None:
     """Read the result files, draw, save."""
     results = ROOT / "benchmarks" / "results"
     kernels, serving = (json.loads((results / f"{name}_cuda.json").read_text()) for name in ("kernels", "serving"))
-    figure = Figure(figsize=(11, 4.4), layout="constrained", facecolor="white")
-    left, right = figure.subplots(1, 2)
-    growth(left, kernels)
-    prefill(right, serving)
-    figure.savefig(TARGET, dpi=130)
+    prefill(serving).savefig(IMAGES / "speed.png", dpi=130)
+    growth(kernels).savefig(IMAGES / "kernel-growth.png", dpi=130)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ NOT_YET = {
     "one in the format of transformers (Mistral3ForConditionalGeneration).",
     **dict.fromkeys(
         ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"),
-        "mustdrop has no adapter for its family, so nothing says what a pruned prompt of its layers of linear "
-        "attention must give.",
+        "the plugin has not been tested with the states that its layers of linear attention keep; mustdrop prunes the "
+        "model in transformers.",
     ),
 }
 

@@ -174,6 +174,8 @@ class OneAxis(PrunedModel):
         num_computed_tokens: int,
     ) -> tuple[list[Tensor], Tensor, int]:
         """Write the positions of the rows that are about to run, which are the next ones that are not computed yet."""
+        if not multimodal_embeddings:  # as in all steps of an answer
+            return [], mrope_positions, self._ahead(mrope_positions)
         positions = mrope_positions.clone()
         where = (positions[2] < 0).nonzero()[:, 0]
         where = where[where >= num_computed_tokens]
@@ -184,8 +186,13 @@ class OneAxis(PrunedModel):
             positions[0, here] = positions[1, here] + place[0].to(positions)
             done += len(rows)
             out.append(values)
+        return out, positions, self._ahead(positions)
+
+    @staticmethod
+    def _ahead(positions: Tensor) -> int:
+        """How much further the positions of the answer are than its places."""
         last, end = int(positions[0, -1]), -1 - int(positions[2, -1])
-        return out, positions, (end if end >= 0 else last + 1) - positions.shape[1]
+        return (end if end >= 0 else last + 1) - positions.shape[1]
 
     def forward(self, input_ids: Any, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
         """With the one row of positions that the text model knows."""

@@ -67,6 +67,9 @@ class ThreeAxes(PrunedModel):
 
         An image or video is a run of its token, with text before it. A run may have been begun in an earlier step.
         """
+        ahead = mrope_positions.shape[1] - 1  # tokens before the last one
+        if not multimodal_embeddings:  # as in all steps of an answer, and in prompts that are given as embeddings
+            return [], mrope_positions, int(mrope_positions[:, -1].max()) - ahead
         positions = mrope_positions.clone()
         ids = torch.as_tensor(input_ids, dtype=torch.long, device=positions.device)
         media = torch.isin(ids, torch.tensor(self._tokens(), dtype=torch.long, device=ids.device))
@@ -82,7 +85,7 @@ class ThreeAxes(PrunedModel):
             positions[:, here] = base + place.to(positions)
             done += len(rows)
             out.append(values)
-        return out, positions, int(positions[:, -1].max()) + 1 - len(ids)
+        return out, positions, int(positions[:, -1].max()) - ahead
 
     def _tokens(self) -> list[int]:
         """Ids of images and videos."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from mustdrop.integrations.vllm.versions import Version
 
 FIELD = "mustdrop"  # rides with an image or video to the worker, see `Announced`
 KINDS = ("image", "video")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ def shorten(
 
 
 _ASKED: ContextVar[Keep | None] = ContextVar("mustdrop_asked", default=None)
+_DUMMY: ContextVar[bool] = ContextVar("mustdrop_dummy", default=False)
 
 
 class PrunedProcessor:
@@ -130,8 +132,13 @@ class PrunedProcessor:
             BudgetError, ConfigError: the request's fault; its client gets HTTP 400.
         """
         given = dict(inputs.hf_processor_mm_kwargs)
-        with _asking(settings.asked(given.pop(settings.REQUEST)) if settings.REQUEST in given else None):
+        with _for_now(_ASKED, settings.asked(given.pop(settings.REQUEST)) if settings.REQUEST in given else None):
             return super().apply(replace(inputs, hf_processor_mm_kwargs=given), *args, **kwargs)  # type: ignore[misc]
+
+    def get_dummy_mm_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own: what vLLM measures and warms up with is no prompt, and is not counted as one."""
+        with _for_now(_DUMMY, True):
+            return super().get_dummy_mm_inputs(*args, **kwargs)  # type: ignore[misc]
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
         keep = _ASKED.get()
@@ -166,7 +173,7 @@ class PrunedProcessor:
         self._check_length(total - kept)
         if self.mustdrop_apart:
             _check_apart(places)
-        if spans:
+        if spans and not _DUMMY.get():
             metrics.count(kept, total)
         return prompt, places
 
@@ -197,12 +204,12 @@ def _check_apart(places: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _asking(keep: Keep | None) -> Iterator[None]:
-    token = _ASKED.set(keep)
+def _for_now(variable: ContextVar[T], value: T) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        _ASKED.reset(token)
+        variable.reset(token)
 
 
 def pruned(factory: Callable[..., Any], apart: bool) -> Callable[..., Any]:

@@ -151,6 +151,8 @@ def _obstacle(method: Method) -> str | None:
     """Why a method cannot work behind an encoder."""
     if not method.drops:
         return "drops nothing"
+    if method.input is not None:
+        return "leaves patches out before the encoder runs"
     if method.prefill is not None:
         return "drops tokens between decoder layers"
     if method.vision is None:

@@ -29,7 +29,7 @@ def of_first(x: Tensor) -> Tensor:
     if get_tensor_model_parallel_world_size() == 1:
         return x
     kind = x.dtype
-    sent = x.to(torch.uint8) if kind == torch.bool else x
+    sent = x.to(torch.uint8) if kind == torch.bool else x.clone()  # it is written to
     return get_tp_group().broadcast(sent.contiguous(), src=0).to(kind)  # type: ignore[no-any-return]
 
 
@@ -82,7 +82,7 @@ class Watch:
         """Let the rule choose from what leaves the encoder, and write the values of what merges."""
         features = args[0]
         flat = features.flatten(0, -2)
-        patches = stacked(self.layouts)
+        patches = torch.from_numpy(stacked(self.layouts))
         if patches.shape[1] > 1 or int(patches.max()) >= len(flat):  # resampled features: the rule is asked behind
             return None
         places = patches[:, 0].to(flat.device)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mustdrop.kernels.reference import head_parts
 from mustdrop.kernels.triton.common import (
     FUSED,
     LOG2E,
@@ -87,9 +88,9 @@ def _scores(
     q, k, rows, visible, bias, lse, out, scale, cap, R, K, first, splits, groups_per, sqb, sqh, sqs, skb, skh, skn,
     srb, srr, svb, svr, svk, sbb, sbh, sbr, sbk, GROUPS, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr, CAPPED: tl.constexpr, BIASED: tl.constexpr,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, SUMS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """All rows x BN keys: the head mean over one split of the heads, as rows or as their sum and maximum."""
+    """All rows x BN keys: the head mean over one split of the heads, as rows, their sum, or their sum and maximum."""
     part = tl.program_id(1)
     b = tl.program_id(2)
     batch = tl.num_programs(2)
@@ -143,8 +144,11 @@ def _scores(
             tl.store(start + t[:, None].to(tl.int64) * width + column[None, :], mean, mask=both)
         else:
             total += tl.sum(mean, 0)
-            peak = tl.maximum(peak, tl.max(mean, 0))
-    if not ROWS:
+            if not SUMS:
+                peak = tl.maximum(peak, tl.max(mean, 0))
+    if SUMS:
+        tl.store(out + (b * tl.num_programs(1) + part).to(tl.int64) * width + column, total, mask=inside)
+    elif not ROWS:
         tl.store(out + (2 * b).to(tl.int64) * width + column, total, mask=inside)
         tl.store(out + (2 * b + 1).to(tl.int64) * width + column, peak, mask=inside)
 
@@ -212,6 +216,20 @@ def text_statistics(
     return launch(q, k, rows, visible, scaling, bias, softcap, first, as_rows=False)
 
 
+def text_sums(
+    q: Tensor,
+    k: Tensor,
+    rows: Tensor,
+    visible: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    first: int = 0,
+) -> Tensor:
+    """See `mustdrop.kernels.text_sums`."""
+    return launch(q, k, rows, visible, scaling, bias, softcap, first, False, sums=True)
+
+
 def received_attention(q: Tensor, k: Tensor, visible: Tensor, scaling: float) -> Tensor:
     """See `mustdrop.kernels.received_attention`."""
     length = q.shape[2]
@@ -233,13 +251,19 @@ def launch(
     as_rows: bool,
     key_splits: int | None = None,
     head_splits: int | None = None,
+    sums: bool = False,
 ) -> Tensor:
-    """Both passes; the last two arguments say over how many programs keys and heads are split (default: by size)."""
+    """Both passes.
+
+    `key_splits` and `head_splits` say over how many programs keys and heads are split (default: by size); with `sums`,
+    the splits of the heads are handed out as they are.
+    """
     q, k = plain(q), plain(k)
     batch, heads, _, dim = q.shape
     groups, keys = k.shape[1], k.shape[2]
     count, width = rows.shape[1], keys - first
-    shape = (batch, count, width) if as_rows else (batch, 2, width)
+    parts_out = head_parts(groups) if sums else 2
+    shape = (batch, count, width) if as_rows else (batch, parts_out, width)
     if not count or not width or not batch:
         return q.new_zeros(shape, dtype=torch.float32)
     seen = visible.view(torch.uint8)
@@ -269,7 +293,9 @@ def launch(
         key_splits = max(1, min(16, triton.cdiv(keys, 2 * long), want // (pair_blocks * batch * groups)))
     bn = 128 if not wide and roomy(q.device) and triton.cdiv(width, 128) * batch * groups >= 3 * many else small
     key_blocks = triton.cdiv(width, bn)
-    if head_splits is None:
+    if sums:
+        head_splits = parts_out
+    elif head_splits is None:
         # the parts are rows x keys in size: only where that is little, and so are the programs without them
         head_splits = max(1, min(groups, want // (key_blocks * batch), PARTS // (batch * count * width)))
     groups_per = triton.cdiv(groups, head_splits)
@@ -284,12 +310,12 @@ def launch(
         BM=bm, BN=long, num_warps=4 if wide else 8, **common,
     )  # fmt: skip
     out = q.new_empty(shape, dtype=torch.float32)
-    split = head_splits > 1
+    split = head_splits > 1 and not sums
     parts = q.new_empty(head_splits, batch, count, width, dtype=torch.float32) if split else out
     bt = min(16 if widest else small, p2(count, 16))
     _scores[(key_blocks, head_splits, batch)](
         q, k, rows, seen, added, lse, parts, scale, cap, count, keys, first, key_splits, groups_per, *strides, groups,
-        BT=bt, BN=bn, ROWS=as_rows or split, STAGES=2 if per_group > 1 else 1,
+        BT=bt, BN=bn, ROWS=as_rows or split, SUMS=sums, STAGES=2 if per_group > 1 else 1,
         num_warps=8 if exact and bd > 64 else 4, **common,
     )  # fmt: skip
     if split:

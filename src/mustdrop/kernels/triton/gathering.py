@@ -16,7 +16,7 @@ from torch import Tensor
 from mustdrop.kernels.triton.common import FUSED, broadcast, p2
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-AT_ONCE = 4  # tensors per launch of `gather_rows`: hidden states, cosine, sine, positions
+AT_ONCE = 8  # tensors per launch of `gather_rows`: hidden states, and what is known of each row
 PART = 1 << 28  # bytes of cache written per launch: old and new entries of that many exist side by side
 LAYERS = 64  # tensors per launch of `compact`, whose addresses are its arguments
 
@@ -35,27 +35,18 @@ def _move(x, out, index, M, width, sxb, sxn, block, there, i, b, BC: tl.constexp
 
 @triton.jit
 def _gather(
-    x0, x1, x2, x3, y0, y1, y2, y3, index, M, w0, w1, w2, w3, sb0, sb1, sb2, sb3, sn0, sn1, sn2, sn3, e0, e1, e2, sib,
-    sim, BR: tl.constexpr, BC: tl.constexpr, ZERO: tl.constexpr, COUNT: tl.constexpr,
+    xs, outs, index, M, widths, sbs, sns, firsts, sib, sim, BR: tl.constexpr, BC: tl.constexpr, ZERO: tl.constexpr,
+    COUNT: tl.constexpr,
 ):  # fmt: skip
-    """BR rows x BC columns of one of up to four tensors; tensor t has the column blocks from e(t-1) to e(t)."""
+    """BR rows x BC columns of one of several tensors; tensor t has the column blocks from firsts[t] on."""
     block = tl.program_id(2)
     b = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BR + tl.arange(0, BR)
     there = i < M
     j = tl.load(index + b * sib + i * sim, mask=there, other=0)
-    if block < e0:
-        _move(x0, y0, j, M, w0, sb0, sn0, block, there, i, b, BC, ZERO)
-    # nested: the outer condition is decided at compilation, the inner one on the device
-    if COUNT > 1:  # noqa: SIM102
-        if (block >= e0) & (block < e1):
-            _move(x1, y1, j, M, w1, sb1, sn1, block - e0, there, i, b, BC, ZERO)
-    if COUNT > 2:  # noqa: SIM102
-        if (block >= e1) & (block < e2):
-            _move(x2, y2, j, M, w2, sb2, sn2, block - e1, there, i, b, BC, ZERO)
-    if COUNT > 3:  # noqa: SIM102
-        if block >= e2:
-            _move(x3, y3, j, M, w3, sb3, sn3, block - e2, there, i, b, BC, ZERO)
+    for t in tl.static_range(COUNT):
+        if (block >= firsts[t]) & (block < firsts[t + 1]):
+            _move(xs[t], outs[t], j, M, widths[t], sbs[t], sns[t], block - firsts[t], there, i, b, BC, ZERO)
 
 
 @triton.jit
@@ -76,10 +67,12 @@ def _cut(
 
 @triton.jit
 def _compact(
-    xs, outs, index, M, G, sxb, sxg, sxn, sib, sim, D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
-    ALIGNED: tl.constexpr, COUNT: tl.constexpr,
+    xs, outs, index, widths, M, G, first, sxb, sxg, sxn, sil, sib, sim, D: tl.constexpr, BD: tl.constexpr,
+    BR: tl.constexpr, ALIGNED: tl.constexpr, COUNT: tl.constexpr, PER: tl.constexpr,
 ):  # fmt: skip
     """BR entries of one head of one tensor: all layers in one launch, whose addresses are arguments.
+
+    With PER, as many tensors belong to a layer, which has entries of its own; the first is of layer `first`.
 
     A table of addresses would have to be copied to the device, and neither may a capture hold such a copy nor would it
     be right when the capture is replayed.
@@ -87,24 +80,28 @@ def _compact(
     which = tl.program_id(2)
     b = (tl.program_id(1) // G).to(tl.int64)
     g = (tl.program_id(1) % G).to(tl.int64)
-    start = xs[0].to(tl.int64)
-    end = outs[0].to(tl.int64)
+    source = xs[0].to(tl.int64)
+    target = outs[0].to(tl.int64)
     for t in tl.static_range(1, COUNT):
-        start = tl.where(which == t, xs[t].to(tl.int64), start)
-        end = tl.where(which == t, outs[t].to(tl.int64), end)
-    x = start.to(xs[0].dtype)
-    out = end.to(outs[0].dtype)
+        source = tl.where(which == t, xs[t].to(tl.int64), source)
+        target = tl.where(which == t, outs[t].to(tl.int64), target)
+    x = source.to(xs[0].dtype)
+    out = target.to(outs[0].dtype)
     if ALIGNED:  # the compiler cannot see it, and copies 16 bytes at a time only where it knows
         x = tl.multiple_of(x, 16)
         out = tl.multiple_of(out, 16)
+    if PER:
+        layer = first + which // PER
+        index += layer.to(tl.int64) * sil
+        M = tl.load(widths + layer).to(tl.int32)
     i = tl.program_id(0) * BR + tl.arange(0, BR)
     there = i < M
     d = tl.arange(0, BD)
     inside = there[:, None] & (d < D)[None, :]
     j = tl.maximum(tl.load(index + b * sib + i * sim, mask=there, other=0), 0)
     v = tl.load(x + b * sxb + g * sxg + j[:, None] * sxn + d[None, :], mask=inside, other=0)
-    first = out + tl.program_id(1).to(tl.int64) * M * D
-    tl.store(first + i[:, None] * D + d[None, :], v, mask=inside)
+    start = out + tl.program_id(1).to(tl.int64) * M * D
+    tl.store(start + i[:, None] * D + d[None, :], v, mask=inside)
 
 
 def gather_rows(tensors: list[Tensor], index: Tensor, zero: bool = False) -> list[Tensor]:
@@ -124,14 +121,12 @@ def _launch_gather(xs: list[Tensor], outs: list[Tensor], index: Tensor, zero: bo
     index = index.to(xs[0].device)
     block = min(512, p2(max(x.shape[2] for x in xs), 16))
     blocks = [triton.cdiv(x.shape[2], block) for x in xs]
-    ends = [sum(blocks[: t + 1]) for t in range(AT_ONCE - 1)]
-    count, spare = len(xs), AT_ONCE - len(xs)
-    xs, outs = xs + xs[:1] * spare, outs + outs[:1] * spare
+    firsts = tuple(sum(blocks[:t]) for t in range(len(xs) + 1))
     rows = max(4, 4096 // block)
-    _gather[(triton.cdiv(m, rows), batch, sum(blocks))](
-        *xs, *outs, index, m, *(x.shape[2] for x in xs), *(0 if x.shape[0] == 1 else x.stride(0) for x in xs),
-        *(x.stride(1) for x in xs), *ends, *index.stride(), BR=rows, BC=block, ZERO=zero, COUNT=count, num_warps=4,
-        **FUSED,
+    _gather[(triton.cdiv(m, rows), batch, firsts[-1])](
+        tuple(xs), tuple(outs), index, m, tuple(x.shape[2] for x in xs),
+        tuple(0 if x.shape[0] == 1 else x.stride(0) for x in xs), tuple(x.stride(1) for x in xs), firsts,
+        *index.stride(), BR=rows, BC=block, ZERO=zero, COUNT=len(xs), num_warps=4, **FUSED,
     )  # fmt: skip
 
 
@@ -153,26 +148,64 @@ def cut_mask(mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 def compact(tensors: list[Tensor], index: Tensor) -> list[Tensor]:
     """See `mustdrop.kernels.compact`."""
     outs = [x.new_empty(index.shape[0], x.shape[1], index.shape[1], x.shape[3]) for x in tensors]
-    sources = [x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous() for x in tensors]
+    sources = [_rowwise(x) for x in tensors]
+    for group in _alike(sources, outs):
+        for part in _parts(group, outs[group[0]].nbytes):
+            _launch_compact([sources[t] for t in part], [outs[t] for t in part], index[None])
+    return outs
+
+
+def compact_each(tensors: list[Tensor], index: Tensor, widths: Tensor, slots: list[int]) -> list[Tensor]:
+    """See `mustdrop.kernels.compact_each`."""
+    per = len(tensors) // max(1, len(slots))
+    outs = [x.new_empty(index.shape[1], x.shape[1], slots[t // per], x.shape[3]) for t, x in enumerate(tensors)]
+    sources = [_rowwise(x) for x in tensors]
+    widths = widths.contiguous()
+    for group in _alike(sources, outs):
+        for part in _parts(group, max(outs[t].nbytes for t in group), per):
+            layers = [t // per for t in part]
+            for some, share in _runs(part, layers, per):
+                _launch_compact(
+                    [sources[t] for t in some], [outs[t] for t in some], index, widths, some[0] // per, share
+                )
+    return outs
+
+
+def _rowwise(x: Tensor) -> Tensor:
+    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+
+
+def _alike(sources: list[Tensor], outs: list[Tensor]) -> list[list[int]]:
+    """Numbers of the tensors that one launch can copy."""
     alike: dict[object, list[int]] = {}
     for t, x in enumerate(sources):
         if outs[t].numel():
             alike.setdefault((x.shape, x.stride(), x.dtype, _aligned(x)), []).append(t)
-    for group in alike.values():
-        for part in _parts(group, outs[group[0]].nbytes):
-            _launch_compact([sources[t] for t in part], [outs[t] for t in part], index)
-    return outs
+    return list(alike.values())
 
 
-def _parts(group: list[int], size: int) -> Iterator[list[int]]:
+def _runs(part: list[int], layers: list[int], per: int) -> Iterator[tuple[list[int], int]]:
+    """Launches for tensors of some layers, and how many of each layer follow one another in them."""
+    for share in (per, 1):
+        if layers == [layers[0] + place // share for place in range(len(part))]:
+            yield part, share
+            return
+    for t in part:
+        yield [t], 1
+
+
+def _parts(group: list[int], size: int, per: int = 1) -> Iterator[list[int]]:
     step = min(LAYERS, max(1, PART // size))
+    step = max(1, step - step % per)
     for start in range(0, len(group), step):
         yield group[start : start + step]
 
 
-def _launch_compact(xs: list[Tensor], outs: list[Tensor], index: Tensor) -> None:
+def _launch_compact(
+    xs: list[Tensor], outs: list[Tensor], index: Tensor, widths: Tensor | None = None, first: int = 0, per: int = 0
+) -> None:
     x, index = xs[0], index.to(xs[0].device)
-    batch, m = index.shape
+    _, batch, m = index.shape
     heads, dim = x.shape[1], x.shape[3]
     block = p2(dim, 16)
     rows = max(4, 4096 // block)
@@ -180,8 +213,9 @@ def _launch_compact(xs: list[Tensor], outs: list[Tensor], index: Tensor) -> None
     spare = count - len(xs)
     _compact[(triton.cdiv(m, rows), batch * heads, len(xs))](
         tuple(_integers(t) for t in xs + xs[:1] * spare), tuple(_integers(t) for t in outs + outs[:1] * spare), index,
-        m, heads, 0 if x.shape[0] == 1 else x.stride(0), x.stride(1), x.stride(2), *index.stride(), D=dim, BD=block,
-        BR=rows, ALIGNED=_aligned(x), COUNT=count, num_warps=4, **FUSED,
+        index if widths is None else widths, m, heads, first, 0 if x.shape[0] == 1 else x.stride(0), x.stride(1),
+        x.stride(2), *index.stride(), D=dim, BD=block, BR=rows, ALIGNED=_aligned(x), COUNT=count, PER=per,
+        num_warps=4, **FUSED,
     )  # fmt: skip
 
 

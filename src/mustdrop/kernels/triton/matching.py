@@ -54,8 +54,8 @@ def _match(
         similar = tl.where((n < NB)[None, :], dots * scale[None, :], float("-inf"))
         at = tl.where(similar > top, n0, at)
         top = tl.maximum(top, similar)
-    high, place = tl.max(top, 1, return_indices=True)
-    found = tl.sum(tl.where(column[None, :] == place[:, None], at + column[None, :], 0), 1)
+    high = tl.max(top, 1)
+    found = tl.min(tl.where(top == high[:, None], at + column[None, :], NB), 1)  # among equals, the first
     scale = tl.load(norm_a + b * NA + i, mask=there, other=0.0)
     tl.store(best + b * NA + i, high * scale, mask=there)
     tl.store(where + b * NA + i, found.to(tl.int64), mask=there)

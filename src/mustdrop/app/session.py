@@ -1,0 +1,323 @@
+"""What the app does, without what it looks like: reads uploads, asks with and without pruning, tells what came out."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+import mustdrop
+from mustdrop import trace_page
+from mustdrop.budget import Keep, check_keep
+from mustdrop.demo import model as bundled
+from mustdrop.errors import ConfigError, MustDropError, PictureError, did_you_mean
+from mustdrop.eval.media import Clip, MediaError
+from mustdrop.explain import Prompt, told
+from mustdrop.loading import load_model, place
+from mustdrop.pictures import read_picture
+from mustdrop.report import quantity
+from mustdrop.trace_page import Told
+
+BASELINE = "none"  # the unpruned model, whose tokens are counted too
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one question may bring. An app may stand where anybody can reach it.
+
+    Attributes:
+        picture_bytes: size of a file with a picture.
+        pixels: of a picture.
+        video_bytes: size of a file with a video.
+        frames: taken of a video.
+        pictures: of one question.
+        methods: asked with one after another.
+        letters: of a question.
+        new_tokens: of an answer.
+    """
+
+    picture_bytes: int = 20_000_000
+    pixels: int = 50_000_000
+    video_bytes: int = 100_000_000
+    frames: int = 32
+    pictures: int = 4
+    methods: int = 4
+    letters: int = 1000
+    new_tokens: int = 256
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What somebody wants to know.
+
+    Attributes:
+        question: text.
+        pictures: files, or pictures.
+        video: a file in place of pictures.
+        methods: names.
+        keep: budget of each of them.
+        frames: taken of the video.
+        new_tokens: most of an answer.
+    """
+
+    question: str
+    pictures: Sequence[Any] = ()
+    video: str | Path | None = None
+    methods: Sequence[str] = ("mustdrop",)
+    keep: Keep = 0.25
+    frames: int = 8
+    new_tokens: int = 32
+
+
+@dataclass(frozen=True)
+class Row:
+    """One answer and its price.
+
+    Attributes:
+        name: method and budget, or "all tokens".
+        answer: text.
+        tokens: average retained tokens per layer.
+        total: vision tokens of the prompt.
+        seconds: of the whole answer.
+        flops: of the prompt, as a share of the unpruned model's.
+        stored: KV cache at the end, in words.
+        peak: working memory in words; empty where nothing counts it.
+    """
+
+    name: str
+    answer: str
+    tokens: float
+    total: int
+    seconds: float
+    flops: float
+    stored: str
+    peak: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out.
+
+    Attributes:
+        rows: the unpruned model, then each method.
+        page: the page that shows what each method keeps.
+    """
+
+    rows: list[Row]
+    page: str
+
+
+@dataclass
+class Watch:
+    """Clocks calls, and counts the memory that they take on a GPU."""
+
+    device: torch.device
+    seconds: list[float] = field(default_factory=list)
+    peaks: list[int | None] = field(default_factory=list)
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Around one call."""
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device) if cuda else 0
+        start = time.perf_counter()
+        yield
+        if cuda:
+            torch.cuda.synchronize(self.device)
+        self.seconds.append(time.perf_counter() - start)
+        self.peaks.append(torch.cuda.max_memory_allocated(self.device) - before if cuda else None)
+
+
+class Session:
+    """The models that an app offers, and one question at a time: patching concerns the whole model.
+
+    Args:
+        models: hub ids or folders beside the bundled models.
+        device: name of a device, None for a GPU if there is any.
+        dtype: weights of `models`.
+        limits: what a question may bring.
+        loader: replaces `mustdrop.loading.load_model`.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[str] = (),
+        *,
+        device: str | None = None,
+        dtype: str = "auto",
+        limits: Limits | None = None,
+        loader: Callable[..., tuple[Any, Any]] = load_model,
+    ) -> None:
+        self.names = [*models, *(f"bundled: {name}" for name in _bundled())]
+        self.device, self.dtype, self.limits = place(device), dtype, limits or Limits()
+        self._loader = loader
+        self._lock = threading.Lock()
+        self._loaded: tuple[str, Any, Any] | None = None
+
+    def methods(self) -> list[str]:
+        """Names of the methods, the default one first."""
+        return sorted(
+            (name for name in mustdrop.list_methods() if name != BASELINE), key=lambda n: (n != "mustdrop", n)
+        )
+
+    def ask(self, name: str, asked: Asked) -> Outcome:
+        """Ask a model with all of its vision tokens, then with each method.
+
+        Args:
+            name: one of `names`.
+            asked: the question.
+
+        Raises:
+            MustDropError: a file that is too large or cannot be read, too many of something, or what the model or a
+                method does not support. The message names files without their folder.
+        """
+        prompt, settings = self.prompt(asked), self.settings(asked)
+        with self._lock:
+            model, processor, fresh = self._model(name)
+            watch = Watch(self.device)
+            if fresh:  # the first call of a model takes longer, whatever it is
+                told(model, processor, prompt, settings[:1], new_tokens=1)
+            shown = told(model, processor, prompt, settings, new_tokens=asked.new_tokens, watch=watch)
+        rows = [_row(*found) for found in zip(shown, watch.seconds, watch.peaks, strict=True)]
+        page = trace_page.page(trace_page.facts(prompt.media, shown[1:], prompt.question))
+        return Outcome(rows, page)
+
+    def settings(self, asked: Asked) -> list[tuple[str, Keep | None]]:
+        """Methods with budgets, the unpruned model first.
+
+        Raises:
+            MustDropError: no method, too many, or one that there is not.
+        """
+        if not asked.methods:
+            raise ConfigError("choose at least one method.")
+        if len(asked.methods) > self.limits.methods:
+            raise ConfigError(f"{len(asked.methods)} methods at once: choose {self.limits.methods} at most.")
+        unknown = [name for name in asked.methods if name not in self.methods()]
+        if unknown:
+            raise ConfigError(f"there is no method {unknown[0]!r}. {did_you_mean(unknown[0], self.methods())}")
+        return [(BASELINE, None), *((name, check_keep(asked.keep)) for name in asked.methods)]
+
+    def prompt(self, asked: Asked) -> Prompt:
+        """What is asked, read and checked.
+
+        Raises:
+            MustDropError: see `ask`.
+        """
+        limits, question = self.limits, asked.question.strip()
+        if not question:
+            raise ConfigError("ask something: the question is empty.")
+        if len(question) > limits.letters:
+            raise ConfigError(f"the question has {len(question)} letters: {limits.letters} are the most.")
+        if not 1 <= asked.new_tokens <= limits.new_tokens:
+            raise ConfigError(f"an answer of {asked.new_tokens} tokens: choose 1 to {limits.new_tokens}.")
+        if asked.video is not None and asked.pictures:
+            raise ConfigError("give a picture or a video, not both.")
+        if asked.video is not None:
+            return Prompt(question, video=self._video(Path(asked.video), asked.frames))
+        if not asked.pictures:
+            raise ConfigError("give a picture or a video.")
+        if len(asked.pictures) > limits.pictures:
+            raise ConfigError(f"{len(asked.pictures)} pictures: {limits.pictures} are the most.")
+        return Prompt(question, [self._picture(one) for one in asked.pictures])
+
+    def _picture(self, source: Any) -> Image.Image:
+        if isinstance(source, str | Path):
+            path = Path(source)
+            _check_size(path, self.limits.picture_bytes)
+            _check_pixels(path, self.limits.pixels)
+            return read_picture(path, name=path.name)
+        return read_picture(source)
+
+    def _video(self, path: Path, frames: int) -> Any:
+        if not 1 <= frames <= self.limits.frames:
+            raise ConfigError(f"{frames} frames: choose 1 to {self.limits.frames}.")
+        _check_size(path, self.limits.video_bytes)
+        try:
+            return Clip(path, frames).load()
+        except MediaError as error:
+            raise PictureError(str(error).replace(str(path), path.name)) from None
+
+    def _model(self, name: str) -> tuple[Any, Any, bool]:
+        """A model, its processor, and whether it was loaded just now. One is held at a time."""
+        if name not in self.names:
+            raise ConfigError(f"this app does not offer {name!r}. {did_you_mean(name, self.names)}")
+        if self._loaded is not None and self._loaded[0] == name:
+            return *self._loaded[1:], False
+        self._loaded = None  # before the next one is loaded: two may not fit
+        kind, _, own = name.partition("bundled: ")
+        if own and not kind:
+            model, processor = bundled.load(own)
+            model = model.to(self.device)
+        else:
+            model, processor = self._loader(name, device=str(self.device), dtype=self.dtype)
+        self._loaded = (name, model, processor)
+        return model, processor, True
+
+
+def _bundled() -> list[str]:
+    """The bundled models that this version has."""
+    return [
+        name for name in bundled.NAMES if name != "pages" or (bundled.PAGE_CHECKPOINT / "model.safetensors").exists()
+    ]
+
+
+def scene(seed: int) -> tuple[Image.Image, str]:
+    """A picture that the bundled model knows how to read, and a question about it."""
+    from mustdrop.demo.scenes import SceneMaker
+
+    maker = SceneMaker("heldout", seed=seed)
+    drawn = maker.scene()
+    return Image.fromarray(drawn.image), maker.questions(drawn)[0].text
+
+
+def _check_size(path: Path, most: int) -> None:
+    if not path.is_file():
+        raise PictureError(f"there is no file {path.name}.")
+    size = path.stat().st_size
+    if size > most:
+        raise PictureError(f"{path.name} has {quantity(size, 'B')}: {quantity(most, 'B')} are the most.")
+
+
+def _check_pixels(path: Path, most: int) -> None:
+    """Refuse a small file that becomes a huge picture, before it is decoded."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+    except Exception as error:  # decoders of broken files raise anything
+        raise PictureError(f"cannot decode {path.name}: {str(error).replace(str(path), path.name)}") from None
+    if width * height > most:
+        raise PictureError(f"{path.name} has {width} x {height} pixels: {most / 1e6:.0f} million are the most.")
+
+
+def _row(one: Told, seconds: float, peak: int | None) -> Row:
+    trace = one.trace
+    kv = trace.kv_bytes
+    return Row(
+        name="all tokens" if trace.method == BASELINE else one.name,
+        answer=one.answer,
+        tokens=float(trace.equal_tokens[0]),
+        total=int(trace.total[0]),
+        seconds=seconds,
+        flops=trace.flops.ratio,
+        stored=f"{quantity(kv.actual, 'B')} ({kv.ratio:.0%})" if kv.unpruned else "",
+        peak="" if peak is None else quantity(peak, "B"),
+    )
+
+
+def message(error: Exception) -> str:
+    """One line for whoever asked; what is no fault of the question is said without details of the machine."""
+    if isinstance(error, MustDropError):
+        return str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "out of memory: a smaller picture, fewer frames or another model needs less."
+    return f"this could not be answered ({type(error).__name__}); the log of the app has the details."

@@ -1,0 +1,152 @@
+"""Cache layers that lose entries at the end of the prompt, as many of them at once as hold tensors of one shape.
+
+What each layer keeps is one select over the rows of all of them, and what they store one copy. The indices come to the
+host once, where the bookkeeping of the slots lies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mustdrop import kernels
+from mustdrop.pruners import DecodeCachePruner, Received, answers
+from mustdrop.runtime.eviction import AT_ONCE, Cut
+from mustdrop.runtime.rows import HOST, PAD, on
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The entries of a cache layer, on the host. Layers with the same entries share one.
+
+    Attributes:
+        positions: (B, slots) long, PAD on padding.
+        vision: (B, slots) bool.
+        candidates: (B, slots) bool, vision entries that a later token sees.
+    """
+
+    positions: Tensor
+    vision: Tensor
+    candidates: Tensor
+
+
+def evict(
+    decode: DecodeCachePruner, layers: list[Any], entries: list[Entries], budgets: list[Tensor], everything: Tensor
+) -> None:
+    """The best of the candidates stay in each layer; layers of one shape are cut together.
+
+    Args:
+        decode: chooses.
+        layers: cache layers whose `attended` is known.
+        entries: of each.
+        budgets: per layer (B,) long, vision entries that may stay.
+        everything: (B,) bool, rows of which nothing leaves any layer.
+    """
+    alike: dict[Any, list[int]] = {}
+    for i, layer in enumerate(layers):
+        shapes = tuple((t.shape, t.dtype) for t in (layer.keys, layer.values))
+        alike.setdefault((layer.slots, layer.attended.shape, layer.keys.device, shapes), []).append(i)
+    for some in alike.values():
+        step = max(1, AT_ONCE // max(1, layers[some[0]].storage_bytes()))  # what may exist twice for a moment
+        for start in range(0, len(some), step):
+            part = some[start : start + step]
+            own = [budgets[i] for i in part]
+            _evict(decode, [layers[i] for i in part], [entries[i] for i in part], own, everything)
+
+
+def _evict(
+    decode: DecodeCachePruner, layers: list[Any], entries: list[Entries], budgets: list[Tensor], everything: Tensor
+) -> None:
+    many, device = len(layers), layers[0].keys.device
+    positions, vision, candidates = (
+        stacked([getattr(own, name) for own in entries]) for name in ("positions", "vision", "candidates")
+    )  # (1 or L, B, slots)
+    budget = stacked(budgets)
+    real = positions != PAD
+    fits = (vision.sum(-1) <= budget) | everything
+    first = real & (~vision | fits[..., None])  # these stay
+    free = real & candidates & ~first
+    wanted = first.sum(-1) + torch.minimum(free.sum(-1), budget)
+    if torch.equal(wanted, real.sum(-1).expand_as(wanted)):
+        return
+    wanted = wanted.expand(many, -1)
+    widths: list[int] = wanted.amax(1).tolist()
+    index = _chosen(decode, layers, [candidates, first | free, first], wanted, max(widths))
+    lacks = torch.tensor(widths, dtype=torch.long, device=HOST)[:, None] - wanted
+    padded = bool(lacks.any())
+    if padded:
+        index = _left_padded(index, on(lacks, device))
+    where = index.to(HOST)
+    rooms = [layer.room(width) for layer, width in zip(layers, widths, strict=True)]
+    stored = _stored(layers, index, rooms)
+    known = [x.expand(many, -1, -1).gather(2, where.clamp(min=0)) for x in (positions, vision)]
+    if padded or min(widths) < max(widths):
+        known = [known[0].masked_fill(where < 0, PAD), known[1] & (where >= 0)]
+    cuts = zip(where.unbind(), known[0].unbind(), known[1].unbind(), strict=True)
+    for i, (layer, cut) in enumerate(zip(layers, cuts, strict=True)):
+        own, places, marks = cut if widths[i] == where.shape[2] else (x[:, : widths[i]] for x in cut)
+        layer.attended = layer.queries = None  # nothing is read any more
+        layer.store(Cut(own, places, marks, padded), *stored[2 * i : 2 * i + 2])
+    for width in set(widths):  # a static cache counts on its device
+        same = [layer for layer, own in zip(layers, widths, strict=True) if own == width]
+        same[0].count(same)
+
+
+def _chosen(decode: DecodeCachePruner, layers: list[Any], flags: list[Tensor], wanted: Tensor, slots: int) -> Tensor:
+    """(L, B, slots) long, the entries that stay, ascending, -1 behind them.
+
+    `flags` are candidates, what can stay, and what stays before all else, each (1 or L, B, slots).
+    """
+    many, batch = wanted.shape
+    device, n = layers[0].keys.device, layers[0].slots
+    most = max(len(x) for x in flags)
+    sent = on(torch.stack([x.expand(most, -1, -1) for x in flags]), device).expand(3, many, -1, -1)
+    seen, alive, first = sent.reshape(3, many * batch, n).unbind()
+    given, queries = (_of_all([getattr(layer, name) for layer in layers], n) for name in ("attended", "queries"))
+    score = answers.entries(decode.scorer, Received(given, queries), seen)
+    index, _ = kernels.select(score, alive, on(wanted.reshape(-1), device), slots, first)
+    index = index.view(many, batch, slots)
+    lacks = slots - wanted
+    if not bool(lacks.any()):
+        return index
+    place = torch.arange(slots, dtype=torch.long, device=device) + on(lacks, device)[..., None]
+    return index.gather(2, place.clamp(max=slots - 1)).masked_fill(place >= slots, PAD)
+
+
+def _of_all(values: list[Tensor], n: int) -> Tensor:
+    """(L * B, n) of what layers know of their entries; nothing is known of later ones."""
+    base = values[0]._base
+    read_together = all(own._base is base and own.storage_offset() == i * own.numel() for i, own in enumerate(values))
+    if all(value is values[0] for value in values):
+        made: Tensor = values[0].expand(len(values), -1, -1)
+    elif base is not None and base.shape == (len(values), *values[0].shape) and read_together:
+        made = base
+    else:
+        made = torch.stack(values)
+    made = made.reshape(-1, made.shape[2])
+    return made if made.shape[1] == n else torch.nn.functional.pad(made, (0, n - made.shape[1]))
+
+
+def _left_padded(index: Tensor, lacks: Tensor) -> Tensor:
+    """(L, B, M) whose rows end with padding, moved to the right by `lacks` (L, B), what each is short of its layer."""
+    place = torch.arange(index.shape[2], dtype=torch.long, device=index.device) - lacks[..., None]
+    return index.gather(2, place.clamp(min=0)).masked_fill(place < 0, PAD)
+
+
+def _stored(layers: list[Any], index: Tensor, rooms: list[int]) -> list[Tensor]:
+    """Keys and values of each layer at `index` (L, B, M), and room for later tokens where the layer has it."""
+    room = max(rooms)
+    if room > index.shape[2]:
+        index = torch.nn.functional.pad(index, (0, room - index.shape[2]), value=PAD)
+    widths = torch.full((len(layers),), room, dtype=torch.long, device=index.device)
+    if min(rooms) < room:
+        widths = on(torch.tensor(rooms, dtype=torch.long, device=HOST), index.device)
+    return kernels.compact_each([t for layer in layers for t in layer.entries()], index, widths, rooms)
+
+
+def stacked(values: list[Tensor]) -> Tensor:
+    """(L, ...), or (1, ...) where it is the same tensor L times."""
+    return values[0][None] if all(value is values[0] for value in values) else torch.stack(values)

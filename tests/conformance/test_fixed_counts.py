@@ -1,0 +1,111 @@
+"""Fixed counts: the device decides what the host would, and how many stay follows from the prompt's shape alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from transformers.models.llava import modeling_llava
+
+import mustdrop
+from mustdrop.runtime import entry
+from mustdrop.runtime.core import Runtime
+from mustdrop.runtime.features import FeaturesWrapper
+from support.builders import LLAMA, SIGLIP, batch, clone
+from support.edges import BUDGETED
+
+PAIRS = [(name, images) for name in BUDGETED for images in ((1, 1), (1, 2))]
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """A switch: from then on the host looks at everything, as where the data decide how many stay."""
+
+    def switch(windows: bool = False) -> None:
+        monkeypatch.setattr(entry.fixed, "possible", lambda *_: False)
+        if not windows:
+            monkeypatch.setattr(FeaturesWrapper, "_counts", lambda *_: None)
+
+    return switch
+
+
+def answered(model, inputs):
+    with torch.no_grad():
+        out = model.generate(
+            **inputs,
+            max_new_tokens=4,
+            min_new_tokens=4,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    trace = mustdrop.trace(model)
+    kept = [
+        [trace.kept(layer, row).tolist() for layer in range(trace.tokens.shape[0])] for row in range(len(trace.total))
+    ]
+    return torch.stack(out.logits, 1), kept, trace
+
+
+@pytest.mark.parametrize(("name", "images"), PAIRS)
+def test_the_device_decides_what_the_host_would(name, images, looks):
+    model = clone(LLAMA)
+    mustdrop.patch(model, name, keep=16)
+    inputs = batch(LLAMA, images)
+    logits, kept, trace = answered(model, inputs)
+    looks()
+    theirs, same, other = answered(model, inputs)
+    assert kept == same
+    assert torch.allclose(logits, theirs, atol=1e-5)
+    assert torch.equal(trace.kv_lengths, other.kv_lengths)
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+@pytest.mark.parametrize("variant", [LLAMA, SIGLIP], ids=str)
+def test_merging_counts(share, variant, looks):
+    model = clone(variant)
+    mustdrop.patch(model, "mustdrop", keep=0.25, merge_share=share)
+    inputs = batch(variant, (1, 1))
+    logits, kept, _ = answered(model, inputs)
+    assert len({len(row[0]) for row in kept}) == 1  # as many enter in every row
+    looks(windows=True)  # the rows are looked for on the host, after the same merging
+    theirs, same, _ = answered(model, inputs)
+    assert kept == same
+    assert torch.allclose(logits, theirs, atol=1e-5)
+
+
+#: What asks the device on the way, by a loop over frames, crops or tokens whose length the data decide.
+ASKS = {
+    "dart": "what falls together is counted",
+    "downsample": "the picture is made smaller on the host",
+    "pooling": "cells of distinct shapes are found on the host",
+    "fastvid": "a loop over segments",
+    "flashvid": "a loop over frames",
+    "gleanvid": "a loop over frames",
+    "holov": "what a full crop cannot take goes to others, in rounds",
+    "sparsevlm": "which words score, and how many clusters there are, depends on the question",
+    "h2o": "the cache is cut by what each layer read",
+    "snapkv": "likewise",
+    "tgvkv": "likewise",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in BUDGETED if name not in ASKS])
+def test_nothing_in_a_prompts_pass_depends_on_data(name, monkeypatch):
+    """Tensors without data go through the whole pass: shapes follow from the prompt, and nobody asks for a number."""
+    model = clone(LLAMA)
+    mustdrop.patch(model, name, keep=16)
+    inputs = batch(LLAMA, (1, 1))
+    with torch.no_grad():
+        expected = model(**inputs).logits.shape  # answers are looked at in the first call
+    begin = Runtime.begin
+
+    def with_data(self, ids, kwargs):  # the ids come to the host at the start
+        with unset_fake_temporarily():
+            return begin(self, ids, kwargs)
+
+    monkeypatch.setattr(Runtime, "begin", with_data)
+    monkeypatch.setattr(modeling_llava, "torch_compilable_check", lambda *_, **__: None)  # the model's own question
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        out = model(**inputs)
+    assert type(out.logits) is FakeTensor
+    assert out.logits.shape == expected
