@@ -58,7 +58,7 @@ def test_the_documents_name_every_command_and_no_other():
     assert sorted(re.findall(r"^\| `([\w-]+)` \|", table, re.MULTILINE)) == sorted(command_names())
     (listed,) = [line for line in page.splitlines() if "print JSON with `--json`" in line]
     printing = [name for name in command_names() if "--json" in parameters(name)]
-    assert sorted(re.findall(r"`(\w+)`", listed)) == sorted(printing)
+    assert sorted(re.findall(r"`(\w[\w-]*)`", listed)) == sorted(printing)
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
     texts = [path.read_text(encoding="utf-8") for path in pages]
     blocks = [block for text in texts for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL)]

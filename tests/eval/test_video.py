@@ -52,7 +52,7 @@ def model(monkeypatch):
         tiny.config.image_token_id, tiny.config.video_token_id = tokenizer.convert_tokens_to_ids(["<image>", "<video>"])
         return tiny, Processor(tokenizer)
 
-    monkeypatch.setattr(engine, "_load", loaded)
+    monkeypatch.setattr(engine, "load", loaded)
     return "tiny"
 
 
