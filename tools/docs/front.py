@@ -75,7 +75,7 @@ def when(results: Results, table: Table) -> str:
     ]
     many = {row["keep"]: row for row in vllm["rows"] if row["concurrency"] == 16}
     rates = [many[keep]["throughput"]["median"] for keep in (LARGE, SMALL)]
-    room = {row["keep"]: row["running"] for row in vllm["small_cache"]}
+    room = {row["keep"]: row["running"] for row in vllm["small_cache"]["rows"]}
     lines.append(
         f"**16 requests in vLLM on a CPU: {_says(rates)}.** Throughput {_pair(rates)}, and one small cache holds "
         f"{room[LARGE]} and {room[SMALL]} requests instead of {room[None]} (a tiny model)."
