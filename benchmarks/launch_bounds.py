@@ -85,9 +85,9 @@ UNTIL_THEN: dict[str, dict[str, dict[str, int]]] = {
     },
     "h2o": {
         "growing 1": {"launches": 83, "host": 160, "waits": 4},
-        "static 1": {"launches": 160, "host": 260, "waits": 4, "copies": 37, "step_launches": 67},
+        "static 1": {"launches": 160, "host": 260, "waits": 4, "step_launches": 67},
         "growing 8": {"launches": 85, "host": 230, "waits": 4},
-        "static 8": {"launches": 160, "host": 330, "waits": 4, "copies": 37, "step_launches": 67},
+        "static 8": {"launches": 160, "host": 330, "waits": 4, "step_launches": 67},
     },
     "hiprune": {
         "growing 1": {"host": 200, "waits": 12, "copies": 15},
@@ -163,9 +163,9 @@ UNTIL_THEN: dict[str, dict[str, dict[str, int]]] = {
     },
     "snapkv": {
         "growing 1": {"launches": 94, "host": 160, "waits": 4},
-        "static 1": {"launches": 170, "host": 260, "waits": 4, "copies": 37, "step_launches": 67},
+        "static 1": {"launches": 170, "host": 260, "waits": 4, "step_launches": 67},
         "growing 8": {"launches": 96, "host": 230, "waits": 4},
-        "static 8": {"launches": 170, "host": 330, "waits": 4, "copies": 37, "step_launches": 67},
+        "static 8": {"launches": 170, "host": 330, "waits": 4, "step_launches": 67},
     },
     "sparsevlm": {
         "growing 1": {"host": 200, "waits": 24, "copies": 35},
@@ -174,10 +174,10 @@ UNTIL_THEN: dict[str, dict[str, dict[str, int]]] = {
         "static 8": {"host": 350, "waits": 101, "copies": 39, "step_launches": 9},
     },
     "tgvkv": {
-        "growing 1": {"launches": 140, "host": 440, "waits": 5},
-        "static 1": {"launches": 210, "host": 470, "waits": 5, "copies": 38, "step_launches": 67},
+        "growing 1": {"launches": 140, "host": 280, "waits": 5},
+        "static 1": {"launches": 210, "host": 380, "waits": 5, "copies": 7, "step_launches": 67},
         "growing 8": {"launches": 150, "host": 500, "waits": 5},
-        "static 8": {"launches": 210, "host": 530, "waits": 5, "copies": 38, "step_launches": 67},
+        "static 8": {"launches": 210, "host": 440, "waits": 5, "copies": 7, "step_launches": 67},
     },
     "tome": {
         "growing 1": {"launches": 180, "host": 210, "waits": 16, "copies": 12},
