@@ -17,7 +17,7 @@ from mustdrop import cli, doctor, extras
 from mustdrop.demo.model import CHECKPOINT
 from mustdrop.doctor import installed, selftest
 
-COMMANDS = ("demo", "explain", "eval", "eval-suite", "report", "tune", "bench", "methods", "adapters", "doctor")
+COMMANDS = ("demo", "explain", "app", "eval", "eval-suite", "report", "tune", "bench", "methods", "adapters", "doctor")
 ROOT = Path(__file__).parents[1]
 
 
