@@ -14,7 +14,7 @@ from mustdrop.compat import LinearAttentionLayer
 from mustdrop.kv.slots import Slots, Stored
 
 
-class PrunedState(Slots, LinearAttentionLayer):  # type: ignore[misc,valid-type]  # older transformers have none
+class PrunedState(Slots, LinearAttentionLayer):  # type: ignore[misc]  # older transformers have none
     """The state of one recurrent layer (linear attention, a short convolution), as transformers keeps it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -26,7 +26,7 @@ class PrunedState(Slots, LinearAttentionLayer):  # type: ignore[misc,valid-type]
     def adopt(cls, layer: Any) -> PrunedState:
         """Take over a layer of transformers, with what it holds."""
         new = cls()
-        vars(new).update(vars(layer))
+        new.__dict__.update(vars(layer))
         return new
 
     def row(self, b: int) -> PrunedState:
