@@ -155,7 +155,9 @@ class PrunedLayer(Slots, DynamicLayer):
                     setattr(self, name, None if value is None else value[:, :kept])
             self.keys, self.values = self.keys[..., :-remove, :], self.values[..., :-remove, :]
             self.logical -= remove
-            self.pictures = None if self.pictures is None or not self.logical else self.pictures[:, : self.logical]
+            self.pictures = None if self.pictures is None else self.pictures[:, : self.logical]
+            if not self.logical:  # an empty layer describes no entries
+                self.forget()
         self._slide()
 
     def _check_crop(self, remove: int) -> None:

@@ -99,7 +99,7 @@ def _stays(decode: DecodeCachePruner, forward: Forward, layer: kv.Slots, seen: T
     read = Received(nn.functional.pad(layer.attended, pad), nn.functional.pad(layer.queries, pad))
     score = answers.entries(asked, read, on(old & seen, read.given.device)).to(HOST)
     stays = torch.ones_like(old)
-    for k in sorted(set(number[old].tolist())):
+    for k in torch.unique(number[old]).tolist():
         own = old & (number == k)
         count = decode.left_of((layer.pictures == k).sum(1))
         best = keep_best(score, count, own & seen)
