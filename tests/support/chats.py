@@ -12,6 +12,7 @@ from torch import Tensor
 import mustdrop
 from mustdrop import kv
 from mustdrop.adapters import find
+from mustdrop.compat import spans
 
 from .builders import CACHE
 from .families import FamilyOracle, Recorder, hidden_by, new_cache, vision_positions
@@ -99,13 +100,34 @@ def hidden_in(model: Any, turns: Sequence[dict[str, Tensor]], said: Said, steps:
             gone = gone.clone()
             gone[..., start : start + ids.shape[1]] = hidden_by(model, trace, ids).prefill
         else:
-            gone = _missing(said.stored[number], vision, gone)
+            gone = _seen_by(model, said.stored, number, (start, start + ids.shape[1]), vision, gone)
         found[number] = gone
+        start += ids.shape[1]
         for step in range(number + 1, number + steps + 1):
-            gone = found[step] = _missing(said.stored[step], vision, gone)
+            gone = found[step] = _seen_by(model, said.stored, step, (start, start + 1), vision, gone)
+            start += 1
         number += steps + 1
-        start += ids.shape[1] + steps
     return Hidden(found.pop(0), gone, found)
+
+
+def _seen_by(
+    model: Any,
+    stored: Sequence[Sequence[Tensor | None]],
+    number: int,
+    queries: tuple[int, int],
+    vision: Tensor,
+    otherwise: Tensor,
+) -> Tensor:
+    """(L, B, S) vision tokens that pass ``number`` of these queries (from, to) found hidden, by what is stored.
+
+    A sliding layer forgets what leaves its window once the pass is over: its queries still saw that.
+    """
+    out, before = _missing(stored[number], vision, otherwise), _missing(stored[number - 1], vision, otherwise)
+    for layer, span in enumerate(spans(find(model).text(model).config, len(out))):
+        if span is not None:
+            edge = slice(*(max(int(span.reach(end)), 0) for end in queries))
+            out[layer, :, edge] = before[layer, :, edge]
+    return out
 
 
 def _missing(stored: Sequence[Tensor | None], vision: Tensor, otherwise: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class MustDrop(Recipe):
     layers: tuple[int, ...] | None = None
     window: int | None = Field(3, ge=2)
     merge: Literal["budget", "threshold"] | None = None
-    merge_share: float = Field(0.375, gt=0, le=1)
+    merge_share: float = Field(0.5, gt=0, le=1)
     threshold: float = 0.8
     key_share: float = 0.08
     inside: bool = True
