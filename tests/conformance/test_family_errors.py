@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -104,3 +106,20 @@ def test_processor_and_config_disagree(name, kind):
     mustdrop.patch(model, vision=VisionStagePruner(window=None, keep=0.5))
     with pytest.raises((errors.MustDropError, ValueError), match=r"the processor and the config|do not match"):
         answer(model, batch(adapter, model, ((kind,),)), 1)
+
+
+@each
+def test_renumbered_positions(name, kind):
+    """`compat="released"` renumbers what is left: it runs, or is refused before any work with the way out."""
+    needs_the_vision_stage(name)
+    model, vision = clone(name), VisionStagePruner(window=2, threshold=-1.0, compat="released")
+    rotary = getattr(registry()[name].text(model), "rotary_emb", None)
+    if rotary is None or "layer_type" in inspect.signature(rotary.forward).parameters:
+        with pytest.raises(errors.UnsupportedModelError, match=r'compat="released" renumbers positions'):
+            mustdrop.patch(model, vision=vision)
+        assert answer(model, batch(registry()[name], model, ((kind,),)), 1).logits.isfinite().all()
+        return
+    mustdrop.patch(model, vision=vision)
+    inputs = batch(registry()[name], model, ((kind,), (kind, kind)))
+    assert answer(model, inputs, 2).logits.isfinite().all()
+    assert mustdrop.trace(model).dropped_anything

@@ -93,12 +93,3 @@ def test_drafts(name, kind):
     except (ValueError, RuntimeError) as error:
         pytest.skip(f"the unpatched model raises: {str(error)[:100]}")
     assert_dropping_equals_masking(name, ((kind,),), steps=3, generation=options, **HALF)
-
-
-@each
-def test_renumbered_positions(name, kind):
-    """`compat="released"` renumbers what is left: it runs, and drops as many tokens."""
-    model = mustdrop.patch(clone(name), vision=VisionStagePruner(window=2, threshold=-1.0, compat="released"))
-    inputs = batch(registry()[name], model, ((kind,), (kind, kind)))
-    assert answer(model, inputs, 2).logits.isfinite().all()
-    assert mustdrop.trace(model).dropped_anything

@@ -113,7 +113,8 @@ def test_a_mask_may_hide_vision_tokens(name, kind):
         "decode": DecodeCachePruner(),
     }
     both = compare(name, rows, inputs=inputs, steps=2, **fitting(name, stages))
-    assert (both.ours.logits - both.oracle.logits).abs().max() <= 1e-5
+    tolerance = 3e-5 if adapter.recurrent(model) else 1e-5  # their oracle sums shorter sequences, in other chunks
+    assert (both.ours.logits - both.oracle.logits).abs().max() <= tolerance
     left = both.trace.kept(len(both.trace.tokens), 1)
     assert len(left) > 0
     assert left.max() < len(where) // 2

@@ -35,6 +35,7 @@ class Lfm3VL(Qwen2VL):
             visual,
             type(visual.layers)([layer for layer, attends in pairs if attends]),
             packed=True,
+            uncut="convolutions between its layers see neighbouring patches.",
             before=tuple(layer for layer, attends in pairs if not attends),
         )
 

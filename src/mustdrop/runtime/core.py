@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -48,6 +49,11 @@ class Runtime(Copied):
             raise UnsupportedModelError(
                 'compat="released" renumbers positions and needs rotary embeddings; '
                 f"{type(self.text).__name__} has none."
+            )
+        if method.renumber and "layer_type" in inspect.signature(self.text.rotary_emb.forward).parameters:
+            raise UnsupportedModelError(
+                'compat="released" renumbers positions and needs the same rotary embeddings in all layers; those of '
+                f'{type(self.text).__name__} have kinds. Use compat="paper", which keeps positions.'
             )
         self.local = Local()
         self.modalities = adapter.modalities(model)

@@ -188,8 +188,11 @@ class EncoderStage(Copied):
     def passed(self, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """Note for the account what enters a layer."""
         run: EncoderRun | None = self.local.encoder
-        if run is not None:
-            run.lengths.append(self._lengths(run, hidden, kwargs))
+        if run is None:
+            return
+        run.lengths.append(self._lengths(run, hidden, kwargs))
+        if run.packed is not None:
+            run.uncut.append(run.lengths[-1])
 
     @eager
     def before_block(
