@@ -114,6 +114,7 @@ renderer("quality-search")(part(quality_table.variants, "quality_search"))
 renderer("quality-taper")(part(quality_table.variants, "quality_taper"))
 renderer("quality-smallest")(part(quality_table.variants, "quality_smallest"))
 renderer("quality-ablations")(part(quality_table.variants, "quality_ablations"))
+renderer("quality-fixed")(whole(quality_table.fixed))
 renderer("quality-merging")(part(quality_table.variants, "quality_merging"))
 
 

@@ -157,6 +157,20 @@ def variants(record: Record, table: Table) -> str:
     return head + "\n\n" + table(header, lines) + note
 
 
+def fixed(results: Mapping[str, Record], table: Table) -> str:
+    """`mustdrop` before and after its counts were fixed: accuracy, and FLOPs of the prompt, at each budget."""
+    new, old = results["quality_fixed"], results["quality"]
+    lines = []
+    for name, record in (("as measured above", old), ("as it is now: fixed counts", new)):
+        rows = [row for row in record["rows"] if row["method"] == "mustdrop" and row["keep"] in _budgets(new)]
+        rows.sort(key=lambda row: -row["keep"])
+        each = (" / ".join(f"{row[what]['mean']:.3f}" for row in rows) for what in ("correct", "loglik", "kl"))
+        lines.append([name, *each, " / ".join(f"{row['flops']:.0%}" for row in rows), str(record["commit"])[:10]])
+    budgets = " / ".join(f"{keep:.0%}" for keep in _budgets(new))
+    header = [f"`mustdrop` at {budgets}", "accuracy", "log-likelihood", "KL", "FLOPs of the prompt", "commit"]
+    return table(header, lines)
+
+
 def _methods(record: Record) -> list[str]:
     return list(dict.fromkeys(row["method"] for row in record["rows"]))
 

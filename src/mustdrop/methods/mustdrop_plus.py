@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mustdrop.constants import highest
+from mustdrop.constants import constant, highest
 from mustdrop.errors import ConfigError
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.methods.tome import SoftMatching
@@ -65,8 +65,12 @@ class AttendedAndDiverse(TextScorer):
         # earlier picks rank higher; pinned tokens that others explain wholly stay all the same
         n = score.shape[1]
         rank = torch.zeros(picks.shape[0], n + 1, dtype=torch.float32, device=score.device)
-        order = torch.arange(most, 0, -1.0, dtype=torch.float32, device=score.device).expand_as(picks)
-        rank = rank.scatter_(1, picks % (n + 1), order)[:, :-1]  # -1: one place too many, cut off
+        order = constant(
+            ("count down", most),
+            score.device,
+            lambda: torch.arange(most, 0, -1.0, dtype=torch.float32, device=score.device),
+        )
+        rank = rank.scatter_(1, picks % (n + 1), order.expand_as(picks))[:, :-1]  # -1: one place too many, cut off
         return keep_best(rank, count, seen.alive, must)
 
 

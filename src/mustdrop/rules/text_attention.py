@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mustdrop.constants import where
+
 
 def dual_statistics(attention: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
     """Global and individual attention of each vision token.
@@ -37,7 +39,7 @@ def shares(statistics: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         See `dual_statistics`.
     """
-    total, peak = statistics.masked_fill(~alive[:, None], 0).unbind(1)
+    total, peak = where(alive[:, None], statistics, 0).unbind(1)
     return total / total.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny), peak
 
 

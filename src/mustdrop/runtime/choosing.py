@@ -277,13 +277,20 @@ def plain(patches: np.ndarray) -> bool:
     return patches.shape[1] == 1 and bool((patches[:, 0] == np.arange(len(patches))).all())
 
 
-def owners(run: EncoderRun, patches: Tensor) -> Tensor:
+def owners(run: EncoderRun, patches: Tensor, as_read: bool = False) -> Tensor:
     """(F,) long, the feature that names the window which each feature became part of inside the encoder.
 
     It is the feature that holds the patch that names the window; where the model cuts that one away (padding of tiles),
     the first of the window's features that it leaves.
+
+    Args:
+        run: what the encoder did.
+        patches: (F, k) long, the patches of each feature; -1 is none.
+        as_read: whether each feature is the patch of its own number: see `plain`.
     """
     number = len(patches)
+    if as_read and run.merged is not None and run.merged.merge_into is not None:
+        return run.owners(run.merged.merge_into.numel())[:number]
     index = torch.arange(number, dtype=torch.long, device=patches.device)
     if run.packed is not None and run.merges_packed:
         owner = run.packed.owner.to(patches.device)

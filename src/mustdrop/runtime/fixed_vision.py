@@ -165,7 +165,7 @@ def decide(
     elif simple and chooser is None:
         pass
     elif run.merged is not None:
-        owner = _owners(run, patches, as_read)
+        owner = owners(run, patches, as_read)
     local = False  # whether `order` counts from each medium's first feature
     if chooser is not None:
         if choice is None:
@@ -211,13 +211,6 @@ def decide(
 def _nothing(n: int, device: torch.device) -> Tensor:
     """(n,) bool, all False."""
     return constant(("none", n), device, lambda: torch.zeros(n, dtype=torch.bool, device=device))
-
-
-def _owners(run: EncoderRun, patches: Tensor, as_read: bool) -> Tensor:
-    """(F,) long, the feature that names the window that each is part of: `mustdrop.runtime.choosing.owners`."""
-    if as_read and run.merged is not None and run.merged.merge_into is not None:
-        return run.owners(run.merged.merge_into.numel())[: len(patches)]
-    return owners(run, patches)
 
 
 def _owners_behind(

@@ -40,13 +40,14 @@ class EarlyChoice:
         table = stacked(self.chooser.layouts)
         if not run.item or table.shape[1] > 1 or int(table.max()) >= len(final) * run.item:
             return output
-        self.whole = plain(table) and len(table) == len(final) * run.item
+        as_read = plain(table)
+        self.whole = as_read and len(table) == len(final) * run.item
         patches = sent(table[:, 0], final.device)
         states = getattr(output, "hidden_states", None)
         read = [final if states is None else states[k + 1] for k in self.layers]
         parts = [self._features(state, patches) for state in read]
         seen = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        self.choice = self.chooser(seen, owners(run, patches[:, None]) if run.merged is not None else None)
+        self.choice = self.chooser(seen, None if run.merged is None else owners(run, patches[:, None], as_read))
         if states is not None:
             wanted = {k + 1 for k in self.layers}
             output["hidden_states"] = tuple(
