@@ -84,7 +84,9 @@ class PrunedStaticLayer(Slots, StaticLayer):
 
     def get_seq_length(self, *args: Any) -> Any:
         """Logical length, dropped tokens included: a tensor, as compiled code needs it, or 0."""
-        return self.cumulative_length + self.dropped if self.is_initialized else 0
+        if not self.is_initialized:
+            return 0
+        return self.cumulative_length + self.dropped if self.dropped else self.cumulative_length
 
     def reset(self) -> None:
         """Forget everything; a layer that had lost tokens will be allocated anew, in full size."""
