@@ -50,7 +50,7 @@ class Runtime(Copied):
                 'compat="released" renumbers positions and needs rotary embeddings; '
                 f"{type(self.text).__name__} has none."
             )
-        if method.renumber and "layer_type" in inspect.signature(self.text.rotary_emb.forward).parameters:
+        if method.renumber and "layer_type" in inspect.signature(cast(Any, self.text).rotary_emb.forward).parameters:
             raise UnsupportedModelError(
                 'compat="released" renumbers positions and needs the same rotary embeddings in all layers; those of '
                 f'{type(self.text).__name__} have kinds. Use compat="paper", which keeps positions.'
