@@ -132,13 +132,12 @@ class FixedRows:
         """Rows per prompt, padding included."""
         return self.vision.shape[1]
 
-    @property
-    def _besides(self) -> dict[str, Any]:
-        """What `kernels.select` is told of the rows of text, which stay."""
+    def _besides(self, device: torch.device) -> dict[str, Any]:
+        """What `kernels.select` is told, on `device`, of the rows of text, which stay."""
         if self.padding is not None:
-            return {"others": self.is_text}
+            return {"others": on(self.is_text, device)}
         if self.rows is not None and self.padded:
-            return {"others": ~self.vision & (self.rows != PAD)}
+            return {"others": on(~self.vision & (self.rows != PAD), device)}
         return {"rest": True}
 
     @property
@@ -174,15 +173,18 @@ class FixedRows:
             gamma: see `mustdrop.kernels.select`.
             alpha: see `mustdrop.kernels.select`.
         """
-        count, slots = numbers(wanted, self.vision.device), self.slots(wanted)
+        device = score.device  # of a later layer, where the rows may not have been yet
+        vision, count, slots = on(self.vision, device), numbers(wanted, device), self.slots(wanted)
+        protected, importance = (None if x is None else on(x, device) for x in (self.protected, self.importance))
         return kernels.select(
-            score, self.vision, count, slots, self.protected, self.importance, gamma, alpha, **self._besides
+            score, vision, count, slots, protected, importance, gamma, alpha, **self._besides(device)
         )[0]
 
     def among(self, stays: Tensor, wanted: list[int]) -> Tensor:
         """(B, M) long, the rows that stay where a rule has chosen: `stays` (B, n) bool over the vision tokens."""
-        count, slots = numbers(wanted, self.vision.device), self.slots(wanted)
-        return kernels.select(stays.float(), self.vision, count, slots, **self._besides)[0]
+        device = stays.device
+        vision, count, slots = on(self.vision, device), numbers(wanted, device), self.slots(wanted)
+        return kernels.select(stays.float(), vision, count, slots, **self._besides(device))[0]
 
     def take(self, index: Tensor, wanted: list[int], layer: int, hidden: Tensor) -> Tensor:
         """Keep the rows `index` (B, M), PAD on padding, before decoder layer `layer`; returns their hidden states."""

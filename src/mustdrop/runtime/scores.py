@@ -126,10 +126,10 @@ def kept(
     if isinstance(attention, Sent):
         gamma, alpha = prefill.global_threshold or 1.0, prefill.individual_threshold or 1.0
         return rows.select(attention.tensor, wanted, gamma, alpha)
-    known = seen(runtime, prefill, forward, media, hidden, attention)
-    count = numbers(wanted, attention.device)
-    stays = prefill.stays(known, count, pinned=rows.protected, importance=rows.importance)
-    return rows.among(stays, wanted)
+    here = attention.device
+    known, count = seen(runtime, prefill, forward, media, hidden, attention), numbers(wanted, here)
+    pinned, importance = (None if x is None else on(x, here) for x in (rows.protected, rows.importance))
+    return rows.among(prefill.stays(known, count, pinned=pinned, importance=importance), wanted)
 
 
 def with_ends(selection: Selection, ends: Tensor, counted: bool) -> Selection:
