@@ -122,7 +122,7 @@ def test_the_default_patch_equals_masking(variant):
         mustdrop.patch(clone(variant)),
         batch(variant, (1, 2)),
         variant,
-        vision=VisionStagePruner(merge_count="budget", merge_share=0.375),
+        vision=VisionStagePruner(merge_count="budget", merge_share=0.5),
         decode=DecodeCachePruner(),
     )
     for row, total in enumerate((variant.n_vision, 2 * variant.n_vision)):
