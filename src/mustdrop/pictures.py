@@ -65,6 +65,19 @@ def read_picture(source: Any, *, upright: bool = True, stretch: bool = False, na
         raise PictureError(f"cannot decode {called}: {error}") from None
 
 
+def size_of(path: Path) -> tuple[int, int]:
+    """Columns and rows of a picture as its file lies, told by its first bytes: a small file may hold a huge picture.
+
+    Raises:
+        PictureError: the file is no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except Exception as error:  # decoders of broken files raise anything
+        raise PictureError(f"cannot decode {path.name}: {str(error).replace(str(path), path.name)}") from None
+
+
 def from_array(source: Any, *, stretch: bool = False, name: str = "the array") -> Image.Image:
     """A picture from an array or a tensor, see `read_picture`.
 

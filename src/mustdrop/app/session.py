@@ -21,7 +21,7 @@ from mustdrop.errors import ConfigError, MustDropError, PictureError, did_you_me
 from mustdrop.eval.media import Clip, MediaError
 from mustdrop.explain import Prompt, told
 from mustdrop.loading import load_model, place
-from mustdrop.pictures import read_picture
+from mustdrop.pictures import read_picture, size_of
 from mustdrop.report import quantity
 from mustdrop.trace_page import Told
 
@@ -290,11 +290,7 @@ def _check_size(path: Path, most: int) -> None:
 
 def _check_pixels(path: Path, most: int) -> None:
     """Refuse a small file that becomes a huge picture, before it is decoded."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-    except Exception as error:  # decoders of broken files raise anything
-        raise PictureError(f"cannot decode {path.name}: {str(error).replace(str(path), path.name)}") from None
+    width, height = size_of(path)
     if width * height > most:
         raise PictureError(f"{path.name} has {width} x {height} pixels: {most / 1e6:.0f} million are the most.")
 
