@@ -29,9 +29,9 @@ UNTIL_THEN: dict[str, dict[str, dict[str, int]]] = {
     },
     "dart": {
         "growing 1": {"waits": 23},
-        "static 1": {"waits": 23, "step_launches": 3},
+        "static 1": {"waits": 23, "step_launches": 2},
         "growing 8": {"waits": 170},
-        "static 8": {"waits": 170, "step_launches": 3},
+        "static 8": {"waits": 170, "step_launches": 2},
     },
     "divprune": {
         "static 1": {"step_launches": 3},
@@ -52,8 +52,8 @@ UNTIL_THEN: dict[str, dict[str, dict[str, int]]] = {
         "static 8": {"step_launches": 3},
     },
     "fastv": {
-        "static 1": {"step_launches": 3},
-        "static 8": {"step_launches": 3},
+        "static 1": {"step_launches": 2},
+        "static 8": {"step_launches": 2},
     },
     "fastvid": {
         "growing 1": {"waits": 14},
@@ -102,16 +102,14 @@ UNTIL_THEN: dict[str, dict[str, dict[str, int]]] = {
         "static 8": {"launches": 83, "step_launches": 4},
     },
     "mustdrop+": {
-        "growing 1": {"launches": 230},
-        "static 1": {"launches": 240, "step_launches": 4},
-        "growing 8": {"launches": 230},
-        "static 8": {"launches": 250, "step_launches": 4},
+        "static 1": {"launches": 220, "step_launches": 4},
+        "static 8": {"launches": 230, "step_launches": 4},
     },
     "none": {
         "growing 1": {"launches": 2},
-        "static 1": {"launches": 3, "step_launches": 2},
+        "static 1": {"launches": 2},
         "growing 8": {"launches": 2},
-        "static 8": {"launches": 3, "step_launches": 2},
+        "static 8": {"launches": 2},
     },
     "pooling": {
         "growing 1": {"host": 120},
@@ -124,8 +122,8 @@ UNTIL_THEN: dict[str, dict[str, dict[str, int]]] = {
         "static 8": {"step_launches": 3},
     },
     "pyramiddrop": {
-        "static 1": {"step_launches": 5},
-        "static 8": {"step_launches": 5},
+        "static 1": {"step_launches": 4},
+        "static 8": {"step_launches": 4},
     },
     "random": {
         "static 1": {"step_launches": 3},
@@ -143,9 +141,9 @@ UNTIL_THEN: dict[str, dict[str, dict[str, int]]] = {
     },
     "sparsevlm": {
         "growing 1": {"host": 150, "waits": 24, "copies": 35},
-        "static 1": {"host": 150, "waits": 24, "copies": 39, "step_launches": 5},
+        "static 1": {"host": 150, "waits": 24, "copies": 39, "step_launches": 4},
         "growing 8": {"host": 220, "waits": 110, "copies": 35},
-        "static 8": {"host": 220, "waits": 110, "copies": 39, "step_launches": 5},
+        "static 8": {"host": 220, "waits": 110, "copies": 39, "step_launches": 4},
     },
     "tgvkv": {
         "growing 1": {"launches": 150, "host": 240, "waits": 4},
@@ -154,10 +152,8 @@ UNTIL_THEN: dict[str, dict[str, dict[str, int]]] = {
         "static 8": {"launches": 150, "host": 240, "waits": 4, "copies": 6, "step_launches": 35},
     },
     "tome": {
-        "growing 1": {"launches": 160},
-        "static 1": {"launches": 160, "step_launches": 3},
-        "growing 8": {"launches": 160},
-        "static 8": {"launches": 160, "step_launches": 3},
+        "static 1": {"step_launches": 3},
+        "static 8": {"step_launches": 3},
     },
     "uniform": {
         "static 1": {"step_launches": 3},
