@@ -157,7 +157,7 @@ def downloads(results: Results, table: Table) -> str:
     return (
         f"On Linux the first line downloads {plain['bytes'] / 1e9:.1f} GB, since the default torch brings its CUDA "
         f"libraries; the two for the CPU download {cpu['bytes'] / 1e9:.2f} GB. Of that, mustdrop is "
-        f"{figures['wheel_bytes'] / 1e6:.1f} MB, the bundled model included."
+        f"{figures['wheel_bytes'] / 1e6:.1f} MB, its two models included."
     )
 
 
@@ -167,7 +167,7 @@ def costs(results: Results, table: Table) -> str:
     figures, bounds = record["figures"], record["bounds"]
     shown = [
         ("wheel", f"{figures['wheel_bytes'] / 1e6:.1f} MB", f"{bounds['wheel_bytes'] / 1e6:.0f} MB"),
-        ("of which the bundled model", f"{figures['wheel_bytes_of_models'] / 1e6:.1f} MB", ""),
+        ("of which the two bundled models", f"{figures['wheel_bytes_of_models'] / 1e6:.1f} MB", ""),
         ("sdist", f"{figures['sdist_bytes'] / 1e6:.1f} MB", f"{bounds['sdist_bytes'] / 1e6:.0f} MB"),
         ("`import mustdrop`", _seconds(figures["seconds_of_import"]), ""),
         ("modules that it loads", figures["modules_of_import"], bounds["modules_of_import"]),
