@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -321,6 +324,28 @@ def assert_dropping_equals_masking(*args: Any, tolerance: float = 1e-5, **settin
 def in_double(model: Any) -> Any:
     """A model in float64, with experts one by one: torch has no grouped product of doubles."""
     return eager_experts(model).double()
+
+
+@contextmanager
+def double_throughout() -> Iterator[None]:
+    """What transformers computes in float32 in any model, as in recurrent layers, in float64 as well."""
+    plain_to, plain_float = torch.Tensor.to, torch.Tensor.float
+
+    def theirs() -> bool:
+        return "transformers" in Path(sys._getframe(2).f_code.co_filename).parts
+
+    def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if theirs():
+            args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+            kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in kwargs.items()}
+        return plain_to(self, *args, **kwargs)
+
+    torch.Tensor.to = to
+    torch.Tensor.float = lambda self, **kwargs: self.double() if theirs() else plain_float(self, **kwargs)
+    try:
+        yield
+    finally:
+        torch.Tensor.to, torch.Tensor.float = plain_to, plain_float
 
 
 def apart(ours: Tensor, oracle: Tensor, beams: int) -> Tensor:
