@@ -1,4 +1,4 @@
-"""Video-LLaVA and a video: 8 frames of 16 x 16 patches, one budget for all.
+"""Video-LLaVA and a video: 8 frames, one budget for all.
 
 Runs offline on a tiny model with random weights;
 `--model LanguageBind/Video-LLaVA-7B-hf --video FILE` takes a hub model.
@@ -10,10 +10,15 @@ import argparse
 from typing import Any
 
 import torch
-from transformers import AutoProcessor, VideoLlavaForConditionalGeneration
+from transformers import (
+    AutoProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    VideoLlavaConfig,
+    VideoLlavaForConditionalGeneration,
+)
 
 import mustdrop
-from mustdrop.adapters import registry, tiny
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -33,8 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.model:
         processor = AutoProcessor.from_pretrained(options.model)
         print(processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])
-    print(mustdrop.trace(model))
-    for medium in mustdrop.trace(model).media[0]:
+    print(mustdrop.last_trace(model))
+    for medium in mustdrop.last_trace(model).media[0]:
         grids = ", ".join(f"{frames} x {rows} x {columns}" for frames, rows, columns in medium.layout.grids)
         print(f"{medium.kind}: {medium.layout.size} tokens, frames x rows x columns: {grids}")
 
@@ -54,10 +59,19 @@ def from_hub(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 
 def tiny_one() -> tuple[Any, dict[str, Any]]:
-    adapter = registry()["video_llava"]
-    model = tiny.build(adapter)
-    noise = torch.randn(adapter.tiny_sizes("video")[0], generator=torch.Generator().manual_seed(0))
-    return model, tiny.prompt(adapter, model, "video", [noise])
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = VideoLlavaConfig(
+        vision_config=CLIPVisionConfig(**sizes, image_size=32, patch_size=4),
+        text_config=LlamaConfig(**sizes, vocab_size=512, bos_token_id=1, eos_token_id=None, pad_token_id=0),
+        image_token_id=500,
+        video_token_id=501,
+    )
+    torch.manual_seed(0)
+    model: Any = VideoLlavaForConditionalGeneration(config).eval()
+    frames = torch.randn(1, 8, 3, 32, 32)
+    tokens = 8 * (8 * 8 + 1)  # patches and CLS of each frame
+    ids = torch.tensor([[1, 20, 21, *[501] * tokens, 30, 31, 32]])
+    return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values_videos": frames}
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ import torch
 
 import mustdrop
 from mustdrop.adapters import registry
-from mustdrop.adapters.tiny import build, prompt
 from mustdrop.errors import ConfigError
 from mustdrop.integrations.vllm import settings
 from mustdrop.method import find
 from mustdrop.plain import PlainStage
 from support import families
+from tests.families import build, fixture_of, inputs_of
 
 KEEP = 9
 FEATURES_ALONE = ("divprune", "pooling", "uniform", "random", "vcast", "gleanvid")
@@ -22,7 +22,7 @@ def case(family):
     """A tiny model, a prompt of one picture, and its features with how they lie."""
     adapter = registry()[family]
     model = build(adapter)
-    inputs = prompt(adapter, model, "image", [families.picture(adapter.tiny_sizes("image")[0], 3)])
+    inputs = inputs_of(adapter, model, "image", [families.picture(fixture_of(adapter).sizes("image")[0], 3)])
     arguments = {name: value for name, value in inputs.items() if name.startswith(("pixel", "image"))}
     with torch.no_grad():
         found = model.model.get_image_features(**arguments)

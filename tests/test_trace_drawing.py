@@ -11,10 +11,11 @@ from PIL import Image
 
 import mustdrop
 from mustdrop import PrefillPruner
-from mustdrop.adapters import registry, tiny
+from mustdrop.adapters import registry
 from mustdrop.errors import ConfigError, PictureError
 from support.builders import LLAMA, answer, batch
 from support.checks import patched
+from tests.families import build, fixture_of, inputs_of
 
 pytest.importorskip("matplotlib")
 
@@ -35,8 +36,8 @@ def three():
 
 def family(name, kind, pictures, **setup):
     adapter = registry()[name]
-    model = tiny.build(adapter)
-    inputs = tiny.prompt(adapter, model, kind, pictures)
+    model = build(adapter)
+    inputs = inputs_of(adapter, model, kind, pictures)
     with torch.no_grad():
         mustdrop.patch(model, **setup)(**inputs)
     return mustdrop.trace(model)
@@ -44,7 +45,7 @@ def family(name, kind, pictures, **setup):
 
 @pytest.fixture(scope="module")
 def video():
-    size = registry()["video_llava"].tiny_sizes("video")[0]
+    size = fixture_of(registry()["video_llava"]).sizes("video")[0]
     return family("video_llava", "video", [torch.randn(size)], prefill=PrefillPruner(keep=0.5))
 
 
@@ -146,7 +147,7 @@ def test_a_family_with_one_medium_for_all_images_of_a_prompt():
 
 
 def test_a_whole_image_and_its_tiles_have_a_row_each():
-    picture = torch.randn(registry()["llava_next"].tiny_sizes("image")[-1])
+    picture = torch.randn(fixture_of(registry()["llava_next"]).sizes("image")[-1])
     trace = family("llava_next", "image", [picture], prefill=PrefillPruner(keep=0.5))
     assert [label for label, _ in shown(trace.draw(picture))] == ["image, grid 1", "image, grid 2"]
 

@@ -22,6 +22,7 @@ from support.builders import IMAGE, LLAMA, answer, batch, clone
 from support.checks import patched
 from test_cli import call
 from test_trace_drawing import family
+from tests.families import fixture_of
 
 BOTH = {
     "vision": VisionStagePruner(window=3, threshold=0.0, key_share=0),
@@ -51,7 +52,7 @@ def several_images():
 
 
 def tiles():
-    size = registry()["llava_next"].tiny_sizes("image")[0]
+    size = fixture_of(registry()["llava_next"]).sizes("image")[0]
     return made("llava_next", "image", [torch.randn(size)], picture((size[-1] * 4, size[-2] * 4)))
 
 
@@ -64,7 +65,7 @@ def tall():
 
 
 def video():
-    size = registry()["video_llava"].tiny_sizes("video")[0]
+    size = fixture_of(registry()["video_llava"]).sizes("video")[0]
     return made("video_llava", "video", [torch.randn(size)], [picture(colour=(30 * i, 90, 90)) for i in range(size[0])])
 
 

@@ -10,8 +10,8 @@ from packaging.version import Version
 import mustdrop
 from mustdrop import errors
 from mustdrop.adapters import registry
-from mustdrop.adapters.tiny import build, prompt
 from mustdrop.adapters.unsupported import UNSUPPORTED
+from tests.families import build, fixture_of, inputs_of
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
@@ -91,8 +91,8 @@ def test_a_llama_4_prompt_whose_queries_are_scaled_by_place_is_refused(how):
     model = build(adapter)
     model.config.text_config.attn_temperature_tuning, model.config.text_config.floor_scale = True, 30
     mustdrop.patch(model, keep=0.5)
-    picture = torch.randn(adapter.tiny_sizes("image")[0])
-    inputs = prompt(adapter, model, "image", [picture])
+    picture = torch.randn(fixture_of(adapter).sizes("image")[0])
+    inputs = inputs_of(adapter, model, "image", [picture])
     with pytest.raises(errors.UnsupportedOptionError, match="floor_scale=30"):
         model.generate(**inputs, max_new_tokens=1) if how == "generate" else model(**inputs)
     model.config.text_config.floor_scale = 8192

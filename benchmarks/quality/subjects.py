@@ -10,13 +10,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mustdrop.adapters import registry, tiny
+from mustdrop.adapters import registry
 from mustdrop.demo.model import load, prompt
 from mustdrop.demo.scenes import QUESTION_TYPES, SceneMaker
 from mustdrop.demo.tasks import ABILITY, LEARNED, Question, Sample, TaskMaker
 from mustdrop.demo.tasks import scene as scene_tasks
 from mustdrop.demo.tasks.clip import FPS
 from mustdrop.errors import UnsupportedModelError, did_you_mean
+from tests.families import build, fixture_of, inputs_of
 
 DEMO, PAGES = "bundled", "pages"
 WORDS = 8  # length of the answers of random models, which never end
@@ -228,13 +229,13 @@ class Families:
             if not left:
                 continue
             adapter = self.adapters[name]
-            model = tiny.build(adapter).to(self.device)
+            model = build(adapter).to(self.device)
             for seed in left:
                 parts = [self._part(adapter, model, kind, seed * PROMPTS + n) for n in range(PROMPTS)]
                 yield Batch(f"{name}-{kind}:{seed}", f"{name}-{kind}", model, seed, PROMPTS, parts)
 
     def _part(self, adapter: Any, model: Any, kind: str, seed: int) -> Part:
-        inputs = tiny.prompt(adapter, model, kind, [self._picture(adapter.tiny_sizes(kind)[0], seed)])
+        inputs = inputs_of(adapter, model, kind, [self._picture(fixture_of(adapter).sizes(kind)[0], seed)])
         inputs = {key: value.to(self.device) for key, value in inputs.items()}
         return Part(["noise"], [0], lambda rows: inputs, None, WORDS)
 

@@ -26,10 +26,10 @@ from transformers.masking_utils import sdpa_mask
 import mustdrop
 from mustdrop import PrefillPruner
 from mustdrop.adapters import registry
-from mustdrop.adapters.tiny import build
 from mustdrop.cost import TextCost, causal_pairs, linear_flops
 from support.builders import answer
 from support.families import batch, clone
+from tests.families import build
 
 NAME = "counts_nothing"
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")

@@ -11,10 +11,11 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from mustdrop.adapters import registry
-from mustdrop.adapters.tiny import IMAGE, build, text
 from support.builders import answer
 from support.edges import with_sizes
 from support.families import assert_dropping_equals_masking, batch, compare, plain
+from tests.families import build, fixture_of
+from tests.families.base import IMAGE, text
 
 ALL = {
     "vision": VisionStagePruner(window=2, threshold=0.2),
@@ -95,9 +96,9 @@ def test_a_tower_that_takes_images_of_any_shape(pixtral, settings):
 @pytest.mark.parametrize("name", ["llava", "llava_next", "llava_onevision", "video_llava"])
 def test_encoder_layers_side_by_side(name, layers):
     """Rules that merge in the layers stop before the first that is read, so that all are of the same tokens."""
-    adapter = copy.copy(registry()[name])
-    tiny = adapter.tiny()
-    adapter.tiny = lambda: {**tiny, "vision_feature_layer": layers}
+    adapter = fixture_of(name)
+    tiny = adapter.config()
+    adapter.config = lambda: {**tiny, "vision_feature_layer": layers}
     model = build(adapter)
     rows = (("image",), ("image", "image"))
     inputs = batch(adapter, model, rows)

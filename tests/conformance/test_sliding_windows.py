@@ -26,13 +26,14 @@ from support.builders import answer
 from support.families import batch, clone, plain
 from support.turns import continued, skip_where_transformers_cannot_go_on, with_a_new_picture
 from support.versions import CACHE, RECORDS_PAST, TRANSFORMERS
+from tests.families import fixture_of
 
 
 def has_windows(adapter: Adapter) -> bool:
     """Whether any decoder layer of a family's tiny model sees a window or a chunk."""
     if not adapter.available() or adapter.lacks:
         return False
-    kinds = adapter.tiny().get("text_config", {})
+    kinds = fixture_of(adapter).config().get("text_config", {})
     return any(kinds.get(name) for name in ("sliding_window", "attention_chunk_size"))
 
 

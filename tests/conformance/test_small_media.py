@@ -30,6 +30,7 @@ from support.families import (
     plain,
     vision_positions,
 )
+from tests.families import fixture_of
 
 FAMILIES = [(name, kind) for name, adapter in registry().items() if adapter.available() for kind in adapter.media]
 each = pytest.mark.parametrize(("name", "kind"), FAMILIES, ids=map("-".join, FAMILIES))
@@ -75,7 +76,7 @@ def test_small_and_thin_media_beside_a_usual_one(name, kind, breadth):
     adapter, sizes = registry()[name], small_sizes(name, kind)
     if not sizes:
         pytest.skip("all media of this family become equally many tokens")
-    usual, rows = adapter.tiny_sizes(kind)[0], ((kind,), (kind,))
+    usual, rows = fixture_of(adapter).sizes(kind)[0], ((kind,), (kind,))
     methods = chosen(name, kind, breadth)
     pairs = itertools.product(sizes, methods)
     if breadth == "turns":
@@ -96,7 +97,7 @@ def test_a_small_picture_beside_a_large_one_keeps_a_token(name, kind):
     adapter, sizes = registry()[name], small_sizes(name, kind)
     if not sizes:
         pytest.skip("all media of this family become equally many tokens")
-    usual = adapter.tiny_sizes(kind)[0]
+    usual = fixture_of(adapter).sizes(kind)[0]
     inputs = batch(with_sizes(adapter, kind, (sizes[0], usual, sizes[0])), plain(name), ((kind,) * 3,))
     model = mustdrop.patch(clone(name), "random", keep=3)
     answer(model, inputs, 1)

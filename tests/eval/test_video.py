@@ -9,7 +9,6 @@ import torch
 
 from eval import folders
 from mustdrop.adapters import registry
-from mustdrop.adapters.tiny import build
 from mustdrop.demo.model import load
 from mustdrop.errors import ConfigError
 from mustdrop.eval import engine
@@ -18,6 +17,7 @@ from mustdrop.eval.benchmarks import find
 from mustdrop.eval.media import Clip
 from mustdrop.eval.run import evaluate
 from mustdrop.eval.settings import Settings
+from tests.families import build
 
 FRAMES, SIDE, PATCHES = 3, 24, 37  # a CLS row and 6 x 6 patches per frame
 

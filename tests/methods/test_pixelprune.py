@@ -15,6 +15,7 @@ from mustdrop.pruners import InputRule, Predictable
 from mustdrop.rules.prediction import similar, unpredicted, unpredicted_media
 from support.builders import answer
 from support.families import assert_dropping_equals_masking, batch, clone, plain
+from tests.families import fixture_of
 
 
 def page(rows, columns, seed, depth=3, levels=3):
@@ -126,7 +127,7 @@ def test_documents_lose_what_is_predictable_at_every_stage(family, kind):
 
 def test_the_second_screenshot_of_a_chat_keeps_what_changed():
     adapter, model = registry()["qwen2_vl"], mustdrop.patch(clone("qwen2_vl"), "pixelprune")
-    sizes = adapter.tiny_sizes("image")
+    sizes = fixture_of(adapter).sizes("image")
     inputs = batch(adapter, model, (("image",) * (len(sizes) + 1),), paint=lambda k, picture: torch.zeros_like(picture))
     with torch.no_grad():
         model(**inputs)

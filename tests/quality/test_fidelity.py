@@ -9,20 +9,21 @@ import torch
 
 import mustdrop
 from mustdrop import fidelity
-from mustdrop.adapters import registry, tiny
+from mustdrop.adapters import registry
 from mustdrop.demo.model import load, prompt
 from mustdrop.demo.scenes import SceneMaker
 from mustdrop.errors import ConfigError
+from tests.families import build, fixture_of, inputs_of
 
 PIL = pytest.importorskip("PIL.Image")
 
 
 def random_prompt(family="llava", kind="image", seed=0):
     adapter = registry()[family]
-    model = tiny.build(adapter)
+    model = build(adapter)
     generator = torch.Generator().manual_seed(seed)
-    picture = torch.rand(*adapter.tiny_sizes(kind)[0], generator=generator)
-    return model, tiny.prompt(adapter, model, kind, [picture])
+    picture = torch.rand(*fixture_of(adapter).sizes(kind)[0], generator=generator)
+    return model, inputs_of(adapter, model, kind, [picture])
 
 
 @pytest.fixture(scope="module")

@@ -10,21 +10,22 @@ import torch
 from typer.testing import CliRunner
 
 import mustdrop
-from mustdrop.adapters import registry, tiny
+from mustdrop.adapters import registry
 from mustdrop.cli import app
 from mustdrop.errors import BudgetError, ConfigError, UnknownKnobError, UnknownMethodError, UnsupportedModelError
 from mustdrop.tuning import Candidate, Goal
 from mustdrop.tuning.search import rungs
+from tests.families import build, fixture_of, inputs_of
 
 tune = functools.partial(mustdrop.tune, max_new_tokens=3)  # random models never end
 
 
 def samples(family, kind, number):
     adapter = registry()[family]
-    model = tiny.build(adapter)
+    model = build(adapter)
     generator = torch.Generator().manual_seed(0)
-    shape = adapter.tiny_sizes(kind)[0]
-    return model, [tiny.prompt(adapter, model, kind, [torch.rand(*shape, generator=generator)]) for _ in range(number)]
+    shape = fixture_of(adapter).sizes(kind)[0]
+    return model, [inputs_of(adapter, model, kind, [torch.rand(*shape, generator=generator)]) for _ in range(number)]
 
 
 @pytest.fixture(scope="module")

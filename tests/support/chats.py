@@ -13,6 +13,7 @@ import mustdrop
 from mustdrop import kv
 from mustdrop.adapters import find
 from mustdrop.compat import spans
+from tests.families import fixture_of
 
 from .builders import CACHE
 from .families import FamilyOracle, Recorder, hidden_by, new_cache, vision_positions
@@ -79,7 +80,7 @@ def chat(
             said.traces += [mustdrop.trace(model)] if patched else []
             for _ in range(steps):
                 ids, mask = made[-1].argmax(-1)[:, None], torch.nn.functional.pad(mask, (0, 1), value=1)
-                passed(input_ids=ids, **find(model).tiny_types(torch.zeros_like(ids)))
+                passed(input_ids=ids, **fixture_of(find(model)).types(torch.zeros_like(ids)))
     said.logits = torch.stack(made, 1)
     return said
 

@@ -17,6 +17,7 @@ from mustdrop.method import find
 from mustdrop.method import registry as recipes
 from mustdrop.pruners import PictureRule
 from mustdrop.stages import missing
+from tests.families import fixture_of
 
 from .builders import answer
 from .families import PAD, batch, plain, vision_positions
@@ -83,9 +84,10 @@ def ends_with_media(model: Any, inputs: dict[str, Any]) -> Tensor:
 
 
 def with_sizes(adapter: Any, kind: str, sizes: Sequence[Sequence[int]]) -> Any:
-    """The adapter, whose tiny media of one kind have other shapes; the r-th row's first medium has the r-th."""
-    other = copy.copy(adapter)
-    other.tiny_sizes = lambda of: tuple(map(tuple, sizes)) if of == kind else adapter.tiny_sizes(of)
+    """The fixture, whose tiny media of one kind have other shapes; the r-th row's first medium has the r-th."""
+    usual = fixture_of(adapter)
+    other = copy.copy(usual)
+    other.sizes = lambda of: tuple(map(tuple, sizes)) if of == kind else usual.sizes(of)
     return other
 
 
@@ -96,7 +98,7 @@ def small_sizes(name: str, kind: str) -> tuple[tuple[int, ...], ...]:
     The smallest, a wide one and a tall one, as far as the unpatched model runs them.
     """
     adapter, model = registry()[name], plain(name)
-    usual = adapter.tiny_sizes(kind)[0]
+    usual = fixture_of(adapter).sizes(kind)[0]
     most = tokens_of_size(adapter, model, kind, usual)
     shapes = [(unit * r, unit * c) for unit in (4, 8, 16) for r, c in ((1, 1), (1, 2), (1, 5), (5, 1))]
     made = {(*usual[:-2], *shape): tokens_of_size(adapter, model, kind, (*usual[:-2], *shape)) for shape in shapes}
@@ -119,7 +121,7 @@ def _runs(name: str, kind: str, size: Sequence[int]) -> bool:
     """Whether the unpatched model runs a medium of a shape, alone and beside a usual one."""
     adapter, model = registry()[name], plain(name)
     try:
-        for sizes in ((size,), (size, adapter.tiny_sizes(kind)[0])):
+        for sizes in ((size,), (size, fixture_of(adapter).sizes(kind)[0])):
             answer(model, batch(with_sizes(adapter, kind, sizes), model, ((kind,),) * len(sizes)), 0)
     except _REFUSED:
         return False

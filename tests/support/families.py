@@ -22,10 +22,11 @@ import mustdrop
 from mustdrop import VisionStagePruner
 from mustdrop.adapters import find, registry
 from mustdrop.adapters.base import Adapter
-from mustdrop.adapters.tiny import build
 from mustdrop.compat import attention_function
 from mustdrop.layout import Layout
 from mustdrop.runtime.tap import attention_of
+from tests.families import build, fixture_of
+from tests.families.base import Family
 
 from . import eager_flex, fake_flash
 from .builders import Answer, anatomy, answer
@@ -77,7 +78,7 @@ def picture(shape: Sequence[int], seed: int) -> Tensor:
 
 
 def batch(
-    adapter: Adapter,
+    of: Adapter | Family,
     model: Any,
     rows: Sequence[Row],
     seed: int = 0,
@@ -88,11 +89,13 @@ def batch(
 
     Row r depends on (seed, first + r) alone, so it is the same in every batch. ``paint`` changes the k-th picture.
     """
+    fixture = fixture_of(of)
+    adapter = fixture.adapter
     pictures: dict[str, list[Tensor]] = {kind: [] for kind in adapter.media}
     number = 0
     for r, row in enumerate(rows):
         for k, kind in enumerate(row):
-            sizes = adapter.tiny_sizes(kind)
+            sizes = fixture.sizes(kind)
             made = picture(sizes[(first + r + k) % len(sizes)], 104729 * seed + 100 * (first + r) + k)
             pictures[kind].append(made if paint is None else paint(number, made))
             number += 1
@@ -100,8 +103,8 @@ def batch(
     runs: dict[str, list[list[int]]] = {}
     for kind, made in pictures.items():
         if made:
-            arguments, runs[kind] = adapter.tiny_media(model, kind, made)
-            inputs |= adapter.tiny_rows(arguments, [row.count(kind) for row in rows])
+            arguments, runs[kind] = fixture.media(model, kind, made)
+            inputs |= fixture.rows(arguments, [row.count(kind) for row in rows])
     ids, types = [], []
     placeholder = {modality.name: modality.token for modality in adapter.modalities(model)}
     for r, row in enumerate(rows):
@@ -122,7 +125,7 @@ def batch(
     inputs["input_ids"] = torch.tensor([[PAD] * (length - len(line)) + line for line in ids])
     inputs["attention_mask"] = torch.tensor([[0] * (length - len(line)) + [1] * len(line) for line in ids])
     kinds = torch.tensor([[0] * (length - len(line)) + line for line in types])
-    return inputs | adapter.tiny_types(kinds)
+    return inputs | fixture.types(kinds)
 
 
 def fitting(name: str, setup: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from mustdrop.adapters import find
 from mustdrop.adapters.base import Adapter
 from mustdrop.layout import Layout
 from mustdrop.pruners.selecting import InnerRule, PictureRule
+from tests.families import fixture_of
 
 from .families import batch, flat_features, vision_positions
 
@@ -79,7 +80,7 @@ def follow_a_patch(adapter: Adapter, model: Any, kind: str, place: float) -> Non
     tower = adapter.tower(model, kind)
     silence(tower.module)
     hush(tower.before)
-    spot = Spot.along(adapter.tiny_sizes(kind)[0], place)
+    spot = Spot.along(fixture_of(adapter).sizes(kind)[0], place)
     seen, features, layouts = [], [], []
     base, (modality,) = adapter.base(model), [m for m in adapter.modalities(model) if m.name == kind]
     handle = tower.blocks[0].register_forward_pre_hook(
@@ -190,7 +191,7 @@ def follow_through_the_layers(adapter: Adapter, model: Any, oracle: Any, kind: s
     for token in trace.kept(len(rows)).tolist():
         if followed == 2 or medium.layout.structural[token]:
             continue
-        spot = Spot.of(adapter.tiny_sizes(kind)[0], medium.layout, token)
+        spot = Spot.of(fixture_of(adapter).sizes(kind)[0], medium.layout, token)
         painted, ours = painted_thinly(adapter, model, kind, spot, trace)
         if not ours:
             continue

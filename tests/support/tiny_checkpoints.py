@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mustdrop.adapters import registry
-from mustdrop.adapters.tiny import IMAGE, VIDEO
+from tests.families import fixture_of
+from tests.families.base import IMAGE, VIDEO
 
 WIDTH, HEADS, HEAD = 128, 4, 32  # what vLLM's attention for CPUs can do
 START, END, BEGIN_IMAGE, END_IMAGE = 502, 503, 504, 505
@@ -38,7 +39,7 @@ def tokenizer(special: dict[str, int], **named: str) -> PreTrainedTokenizerFast:
 
 def config(family: str) -> dict[str, Any]:
     """The adapter's tiny configuration, with heads as wide as vLLM's attention for CPUs wants them."""
-    found = registry()[family].tiny()
+    found = fixture_of(family).config()
     text = found["text_config"]
     text |= {"hidden_size": WIDTH, "num_attention_heads": HEADS, "num_key_value_heads": 2, "intermediate_size": 192}
     text |= {"num_hidden_layers": min(4, text["num_hidden_layers"])}

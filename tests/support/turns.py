@@ -13,6 +13,7 @@ from torch import Tensor
 import mustdrop
 from mustdrop.adapters import registry
 from mustdrop.adapters.base import Adapter
+from tests.families import fixture_of
 
 from . import fake_flash
 from .builders import answer
@@ -51,7 +52,7 @@ def with_a_new_picture(adapter: Adapter, model: Any, kind: str, before: Tensor) 
     inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if adapter.token_types is not None:
         kinds = {m.token: 1 if m.name == "image" else 2 for m in adapter.modalities(model)}
-        inputs |= adapter.tiny_types(torch.tensor([[kinds.get(token, 0) for token in ids[0].tolist()]]))
+        inputs |= fixture_of(adapter).types(torch.tensor([[kinds.get(token, 0) for token in ids[0].tolist()]]))
     return inputs
 
 

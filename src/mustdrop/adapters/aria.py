@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, stack
-
 from mustdrop.adapters.base import Adapter
 from mustdrop.adapters.idefics2 import RESAMPLED, resampled
-from mustdrop.adapters.tiny import IMAGE, text, tower
 from mustdrop.layout import Layout
 
 
@@ -25,20 +22,3 @@ class Aria(Adapter):
         patch = model.config.vision_config.patch_size
         queries = model.config.projector_patch_to_query_dict[(height // patch) * (width // patch)]
         return [resampled(queries)] * images
-
-    def tiny(self) -> dict[str, Any]:
-        """16 queries for 36 patches; four experts, two at a time."""
-        vision = tower("idefics3_vision")
-        experts = {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}
-        return {
-            "model_type": "aria",
-            "vision_config": vision,
-            "text_config": text("aria_text", **experts),
-            "image_token_id": IMAGE,
-            "projector_patch_to_query_dict": {36: 16},
-            "tie_word_embeddings": False,
-        }
-
-    def tiny_media(self, model: Any, modality: str, images: list[Tensor]) -> tuple[dict[str, Any], list[list[int]]]:
-        """16 tokens per image."""
-        return {"pixel_values": stack(images)}, [[IMAGE] * 16 for _ in images]

@@ -265,37 +265,6 @@ class Adapter(ABC):
         """FLOPs per feature of what maps features into the language model, for the cost account."""
         return linear_flops(self.base(model).multi_modal_projector)  # type: ignore[arg-type]
 
-    # -- for tests and examples -------------------------------------------------------------------------------------
-
-    @abstractmethod
-    def tiny(self) -> dict[str, Any]:
-        """Configuration, as a dictionary with `model_type`, of a model of this family that runs in milliseconds."""
-
-    @abstractmethod
-    def tiny_media(self, model: Any, modality: str, images: list[Tensor]) -> tuple[dict[str, Any], list[list[int]]]:
-        """Processor outputs for a tiny model.
-
-        Args:
-            model: a model of the `tiny` configuration.
-            modality: key of `media`.
-            images: one per medium, (3, height, width) or, for a video, (frames, 3, height, width), of `tiny_sizes`.
-
-        Returns:
-            The arguments that the processor would return, and per medium the ids of its run in the prompt.
-        """
-
-    def tiny_types(self, kinds: Tensor) -> dict[str, Tensor]:
-        """Arguments that say so for a prompt whose tokens are text (0), image (1) or video (2)."""
-        return {} if self.token_types is None else {self.token_types: kinds}
-
-    def tiny_rows(self, arguments: dict[str, Any], counts: list[int]) -> dict[str, Any]:
-        """Arguments of `tiny_media` for prompts with `counts` media each; most families do not care."""
-        return arguments
-
-    def tiny_sizes(self, modality: str) -> tuple[tuple[int, ...], ...]:
-        """Shapes of media that `tiny_media` takes, for tests to draw from."""
-        return ((3, 24, 24),)
-
 
 def _lists(module: nn.Module) -> Iterator[nn.ModuleList]:
     """The lists of modules inside a module, without those inside other lists."""

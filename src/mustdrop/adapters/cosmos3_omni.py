@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from mustdrop.adapters.qwen3_vl import Qwen3VL
 
 
@@ -12,12 +10,3 @@ class Cosmos3Omni(Qwen3VL):
 
     name = "cosmos3_omni"
     classes = ("Cosmos3OmniForConditionalGeneration",)
-
-    def tiny(self) -> dict[str, Any]:
-        """The tiny Qwen3-VL."""
-        made = super().tiny()
-        parts = {name: made[name] | {"model_type": f"qwen3_vl_{name.split('_')[0]}"} for name in _PARTS}
-        return made | parts | {"model_type": "cosmos3_omni"}
-
-
-_PARTS = ("text_config", "vision_config")

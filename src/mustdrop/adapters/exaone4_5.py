@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from mustdrop.adapters.qwen2_vl import Qwen25VL
-from mustdrop.adapters.tiny import text
 
 
 class Exaone45(Qwen25VL):
@@ -15,12 +12,3 @@ class Exaone45(Qwen25VL):
     classes = ("Exaone4_5_ForConditionalGeneration",)
     refuses_flash = "its sliding window would count what is left instead of positions"
     token_types: str | None = None
-
-    def tiny(self) -> dict[str, Any]:
-        """Three of five decoder layers see 16 tokens back; the others have no positions."""
-        made = super().tiny()
-        kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]
-        del made["vision_config"]["tokens_per_second"], made["vision_start_token_id"], made["vision_end_token_id"]
-        made["vision_config"]["num_key_value_heads"] = 2
-        made["text_config"] = text("exaone4", sliding_window=16, layer_types=kinds)
-        return {**made, "model_type": "exaone4_5"}

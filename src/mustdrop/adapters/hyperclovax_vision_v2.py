@@ -6,7 +6,6 @@ from typing import Any
 
 from mustdrop.adapters.base import Tower
 from mustdrop.adapters.qwen2_vl import Qwen25VL, packed_tower
-from mustdrop.adapters.tiny import text
 from mustdrop.cost import linear_flops
 
 
@@ -24,10 +23,3 @@ class HyperClovaXVision(Qwen25VL):
     def projector_flops(self, model: Any) -> int:
         """The merger and the projection."""
         return linear_flops(model.model.vision_model.merger) + linear_flops(model.model.projector)
-
-    def tiny(self) -> dict[str, Any]:
-        """As Qwen2.5-VL, 48 wide before the projection."""
-        made = super().tiny()
-        del made["vision_start_token_id"], made["vision_end_token_id"]
-        vision = {**made["vision_config"], "out_hidden_size": 48, "model_type": "qwen2_5_vl_vision"}
-        return {**made, "model_type": self.name, "vision_config": vision, "text_config": text("hyperclovax")}

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mustdrop.adapters.base import Adapter
 from mustdrop.adapters.idefics3 import Idefics3
-from mustdrop.adapters.tiny import IMAGE, text, tower
 from mustdrop.cost import linear_flops
 from mustdrop.layout import Layout
 
@@ -48,24 +47,3 @@ class Idefics2(Idefics3):
     def projector_flops(self, model: Any) -> int:
         """The layers that map a patch; the perceiver depends on the number of patches and is left out."""
         return linear_flops(model.model.connector.modality_projection)
-
-    def tiny(self) -> dict[str, Any]:
-        """16 latents per image."""
-        vision = tower("idefics2_vision")
-        del vision["model_type"]
-        perceiver = {"resampler_n_latents": 16, "resampler_depth": 1, "resampler_n_heads": 4, "resampler_head_dim": 16}
-        return {
-            "model_type": "idefics2",
-            "vision_config": vision,
-            "perceiver_config": {**perceiver, "num_key_value_heads": 2, "hidden_size": 64, "initializer_range": 0.15},
-            "text_config": text("mistral", sliding_window=None, initializer_range=0.25),
-            "image_token_id": IMAGE,
-        }
-
-    def tiny_media(self, model: Any, modality: str, images: list[Tensor]) -> tuple[dict[str, Any], list[list[int]]]:
-        """16 tokens per image."""
-        return {"pixel_values": torch.stack(images)}, [[IMAGE] * 16 for _ in images]
-
-    def tiny_sizes(self, modality: str) -> tuple[tuple[int, ...], ...]:
-        """One size."""
-        return ((3, 24, 24),)

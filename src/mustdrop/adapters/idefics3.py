@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mustdrop.adapters.base import Adapter, Tower
-from mustdrop.adapters.tiny import IMAGE, text
 from mustdrop.cost import linear_flops
 from mustdrop.layout import Layout
 
@@ -47,54 +45,9 @@ class Idefics3(Adapter):
         """The connector."""
         return linear_flops(model.model.connector)
 
-    def tiny(self) -> dict[str, Any]:
-        """Three encoder layers and Llama."""
-        return tiny_idefics("idefics3")
-
-    def tiny_media(self, model: Any, modality: str, images: list[Tensor]) -> tuple[dict[str, Any], list[list[int]]]:
-        """36 tokens per image."""
-        return {"pixel_values": torch.stack(images)}, [[IMAGE] * 36 for _ in images]
-
-    def tiny_rows(self, arguments: dict[str, Any], counts: list[int]) -> dict[str, Any]:
-        """(rows, images, 3, height, width), missing images are zeros."""
-        pixels = arguments["pixel_values"]
-        padded = pixels.new_zeros(len(counts), max(counts), *pixels.shape[1:])
-        for row, own in zip(padded, pixels.split(counts), strict=True):
-            row[: len(own)] = own
-        return {"pixel_values": padded}
-
-    def tiny_sizes(self, modality: str) -> tuple[tuple[int, ...], ...]:
-        """One size."""
-        return ((3, 48, 48),)
-
 
 class SmolVLM(Idefics3):
     """`SmolVLMForConditionalGeneration`."""
 
     name = "smolvlm"
     classes = ("SmolVLMForConditionalGeneration",)
-
-    def tiny(self) -> dict[str, Any]:
-        """Three encoder layers and Llama."""
-        return tiny_idefics("smolvlm")
-
-
-def tiny_idefics(kind: str) -> dict[str, Any]:
-    """A tiny configuration."""
-    vision = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "image_size": 48,
-        "patch_size": 4,
-        "initializer_range": 0.15,
-    }
-    return {
-        "model_type": kind,
-        "vision_config": vision,
-        "text_config": text("llama"),
-        "image_token_id": IMAGE,
-        "scale_factor": 2,
-        "pad_token_id": 0,
-    }

@@ -6,7 +6,6 @@ from typing import Any
 
 from mustdrop.adapters.base import Tower
 from mustdrop.adapters.mistral3 import Mistral3
-from mustdrop.adapters.tiny import text
 from mustdrop.cost import linear_flops
 
 
@@ -24,7 +23,3 @@ class LightOnOcr(Mistral3):
     def projector_flops(self, model: Any) -> int:
         """The projection."""
         return linear_flops(model.model.vision_projection)
-
-    def tiny(self) -> dict[str, Any]:
-        """As Mistral 3."""
-        return {**super().tiny(), "model_type": "lighton_ocr", "text_config": text("qwen3")}

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn, stack
+from torch import nn
 
 from mustdrop.adapters.base import Adapter, Tower
-from mustdrop.adapters.tiny import IMAGE, text, tower
 from mustdrop.cost import linear_flops
 from mustdrop.errors import UnsupportedOptionError
 from mustdrop.layout import Layout
@@ -53,27 +52,6 @@ class Llama4(Adapter):
     def projector_flops(self, model: Any) -> int:
         """The pixel shuffle's layers and the projection."""
         return linear_flops(nn.ModuleList([model.vision_model.vision_adapter, model.multi_modal_projector]))
-
-    def tiny(self) -> dict[str, Any]:
-        """Every second layer has no rotary embeddings and sees everything; the others see chunks of 16."""
-        vision = tower("llama4_vision_model", image_size=48, intermediate_size=128, vision_output_dim=64)
-        sizes = {"projector_input_dim": 64, "projector_output_dim": 64}
-        experts = {"num_local_experts": 2, "intermediate_size_mlp": 96, "interleave_moe_layer_step": 2}
-        return {
-            "model_type": "llama4",
-            "vision_config": {**vision, **sizes},
-            "text_config": text("llama4_text", attention_chunk_size=16, no_rope_layer_interval=2, **experts),
-            "image_token_id": IMAGE,
-            "tie_word_embeddings": False,
-        }
-
-    def tiny_media(self, model: Any, modality: str, images: list[Tensor]) -> tuple[dict[str, Any], list[list[int]]]:
-        """36 tokens per tile."""
-        return {"pixel_values": stack(images)}, [[IMAGE] * 36 for _ in images]
-
-    def tiny_sizes(self, modality: str) -> tuple[tuple[int, ...], ...]:
-        """One tile."""
-        return ((3, 48, 48),)
 
 
 def _check_length(config: Any, arguments: dict[str, Any]) -> None:

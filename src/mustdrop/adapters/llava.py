@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, stack
 
 from mustdrop.adapters.base import Adapter, Tower
-from mustdrop.adapters.tiny import IMAGE, clip, text
 from mustdrop.errors import ConfigError, UnsupportedModelError
 from mustdrop.layout import Layout
 
@@ -58,20 +56,6 @@ class Llava(Adapter):
     def fit(self, model: Any) -> Literal["crop", "stretch"]:
         """CLIP's processor crops the centre, SigLIP's stretches."""
         return "crop" if model.config.vision_config.model_type == "clip_vision_model" else "stretch"
-
-    def tiny(self) -> dict[str, Any]:
-        """CLIP and Llama."""
-        return {
-            "model_type": "llava",
-            "vision_config": clip(),
-            "text_config": text("llama"),
-            "image_token_id": IMAGE,
-            "image_seq_length": 36,
-        }
-
-    def tiny_media(self, model: Any, modality: str, images: list[Tensor]) -> tuple[dict[str, Any], list[list[int]]]:
-        """36 tokens per image."""
-        return {"pixel_values": stack(images)}, [[IMAGE] * 36 for _ in images]
 
 
 def _special_tokens(tower: Any) -> int:

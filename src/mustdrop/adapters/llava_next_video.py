@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, stack
-
 from mustdrop.adapters.base import Adapter
-from mustdrop.adapters.llava_next import PINPOINTS, LlavaNext
-from mustdrop.adapters.tiny import VIDEO, clip, text, tokens
+from mustdrop.adapters.llava_next import LlavaNext
 from mustdrop.layout import Layout
 
 
@@ -34,23 +31,3 @@ class LlavaNextVideo(LlavaNext):
     def pool(self, model: Any, modality: str, arguments: dict[str, Any]) -> int:
         """The stride of the pooling, for videos."""
         return int(model.config.spatial_pool_stride) if modality == "video" else 1
-
-    def tiny(self) -> dict[str, Any]:
-        """CLIP and Llama."""
-        return {
-            "model_type": "llava_next_video",
-            "vision_config": clip(),
-            "text_config": text("llama"),
-            "image_grid_pinpoints": PINPOINTS,
-            **tokens(),
-        }
-
-    def tiny_media(self, model: Any, modality: str, images: list[Tensor]) -> tuple[dict[str, Any], list[list[int]]]:
-        """9 tokens per frame."""
-        if modality == "image":
-            return super().tiny_media(model, modality, images)
-        return {"pixel_values_videos": stack(images)}, [[VIDEO] * 9 * len(frames) for frames in images]
-
-    def tiny_sizes(self, modality: str) -> tuple[tuple[int, ...], ...]:
-        """Images as LLaVA-NeXT; three frames."""
-        return super().tiny_sizes(modality) if modality == "image" else ((3, 3, 24, 24),)

@@ -6,11 +6,10 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, stack
+from torch import Tensor
 
 from mustdrop.adapters.base import Adapter
-from mustdrop.adapters.llava_next import PINPOINTS, LlavaNext, tile_patches
-from mustdrop.adapters.tiny import VIDEO, siglip, text, tokens
+from mustdrop.adapters.llava_next import LlavaNext, tile_patches
 from mustdrop.layout import Layout
 
 
@@ -76,26 +75,6 @@ class LlavaOnevision(LlavaNext):
             return None
         pairs = zip(arguments["image_sizes"], self._tiles(model, arguments), strict=True)
         return None if any(n > 1 and _resampled(model, size, 0) is not None for size, n in pairs) else 1
-
-    def tiny(self) -> dict[str, Any]:
-        """SigLIP and Qwen2."""
-        return {
-            "model_type": "llava_onevision",
-            "vision_config": siglip(),
-            "text_config": text("qwen2"),
-            "image_grid_pinpoints": PINPOINTS,
-            **tokens(),
-        }
-
-    def tiny_media(self, model: Any, modality: str, images: list[Tensor]) -> tuple[dict[str, Any], list[list[int]]]:
-        """9 tokens per frame and one break."""
-        if modality == "image":
-            return super().tiny_media(model, modality, images)
-        return {"pixel_values_videos": stack(images)}, [[VIDEO] * (9 * len(frames) + 1) for frames in images]
-
-    def tiny_sizes(self, modality: str) -> tuple[tuple[int, ...], ...]:
-        """Images as LLaVA-NeXT; three frames."""
-        return super().tiny_sizes(modality) if modality == "image" else ((3, 3, 24, 24),)
 
 
 def _taps(source: int, target: int) -> Tensor:

@@ -5,14 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mustdrop.adapters.base import Adapter, Tower
-from mustdrop.adapters.tiny import IMAGE, text, tower
 from mustdrop.cost import linear_flops
 from mustdrop.layout import Layout
-
-_INDICATORS = [502, 503, 504, 505, 506]
 
 
 class Ovis2(Adapter):
@@ -53,27 +49,3 @@ class Ovis2(Adapter):
         return linear_flops(model.model.vision_tower.head_linear) + 2 * int(
             model.model.visual_embeddings_table.weight.numel()
         )
-
-    def tiny(self) -> dict[str, Any]:
-        """64 visual words, a stride of 2."""
-        vision = tower("ovis2", image_size=48, vocab_size=64, hidden_stride=2, num_visual_indicator_tokens=5)
-        del vision["model_type"]
-        return {
-            "model_type": "ovis2",
-            "vision_config": {**vision, "tokenize_function": "softmax"},
-            "text_config": text("qwen2"),
-            "image_token_id": IMAGE,
-            "visual_indicator_token_ids": _INDICATORS,
-            "hidden_size": 64,
-            "vocab_size": 512,
-            "tie_word_embeddings": False,
-        }
-
-    def tiny_media(self, model: Any, modality: str, images: list[Tensor]) -> tuple[dict[str, Any], list[list[int]]]:
-        """36 tokens per tile, between indicators that stand for visual words as well."""
-        runs = [[_INDICATORS[0], *[IMAGE] * 36, _INDICATORS[1]] for _ in images]
-        return {"pixel_values": torch.stack(images)}, runs
-
-    def tiny_sizes(self, modality: str) -> tuple[tuple[int, ...], ...]:
-        """One tile."""
-        return ((3, 48, 48),)

@@ -4,17 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from einops import rearrange
-from torch import Tensor
-
 from mustdrop.adapters.base import Adapter, Tower
-from mustdrop.adapters.qwen2_vl import tiny_qwen
-from mustdrop.adapters.tiny import IMAGE, tower
 from mustdrop.cost import linear_flops
 from mustdrop.layout import Layout
-
-_START, _END = 502, 503
 
 
 class PaddleOCRVL(Adapter):
@@ -39,22 +31,6 @@ class PaddleOCRVL(Adapter):
     def projector_flops(self, model: Any) -> int:
         """The projector."""
         return linear_flops(model.model.projector)
-
-    def tiny(self) -> dict[str, Any]:
-        """Four blocks and Ernie 4.5."""
-        made = tiny_qwen("paddleocr_vl", {}, initializer_range=0.2)
-        return {**made, "vision_config": tower("paddleocr_vl_vision")}
-
-    def tiny_media(self, model: Any, modality: str, images: list[Tensor]) -> tuple[dict[str, Any], list[list[int]]]:
-        """Packed patches (3, 4, 4) and their grids."""
-        pixels = torch.cat([rearrange(image, "c (h p) (w q) -> (h w) c p q", p=4, q=4) for image in images])
-        grids = [[1, image.shape[1] // 4, image.shape[2] // 4] for image in images]
-        runs = [[_START, *[IMAGE] * (rows * columns // 4), _END] for _, rows, columns in grids]
-        return {"pixel_values": pixels, "image_grid_thw": torch.tensor(grids, dtype=torch.long, device="cpu")}, runs
-
-    def tiny_sizes(self, modality: str) -> tuple[tuple[int, ...], ...]:
-        """Three sizes."""
-        return ((3, 32, 32), (3, 24, 40), (3, 40, 24))
 
 
 def packed_frames(grids: list[list[int]], merge: int) -> list[Layout]:

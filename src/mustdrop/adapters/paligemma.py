@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, stack
-
 from mustdrop.adapters.base import Adapter
-from mustdrop.adapters.tiny import IMAGE, siglip, text
 from mustdrop.layout import Layout
 
 
@@ -23,22 +20,3 @@ class PaliGemma(Adapter):
         encoder_grid = self.encoder_grid(model, modality, arguments)
         images = range(len(arguments["pixel_values"]))
         return [Layout.of_frames((1, *encoder_grid), encoder_grid, i) for i in images]
-
-    def tiny(self) -> dict[str, Any]:
-        """SigLIP and Gemma (PaliGemma 2 has Gemma 2, which transformers runs with eager or flash attention only)."""
-        return {
-            "model_type": "paligemma",
-            "vision_config": siglip(projection_dim=64),
-            "text_config": text("gemma"),
-            "image_token_id": IMAGE,
-            "projection_dim": 64,
-            "tie_word_embeddings": False,
-        }
-
-    def tiny_media(self, model: Any, modality: str, images: list[Tensor]) -> tuple[dict[str, Any], list[list[int]]]:
-        """36 tokens per image."""
-        return {"pixel_values": stack(images)}, [[IMAGE] * 36 for _ in images]
-
-    def tiny_types(self, kinds: Tensor) -> dict[str, Tensor]:
-        """0 is the prefix, 1 the answer."""
-        return {"token_type_ids": kinds * 0}

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mustdrop.adapters.qwen2_vl import Qwen2VL, mergers, tiny_qwen
+from mustdrop.adapters.qwen2_vl import Qwen2VL, mergers
 from mustdrop.cost import linear_flops
-
-_START, _END = 502, 503
 
 
 class Qwen3VL(Qwen2VL):
@@ -22,34 +20,9 @@ class Qwen3VL(Qwen2VL):
         """The merger, and one more for each level of DeepStack."""
         return linear_flops(mergers(model))
 
-    def tiny(self) -> dict[str, Any]:
-        """DeepStack from the first two blocks."""
-        return tiny_qwen("qwen3_vl", _VISION)
-
-    def tiny_run(self, token: int, frames: int, per_frame: int) -> list[int]:
-        """A video has a timestamp (text) before each frame."""
-        run = []
-        for t in range(frames):
-            run += [*([10 + t] if frames > 1 else []), _START, *[token] * per_frame, _END]
-        return run
-
 
 class Qwen3VLMoe(Qwen3VL):
     """`Qwen3VLMoeForConditionalGeneration`."""
 
     name = "qwen3_vl_moe"
     classes = ("Qwen3VLMoeForConditionalGeneration",)
-
-    def tiny(self) -> dict[str, Any]:
-        """Four experts, two of them at a time."""
-        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
-        return tiny_qwen("qwen3_vl_moe", _VISION, mlp_only_layers=[], **experts)
-
-
-_VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "out_hidden_size": 64,
-    "num_position_embeddings": 36,
-    "deepstack_visual_indexes": [0, 1],
-}

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
-from torch import Tensor, stack
-
 from mustdrop.adapters.base import Adapter, Tower
-from mustdrop.adapters.tiny import IMAGE, VIDEO, clip, text, tokens
 from mustdrop.layout import Layout
 
 
@@ -38,24 +34,3 @@ class VideoLlava(Adapter):
         strategy = arguments.get("vision_feature_select_strategy") or model.config.vision_feature_select_strategy
         prefix = int(strategy == "full")
         return [Layout.of_frames((1, side, side), (side, side), i, prefix=prefix) for i in range(len(images))]
-
-    def tiny(self) -> dict[str, Any]:
-        """Two CLIP towers and Llama."""
-        return {
-            "model_type": "video_llava",
-            "vision_config": clip(),
-            "text_config": text("llama"),
-            **tokens(),
-        }
-
-    def tiny_media(self, model: Any, modality: str, images: list[Tensor]) -> tuple[dict[str, Any], list[list[int]]]:
-        """36 tokens per image, 37 per frame."""
-        if modality == "image":
-            known = inspect.signature(model.forward).parameters
-            name = next(name for name in self.media["image"][1] if name in known)
-            return {name: stack(images)}, [[IMAGE] * 36 for _ in images]
-        return {"pixel_values_videos": stack(images)}, [[VIDEO] * 37 * len(frames) for frames in images]
-
-    def tiny_sizes(self, modality: str) -> tuple[tuple[int, ...], ...]:
-        """One image size; three frames."""
-        return ((3, 24, 24),) if modality == "image" else ((3, 3, 24, 24),)

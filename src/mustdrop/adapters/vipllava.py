@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from mustdrop.adapters.llava import Llava
-from mustdrop.adapters.tiny import IMAGE, clip, text
 from mustdrop.layout import Layout
 
 #: The setting for the layers, which transformers 5.23 renamed.
@@ -30,13 +29,3 @@ class VipLlava(Llava):
         layers = arguments.get(name) or getattr(model.config, name)
         depth = len(self.tower(model, modality).blocks)
         return tuple(k - 1 if k >= 0 else depth + k for k in ([layers] if isinstance(layers, int) else layers))
-
-    def tiny(self) -> dict[str, Any]:
-        """The last two layers of CLIP, and Llama."""
-        return {
-            "model_type": "vipllava",
-            "vision_config": clip(),
-            "text_config": text("llama"),
-            "image_token_id": IMAGE,
-            **{name: [-1, -2] for name in _NAMES},
-        }

@@ -1,17 +1,59 @@
-"""Tiny random models of every family, which run in milliseconds: for tests, examples and measurements of fidelity."""
+"""What one family's fixture states: a tiny configuration, and what the processor would make of small media for it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from abc import ABC, abstractmethod
+from typing import Any
 
-import torch
 from einops import rearrange
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from mustdrop.adapters.base import Adapter
+from mustdrop.adapters.base import Adapter
 
 VOCABULARY, IMAGE, VIDEO = 512, 500, 501
+
+
+class Family(ABC):
+    """The tiny models of one family: they run in milliseconds, and need no download.
+
+    Attributes:
+        of: class of the adapter whose models it makes, and of its subclasses without a fixture of their own.
+        adapter: what it states of the family.
+    """
+
+    of: type[Adapter]
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """Configuration, as a dictionary with `model_type`."""
+
+    @abstractmethod
+    def media(self, model: Any, modality: str, images: list[Tensor]) -> tuple[dict[str, Any], list[list[int]]]:
+        """What the processor would return.
+
+        Args:
+            model: a model of `config`.
+            modality: key of the adapter's `media`.
+            images: one per medium, (3, height, width) or, for a video, (frames, 3, height, width), of `sizes`.
+
+        Returns:
+            The arguments for the model, and per medium the ids of its run in the prompt.
+        """
+
+    def types(self, kinds: Tensor) -> dict[str, Tensor]:
+        """Arguments that say so for a prompt whose tokens are text (0), image (1) or video (2)."""
+        return {} if self.adapter.token_types is None else {self.adapter.token_types: kinds}
+
+    def rows(self, arguments: dict[str, Any], counts: list[int]) -> dict[str, Any]:
+        """Arguments of `media` for prompts with `counts` media each; most families do not care."""
+        return arguments
+
+    def sizes(self, modality: str) -> tuple[tuple[int, ...], ...]:
+        """Shapes of media that `media` takes, for tests to draw from."""
+        return ((3, 24, 24),)
 
 
 def text(kind: str, **settings: Any) -> dict[str, Any]:
@@ -92,57 +134,3 @@ def packed_patches(frames: Tensor, patch: int = 4, merge: int = 2) -> tuple[Tens
         q=patch,
     )
     return made, [len(frames) // 2, frames.shape[-2] // patch, frames.shape[-1] // patch]
-
-
-def build(adapter: Adapter, attention: str = "sdpa", seed: int = 0) -> Any:
-    """A model of the adapter's tiny configuration with random weights, in float32 and eval mode.
-
-    Its attention is peaky, so that decisions have margins; parameters that start at zero are random too, so that
-    every path matters.
-
-    Args:
-        adapter: of the family.
-        attention: attention implementation.
-        seed: of the weights.
-    """
-    import transformers
-
-    settings = adapter.tiny()
-    del settings["model_type"]
-    kind = next(getattr(transformers, name) for name in adapter.classes if hasattr(transformers, name))
-    config = kind.config_class(**settings)
-    config._attn_implementation = attention
-    torch.manual_seed(seed)
-    model = kind(config).eval().float()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1 and name.endswith("bias"):
-                parameter.normal_(0, 0.05)
-            elif not bool(parameter.any()):
-                parameter.normal_(0, 0.1)
-        # logits of about a quarter: 1e-5 is above the noise of float32 and far below any effect
-        model.get_output_embeddings().weight.mul_(0.25)
-    model.generation_config.update(pad_token_id=0, bos_token_id=1, eos_token_id=None)
-    return model
-
-
-def prompt(adapter: Adapter, model: Any, modality: str, pictures: list[Tensor], words: int = 6) -> dict[str, Tensor]:
-    """Inputs of one prompt for a tiny model: a few words, the media, a few words.
-
-    Args:
-        adapter: of the family.
-        model: made by `build`.
-        modality: "image" or "video".
-        pictures: of shapes that `adapter.tiny_sizes` names.
-        words: text tokens after the media, which ask.
-    """
-    arguments, runs = adapter.tiny_media(model, modality, pictures)
-    line = [1, 20, 21, *(token for run in runs for token in run), *range(30, 30 + words)]
-    inputs = dict(adapter.tiny_rows(arguments, [len(pictures)]))
-    inputs |= {
-        "input_ids": torch.tensor([line], dtype=torch.long, device="cpu"),
-        "attention_mask": torch.ones(1, len(line), dtype=torch.long, device="cpu"),
-    }
-    (token,) = (m.token for m in adapter.modalities(model) if m.name == modality)
-    kinds = (inputs["input_ids"] == token).long() * (1 if modality == "image" else 2)
-    return inputs | adapter.tiny_types(kinds)
