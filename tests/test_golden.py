@@ -14,7 +14,7 @@ from transformers import LlavaForConditionalGeneration
 
 import mustdrop
 from mustdrop import PrefillPruner, VisionStagePruner
-from mustdrop.rules.text_attention import dual_filter, dual_statistics
+from mustdrop.rules.dual_attention import dual_filter, dual_statistics
 from support.builders import answer
 from support.checks import distance
 from support.oracle import CacheWatch

@@ -147,7 +147,7 @@ def test_a_prompt_comes_to_the_host_once():
     inputs = launches.prompt(2, side=8)
     with mustdrop.patched(model, "random", keep=21):
         figures, tally = launches.count(model, inputs, "growing")
-    looks = [site for what, site in tally.sites if what == "waits" and "runtime/core.py" in site]
+    looks = [site for what, site in tally.sites if what == "waits" and "runtime/session.py" in site]
     assert len(looks) == 1, looks
     assert tally.sites["waits", looks[0]] == 1
     assert figures["step"]["own_waits"] == 0

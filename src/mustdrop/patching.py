@@ -19,9 +19,9 @@ from mustdrop.method import DEFAULT_METHOD, Method
 from mustdrop.pruners import DecodeCachePruner, InputPruner, PrefillPruner, VisionStagePruner
 from mustdrop.pruners.answers import forget
 from mustdrop.registry import MethodLike, resolve
-from mustdrop.runtime.core import Runtime
 from mustdrop.runtime.ledger import Ledger
 from mustdrop.runtime.plan import require_possible
+from mustdrop.runtime.session import Runtime
 from mustdrop.trace import Trace
 
 M = TypeVar("M", bound=nn.Module)

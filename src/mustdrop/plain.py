@@ -17,11 +17,11 @@ from mustdrop.adapters.base import Tower
 from mustdrop.errors import ConfigError
 from mustdrop.layout import Layout
 from mustdrop.pruners import Read, VisionStagePruner
-from mustdrop.runtime import reading
-from mustdrop.runtime.choosing import Choice, Chooser
-from mustdrop.runtime.encoder import layers_read
-from mustdrop.runtime.encoder_run import EncoderRun
-from mustdrop.runtime.marking import Decided, decide
+from mustdrop.runtime.vision import attention
+from mustdrop.runtime.vision.encoder import layers_read
+from mustdrop.runtime.vision.encoder_run import EncoderRun
+from mustdrop.runtime.vision.marks import Decided, decide
+from mustdrop.runtime.vision.selection import FeatureChoice, VisionSelector
 
 
 @dataclass(frozen=True)
@@ -91,15 +91,15 @@ class PlainStage:
         for read in self.reads.get(layer, ()):
             pieces = run.readings.setdefault(read, [])
             if self.tower.packed:
-                pieces += reading.of_segments(read, q, k, None, {"cu_seq_lens_q": borders}, scaling)
+                pieces += attention.of_segments(read, q, k, None, {"cu_seq_lens_q": borders}, scaling)
             else:
                 visible = torch.ones(q.shape[0], k.shape[2], dtype=torch.bool, device=q.device)
-                pieces.append(reading.of_items(read, self.tower, q, k, visible, scaling))
+                pieces.append(attention.of_items(read, self.tower, q, k, visible, scaling))
 
     def choose_early(
         self, run: EncoderRun, layouts: Sequence[Layout], features: Tensor, counts: Sequence[int]
-    ) -> Choice:
-        """What a rule for the encoder's own features decides; `Choice.blend` gives the values that are projected.
+    ) -> FeatureChoice:
+        """What a rule for the encoder's own features decides; `FeatureChoice.blend` gives what is projected.
 
         Args:
             run: the pass.
@@ -117,7 +117,7 @@ class PlainStage:
         layouts: Sequence[Layout],
         features: Tensor,
         counts: Sequence[int],
-        choice: Choice | None = None,
+        choice: FeatureChoice | None = None,
         rows: Tensor | None = None,
     ) -> list[Kept]:
         """Which features of each medium stay, and their values.
@@ -136,8 +136,10 @@ class PlainStage:
         values = decided.write(features if rows is None else rows)
         return _kept(decided, values, [layout.size for layout in layouts])
 
-    def _chooser(self, run: EncoderRun, layouts: Sequence[Layout], counts: Sequence[int]) -> Chooser | None:
-        return None if self.pruner.rule is None else Chooser(self.pruner.rule, run, layouts, counts, {}, None, ())
+    def _chooser(self, run: EncoderRun, layouts: Sequence[Layout], counts: Sequence[int]) -> VisionSelector | None:
+        return (
+            None if self.pruner.rule is None else VisionSelector(self.pruner.rule, run, layouts, counts, {}, None, ())
+        )
 
 
 def _kept(decided: Decided, values: Tensor, sizes: Sequence[int]) -> list[Kept]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mustdrop.cost import Compared
 from mustdrop.errors import ConfigError
-from mustdrop.runtime.state import Heard, Marks, Medium
+from mustdrop.runtime.state import FilterAttention, Marks, Medium
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,7 +59,7 @@ class Trace:
     recurrent: tuple[int, ...] = ()
     _alive: list[list[Tensor]] = field(default_factory=list)
     _marks: list[Marks] = field(default_factory=list)
-    _heard: list[Heard] = field(default_factory=list)
+    _heard: list[FilterAttention] = field(default_factory=list)
     _vision: Tensor | None = None
 
     @property
@@ -184,7 +184,7 @@ class Trace:
         return text
 
     def __str__(self) -> str:
-        from mustdrop.report import table
+        from mustdrop.trace_table import table
 
         return table(self)
 

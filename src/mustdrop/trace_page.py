@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from mustdrop.errors import ConfigError
-from mustdrop.report import quantity
 from mustdrop.trace import Trace
+from mustdrop.trace_table import quantity
 from mustdrop.trace_view import Row, fitted, media_of, owners, per_medium, picture_of, rows_of, sample_of
 
 _MARK = '"the facts"'  # what the facts take the place of in the template

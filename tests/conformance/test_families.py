@@ -14,7 +14,7 @@ import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from mustdrop.adapters import registry
 from mustdrop.errors import UnsupportedModelError, UnsupportedOptionError
-from mustdrop.runtime.encoder import EncoderStage
+from mustdrop.runtime.vision.encoder import EncoderStage
 from support import eager_flex, fake_flash, families, following, hidden_patches, turns
 from support.builders import answer
 from support.families import assert_dropping_equals_masking, batch, clone, fitting, plain

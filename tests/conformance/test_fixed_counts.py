@@ -8,9 +8,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from transformers.models.llava import modeling_llava
 
 import mustdrop
-from mustdrop.runtime import entry
-from mustdrop.runtime.core import Runtime
-from mustdrop.runtime.features import FeaturesWrapper
+from mustdrop.runtime.language import vision_tokens
+from mustdrop.runtime.session import Runtime
+from mustdrop.runtime.vision.features import FeaturesWrapper
 from support.builders import LLAMA, SIGLIP, batch, clone
 from support.edges import BUDGETED
 
@@ -22,7 +22,7 @@ def looks(monkeypatch):
     """A switch: from then on the host looks at everything, as where the data decide how many stay."""
 
     def switch(windows: bool = False) -> None:
-        monkeypatch.setattr(entry.fixed, "possible", lambda *_: False)
+        monkeypatch.setattr(vision_tokens.fixed, "possible", lambda *_: False)
         if not windows:
             monkeypatch.setattr(FeaturesWrapper, "_counts", lambda *_: None)
 

@@ -14,9 +14,9 @@ import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from mustdrop.adapters import registry
 from mustdrop.errors import UnsupportedOptionError
-from mustdrop.runtime import block_masks
-from mustdrop.runtime.masks import Layout, physical_mask
-from mustdrop.runtime.rows import PAD
+from mustdrop.indices import PAD
+from mustdrop.runtime import masks_flex
+from mustdrop.runtime.masks import RowMap, physical_mask
 from support import eager_flex, families, turns
 from support.builders import LLAMA, MISTRAL, QWEN2, SIGLIP, answer, batch, clone, row_alone
 from support.checks import TOLERANCE, assert_dropping_equals_masking, compare, distance, patched
@@ -222,10 +222,10 @@ def test_a_block_mask_says_what_the_mask_with_rows_and_columns_says(reordered):
     rows = torch.tensor([[0, 2, 5], [PAD, 1, 4]])
     queries = (rows + 3).masked_fill(rows == PAD, PAD)
     slots = torch.cat([torch.tensor([[0, 2], [PAD, 1]]), queries], 1)
-    layout = Layout(rows, queries, slots, True, 9, reordered)
+    layout = RowMap(rows, queries, slots, True, 9, reordered)
     blocks = create_block_mask(lambda b, h, q, kv: logical[b, 0, q, kv], 2, None, 6, 9, device="cpu")
     made = physical_mask(blocks, layout, FLEX, logical.float())
-    assert torch.equal(block_masks.whole(made), physical_mask(logical, layout, "sdpa", logical.float()))
+    assert torch.equal(masks_flex.whole(made), physical_mask(logical, layout, "sdpa", logical.float()))
     assert made.shape == (2, 1, 3, 5)
 
 

@@ -11,7 +11,7 @@ from mustdrop.adapters import registry
 from mustdrop.errors import BudgetError
 from mustdrop.methods.pooling import AveragePooling
 from mustdrop.pruners import Features
-from mustdrop.rules.pooling import centres, square_cells
+from mustdrop.rules.cells import centres, square_cells
 from support.builders import answer
 from support.families import batch, clone
 

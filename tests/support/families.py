@@ -24,7 +24,7 @@ from mustdrop.adapters import find, registry
 from mustdrop.adapters.base import Adapter
 from mustdrop.compat import attention_function
 from mustdrop.layout import Layout
-from mustdrop.runtime.tap import attention_of
+from mustdrop.runtime.attention_capture import attention_of
 from tests.families import build, fixture_of
 from tests.families.base import Family
 

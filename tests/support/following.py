@@ -16,7 +16,7 @@ import mustdrop
 from mustdrop.adapters import find
 from mustdrop.adapters.base import Adapter
 from mustdrop.layout import Layout
-from mustdrop.pruners.selecting import InnerRule, PictureRule
+from mustdrop.pruners.vision_rules import InnerRule, PictureRule
 from tests.families import fixture_of
 
 from .families import batch, flat_features, vision_positions

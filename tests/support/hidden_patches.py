@@ -18,8 +18,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import mustdrop
 from mustdrop.adapters import find, registry
 from mustdrop.pruners import InputRule
-from mustdrop.runtime import packed_steps
-from mustdrop.runtime.tap import attention_of
+from mustdrop.runtime.attention_capture import attention_of
+from mustdrop.runtime.vision import packed_steps
 
 from . import families
 from .families import batch, clone, plain

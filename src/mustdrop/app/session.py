@@ -22,8 +22,8 @@ from mustdrop.eval.media import Clip, MediaError
 from mustdrop.explain import Prompt, told
 from mustdrop.loading import load_model, place
 from mustdrop.pictures import read_picture, size_of
-from mustdrop.report import quantity
 from mustdrop.trace_page import Told
+from mustdrop.trace_table import quantity
 
 BASELINE = "none"  # the unpruned model, whose tokens are counted too
 

@@ -11,9 +11,9 @@ from transformers.cache_utils import DynamicLayer
 
 from mustdrop.compat import crop_length, records_past
 from mustdrop.errors import CacheStateError
+from mustdrop.indices import HOST
+from mustdrop.kv.cut import Cut
 from mustdrop.kv.slots import Arrival, Slots, Stored, reordering
-from mustdrop.runtime.eviction import Cut
-from mustdrop.runtime.rows import HOST
 
 _SLIDE = 64  # tokens after which a sliding layer with gaps looks for entries that have left its window
 _KNOWN = ("positions", "vision", "attended", "queries")  # one entry per slot that is described

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from mustdrop import kernels
 from mustdrop.errors import CacheStateError
-from mustdrop.runtime.eviction import Cut
-from mustdrop.runtime.rows import HOST, PAD, on, take
+from mustdrop.indices import HOST, PAD, on, take
+from mustdrop.kv.cut import Cut
 
 
-class Away:
+class OnDevice:
     """A tensor that describes slots and lies on a device: the host asks for it once, if ever somebody must know.
 
     A prompt whose counts are known beforehand is cut without the host, and most of what follows needs no more than
@@ -28,9 +28,9 @@ class Away:
         self.there = there
 
     @classmethod
-    def of(cls, there: Tensor) -> Away:
+    def of(cls, there: Tensor) -> OnDevice:
         """The one that stands for a tensor, so that layers which share the tensor share what the host learned."""
-        known: Away | None = getattr(there, "_away", None)
+        known: OnDevice | None = getattr(there, "_away", None)
         if known is None:
             known = there._away = cls(there)  # type: ignore[attr-defined]
         return known
@@ -45,16 +45,16 @@ class Away:
         """Of the tensor."""
         return self.there.shape
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Away:
-        return Away(self.there.clone())
+    def __deepcopy__(self, memo: dict[int, Any]) -> OnDevice:
+        return OnDevice(self.there.clone())
 
     def __reduce__(self) -> Any:
-        return Away, (self.there,)
+        return OnDevice, (self.there,)
 
 
-def at_home(x: Tensor | Away | None) -> Tensor | None:
+def at_home(x: Tensor | OnDevice | None) -> Tensor | None:
     """A description on the host."""
-    return x.here if isinstance(x, Away) else x
+    return x.here if isinstance(x, OnDevice) else x
 
 
 class _Description:
@@ -66,9 +66,9 @@ class _Description:
     def __get__(self, layer: Any, owner: type) -> Any:
         return at_home(layer.__dict__[self.name])
 
-    def __set__(self, layer: Any, value: Tensor | Away | None) -> None:
+    def __set__(self, layer: Any, value: Tensor | OnDevice | None) -> None:
         if isinstance(value, Tensor) and value.device != HOST:
-            value = Away.of(value)
+            value = OnDevice.of(value)
         layer.__dict__[self.name] = value
 
 
@@ -109,7 +109,7 @@ class Stored:
         pictures: see `Slots`.
     """
 
-    positions: Tensor | Away | None
+    positions: Tensor | OnDevice | None
     slots: int | Tensor
     dropped: int
     batch: int
@@ -182,7 +182,7 @@ class Slots:
     """The bookkeeping of one cache layer, mixed into a layer class of transformers.
 
     `positions`, `vision` and `totals` are read on the host. What a prompt set on a device comes over when it is first
-    read (`Away`); `_positions` and `layout` are what was set.
+    read (`OnDevice`); `_positions` and `layout` are what was set.
 
     Attributes:
         keys: (B, G, slots or more, D), None before the first entry.
@@ -208,8 +208,8 @@ class Slots:
 
     def forget(self) -> None:
         """Start the bookkeeping anew."""
-        self._positions: Tensor | Away | None = None
-        self._vision: Tensor | Away | None = None
+        self._positions: Tensor | OnDevice | None = None
+        self._vision: Tensor | OnDevice | None = None
         self.attended: Tensor | None = None
         self.queries: Tensor | None = None
         self.totals: Tensor | None = None

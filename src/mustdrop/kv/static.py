@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
 from mustdrop.compat import eager, fixed_address
-from mustdrop.kv.slots import Arrival, Away, Slots, Stored
-from mustdrop.runtime.eviction import Cut
-from mustdrop.runtime.rows import HOST, PAD, on
+from mustdrop.indices import HOST, PAD, on
+from mustdrop.kv.cut import Cut
+from mustdrop.kv.slots import Arrival, OnDevice, Slots, Stored
 
 
 class PrunedStaticLayer(Slots, StaticLayer):
@@ -200,7 +200,7 @@ class PrunedStaticLayer(Slots, StaticLayer):
             layer.filled = None
             known = layer._positions
             if known is not None and layer.fixed is None:
-                key = (known.shape, isinstance(known, Away), layer.dropped, layer.max_cache_len, layer.keys.device)
+                key = (known.shape, isinstance(known, OnDevice), layer.dropped, layer.max_cache_len, layer.keys.device)
                 alike.setdefault(key, []).append(layer)
         for some in alike.values():
             each = _stacked([layer._positions for layer in some], some[0].keys.device)
@@ -257,7 +257,7 @@ class PrunedStaticLayer(Slots, StaticLayer):
 
 def _stacked(values: list[Any], device: torch.device) -> Tensor:
     """(L or 1, B, n) of (B, n) per layer on `device`, in one copy; 1 where all layers share them."""
-    own = [value.there if isinstance(value, Away) else value for value in values]
+    own = [value.there if isinstance(value, OnDevice) else value for value in values]
     if all(value is own[0] for value in own):
         return on(own[0], device)[None]
     return on(torch.stack(own), device)

@@ -11,7 +11,7 @@ from torch import Tensor
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Chosen, Features, Read, VisionRule, VisionStagePruner
 from mustdrop.pruners.base import Budget
-from mustdrop.pruners.comparing import STATES, compared
+from mustdrop.pruners.compared_features import STATES, compared
 from mustdrop.pruners.importance import relevance
 from mustdrop.rules.diversity import greedy_determinant
 from mustdrop.rules.geometry import Geometry, around_mean, distinctiveness

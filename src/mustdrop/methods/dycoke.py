@@ -13,7 +13,7 @@ from mustdrop.errors import ConfigError
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Chosen, Features, VisionRule, VisionStagePruner
 from mustdrop.pruners.base import Budget
-from mustdrop.rules.encoder_attention import uniform_scores
+from mustdrop.rules.baselines import uniform_scores
 from mustdrop.rules.groups import rank_in_group, sizes
 
 # Every fourth frame stays whole.

@@ -12,7 +12,7 @@ from mustdrop import kernels
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Chosen, Features, Read, VisionRule, VisionStagePruner
 from mustdrop.pruners.base import Budget
-from mustdrop.pruners.comparing import LAST
+from mustdrop.pruners.compared_features import LAST
 from mustdrop.rules.clusters import density_peaks, tie_noise
 from mustdrop.rules.groups import best_in_groups, largest_remainder, sizes
 from mustdrop.rules.segments import frame_means, segments, videos

@@ -13,7 +13,7 @@ from mustdrop import kernels
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Chosen, Features, LastRow, PrefillPruner, Read, VisionRule, VisionStagePruner
 from mustdrop.pruners.base import Budget
-from mustdrop.pruners.comparing import LAST
+from mustdrop.pruners.compared_features import LAST
 from mustdrop.rules.clusters import density_peaks, tie_noise
 from mustdrop.rules.diversity import farthest_first
 from mustdrop.rules.groups import largest_remainder, members, sizes

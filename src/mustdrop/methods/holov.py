@@ -11,7 +11,7 @@ from mustdrop.constants import numbers
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Chosen, Features, Read, VisionRule, VisionStagePruner
 from mustdrop.pruners.base import Budget
-from mustdrop.pruners.comparing import LAST
+from mustdrop.pruners.compared_features import LAST
 from mustdrop.rules.diversity import unit
 from mustdrop.rules.groups import best_in_groups, largest_remainder
 

@@ -12,7 +12,7 @@ from mustdrop import kernels
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Chosen, Features, Read, VisionRule, VisionStagePruner
 from mustdrop.pruners.base import Budget
-from mustdrop.pruners.comparing import STATES
+from mustdrop.pruners.compared_features import STATES
 from mustdrop.pruners.importance import check_question
 from mustdrop.rules.diversity import unit
 

@@ -16,8 +16,8 @@ from mustdrop.pruners import DecodeCachePruner, PrefillPruner, Seen, TextScorer,
 from mustdrop.pruners.base import Budget
 from mustdrop.pruners.vision import Taper
 from mustdrop.rules.diversity import greedy_determinant
+from mustdrop.rules.dual_attention import dual_score, dual_statistics
 from mustdrop.rules.ranking import keep_best
-from mustdrop.rules.text_attention import dual_score, dual_statistics
 
 # Of 32 layers; early, because what passes them is paid for in all layers behind.
 LAYERS = (4, 12)

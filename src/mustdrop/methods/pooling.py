@@ -11,7 +11,7 @@ from mustdrop.constants import on_host
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Chosen, Features, VisionRule, VisionStagePruner
 from mustdrop.pruners.base import Budget
-from mustdrop.rules.pooling import centres, square_cells
+from mustdrop.rules.cells import centres, square_cells
 
 
 class AveragePooling(VisionRule):

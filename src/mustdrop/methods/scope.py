@@ -8,7 +8,7 @@ from mustdrop import kernels
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Chosen, Features, Read, VisionRule, VisionStagePruner
 from mustdrop.pruners.base import Budget
-from mustdrop.pruners.comparing import LAST, STATES, compared
+from mustdrop.pruners.compared_features import LAST, STATES, compared
 from mustdrop.rules.diversity import unit
 from mustdrop.rules.geometry import Geometry, around_mean, distinctiveness
 

@@ -1,14 +1,14 @@
 """The four sockets, one per stage of a vision token's life. Each is a frozen object, callable on plain tensors."""
 
-from mustdrop.pruners.caching import AllRows, CacheScorer, GeneratedRows, LastQuery, ObservationWindow, Received
+from mustdrop.pruners.cache_scorers import AllRows, CacheScorer, GeneratedRows, LastQuery, ObservationWindow, Received
 from mustdrop.pruners.decode import DecodeCachePruner
 from mustdrop.pruners.importance import Importance
-from mustdrop.pruners.incoming import InputPruner, InputRule, Predictable
+from mustdrop.pruners.input import InputPruner, InputRule, Predictable
 from mustdrop.pruners.prefill import PrefillPruner
 from mustdrop.pruners.recycling import Recycling
-from mustdrop.pruners.scoring import LastRow, MeanOverText, Raters, Seen, TextScorer
-from mustdrop.pruners.selecting import Chosen, Features, InnerRule, PictureRule, Read, VisionRule
+from mustdrop.pruners.text_scorers import LastRow, MeanOverText, Raters, Seen, TextScorer
 from mustdrop.pruners.vision import VisionStagePruner
+from mustdrop.pruners.vision_rules import Chosen, Features, InnerRule, PictureRule, Read, VisionRule
 
 __all__ = [
     "AllRows",

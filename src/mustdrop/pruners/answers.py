@@ -17,10 +17,10 @@ from torch import Tensor
 from mustdrop.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mustdrop.pruners.caching import CacheScorer, Received
-    from mustdrop.pruners.incoming import InputRule
-    from mustdrop.pruners.scoring import Seen, TextScorer
-    from mustdrop.pruners.selecting import Chosen, Features, InnerRule, VisionRule
+    from mustdrop.pruners.cache_scorers import CacheScorer, Received
+    from mustdrop.pruners.input import InputRule
+    from mustdrop.pruners.text_scorers import Seen, TextScorer
+    from mustdrop.pruners.vision_rules import Chosen, Features, InnerRule, VisionRule
 
 Kind = Literal["float", "long", "bool"]
 
@@ -113,7 +113,7 @@ def features(rule: VisionRule, seen: Features, count: int | None) -> Chosen:
     Raises:
         ConfigError: see `scores`.
     """
-    from mustdrop.pruners.selecting import Chosen
+    from mustdrop.pruners.vision_rules import Chosen
 
     b, n = seen.values.shape[:2]
     try:

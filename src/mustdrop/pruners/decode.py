@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mustdrop.errors import ConfigError
 from mustdrop.pruners.base import Budget, Settings
-from mustdrop.pruners.caching import CacheScorer, GeneratedRows
+from mustdrop.pruners.cache_scorers import CacheScorer, GeneratedRows
 from mustdrop.rules.ranking import keep_best
 from mustdrop.selection import Selection
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mustdrop.errors import ConfigError
 from mustdrop.pruners.base import Settings
-from mustdrop.pruners.comparing import LAST
-from mustdrop.pruners.selecting import Features, Read
+from mustdrop.pruners.compared_features import LAST
+from mustdrop.pruners.vision_rules import Features, Read
 from mustdrop.rules.diversity import unit
 from mustdrop.rules.geometry import distinctiveness
 

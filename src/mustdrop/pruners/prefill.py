@@ -13,9 +13,9 @@ from mustdrop.errors import ConfigError
 from mustdrop.pruners import answers
 from mustdrop.pruners.base import Budget, Compat, Settings
 from mustdrop.pruners.recycling import Recycling
-from mustdrop.pruners.scoring import Seen, TextScorer
+from mustdrop.pruners.text_scorers import Seen, TextScorer
+from mustdrop.rules.dual_attention import dual_filter, dual_score, dual_statistics, rank_counts, shares
 from mustdrop.rules.ranking import keep_best
-from mustdrop.rules.text_attention import dual_filter, dual_score, dual_statistics, rank_counts, shares
 from mustdrop.selection import Selection
 
 # Filter layers of the released code, for the 32 layers of LLaVA-1.5-7B.

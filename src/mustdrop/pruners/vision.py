@@ -17,8 +17,8 @@ from torch import Tensor
 from mustdrop.budget import tokens_of
 from mustdrop.errors import ConfigError
 from mustdrop.pruners.base import Budget, Compat, Settings
-from mustdrop.pruners.selecting import Read, VisionRule
-from mustdrop.rules.encoder_attention import random_scores, uniform_scores
+from mustdrop.pruners.vision_rules import Read, VisionRule
+from mustdrop.rules.baselines import random_scores, uniform_scores
 from mustdrop.rules.ranking import keep_best
 from mustdrop.rules.windows import (
     check_window,

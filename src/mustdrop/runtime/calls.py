@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from mustdrop import kv
 from mustdrop.compat import by_name, cache_of, eager
-from mustdrop.runtime import checks
+from mustdrop.runtime import guards
+from mustdrop.runtime.call_frames import call_of_module, runs
 from mustdrop.runtime.compiled import compiled_step
-from mustdrop.runtime.frames import call_of_module, runs
 from mustdrop.runtime.state import Call, Local
 
 if TYPE_CHECKING:
-    from mustdrop.runtime.core import Runtime
+    from mustdrop.runtime.session import Runtime
 
 #: Modules that a pass goes through, from the outside to the inside.
 MODEL, BASE, TEXT = 1, 2, 3
@@ -145,7 +145,7 @@ class Calls:
         outermost = not self.local.aside
         try:
             if cache_of(kwargs) is not None:
-                checks.cache(self.runtime, cache_of(kwargs))
+                guards.cache(self.runtime, cache_of(kwargs))
             text = level == TEXT  # by itself it knows of no media: nothing is dropped
             self.local.begin(Call if text else lambda: self.runtime.begin(kwargs.get("input_ids"), kwargs))
         except BaseException as error:
@@ -189,7 +189,7 @@ def _share(known: dict[str, Any], given: dict[str, Any]) -> bool:
     return any(isinstance(value, Tensor | dict) and given.get(name) is value for name, value in known.items())
 
 
-class Direct:
+class DirectForward:
     """Stands in for the `forward` of a module whose hooks begin and end calls.
 
     `module.forward(...)` passes by the hooks: it is led through the module's `__call__`. And what no hook is told of,

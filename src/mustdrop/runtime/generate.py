@@ -11,13 +11,13 @@ from torch import Tensor
 from mustdrop import kv
 from mustdrop.compat import TAKEN_BACK, by_name, cache_of, eager, static_cache
 from mustdrop.errors import UnsupportedOptionError
-from mustdrop.runtime import checks
+from mustdrop.runtime import guards
 from mustdrop.runtime.calls import PrepareWrapper
 from mustdrop.runtime.ledger import now
 from mustdrop.runtime.state import Call
 
 if TYPE_CHECKING:
-    from mustdrop.runtime.core import Runtime
+    from mustdrop.runtime.session import Runtime
 
 _READING_LAYERS = {"dola_layers": "DoLa", "penalty_alpha": "contrastive search"}
 _DRAFTING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
@@ -81,7 +81,7 @@ class GenerateWrapper:
                     "Leave it out, or use 'dynamic' or 'static'."
                 )
             if implementation == "static":
-                kv.check(static_cache(self.runtime.text.config, 1), checks.no_static(self.runtime))
+                kv.check(static_cache(self.runtime.text.config, 1), guards.no_static(self.runtime))
         if option("prefill_chunk_size"):
             raise UnsupportedOptionError(
                 "prefill_chunk_size cuts the prompt before the text has been seen, so vision tokens "
@@ -103,7 +103,7 @@ class GenerateWrapper:
                 "whose entries leave at the end of the prefill (DecodeCachePruner.after_prefill)."
             )
         if cache_of(kwargs) is not None:
-            checks.cache(self.runtime, cache_of(kwargs))
+            guards.cache(self.runtime, cache_of(kwargs))
 
     @staticmethod
     def _prompt(kwargs: dict[str, Any]) -> Tensor | None:

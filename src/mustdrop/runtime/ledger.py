@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mustdrop.errors import NotPatchedError
 
 if TYPE_CHECKING:
-    from mustdrop.runtime.record import Ended
+    from mustdrop.runtime.trace_builder import EndedCall
     from mustdrop.trace import Trace
 
 _clock = itertools.count(1)  # of this process: traces of all models, in the order of things
@@ -32,7 +32,7 @@ class Outcome:
         ended: when.
     """
 
-    call: Ended | None
+    call: EndedCall | None
     failure: str
     began: int
     ended: int
@@ -52,7 +52,7 @@ class Ledger:
         self.newest: Outcome | None = None
         self._own = _Own()
 
-    def note(self, began: int, call: Ended | None = None, error: BaseException | None = None) -> None:
+    def note(self, began: int, call: EndedCall | None = None, error: BaseException | None = None) -> None:
         """A call of this thread has ended, well or with an exception."""
         failure = "" if call is not None else _line(error)
         self.newest = self._own.outcome = Outcome(call, failure, began, now())

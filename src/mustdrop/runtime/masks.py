@@ -9,13 +9,13 @@ from torch import Tensor
 
 from mustdrop import kernels
 from mustdrop.errors import UnsupportedOptionError
-from mustdrop.runtime import block_masks
-from mustdrop.runtime.block_masks import FLEX, BlockMask, Mask
-from mustdrop.runtime.rows import PAD, on, take
+from mustdrop.indices import PAD, on, take
+from mustdrop.runtime import masks_flex
+from mustdrop.runtime.masks_flex import FLEX, BlockMask, Mask
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowMap:
     """Which rows ask and which slots answer in one layer.
 
     Attributes:
@@ -33,15 +33,15 @@ class Layout:
     padded: bool
     end: int
     reordered: bool = False
-    memo: dict[torch.device, Layout] = field(default_factory=dict, repr=False, compare=False)
+    memo: dict[torch.device, RowMap] = field(default_factory=dict, repr=False, compare=False)
 
-    def on(self, device: torch.device) -> Layout:
+    def on(self, device: torch.device) -> RowMap:
         """The same on another device; sent there once."""
         if self.rows.device == device:
             return self
         if device not in self.memo:
             rows, queries, slots = (on(x, device) for x in (self.rows, self.queries, self.slots))
-            self.memo[device] = Layout(rows, queries, slots, self.padded, self.end, self.reordered)
+            self.memo[device] = RowMap(rows, queries, slots, self.padded, self.end, self.reordered)
         return self.memo[device]
 
     def first(self, mask: Tensor | BlockMask) -> int:
@@ -68,7 +68,7 @@ class Layout:
         return ((self.slots != PAD)[:, None] & before) | (there == here[:, None]) & (self.queries == PAD)[..., None]
 
 
-def physical_mask(mask: object, layout: Layout, implementation: str, hidden: Tensor) -> Mask:
+def physical_mask(mask: object, layout: RowMap, implementation: str, hidden: Tensor) -> Mask:
     """The mask one layer needs.
 
     Args:
@@ -86,7 +86,7 @@ def physical_mask(mask: object, layout: Layout, implementation: str, hidden: Ten
     """
     if isinstance(mask, BlockMask):
         layout = layout.on(mask.kv_num_blocks.device)
-        return block_masks.causal(layout) if layout.reordered else block_masks.cut(mask, layout)
+        return masks_flex.causal(layout) if layout.reordered else masks_flex.cut(mask, layout)
     foreign = implementation == FLEX and getattr(mask, "ndim", 0) != 2
     if foreign or (mask is not None and not isinstance(mask, Tensor)):
         raise UnsupportedOptionError(
@@ -165,7 +165,7 @@ def encoder_mask(visible: Tensor, implementation: str, hidden: Tensor) -> Mask:
         return None
     visible = on(visible, hidden.device)
     if implementation == FLEX:
-        return block_masks.of_keys(visible)
+        return masks_flex.of_keys(visible)
     return (
         visible
         if "flash" in implementation
@@ -182,7 +182,7 @@ def cut_encoder_mask(mask: Tensor | BlockMask, slots: Tensor, visible: Tensor) -
         visible: (items, M) bool, tokens that are not padding.
     """
     if isinstance(mask, BlockMask):
-        return block_masks.cut_items(mask, slots, visible)
+        return masks_flex.cut_items(mask, slots, visible)
     if mask.ndim == 2:
         return take(mask, slots, 1) & visible.to(mask.dtype)
     known = mask.expand(slots.shape[0], -1, -1, -1)
@@ -195,7 +195,7 @@ def cut_encoder_mask(mask: Tensor | BlockMask, slots: Tensor, visible: Tensor) -
 def attended_keys(mask: Tensor | BlockMask) -> Tensor:
     """(items or 1, keys) bool, the keys that any query sees by a mask of transformers (2-D, 4-D or of blocks)."""
     if isinstance(mask, BlockMask):
-        return block_masks.whole(mask)[:, 0].any(1)
+        return masks_flex.whole(mask)[:, 0].any(1)
     if mask.ndim == 2:
         return mask.bool()
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
@@ -224,7 +224,7 @@ def visible_keys(rows: Tensor, mask: Mask, queries: int, keys: int) -> tuple[Ten
         (B, R, keys) bool, and the additive mask of these rows, (B, 1, R, keys), if there is one.
     """
     if isinstance(mask, BlockMask):
-        return block_masks.seen_by(mask, rows, keys), None
+        return masks_flex.seen_by(mask, rows, keys), None
     if mask is None or mask.ndim == 2:
         causal = torch.arange(keys, dtype=torch.long, device=rows.device) <= (rows + keys - queries)[..., None]
         return (causal if mask is None else causal & mask[:, None, :keys].bool()), None

@@ -3,7 +3,7 @@
 A call may begin inside another one, from a logits processor or from a forward hook: then the state of the outer call is
 put aside, all of it, and comes back when the inner one ends.
 
-What it says about tokens lies on the host (see `mustdrop.runtime.rows`).
+What it says about tokens lies on the host (see `mustdrop.indices`).
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mustdrop.indices import PAD, Sent, on, take
 from mustdrop.kernels.dispatch import current_log, fresh_log, log_to
 from mustdrop.layout import Layout
 from mustdrop.runtime.plan import RowPlan
-from mustdrop.runtime.rows import PAD, Sent, on, take
 
 if TYPE_CHECKING:
     from types import FrameType
 
-    from mustdrop.runtime.decoding import Later, Reading
-    from mustdrop.runtime.encoder_run import EncoderRun
-    from mustdrop.runtime.entry import Media
-    from mustdrop.runtime.fixed import FlatMarks
+    from mustdrop.runtime.language.cache_policy import LaterTokens, LayerReading
+    from mustdrop.runtime.language.fixed_rows import FlatMarks
+    from mustdrop.runtime.language.vision_tokens import VisionTokens
+    from mustdrop.runtime.vision.encoder_run import EncoderRun
 
 _MANY = 1 << 20  # numbers that a trace may keep of what one filter read
 
@@ -118,7 +118,7 @@ class Medium:
 
 
 @dataclass(frozen=True, eq=False)
-class Heard:
+class FilterAttention:
     """Attention that a filter read, kept as it came: see `Prefill.hear`."""
 
     layer: int
@@ -174,7 +174,7 @@ class Prefill:
     rows: list[Tensor | None] = field(default_factory=list)
     past: list[int] = field(default_factory=list)
     scored: list[tuple[int, int]] = field(default_factory=list)
-    heard: list[Heard] = field(default_factory=list)
+    heard: list[FilterAttention] = field(default_factory=list)
     marks: list[Marks] | list[list[Marks]] = field(default_factory=list)
     media: list[list[Medium]] = field(default_factory=list)
 
@@ -198,11 +198,11 @@ class Prefill:
                 attention = attention.detach()
             if attention.numel() > _MANY:  # a trace is small
                 attention = attention.sum(1, keepdim=True)
-        self.heard.append(Heard(layer, attention, rows))
+        self.heard.append(FilterAttention(layer, attention, rows))
 
 
 @dataclass(frozen=True, eq=False)
-class Looked:
+class PromptOnHost:
     """What the host has seen of a prompt: ids and mask came over once, at the start of the call.
 
     Attributes:
@@ -267,7 +267,7 @@ class Call:
     totals_of: dict[str, list[int]] = field(default_factory=dict)
     shown_of: dict[str, list[Tensor]] = field(default_factory=dict)
     plans: list[RowPlan] = field(default_factory=list)
-    looked: Looked | None = None
+    looked: PromptOnHost | None = None
     unmarked: bool = False
     open_ended: list[str | None] = field(default_factory=list)
     words: list[Tensor] | None = None
@@ -328,18 +328,18 @@ class Forward:
     begins: Callable[[], int]
     batch: int
     cache: Any = None
-    media: Media | None = None
+    media: VisionTokens | None = None
     rows: Tensor | None = None
     padded: bool = False
     record: Prefill | None = None
     attention: Tensor | Sent | None = None
     keys: Tensor | None = None
-    readings: dict[int, Reading] = field(default_factory=dict)
+    readings: dict[int, LayerReading] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict)
     flash: bool = False
     idle: bool = False
     mask: Any = None
-    later: Later | None = None
+    later: LaterTokens | None = None
     shrinks: bool = False
 
     @functools.cached_property

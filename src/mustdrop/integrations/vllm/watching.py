@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from mustdrop.layout import Layout
 from mustdrop.plain import PlainStage
-from mustdrop.runtime.choosing import Choice, stacked
-from mustdrop.runtime.encoder_run import EncoderRun
+from mustdrop.runtime.vision.encoder_run import EncoderRun
+from mustdrop.runtime.vision.selection import FeatureChoice, stacked
 
 
 def gathered(x: Tensor, dim: int) -> Tensor:
@@ -60,7 +60,7 @@ class Watch:
     counts: Sequence[int]
     projector: nn.Module | None = None
     run: EncoderRun = field(init=False)
-    choice: Choice | None = None
+    choice: FeatureChoice | None = None
     _handles: list[Any] = field(default_factory=list)
 
     def __enter__(self) -> Watch:

@@ -13,14 +13,14 @@ from torch import Tensor
 from mustdrop.budget import share_out
 from mustdrop.constants import host_table, sent
 from mustdrop.errors import MustDropError
+from mustdrop.indices import on
 from mustdrop.layout import Layout
 from mustdrop.pruners import Chosen, Features, Read, VisionRule
-from mustdrop.runtime.encoder_run import EncoderRun
-from mustdrop.runtime.rows import on
+from mustdrop.runtime.vision.encoder_run import EncoderRun
 
 
 @dataclass
-class Choice:
+class FeatureChoice:
     """What a rule decided about all F features of one call.
 
     Attributes:
@@ -50,7 +50,7 @@ class Choice:
 
 
 @dataclass
-class Chooser:
+class VisionSelector:
     """Asks a rule about the features of one call.
 
     Attributes:
@@ -73,9 +73,9 @@ class Chooser:
     shown: Sequence[Tensor] | None
     questions: Sequence[Tensor]
     released: bool = False
-    fixed: Callable[[Chooser, Tensor, Tensor | None], Choice] | None = None
+    fixed: Callable[[VisionSelector, Tensor, Tensor | None], FeatureChoice] | None = None
 
-    def __call__(self, features: Tensor, owner: Tensor | None = None) -> Choice:
+    def __call__(self, features: Tensor, owner: Tensor | None = None) -> FeatureChoice:
         """Choose from features (F, C) of all media.
 
         Args:
@@ -88,7 +88,7 @@ class Chooser:
         index = torch.arange(len(features), dtype=torch.long, device=device)
         owner = index if owner is None else named(owner, self.layouts, self.ends, self.shown)
         into = torch.full_like(index, -1)
-        choice = Choice(torch.zeros(len(features), dtype=torch.bool, device=device), into, index)
+        choice = FeatureChoice(torch.zeros(len(features), dtype=torch.bool, device=device), into, index)
         choice.order = index.clone()
         size = torch.bincount(owner, minlength=len(owner)).float()
         groups: dict[tuple[int, int | None], list[tuple[int, Tensor]]] = {}
@@ -112,7 +112,9 @@ class Chooser:
         choice.into = into[owner]
         return choice
 
-    def _room(self, i: int, layout: Layout, mine: Tensor, owner: Tensor, choice: Choice) -> tuple[Tensor, int | None]:
+    def _room(
+        self, i: int, layout: Layout, mine: Tensor, owner: Tensor, choice: FeatureChoice
+    ) -> tuple[Tensor, int | None]:
         """Features that the rule may choose from, and how many of them; what must stay is kept right away.
 
         That is the feature that ends the prompt, then rows that stand for no part of the picture.
@@ -160,7 +162,7 @@ class Chooser:
         return frame
 
     def _choose(
-        self, choice: Choice, features: Tensor, size: Tensor, views: list[tuple[int, Tensor]], count: int | None
+        self, choice: FeatureChoice, features: Tensor, size: Tensor, views: list[tuple[int, Tensor]], count: int | None
     ) -> None:
         index = torch.stack([part for _, part in views])
         chosen = self.ask(features, size, [i for i, _ in views], index, count)

@@ -11,11 +11,11 @@ from mustdrop import kv
 from mustdrop.adapters.base import Modality
 from mustdrop.compat import LinearAttentionLayer, Span, checkpoints_activations
 from mustdrop.errors import CacheStateError, ConfigError, UnsupportedOptionError
-from mustdrop.runtime import parallel, tap
-from mustdrop.runtime.block_masks import FLEX
+from mustdrop.runtime import attention_capture, tensor_parallel
+from mustdrop.runtime.masks_flex import FLEX
 
 if TYPE_CHECKING:
-    from mustdrop.runtime.core import Runtime
+    from mustdrop.runtime.session import Runtime
     from mustdrop.runtime.state import Forward
 
 
@@ -31,7 +31,7 @@ def model(runtime: Runtime) -> None:
             f"a quantised model in tensor parallel (tp_size={parts}) cannot be pruned: its packed weights do not say "
             f"which processes share its heads. {instead}"
         )
-    if not parallel.is_split(runtime.model):
+    if not tensor_parallel.is_split(runtime.model):
         raise UnsupportedOptionError(
             f"a model in tensor parallel (tp_size={parts}) whose weights are no DTensors cannot be pruned: nothing "
             "says which processes share its heads, and each would score the tokens by its own and drop others than its "
@@ -154,10 +154,10 @@ def cache(runtime: Runtime, given: Any) -> None:
         if not isinstance(layer.keys, Tensor) or layer.keys.ndim != 4:
             continue
         heads, width = int(layer.keys.shape[1]), int(layer.keys.shape[-1])
-        attention = tap.attention_of(block)
+        attention = attention_capture.attention_of(block)
         made = getattr(getattr(attention, "k_proj", None), "out_features", None)
         # in tensor parallel some of the heads are here, or, where a plan gathers what it split, all
-        parts = {1, 1 if attention is None else parallel.size(parallel.group_of(attention))}
+        parts = {1, 1 if attention is None else tensor_parallel.size(tensor_parallel.group_of(attention))}
         config = runtime.text.config
         counts = (getattr(config, name, heads) for name in ("num_key_value_heads", "num_attention_heads"))
         known = {1, *counts}  # latent attention stores one head for all

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mustdrop.pruners.selecting import Features, Read
+from mustdrop.pruners.vision_rules import Features, Read
 from mustdrop.rules.geometry import Geometry
 
 # Of the encoder's layer that features are read from: in LLaVA, layer 22 of the 23 that run.

@@ -13,20 +13,20 @@ from torch import Tensor, nn
 
 from mustdrop import kv
 from mustdrop.errors import MustDropError
+from mustdrop.indices import HOST, on, take
 from mustdrop.pruners import CacheScorer, DecodeCachePruner, Received, answers
 from mustdrop.rules.ranking import keep_best
-from mustdrop.runtime.rows import HOST, on, take
 
 if TYPE_CHECKING:
-    from mustdrop.runtime.decoding import Later
-    from mustdrop.runtime.entry import Media
+    from mustdrop.runtime.language.cache_policy import LaterTokens
+    from mustdrop.runtime.language.vision_tokens import VisionTokens
     from mustdrop.runtime.state import Forward
 
 #: What ranks where the decode stage reads nothing of the prompt: the newest question.
 _NEWEST_TEXT = CacheScorer()
 
 
-def numbers(media: Media) -> Tensor:
+def numbers(media: VisionTokens) -> Tensor:
     """(B, length) long, which picture (or video) of the pass each token belongs to, -1 for text and hidden tokens."""
     found = torch.full(media.places.shape, -1, dtype=torch.long, device=HOST)
     if media.media:
@@ -40,7 +40,7 @@ def numbers(media: Media) -> Tensor:
     return found.masked_fill(~media.vision, -1)
 
 
-def due(decode: DecodeCachePruner, cache: Any, media: Media) -> bool:
+def due(decode: DecodeCachePruner, cache: Any, media: VisionTokens) -> bool:
     """Whether this pass brings a newer picture to a row whose cache holds older ones."""
     entries = None if cache is None else kv.first(cache)
     if decode.old_pictures is None or entries is None or entries.pictures is None:
@@ -58,7 +58,7 @@ def reader(decode: DecodeCachePruner) -> DecodeCachePruner:
     return decode.model_copy(update={"score": scorer(decode), "after_prefill": False})
 
 
-def shrink(decode: DecodeCachePruner, forward: Forward, later: Later) -> None:
+def shrink(decode: DecodeCachePruner, forward: Forward, later: LaterTokens) -> None:
     """At the end of the pass that brought the newer picture: the best entries of each old one stay, in every layer."""
     layers = forward.cache.layers[: len(later.spans)]
     unread = [i for i, layer in enumerate(layers) if layer.attended is None]

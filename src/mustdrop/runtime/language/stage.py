@@ -14,23 +14,24 @@ from mustdrop import kernels, kv
 from mustdrop.compat import cache_of, eager, give_cache, spans
 from mustdrop.constants import where
 from mustdrop.errors import MustDropError, UnsupportedOptionError
+from mustdrop.indices import HOST, PAD, Sent, has_padding, on, pack, take
+from mustdrop.kv.cut import evict_dropped
 from mustdrop.pruners import DecodeCachePruner
 from mustdrop.pruners.prefill import needs_rows
-from mustdrop.runtime import checks, decoding, entry, old_pictures, scores
-from mustdrop.runtime.block_masks import Mask
+from mustdrop.runtime import guards
 from mustdrop.runtime.calls import TEXT, raised
 from mustdrop.runtime.compiled import compiled_step, outside_steps
-from mustdrop.runtime.copying import Copied
-from mustdrop.runtime.decoding import Asked, Later
-from mustdrop.runtime.entry import Media
-from mustdrop.runtime.eviction import evict_dropped
-from mustdrop.runtime.fixed import FixedRows
-from mustdrop.runtime.rewrite import Rewriter, arrival
-from mustdrop.runtime.rows import HOST, PAD, Sent, has_padding, on, pack, take
+from mustdrop.runtime.copied import Copied
+from mustdrop.runtime.language import cache_policy, filter, old_pictures, vision_tokens
+from mustdrop.runtime.language.cache_policy import AttentionCall, LaterTokens
+from mustdrop.runtime.language.fixed_rows import FixedRows
+from mustdrop.runtime.language.layer_arguments import LayerArguments, arrival
+from mustdrop.runtime.language.vision_tokens import VisionTokens
+from mustdrop.runtime.masks_flex import Mask
 from mustdrop.runtime.state import Call, Forward, Local, Prefill
 
 if TYPE_CHECKING:
-    from mustdrop.runtime.core import Runtime
+    from mustdrop.runtime.session import Runtime
 
 _NO_DECODE = DecodeCachePruner(cascade=False)  # a socket that is empty
 
@@ -76,7 +77,7 @@ class TextStage(Copied):
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
-        self.rewriter = Rewriter(runtime)
+        self.rewriter = LayerArguments(runtime)
         self.spans = spans(runtime.text.config, runtime.depth)
 
     @property
@@ -100,7 +101,7 @@ class TextStage(Copied):
             return (), kwargs
         wants = kwargs.get("use_cache")
         wants = module.config.use_cache if wants is None else wants
-        cache = kv.adopt(cache_of(kwargs), module.config, runtime.depth, bool(wants), checks.no_static(runtime))
+        cache = kv.adopt(cache_of(kwargs), module.config, runtime.depth, bool(wants), guards.no_static(runtime))
         if cache is not None:
             give_cache(module, kwargs, cache)
         seen = embeds is not None and kinds is not None and self._has_vision(kinds)
@@ -109,7 +110,7 @@ class TextStage(Copied):
         mask = kwargs.get("attention_mask")
         mask = mask if local.mask is None else local.mask  # the base model may have made 4-D masks of it
         forward.mask = mask
-        checks.windows(runtime, self.spans, forward)
+        guards.windows(runtime, self.spans, forward)
         if embeds is None or kinds is None or not seen:
             marked = embeds is not None and runtime.method.marks and forward.length > 1
             if marked and bool(cast(Tensor, embeds)[..., 0].isnan().any()):
@@ -118,18 +119,20 @@ class TextStage(Copied):
                     "and pixel_values instead, or compute the features while the model is not patched."
                 )
             if self._decode.reads_steps:
-                decoding.before_step(self._decode, forward.cache, Later.of(self.spans, forward, self.local.call))
+                cache_policy.before_step(
+                    self._decode, forward.cache, LaterTokens.of(self.spans, forward, self.local.call)
+                )
             forward.idle = self._idle(forward)
             if self._is_recorded(forward):
                 nothing = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=HOST)
-                valid = entry.valid_tokens(nothing, mask, forward.start)
+                valid = vision_tokens.valid_tokens(nothing, mask, forward.start)
                 self._record(forward, Prefill(nothing, forward.start, valid))
             return (), kwargs
-        media = forward.media = entry.read(runtime, embeds, kinds, mask)
+        media = forward.media = vision_tokens.read(runtime, embeds, kinds, mask)
         if self._decode.old_pictures is not None:
             media.pictures, forward.shrinks = old_pictures.numbers(media), old_pictures.due(self._decode, cache, media)
         if self._is_recorded(forward):
-            marks = media.marks or entry.by_medium(self.local.call, media.media)
+            marks = media.marks or vision_tokens.by_medium(self.local.call, media.media)
             made = Prefill(media.places, forward.start, media.valid, marks=marks, media=media.media)
             self._record(forward, made)
         if not media.whole:
@@ -172,12 +175,12 @@ class TextStage(Copied):
             layer.prepared = True
         return True
 
-    def _keeps_all(self, forward: Forward, media: Media) -> bool:
+    def _keeps_all(self, forward: Forward, media: VisionTokens) -> bool:
         """Whether it is certain before the first layer that all tokens stay, in their order, and no layer is read."""
         reads = self._decode.reads_prompt or self._decode.reads_steps or media.pictures is not None
         if reads or media.reordered or not media.whole:
             return False
-        if not all(scores.skips(media, k) for k in range(len(self.runtime.filters))):
+        if not all(filter.skips(media, k) for k in range(len(self.runtime.filters))):
             return False
         layers = [] if forward.cache is None else forward.cache.layers
         return all(isinstance(layer, kv.PrunedLayer | kv.PrunedState) and layer.positions is None for layer in layers)
@@ -248,10 +251,10 @@ class TextStage(Copied):
         layer.prepared = True
         return (args, kwargs) if self.rewriter.step(layer, args[0], kwargs) else None
 
-    def _filter(self, forward: Forward, media: Media, k: int, hidden: Tensor) -> Tensor:
+    def _filter(self, forward: Forward, media: VisionTokens, k: int, hidden: Tensor) -> Tensor:
         attention, forward.attention = forward.attention, None
         prefill = self.runtime.method.prefill
-        if scores.skips(media, k) or prefill is None:
+        if filter.skips(media, k) or prefill is None:
             return hidden
         if attention is None:
             raise MustDropError(
@@ -262,17 +265,17 @@ class TextStage(Copied):
             forward.record.hear(self.runtime.filters[k], attention, forward.rows)
         if media.fixed is not None and media.counts is not None:
             rows, wanted = media.fixed, media.counts[k]
-            index = scores.kept(self.runtime, prefill, forward, media, rows, hidden, attention, wanted)
+            index = filter.kept(self.runtime, prefill, forward, media, rows, hidden, attention, wanted)
             return self._taken(forward, rows, rows.take(index, wanted, self.runtime.filters[k] + 1, hidden))
         vision = forward.current(media.vision)
-        selection = scores.choose(self.runtime, prefill, forward, media, hidden, attention, k)
+        selection = filter.choose(self.runtime, prefill, forward, media, hidden, attention, k)
         keep = selection.mask(vision.shape[1]).to(HOST) | ~vision
         reorders = selection.merge_into is not None and self.runtime.method.renumber
         if bool(keep.all()) and not reorders:
             return hidden
         if selection.merge_into is not None:
-            hidden = scores.merged(selection, hidden)
-        order = scores.released_order(selection.to(HOST), vision.shape[1]) if reorders else None
+            hidden = filter.merged(selection, hidden)
+        order = filter.released_order(selection.to(HOST), vision.shape[1]) if reorders else None
         return self._gather(forward, media, hidden, keep, order)
 
     @staticmethod
@@ -282,7 +285,7 @@ class TextStage(Copied):
         return hidden
 
     def _gather(
-        self, forward: Forward, media: Media, hidden: Tensor, keep: Tensor, order: Tensor | None = None
+        self, forward: Forward, media: VisionTokens, hidden: Tensor, keep: Tensor, order: Tensor | None = None
     ) -> Tensor:
         """Keep the rows where `keep`, (B, rows now), is True; the prompt's padding goes at the first gather."""
         if order is None and forward.rows is None:
@@ -317,9 +320,9 @@ class TextStage(Copied):
         """Whether rows of the prompt are read in every layer, for the cache."""
         return self._decode.reads_prompt or forward.shrinks
 
-    def _filters_after(self, i: int, media: Media) -> bool:
+    def _filters_after(self, i: int, media: VisionTokens) -> bool:
         filters = self.runtime.filters
-        return i in filters and not scores.skips(media, filters.index(i))
+        return i in filters and not filter.skips(media, filters.index(i))
 
     @eager
     def capture(self, i: int, module: nn.Module, q: Tensor, k: Tensor, mask: Mask, kwargs: dict[str, Any]) -> None:
@@ -329,14 +332,16 @@ class TextStage(Copied):
             return
         media, decode = forward.media, self._decode
         layer = None if forward.cache is None else forward.cache.layers[i]
-        asked = Asked.of(module, q, k, mask, kwargs, None if layer is None else layer.slots)
+        asked = AttentionCall.of(module, q, k, mask, kwargs, None if layer is None else layer.slots)
         if media is None:
             tokens = torch.empty(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
-            decoding.read_step(decode.scorer, layer, asked, entry.valid_tokens(tokens, forward.mask, forward.start))
+            cache_policy.read_step(
+                decode.scorer, layer, asked, vision_tokens.valid_tokens(tokens, forward.mask, forward.start)
+            )
             return
         if self._filters_after(i, media):
             prefill = self.runtime.method.prefill
-            rows = on(scores.rows(prefill, forward, media, asked), q.device)
+            rows = on(filter.rows(prefill, forward, media, asked), q.device)
             first = asked.k.shape[2] - q.shape[2]
             fixed = media.fixed
             if fixed is not None and not first and asked.mask is None:
@@ -350,9 +355,9 @@ class TextStage(Copied):
                 forward.attention = Sent.off(asked.statistics(rows, first))
             self._note(forward, i, rows)
         if layer is not None and self._reads_prompt(forward):
-            later = Later.of(self.spans, forward, self.local.call)
+            later = LaterTokens.of(self.spans, forward, self.local.call)
             reader = decode if decode.reads_prompt else old_pictures.reader(decode)
-            self._note(forward, i, decoding.read_prompt(reader, i, layer, forward, media, asked, later))
+            self._note(forward, i, cache_policy.read_prompt(reader, i, layer, forward, media, asked, later))
 
     @staticmethod
     def _note(forward: Forward, i: int, rows: Tensor) -> None:
@@ -386,15 +391,15 @@ class TextStage(Copied):
             return None
         if forward.record is not None:
             forward.record.rows.append(forward.rows)
-        later = Later.of(self.spans, forward, self.local.call) if self._decode.after_prefill else None
+        later = LaterTokens.of(self.spans, forward, self.local.call) if self._decode.after_prefill else None
         if later is not None and (forward.rows is not None or forward.shrinks):
             # what was read goes with the entries that are cut now
-            decoding.settle(self._decode, forward, later)
+            cache_policy.settle(self._decode, forward, later)
         made = None if forward.rows is None else self._scatter(forward, forward.rows, call, output)
         if forward.shrinks:
-            old_pictures.shrink(self._decode, forward, Later.of(self.spans, forward, self.local.call))
+            old_pictures.shrink(self._decode, forward, LaterTokens.of(self.spans, forward, self.local.call))
         if later is not None:
-            decoding.after_prompt(self._decode, forward, later)
+            cache_policy.after_prompt(self._decode, forward, later)
         remembers = self._decode.reads_steps or self._decode.old_pictures is not None
         layers = [] if forward.cache is None or remembers else forward.cache.layers
         if made is None and all(layer.whole for layer in layers):  # all or none: a model without hooks is then refused

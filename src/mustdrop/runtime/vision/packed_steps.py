@@ -12,15 +12,15 @@ from torch import Tensor
 
 from mustdrop.adapters.base import Adapter, Tower
 from mustdrop.errors import ConfigError, UnsupportedModelError
+from mustdrop.indices import HOST
 from mustdrop.layout import Layout
 from mustdrop.pruners import InputPruner, VisionStagePruner
-from mustdrop.runtime.encoder_run import EncoderRun
-from mustdrop.runtime.marking import Decided, merge_behind
-from mustdrop.runtime.packed import Decision, Packed
-from mustdrop.runtime.rows import HOST
+from mustdrop.runtime.vision.encoder_run import EncoderRun
+from mustdrop.runtime.vision.marks import Decided, merge_behind
+from mustdrop.runtime.vision.packed import Decision, Packed
 
 if TYPE_CHECKING:
-    from mustdrop.runtime.encoder import EncoderStage
+    from mustdrop.runtime.vision.encoder import EncoderStage
 
 
 def check(pruner: InputPruner | None, adapter: Adapter, tower: Tower | None) -> None:
@@ -128,7 +128,7 @@ def _cells(pixels: Tensor, layout: Layout) -> Tensor:
 
 
 @dataclass
-class Steps:
+class PackedSteps:
     """What one pass through a packed encoder is asked to do.
 
     Attributes:

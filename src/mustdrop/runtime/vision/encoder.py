@@ -21,15 +21,16 @@ from mustdrop.adapters.base import Tower
 from mustdrop.compat import eager
 from mustdrop.constants import count_up, every
 from mustdrop.errors import ConfigError
+from mustdrop.indices import HOST, on
 from mustdrop.pruners import InnerRule, Read, VisionStagePruner
-from mustdrop.runtime import block_masks, packed_steps, parallel, reading
-from mustdrop.runtime.block_masks import Mask
-from mustdrop.runtime.copying import Copied
-from mustdrop.runtime.encoder_run import EncoderRun
+from mustdrop.runtime import masks_flex, tensor_parallel
+from mustdrop.runtime.attention_capture import implementation_of
+from mustdrop.runtime.copied import Copied
 from mustdrop.runtime.masks import attended_keys, cut_encoder_mask, encoder_mask
-from mustdrop.runtime.rows import HOST, on
+from mustdrop.runtime.masks_flex import Mask
 from mustdrop.runtime.state import Local
-from mustdrop.runtime.tap import implementation_of
+from mustdrop.runtime.vision import attention, packed_steps
+from mustdrop.runtime.vision.encoder_run import EncoderRun
 from mustdrop.selection import Selection
 
 
@@ -208,7 +209,7 @@ class EncoderStage(Copied):
         pruner = self.pruner
         if index in self.compared or (run.inside is not None and index <= self.last):
             self.local.capture = (self.key, index)
-        if index == 0 and run.inside is not None and block_masks.hides(_given_mask(args, kwargs)):
+        if index == 0 and run.inside is not None and masks_flex.hides(_given_mask(args, kwargs)):
             run.inside = None  # padding must not merge with patches: the rule is asked behind
         follows = None
         if run.packed is not None:
@@ -315,8 +316,8 @@ class EncoderStage(Copied):
         if run is None:
             return
         scaling = kwargs.get("scaling") or getattr(module, "scale", None) or q.shape[-1] ** -0.5
-        group = parallel.group_of(module)
-        q, k = parallel.side_by_side(q, group), parallel.side_by_side(k, group)
+        group = tensor_parallel.group_of(module)
+        q, k = tensor_parallel.side_by_side(q, group), tensor_parallel.side_by_side(k, group)
         if run.inside is not None:
             run.inside.read(k)
         if q.shape[1] > k.shape[1]:
@@ -326,7 +327,7 @@ class EncoderStage(Copied):
                 continue
             pieces = run.readings.setdefault(read, [])
             if self.tower.packed:
-                pieces += reading.of_segments(read, q, k, block_masks.dense(mask), kwargs, scaling)
+                pieces += attention.of_segments(read, q, k, masks_flex.dense(mask), kwargs, scaling)
                 continue
             visible = every((q.shape[0], k.shape[2]), q.device)
             if run.merged is not None and run.windows is not None and len(set(run.windows)) == 1:
@@ -335,7 +336,7 @@ class EncoderStage(Copied):
                 visible = nn.functional.pad(run.merged.valid, (self.tower.prefix, 0), value=True).to(q.device)
             elif mask is not None:  # patches that nobody sees are padding
                 visible = attended_keys(mask).expand(q.shape[0], -1)
-            pieces.append(run.whole(reading.of_items(read, self.tower, q, k, visible, scaling)))
+            pieces.append(run.whole(attention.of_items(read, self.tower, q, k, visible, scaling)))
 
     @eager
     def after_block(self, index: int, output: Any) -> None:
@@ -346,7 +347,7 @@ class EncoderStage(Copied):
         states = output[0] if isinstance(output, tuple) else output
         for read in self.reads.get(index, ()):
             if read.what == "states":
-                run.readings.setdefault(read, []).append(reading.of_states(self.tower, states, run))
+                run.readings.setdefault(read, []).append(attention.of_states(self.tower, states, run))
 
     @eager
     def after_tower(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

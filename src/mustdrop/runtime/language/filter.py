@@ -10,20 +10,20 @@ from torch import Tensor
 
 from mustdrop.constants import numbers
 from mustdrop.errors import ConfigError
+from mustdrop.indices import HOST, Sent, on, pack, take
 from mustdrop.pruners import PrefillPruner, Seen
-from mustdrop.runtime import parallel
-from mustdrop.runtime.entry import Media
-from mustdrop.runtime.fixed import FixedRows
-from mustdrop.runtime.rows import HOST, Sent, on, pack, take
+from mustdrop.runtime import tensor_parallel
+from mustdrop.runtime.language.fixed_rows import FixedRows
+from mustdrop.runtime.language.vision_tokens import VisionTokens
 from mustdrop.runtime.state import Forward
 from mustdrop.selection import Selection
 
 if TYPE_CHECKING:
-    from mustdrop.runtime.core import Runtime
-    from mustdrop.runtime.decoding import Asked
+    from mustdrop.runtime.language.cache_policy import AttentionCall
+    from mustdrop.runtime.session import Runtime
 
 
-def rows(prefill: PrefillPruner | None, forward: Forward, media: Media, asked: Asked) -> Tensor:
+def rows(prefill: PrefillPruner | None, forward: Forward, media: VisionTokens, asked: AttentionCall) -> Tensor:
     """(B, R) query rows whose attention is read, left-padded with PAD; the keys are kept where the scorer wants them.
 
     Args:
@@ -40,13 +40,13 @@ def rows(prefill: PrefillPruner | None, forward: Forward, media: Media, asked: A
     if scorer is None:
         return text
     if "keys" in scorer.reads:
-        own = parallel.side_by_side(asked.k[:, :, -asked.q.shape[2] :], asked.group)
+        own = tensor_parallel.side_by_side(asked.k[:, :, -asked.q.shape[2] :], asked.group)
         forward.keys = own.transpose(1, 2).flatten(2).float()
     return {"text": text, "last": text[:, -1:], "none": text[:, :0]}[scorer.rows]
 
 
 def seen(
-    runtime: Runtime, prefill: PrefillPruner, forward: Forward, media: Media, hidden: Tensor, attention: Tensor
+    runtime: Runtime, prefill: PrefillPruner, forward: Forward, media: VisionTokens, hidden: Tensor, attention: Tensor
 ) -> Seen:
     """What the filter layer that has just run knows.
 
@@ -83,7 +83,7 @@ def choose(
     runtime: Runtime,
     prefill: PrefillPruner,
     forward: Forward,
-    media: Media,
+    media: VisionTokens,
     hidden: Tensor,
     attention: Tensor | Sent,
     k: int,
@@ -113,7 +113,7 @@ def kept(
     runtime: Runtime,
     prefill: PrefillPruner,
     forward: Forward,
-    media: Media,
+    media: VisionTokens,
     rows: FixedRows,
     hidden: Tensor,
     attention: Tensor | Sent,
@@ -154,7 +154,7 @@ def _chosen(
     runtime: Runtime,
     prefill: PrefillPruner,
     forward: Forward,
-    media: Media,
+    media: VisionTokens,
     hidden: Tensor,
     attention: Tensor | Sent,
     k: int,
@@ -202,6 +202,6 @@ def released_order(selection: Selection, n: int) -> Tensor:
     return order
 
 
-def skips(media: Media, k: int) -> bool:
+def skips(media: VisionTokens, k: int) -> bool:
     """Whether the k-th filter keeps everything in every row, as its counts say."""
     return media.counts is not None and not media.counts[k]

@@ -12,18 +12,19 @@ from torch import Tensor, nn
 from mustdrop import kernels, kv
 from mustdrop.compat import Span
 from mustdrop.errors import MustDropError
+from mustdrop.indices import HOST, PAD, on, pack
 from mustdrop.pruners import CacheScorer, DecodeCachePruner, Received, answers
-from mustdrop.runtime import parallel, together
-from mustdrop.runtime.block_masks import Mask
+from mustdrop.runtime import tensor_parallel
+from mustdrop.runtime.language import cache_cuts
+from mustdrop.runtime.language.cache_cuts import CacheEntries, stacked
 from mustdrop.runtime.masks import visible_keys
-from mustdrop.runtime.rows import HOST, PAD, on, pack
+from mustdrop.runtime.masks_flex import Mask
 from mustdrop.runtime.state import Call, Forward
-from mustdrop.runtime.together import Entries, stacked
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from mustdrop.runtime.entry import Media
+    from mustdrop.runtime.language.vision_tokens import VisionTokens
 
 #: Rows x keys of a mask that may exist at once, in elements, where all rows of a prompt are read.
 AT_ONCE = 1 << 25
@@ -33,7 +34,7 @@ Sight = tuple[Tensor, Tensor | None]  # what `visible_keys` gives
 
 
 @dataclass
-class Reading:
+class LayerReading:
     """What rows of the prompt gave to the entries of one layer.
 
     Attributes:
@@ -50,7 +51,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Asked:
+class AttentionCall:
     """One call of an attention function.
 
     Attributes:
@@ -76,13 +77,13 @@ class Asked:
     @classmethod
     def of(
         cls, module: nn.Module, q: Tensor, k: Tensor, mask: Mask, kwargs: dict[str, Any], stored: int | None
-    ) -> Asked:
+    ) -> AttentionCall:
         """From the arguments of the function; `stored` slots of `k` are filled (None: all)."""
         given = mask
         if stored is not None:  # a static cache hands out room for later tokens too
             k, mask = k[:, :, :stored], mask[..., :stored] if isinstance(mask, Tensor) else mask
         scaling = kwargs.get("scaling") or getattr(module, "scaling", None) or q.shape[-1] ** -0.5
-        group = parallel.group_of(module)
+        group = tensor_parallel.group_of(module)
         return cls(q, k, mask, scaling, kwargs.get("softcap"), group, given=given)
 
     def arguments(self, rows: Tensor, first: int = 0, sight: Sight | None = None) -> tuple[Any, ...]:
@@ -96,7 +97,7 @@ class Asked:
 
     def over_heads(self, x: Tensor) -> Tensor:
         """A mean over the heads that are here as the mean over all heads."""
-        return parallel.mean_over_heads(x, self.group)
+        return tensor_parallel.mean_over_heads(x, self.group)
 
     def probabilities(self, rows: Tensor, first: int) -> Tensor:
         """(B, R, K - first) head-mean attention of query rows (B, R)."""
@@ -120,7 +121,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Later:
+class LaterTokens:
     """What tokens after the prompt, or from a decode step on, can still see.
 
     Attributes:
@@ -134,7 +135,7 @@ class Later:
     padding: Tensor | int = 0
 
     @classmethod
-    def of(cls, spans: list[Span | None], forward: Forward, call: Call | None) -> Later:
+    def of(cls, spans: list[Span | None], forward: Forward, call: Call | None) -> LaterTokens:
         """After the prompt of a pass; in a pass without media, its own tokens count. Found once per pass.
 
         Drafts may be taken back, so the prompt ends before them.
@@ -162,7 +163,13 @@ class Later:
 
 
 def read_prompt(
-    decode: DecodeCachePruner, i: int, layer: Any, forward: Forward, media: Media, asked: Asked, later: Later
+    decode: DecodeCachePruner,
+    i: int,
+    layer: Any,
+    forward: Forward,
+    media: VisionTokens,
+    asked: AttentionCall,
+    later: LaterTokens,
 ) -> Tensor:
     """Note what the prompt's rows give to the entries of layer `i`, those of earlier turns included.
 
@@ -185,20 +192,20 @@ def read_prompt(
     sight, queries = _sight(forward, asked, rows, scorer.by_row or rows.shape[1] <= asked.at_once(rows))
     if scorer.by_row:
         attention = asked.over_heads(kernels.row_probabilities(*asked.arguments(rows, sight=sight)))
-        reading = Reading(attention, queries, _own(forward, asked, rows))
+        reading = LayerReading(attention, queries, _own(forward, asked, rows))
     elif sight is not None:
-        reading = Reading(asked.over_heads(kernels.text_sums(*asked.arguments(rows, sight=sight))), queries)
+        reading = LayerReading(asked.over_heads(kernels.text_sums(*asked.arguments(rows, sight=sight))), queries)
     else:
         parts = [_sums(asked, part) for part in torch.split(rows, asked.at_once(rows), dim=1)]
         read = sum(parts[1:], start=parts[0])
-        reading = Reading(read.given[:, None], read.queries)
+        reading = LayerReading(read.given[:, None], read.queries)
     forward.readings[i] = reading
     if not decode.after_prefill or _unsettled(forward) > AT_ONCE:
         settle(decode, forward, later)
     return rows
 
 
-def _rows(scorer: CacheScorer, forward: Forward, media: Media, device: torch.device) -> Tensor:
+def _rows(scorer: CacheScorer, forward: Forward, media: VisionTokens, device: torch.device) -> Tensor:
     """(B, R) long, rows of the prompt that are read, -1 on padding; found once for all layers with the same tokens."""
     key = ("read", id(forward.rows), device)
     if key not in forward.memo:
@@ -208,7 +215,7 @@ def _rows(scorer: CacheScorer, forward: Forward, media: Media, device: torch.dev
     return forward.memo[key][1]  # type: ignore[no-any-return]
 
 
-def _sight(forward: Forward, asked: Asked, rows: Tensor, whole: bool) -> tuple[Sight | None, Tensor]:
+def _sight(forward: Forward, asked: AttentionCall, rows: Tensor, whole: bool) -> tuple[Sight | None, Tensor]:
     """What the rows see, and how many see each key; (None, empty) where that is too much to hold as a `whole`."""
     if not whole:
         return None, rows.new_empty(0)
@@ -219,7 +226,7 @@ def _sight(forward: Forward, asked: Asked, rows: Tensor, whole: bool) -> tuple[S
     return forward.memo[key][2:]  # type: ignore[no-any-return]
 
 
-def _own(forward: Forward, asked: Asked, rows: Tensor) -> Tensor:
+def _own(forward: Forward, asked: AttentionCall, rows: Tensor) -> Tensor:
     """(B, R) long, the entry of each row's own token, -1 on padding."""
     before = asked.k.shape[2] - asked.q.shape[2]
     key = ("own", id(rows), before)
@@ -233,7 +240,7 @@ def _unsettled(forward: Forward) -> int:
     return sum(read.given.numel() for read in forward.readings.values() if read.given.ndim == 3)
 
 
-def settle(decode: DecodeCachePruner, forward: Forward, later: Later) -> None:
+def settle(decode: DecodeCachePruner, forward: Forward, later: LaterTokens) -> None:
     """Sum up what has been read and tell the cache layers: those of one shape in one step."""
     alike: dict[Any, list[int]] = {}
     for i, read in forward.readings.items():
@@ -256,7 +263,7 @@ def settle(decode: DecodeCachePruner, forward: Forward, later: Later) -> None:
             read.given, read.own, read.mass = own_total, None, own_mass
 
 
-def read_step(scorer: CacheScorer, layer: Any, asked: Asked, valid: Tensor) -> None:
+def read_step(scorer: CacheScorer, layer: Any, asked: AttentionCall, valid: Tensor) -> None:
     """Add what the newest tokens give to what is known of a layer.
 
     Args:
@@ -281,7 +288,7 @@ def read_step(scorer: CacheScorer, layer: Any, asked: Asked, valid: Tensor) -> N
     layer.queries = torch.where(some, read.queries, known.queries)
 
 
-def before_step(decode: DecodeCachePruner | None, cache: Any, later: Later) -> None:
+def before_step(decode: DecodeCachePruner | None, cache: Any, later: LaterTokens) -> None:
     """Before a decode step: the vision entries of least score leave if it is time."""
     if decode is None or not decode.reads_steps or cache is None:
         return
@@ -290,7 +297,7 @@ def before_step(decode: DecodeCachePruner | None, cache: Any, later: Later) -> N
             _evict(decode, layer, decode.counts(layer.totals), later.candidates(i, layer))
 
 
-def after_prompt(decode: DecodeCachePruner | None, forward: Forward, later: Later) -> None:
+def after_prompt(decode: DecodeCachePruner | None, forward: Forward, later: LaterTokens) -> None:
     """At the end of the prefill: the vision entries of least score leave, where the pruner says so."""
     if decode is None or not decode.after_prefill or forward.cache is None:
         return
@@ -314,7 +321,7 @@ def after_prompt(decode: DecodeCachePruner | None, forward: Forward, later: Late
     distinct = {id(own): own for own in entries}.values()
     everything = torch.stack([own.vision.sum(1) <= count for own in distinct]).all(0)
     if type(decode).__call__ is DecodeCachePruner.__call__:
-        together.evict(decode, layers, entries, budgets, everything)
+        cache_cuts.evict(decode, layers, entries, budgets, everything)
     else:  # a rule of somebody's own
         for layer, own, budget in zip(layers, entries, budgets, strict=True):
             _evict(decode, layer, budget, own.candidates, everything)
@@ -322,16 +329,16 @@ def after_prompt(decode: DecodeCachePruner | None, forward: Forward, later: Late
         layer.attended = layer.queries = None  # nothing is read any more
 
 
-def _entries(later: Later, layers: list[Any], which: Iterable[int]) -> list[Entries]:
+def _entries(later: LaterTokens, layers: list[Any], which: Iterable[int]) -> list[CacheEntries]:
     """What each of some layers holds; found once for those that hold the same."""
-    found: dict[Any, Entries] = {}
+    found: dict[Any, CacheEntries] = {}
     out = []
     for i in which:
         layer = layers[i]
         key = (id(layer.positions), id(layer.vision), layer.slots, later.spans[i])
         if key not in found:
             parts = layer.slot_positions(), layer.slot_vision(), later.candidates(i, layer)
-            found[key] = Entries(*(on(part, HOST) for part in parts))
+            found[key] = CacheEntries(*(on(part, HOST) for part in parts))
         out.append(found[key])
     return out
 
@@ -372,7 +379,7 @@ def _evict(
     layer.evict(on(best, vision.device) & (candidates | ~vision) | fits[:, None])
 
 
-def _sums(asked: Asked, rows: Tensor) -> Received:
+def _sums(asked: AttentionCall, rows: Tensor) -> Received:
     """Sum over query rows (B, R), without making the rows where there are several."""
     arguments = asked.arguments(rows)
     one = rows.shape[1] == 1

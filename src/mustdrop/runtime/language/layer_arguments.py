@@ -10,20 +10,20 @@ from torch import Tensor
 from mustdrop import kernels, kv
 from mustdrop.compat import CACHE_NAMES
 from mustdrop.errors import UnsupportedOptionError
-from mustdrop.runtime import recurrent
-from mustdrop.runtime.entry import Media
-from mustdrop.runtime.masks import Layout, fixed_mask, physical_mask
-from mustdrop.runtime.rows import HOST, PAD, on
+from mustdrop.indices import HOST, PAD, on
+from mustdrop.runtime.language import recurrent
+from mustdrop.runtime.language.vision_tokens import VisionTokens
+from mustdrop.runtime.masks import RowMap, fixed_mask, physical_mask
 from mustdrop.runtime.state import Forward
 
 if TYPE_CHECKING:
-    from mustdrop.runtime.core import Runtime
+    from mustdrop.runtime.session import Runtime
 
 #: `labels` come along in some families, and no layer reads them.
 _HANDLED = {"attention_mask", "position_ids", "use_cache", "labels", *CACHE_NAMES}
 
 
-class Rewriter:
+class LayerArguments:
     """Maps masks, rotary tables and positions from logical to physical; layers of one layout share the work."""
 
     def __init__(self, runtime: Runtime) -> None:
@@ -33,7 +33,7 @@ class Rewriter:
         self,
         layer: kv.Slots | None,
         forward: Forward,
-        media: Media,
+        media: VisionTokens,
         hidden: Tensor,
         kwargs: dict[str, Any],
         folds: bool = False,
@@ -59,7 +59,7 @@ class Rewriter:
         self,
         layer: kv.Slots | None,
         forward: Forward,
-        media: Media,
+        media: VisionTokens,
         hidden: Tensor,
         kwargs: dict[str, Any],
         folds: bool,
@@ -92,7 +92,7 @@ class Rewriter:
                 )
         self._cut(layout, forward, kwargs, cut)
 
-    def _layout(self, layer: kv.Slots | None, forward: Forward, media: Media) -> Layout:
+    def _layout(self, layer: kv.Slots | None, forward: Forward, media: VisionTokens) -> RowMap:
         key = ("layout", layer.layout_key if layer is not None else None)
         if key not in forward.memo:
             new = arrival(forward, media)
@@ -100,7 +100,7 @@ class Rewriter:
             slots = new.positions if before is None else torch.cat([before.to(HOST), new.positions], 1)
             padded = forward.padded if layer is None else layer.padded
             reordered = self.runtime.method.renumber
-            forward.memo[key] = Layout(forward.index, new.positions, slots, padded, forward.end, reordered)
+            forward.memo[key] = RowMap(forward.index, new.positions, slots, padded, forward.end, reordered)
         return forward.memo[key]  # type: ignore[no-any-return]
 
     def extend(self, layer: kv.Slots, forward: Forward, hidden: Tensor, kwargs: dict[str, Any]) -> bool:
@@ -118,7 +118,7 @@ class Rewriter:
             slots = layer.slot_positions(extra=forward.length)
             assert slots is not None  # an empty layer takes the mask as it is
             slots = slots[:, -shown:].to(HOST)
-            layout = Layout(forward.index, slots[:, -forward.length :], slots, layer.padded, forward.end, renumber)
+            layout = RowMap(forward.index, slots[:, -forward.length :], slots, layer.padded, forward.end, renumber)
             forward.memo[key] = (layer.layout, layout)
         layout = forward.memo[key][1]
         self._map_mask(layout, forward, hidden, kwargs)
@@ -165,7 +165,7 @@ class Rewriter:
                     kwargs[name] = tuple(self.runtime.text.rotary_emb(hidden, place))
         return True
 
-    def _map_mask(self, layout: Layout, forward: Forward, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+    def _map_mask(self, layout: RowMap, forward: Forward, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask")
         key = ("mask", id(mask), id(layout))
         if key not in forward.memo:
@@ -173,7 +173,7 @@ class Rewriter:
             forward.memo[key] = (mask, made)  # holding the mask keeps its id from being used again
         kwargs["attention_mask"] = forward.memo[key][1]
 
-    def _cut(self, layout: Layout, forward: Forward, kwargs: dict[str, Any], cut: dict[str, int]) -> None:
+    def _cut(self, layout: RowMap, forward: Forward, kwargs: dict[str, Any], cut: dict[str, int]) -> None:
         """Only the layout's rows of what `cut` names, with one launch for all that this layer is the first to ask for.
 
         A value is a tensor, (B, S, ...), or several. With as many dimensions as `cut` says, it has axes of positions
@@ -198,7 +198,7 @@ class Rewriter:
         for name, key in keys.items():
             kwargs[name] = forward.memo[key][1]
 
-    def _renumbered(self, layout: Layout, forward: Forward, hidden: Tensor) -> Any:
+    def _renumbered(self, layout: RowMap, forward: Forward, hidden: Tensor) -> Any:
         """Rotary tables of the places of tokens in what is stored, as in the released code's shorter sequence."""
         key = ("renumbered", id(layout))
         if key not in forward.memo:
@@ -208,7 +208,7 @@ class Rewriter:
         return forward.memo[key][1]
 
 
-def arrival(forward: Forward, media: Media) -> kv.Arrival:
+def arrival(forward: Forward, media: VisionTokens) -> kv.Arrival:
     """Logical positions of the current rows, for the cache layers."""
     if "arrival" not in forward.memo and media.fixed is not None:
         there, totals = media.fixed, torch.tensor(media.totals, dtype=torch.long, device=HOST)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from mustdrop.adapters.base import Tower
 from mustdrop.pruners import Read
-from mustdrop.runtime.block_masks import Mask
-from mustdrop.runtime.halves import Inside
-from mustdrop.runtime.packed import Packed
+from mustdrop.runtime.masks_flex import Mask
+from mustdrop.runtime.vision.block_merging import BlockMerging
+from mustdrop.runtime.vision.packed import Packed
 from mustdrop.selection import Selection
 
 
@@ -56,7 +56,7 @@ class EncoderRun:
     readings: dict[Read, list[Tensor]] = field(default_factory=dict)
     item: int = 0
     leave: Callable[[Any], Any] | None = None
-    inside: Inside | None = None
+    inside: BlockMerging | None = None
     seen: Callable[[Tensor], Tensor] | None = None
     lengths: list[Sequence[int] | Tensor] = field(default_factory=list)
     counted: tuple[Selection, Sequence[int] | Tensor] | None = None

@@ -20,15 +20,15 @@ from mustdrop.adapters.base import Tower
 from mustdrop.compat import eager
 from mustdrop.errors import UnsupportedOptionError
 from mustdrop.pruners import InnerRule, answers
+from mustdrop.runtime.attention_capture import implementation_of
 from mustdrop.runtime.state import Local
-from mustdrop.runtime.tap import implementation_of
 from mustdrop.selection import Selection
 
 
-class Followed(Selection):
+class FollowedSelection(Selection):
     """What merging in the layers has come to after one of them; computed when somebody asks, since most do not."""
 
-    def __init__(self, inside: Inside) -> None:
+    def __init__(self, inside: BlockMerging) -> None:
         moves, names, base = list(inside.moves), inside.names, inside.base
         lengths, prefix = list(inside.lengths), inside.prefix
         assert names is not None  # something has merged
@@ -68,7 +68,7 @@ def _followed(moves: list[Tensor], names: Tensor, lengths: list[int], prefix: in
 
 
 @dataclass
-class Inside:
+class BlockMerging:
     """State of merging in one pass through an encoder.
 
     Each item has amounts of its own, so that an image becomes the same tokens in every batch. Items with fewer tokens
@@ -104,7 +104,7 @@ class Inside:
     memo: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, rule: InnerRule, amounts: Sequence[Sequence[int]], tower: Tower) -> Inside:
+    def of(cls, rule: InnerRule, amounts: Sequence[Sequence[int]], tower: Tower) -> BlockMerging:
         """Merging of `amounts` tokens in the layers of a tower.
 
         Raises:
@@ -156,7 +156,7 @@ class Inside:
         self.moves.append(slot)
         slots = max(self.lengths)
         self.mid, self.size, self.logs, self.names = kernels.merge_sized(hidden, slot, slots, self.size, self.names)
-        return Followed(self)
+        return FollowedSelection(self)
 
     def _of_items(self, items: int) -> list[tuple[int, ...]]:
         """Amounts of so many items; those that nobody asked for merge like the items with the fewest tokens left."""
@@ -225,7 +225,7 @@ def _names(merged: Selection, prefix: int, device: torch.device) -> Tensor:
 
 
 @dataclass
-class HalfHooks:
+class BlockMergingHooks:
     """Hooks of the halves of one encoder layer."""
 
     local: Local
@@ -260,7 +260,7 @@ class HalfHooks:
         if run is None or run.inside is None or run.inside.mid is None:
             return None
         run.inside.out, run.inside.mid = run.inside.mid + output, None
-        inside: Inside = run.inside
+        inside: BlockMerging = run.inside
         return inside.nothing(output)
 
     @eager

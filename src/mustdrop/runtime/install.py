@@ -9,10 +9,14 @@ from torch import nn
 
 from mustdrop.errors import UnsupportedModelError
 from mustdrop.pruners import PictureRule
-from mustdrop.runtime import tap
-from mustdrop.runtime.additions import AdditionWrapper
-from mustdrop.runtime.calls import BASE, MODEL, TEXT, Direct, PrepareWrapper
-from mustdrop.runtime.encoder import (
+from mustdrop.runtime import attention_capture
+from mustdrop.runtime.calls import BASE, MODEL, TEXT, DirectForward, PrepareWrapper
+from mustdrop.runtime.generate import GenerateWrapper
+from mustdrop.runtime.language.deepstack import AdditionWrapper
+from mustdrop.runtime.language.recurrent import RowByRow
+from mustdrop.runtime.language.stage import AttentionCapture, LayerHook
+from mustdrop.runtime.vision.block_merging import BlockMergingHooks
+from mustdrop.runtime.vision.encoder import (
     BlockHook,
     EncoderCapture,
     EncoderStage,
@@ -21,16 +25,12 @@ from mustdrop.runtime.encoder import (
     StatesHook,
     takes_mask,
 )
-from mustdrop.runtime.features import FeaturesWrapper, MarksHook
-from mustdrop.runtime.generate import GenerateWrapper
-from mustdrop.runtime.halves import HalfHooks
-from mustdrop.runtime.packed import PackedHooks
-from mustdrop.runtime.recurrent import RowByRow
-from mustdrop.runtime.shrinking import PicturesHook
-from mustdrop.runtime.text import AttentionCapture, LayerHook
+from mustdrop.runtime.vision.features import FeaturesWrapper, MarksHook
+from mustdrop.runtime.vision.packed import PackedHooks
+from mustdrop.runtime.vision.picture_sizes import PicturesHook
 
 if TYPE_CHECKING:
-    from mustdrop.runtime.core import Runtime
+    from mustdrop.runtime.session import Runtime
 
 _PREPARE = "prepare_inputs_for_generation"
 
@@ -60,10 +60,10 @@ class Installation:
         for handle in self.handles:
             handle.remove()
         for module in self.tapped:
-            tap.remove(module)
+            attention_capture.remove(module)
         for module, name, mine, before in reversed(self.overridden):
             mine.active = False
-            if vars(module).get(name) is not mine and isinstance(mine, Direct):
+            if vars(module).get(name) is not mine and isinstance(mine, DirectForward):
                 continue  # somebody has wrapped it since: that stays, and calls what now does nothing
             if before is None:
                 object.__delattr__(module, name)
@@ -84,7 +84,7 @@ class Installation:
             self.handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True, prepend=inner))
             levels[module] = (level, *levels.get(module, ()))
         for module, own in levels.items():
-            self._override(module, "forward", Direct(runtime.calls, own, module, module.forward))
+            self._override(module, "forward", DirectForward(runtime.calls, own, module, module.forward))
 
     def _decoder(self, runtime: Runtime) -> None:
         """Before each decoder layer, and inside the attention of those that are read."""
@@ -109,13 +109,13 @@ class Installation:
         if stage.pruner is None:
             return
         if not tower.packed:
-            for attention in (tap.attention_of(block) for block in tower.blocks if not takes_mask(block)):
+            for attention in (attention_capture.attention_of(block) for block in tower.blocks if not takes_mask(block)):
                 if attention is not None:
                     self.handles.append(attention.register_forward_pre_hook(MaskHook(stage), with_kwargs=True))
             self.handles.append(tower.module.register_forward_hook(stage.after_tower, prepend=True))
         if stage.inner is not None and tower.halves is not None:
             for i in range(stage.last + 1):
-                self.handles += HalfHooks(runtime.local, i).install(tower.blocks[i], tower.halves)
+                self.handles += BlockMergingHooks(runtime.local, i).install(tower.blocks[i], tower.halves)
         if isinstance(stage.pruner.rule, PictureRule):
             self.handles.append(tower.module.register_forward_pre_hook(PicturesHook(runtime.local), with_kwargs=True))
         for i in stage.stated:
@@ -141,12 +141,12 @@ class Installation:
             self._override(runtime.model, "generate", GenerateWrapper(runtime, cast(Any, runtime.model).generate))
 
     def _tap(self, runtime: Runtime, block: nn.Module, key: object, capture: Any, what: str) -> None:
-        attention = tap.attention_of(block)
+        attention = attention_capture.attention_of(block)
         if attention is None:
             raise UnsupportedModelError(
                 f"{what} ({type(block).__name__}) has no attention module whose queries and keys could be read."
             )
-        tap.install(attention, key, runtime.local, capture)
+        attention_capture.install(attention, key, runtime.local, capture)
         self.tapped.append(attention)
 
     def _override(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:

@@ -14,21 +14,22 @@ from mustdrop.adapters.base import Adapter, Modality, Tower
 from mustdrop.compat import cache_of, require_supported_transformers
 from mustdrop.cost import EncoderCost, TextCost, linear_flops
 from mustdrop.errors import BudgetWarning, ConfigError, NothingDroppedWarning, UnsupportedModelError, warn
+from mustdrop.indices import HOST
 from mustdrop.method import Method
-from mustdrop.runtime import checks, packed_steps, shrinking
+from mustdrop.runtime import guards
 from mustdrop.runtime.calls import BASE, MODEL, Calls, raised
 from mustdrop.runtime.compiled import outside_steps
-from mustdrop.runtime.copying import Copied
-from mustdrop.runtime.encoder import EncoderStage
-from mustdrop.runtime.encoder_run import EncoderRun
-from mustdrop.runtime.entry import last_token, valid_tokens, words
-from mustdrop.runtime.installation import Installation
+from mustdrop.runtime.copied import Copied
+from mustdrop.runtime.install import Installation
+from mustdrop.runtime.language.stage import TextStage
+from mustdrop.runtime.language.vision_tokens import last_token, valid_tokens, words
 from mustdrop.runtime.ledger import Ledger, now
 from mustdrop.runtime.plan import RowPlan, plan_row, plan_rows
-from mustdrop.runtime.record import Ended
-from mustdrop.runtime.rows import HOST
-from mustdrop.runtime.state import Call, Local, Looked
-from mustdrop.runtime.text import TextStage
+from mustdrop.runtime.state import Call, Local, PromptOnHost
+from mustdrop.runtime.trace_builder import EndedCall
+from mustdrop.runtime.vision import packed_steps, picture_sizes
+from mustdrop.runtime.vision.encoder import EncoderStage
+from mustdrop.runtime.vision.encoder_run import EncoderRun
 
 T = TypeVar("T")
 
@@ -70,7 +71,7 @@ class Runtime(Copied):
         # per runtime: keep=1 and keep=1.0 are equal and mean different things
         self.plans: dict[tuple[int, bool], RowPlan] = {}
         self.installation = Installation()
-        checks.model(self)
+        guards.model(self)
 
     def _encoders(self) -> dict[str, EncoderStage]:
         """Kind of media -> its encoder. Kinds that share a tower share the stage.
@@ -79,7 +80,7 @@ class Runtime(Copied):
         """
         pruner = self.method.vision
         found: dict[str, EncoderStage] = {}
-        shrinking.check(None if pruner is None else pruner.rule, self.adapter)
+        picture_sizes.check(None if pruner is None else pruner.rule, self.adapter)
         for modality in self.modalities:
             try:
                 tower = self.adapter.tower(self.model, modality.name)
@@ -176,7 +177,7 @@ class Runtime(Copied):
             ids: (B, S) prompt ids that the cache does not hold yet, or None.
             kwargs: the call's arguments: embeddings, attention mask and media are looked up here.
         """
-        checks.call(self, kwargs)
+        guards.call(self, kwargs)
         call = Call(began=now())
         call.media = {name: kwargs.get(name) for modality in self.modalities for name in modality.pixels}
         if not self._has_media(kwargs):
@@ -189,7 +190,7 @@ class Runtime(Copied):
             start = 0 if cache is None else int(cache.get_seq_length())
             valid = valid_tokens(kinds, mask, start)
             if ids is not None and not start and (given is None or getattr(given, "shape", None) == ids.shape):
-                call.looked = Looked(ids, given, kinds, valid, bool(valid.all()), (kinds.numpy(), valid.numpy()))
+                call.looked = PromptOnHost(ids, given, kinds, valid, bool(valid.all()), (kinds.numpy(), valid.numpy()))
             call.totals_of = {m.name: (kinds == i).sum(1).tolist() for i, m in enumerate(self.modalities)}
             if bool(((kinds >= 0) & ~valid).any()):  # each still stands for a feature, so the encoder's marks know them
                 call.shown_of = {
@@ -198,7 +199,7 @@ class Runtime(Copied):
                 }
             kinds = kinds.masked_fill(~valid, -1)
             call.totals = (kinds >= 0).sum(1).tolist()
-            checks.media(self, call.totals_of, kwargs if ids is None else {"input_ids": ids, **kwargs})
+            guards.media(self, call.totals_of, kwargs if ids is None else {"input_ids": ids, **kwargs})
             call.plans = self.plan_batch(call.totals)
             ends = np.where(last_token(valid.numpy()), kinds.numpy(), -1).max(1).tolist()
             rule = None if self.method.vision is None else self.method.vision.rule
@@ -213,7 +214,7 @@ class Runtime(Copied):
         """A call has ended well: keep its trace."""
         if call.prefill is None and self.ledger.newest is not None:  # a compiled step ran inside
             return
-        made = Ended.of(self, call)
+        made = EndedCall.of(self, call)
         self.ledger.note(call.began, made)
         if self.method.waits or not self.method.drops:
             return

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from mustdrop.runtime.rows import on, take
+from mustdrop.indices import on, take
 from mustdrop.runtime.state import Local
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from mustdrop.adapters.base import Tower
 from mustdrop.constants import sent
-from mustdrop.runtime.choosing import Choice, Chooser, owners, plain, stacked
+from mustdrop.runtime.vision.selection import FeatureChoice, VisionSelector, owners, plain, stacked
 
 
 @dataclass
-class EarlyChoice:
+class EarlySelection:
     """Asks the rule as the features leave the encoder.
 
     Where a feature is not one patch of the encoder's only batch, nothing happens: the rule is asked behind.
@@ -28,10 +28,10 @@ class EarlyChoice:
         whole: whether the features are all patches of all items, in their order.
     """
 
-    chooser: Chooser
+    chooser: VisionSelector
     tower: Tower
     layers: Sequence[int]
-    choice: Choice | None = None
+    choice: FeatureChoice | None = None
     whole: bool = False
 
     def __call__(self, output: Any) -> Any:
@@ -66,7 +66,7 @@ class EarlyChoice:
         """(F, C) of a hidden state."""
         return self._rows(state) if self.whole else self._rows(state)[patches.clamp(min=0)]
 
-    def _written(self, state: Tensor, patches: Tensor, choice: Choice) -> Tensor:
+    def _written(self, state: Tensor, patches: Tensor, choice: FeatureChoice) -> Tensor:
         """A hidden state with the rule's values in the rows of the features that stay."""
         flat = self._features(state, patches)
         made = choice.blend(flat)

@@ -1,7 +1,7 @@
 """The vision stage where every count is known before the encoder runs: decided on the device, and nothing waits.
 
-It decides what `mustdrop.runtime.marking` decides, by the same rules, of media that no mask hides a part of and that do
-not end a prompt; those, and rules that say themselves how many stay, are looked at by the host.
+It decides what `mustdrop.runtime.vision.marks` decides, by the same rules, of media that no mask hides a
+part of and that do not end a prompt; those, and rules that say themselves how many stay, are looked at by the host.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from mustdrop.budget import share_out
 from mustdrop.constants import constant, count_up, every, numbers, sent
 from mustdrop.layout import Layout
 from mustdrop.pruners import VisionRule, VisionStagePruner
-from mustdrop.runtime.choosing import Choice, Chooser, of_features, owners, plain, stacked
-from mustdrop.runtime.encoder_run import EncoderRun
-from mustdrop.runtime.fixed import FlatMarks
-from mustdrop.runtime.marking import Decided, means
+from mustdrop.runtime.language.fixed_rows import FlatMarks
 from mustdrop.runtime.state import Marks
+from mustdrop.runtime.vision.encoder_run import EncoderRun
+from mustdrop.runtime.vision.marks import Decided, means
+from mustdrop.runtime.vision.selection import FeatureChoice, VisionSelector, of_features, owners, plain, stacked
 
 
 @dataclass(frozen=True)
-class Counts:
+class FeatureCounts:
     """Numbers of features per medium.
 
     Attributes:
@@ -82,7 +82,7 @@ def counts_of(
     floor: Sequence[int],
     most: Sequence[int],
     item: int,
-) -> Counts | None:
+) -> FeatureCounts | None:
     """Features of each medium that are left after merging and after the choice; None where only the data tell.
 
     Args:
@@ -114,7 +114,7 @@ def counts_of(
             merged.append(
                 layout.size - sum(n * k for n, k in zip(windows_behind(pruner, layout, fewest), lost, strict=True))
             )
-    return Counts(merged, [min(pair) for pair in zip(merged, most, strict=True)])
+    return FeatureCounts(merged, [min(pair) for pair in zip(merged, most, strict=True)])
 
 
 def _after_windows(
@@ -136,11 +136,11 @@ def decide(
     layouts: Sequence[Layout],
     features: Tensor,
     floor: Sequence[int],
-    counts: Counts,
-    chooser: Chooser | None,
-    choice: Choice | None,
+    counts: FeatureCounts,
+    chooser: VisionSelector | None,
+    choice: FeatureChoice | None,
 ) -> tuple[Decided, FlatMarks]:
-    """Merge, select and pin; see `mustdrop.runtime.marking.decide`.
+    """Merge, select and pin; see `mustdrop.runtime.vision.marks.decide`.
 
     Args:
         pruner: the vision stage.
@@ -273,7 +273,7 @@ def _selected(
     layouts: Sequence[Layout],
     importance: Tensor | None,
     owner: Tensor | None,
-    counts: Counts,
+    counts: FeatureCounts,
     device: torch.device,
     names: Tensor | None,
 ) -> Tensor:
@@ -301,7 +301,7 @@ def _selected(
 
 
 def _pins(
-    pruner: VisionStagePruner, layouts: Sequence[Layout], importance: Tensor | None, keep: Tensor, counts: Counts
+    pruner: VisionStagePruner, layouts: Sequence[Layout], importance: Tensor | None, keep: Tensor, counts: FeatureCounts
 ) -> Tensor | None:
     """(F,) bool, the key set; None if it is empty."""
     if not pruner.key_share or importance is None:
@@ -329,8 +329,8 @@ def choosable(rule: VisionRule, run: EncoderRun, layouts: Sequence[Layout], prun
     return not run.windows or all(layout.in_picture == layout.size == patches for layout in layouts)
 
 
-def choose(chooser: Chooser, features: Tensor, owner: Tensor | None, counts: Counts) -> Choice:
-    """What a rule decides; see `Chooser`.
+def choose(chooser: VisionSelector, features: Tensor, owner: Tensor | None, counts: FeatureCounts) -> FeatureChoice:
+    """What a rule decides; see `VisionSelector`.
 
     Args:
         chooser: asks the rule.
@@ -340,7 +340,7 @@ def choose(chooser: Chooser, features: Tensor, owner: Tensor | None, counts: Cou
     """
     device, number = features.device, len(features)
     index_of = count_up(1, number, device)[0]
-    choice = Choice(_nothing(number, device), None, index_of)
+    choice = FeatureChoice(_nothing(number, device), None, index_of)
     size = constant(("ones", number), device, lambda: torch.ones(number, dtype=torch.float32, device=device))
     if owner is not None:
         size = size.new_zeros(number).scatter_add(0, owner, size)
@@ -367,7 +367,7 @@ def choose(chooser: Chooser, features: Tensor, owner: Tensor | None, counts: Cou
 
 
 def _candidates(
-    chooser: Chooser, owner: Tensor | None, counts: Counts, device: torch.device
+    chooser: VisionSelector, owner: Tensor | None, counts: FeatureCounts, device: torch.device
 ) -> Iterator[tuple[list[int], Tensor, int]]:
     """(media, features of each as a row, how many of each row stay), for what is chosen from together."""
     if owner is not None:
@@ -388,7 +388,7 @@ def _candidates(
 
 
 def _after_merging(
-    chooser: Chooser, owner: Tensor, counts: Counts, device: torch.device
+    chooser: VisionSelector, owner: Tensor, counts: FeatureCounts, device: torch.device
 ) -> Iterator[tuple[list[int], Tensor, int]]:
     """As `_candidates`, of the features that name what they and others have become part of."""
     layouts = chooser.layouts
@@ -406,7 +406,7 @@ def _after_merging(
                 yield media, index if len(own) == len(rows) else index[sent(np.array(own), device)], stay
 
 
-def _views(chooser: Chooser, layout: Layout, free: np.ndarray, room: int) -> list[tuple[np.ndarray, int]]:
+def _views(chooser: VisionSelector, layout: Layout, free: np.ndarray, room: int) -> list[tuple[np.ndarray, int]]:
     """(features of the medium, how many stay) for what is chosen from alone."""
     if not len(free):
         return []

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from mustdrop import kernels
+from mustdrop.indices import HOST, PAD, on
+from mustdrop.kv.cut import AT_ONCE, Cut
 from mustdrop.pruners import DecodeCachePruner, Received, answers
-from mustdrop.runtime.eviction import AT_ONCE, Cut
-from mustdrop.runtime.rows import HOST, PAD, on
 
 
 @dataclass(frozen=True)
-class Entries:
+class CacheEntries:
     """The entries of a cache layer, on the host. Layers with the same entries share one.
 
     Attributes:
@@ -34,7 +34,7 @@ class Entries:
 
 
 def evict(
-    decode: DecodeCachePruner, layers: list[Any], entries: list[Entries], budgets: list[Tensor], everything: Tensor
+    decode: DecodeCachePruner, layers: list[Any], entries: list[CacheEntries], budgets: list[Tensor], everything: Tensor
 ) -> None:
     """The best of the candidates stay in each layer; layers of one shape are cut together.
 
@@ -58,7 +58,7 @@ def evict(
 
 
 def _evict(
-    decode: DecodeCachePruner, layers: list[Any], entries: list[Entries], budgets: list[Tensor], everything: Tensor
+    decode: DecodeCachePruner, layers: list[Any], entries: list[CacheEntries], budgets: list[Tensor], everything: Tensor
 ) -> None:
     many, device = len(layers), layers[0].keys.device
     positions, vision, candidates = (

@@ -3,7 +3,7 @@
 With a number for the budget, how many tokens enter the language model and how many each filter leaves follows from the
 prompt's shape. Which ones is then decided where the attention is, with one `select` per choice, and nothing waits: the
 host knows the shapes and asks for nothing else. Where the data decide how many stay (thresholds, the rank rule, the
-released code), the host has to look, and `mustdrop.runtime.text` goes its other way.
+released code), the host has to look, and `mustdrop.runtime.language.stage` goes its other way.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch import Tensor
 
 from mustdrop import kernels, kv
 from mustdrop.constants import constant, count_up, numbers
+from mustdrop.indices import PAD, on
+from mustdrop.kv.cut import Cut, cut_alike
 from mustdrop.pruners import PrefillPruner, TextScorer
-from mustdrop.runtime.eviction import Cut, cut_alike
-from mustdrop.runtime.rows import PAD, on
 from mustdrop.runtime.state import Call
 
 if TYPE_CHECKING:
-    from mustdrop.runtime.core import Runtime
+    from mustdrop.runtime.session import Runtime
 
 
 @dataclass(frozen=True)
-class Scoring:
+class ScoringRows:
     """Which rows of a prompt score, counted from its end: nothing between them and the end ever leaves.
 
     Attributes:
@@ -39,7 +39,7 @@ class Scoring:
     alike: bool
 
     @classmethod
-    def of(cls, raters: np.ndarray, valid: np.ndarray) -> Scoring:
+    def of(cls, raters: np.ndarray, valid: np.ndarray) -> ScoringRows:
         """From (B, S) bool each: the rows that score, and what is not padding."""
         behind = valid[:, ::-1].cumsum(1)[:, ::-1]
         rows = [own[which] for own, which in zip(behind, raters, strict=True)]
@@ -119,7 +119,7 @@ class FixedRows:
     is_text: Tensor
     text: list[int]
     left: list[int]
-    scoring: Scoring
+    scoring: ScoringRows
     padding: Tensor | None = None
     rows: Tensor | None = None
     padded: bool = False

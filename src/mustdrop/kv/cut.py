@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mustdrop import kernels
-from mustdrop.runtime.rows import PAD, has_padding, on, pack, take
+from mustdrop.indices import PAD, has_padding, on, pack, take
 
 if TYPE_CHECKING:
     from mustdrop.kv import Slots

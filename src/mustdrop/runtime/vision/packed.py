@@ -10,7 +10,7 @@ mean of the patches at its place in the window's cells.
 
 Mergers that take cell after cell run on those that are left; where the model arranges patches by picture behind the
 layers, the last of these gives the sequence its full length back. In both cases rows of what is gone hold zeros there,
-and the marks in the features say so (`runtime/marking.py`).
+and the marks in the features say so (`runtime/vision/marks.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mustdrop.adapters.base import Tower
 from mustdrop.compat import eager
-from mustdrop.runtime.rows import HOST
+from mustdrop.indices import HOST
 from mustdrop.runtime.state import Local
 
 #: What a rule may say before a layer: the feature that each became part of (F,), -1 where it is gone; and perhaps new

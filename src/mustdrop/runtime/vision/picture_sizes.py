@@ -15,8 +15,8 @@ from mustdrop.adapters.base import Adapter
 from mustdrop.errors import MustDropError, UnsupportedModelError
 from mustdrop.layout import Layout
 from mustdrop.pruners import PictureRule
-from mustdrop.runtime.encoder_run import EncoderRun
 from mustdrop.runtime.state import Local
+from mustdrop.runtime.vision.encoder_run import EncoderRun
 
 
 def check(rule: object, adapter: Adapter) -> None:
@@ -30,7 +30,7 @@ def check(rule: object, adapter: Adapter) -> None:
 
 
 @dataclass
-class Shrunk:
+class SmallerPictures:
     """The media of one call, some of them smaller.
 
     Attributes:
@@ -118,7 +118,7 @@ class PicturesHook:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """The same arguments with what `Shrunk.seen` makes of the pixels."""
+        """The same arguments with what `SmallerPictures.seen` makes of the pixels."""
         run: EncoderRun | None = self.local.encoder
         if run is None or run.seen is None:
             return None

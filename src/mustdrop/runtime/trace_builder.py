@@ -12,17 +12,17 @@ from torch import Tensor
 
 from mustdrop import kv
 from mustdrop.cost import Compared, EncoderCost, TextCost, total
-from mustdrop.runtime import old_pictures
-from mustdrop.runtime.rows import PAD, take
+from mustdrop.indices import PAD, take
+from mustdrop.runtime.language import old_pictures
 from mustdrop.runtime.state import Call, Prefill
 from mustdrop.trace import Trace
 
 if TYPE_CHECKING:
-    from mustdrop.runtime.core import Runtime
+    from mustdrop.runtime.session import Runtime
 
 
 @dataclass(frozen=True, eq=False)
-class Encoded:
+class EncoderPass:
     """A pass of media through an encoder.
 
     Attributes:
@@ -43,7 +43,7 @@ class Encoded:
 
 
 @dataclass(frozen=True, eq=False)
-class Ended:
+class EndedCall:
     """What is left of a call: numbers and references, gathered without asking a device for anything.
 
     The references are to tensors that nobody changes in place; of the cache only what is small is kept. So the trace
@@ -74,7 +74,7 @@ class Ended:
     kv_bytes: Compared
     steps: int
     text: TextCost
-    encoded: list[Encoded]
+    encoded: list[EncoderPass]
     projector: int
     backend: str
     kernels: str
@@ -82,7 +82,7 @@ class Ended:
     recurrent: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, runtime: Runtime, call: Call) -> Ended:
+    def of(cls, runtime: Runtime, call: Call) -> EndedCall:
         """What is left of a call of a patched model."""
         prefill, depth = call.prefill, runtime.depth
         if prefill is None:  # nothing went through the text model
@@ -90,7 +90,7 @@ class Ended:
             prefill = Prefill(empty, 0, empty)
         layers = [] if call.cache is None else call.cache.layers[:depth]
         encoded = [
-            Encoded(
+            EncoderPass(
                 runtime.encoder_cost(run.tower),
                 run.tower.prefix,
                 run.lengths,
@@ -223,7 +223,7 @@ def _kv_bytes(layers: list[Any]) -> Compared:
     return Compared(sum(actual for actual, _ in pairs), sum(unpruned for _, unpruned in pairs))
 
 
-def _flops(ended: Ended, rows: list[Tensor | None], tokens: Tensor, kv_lengths: Tensor) -> Compared:
+def _flops(ended: EndedCall, rows: list[Tensor | None], tokens: Tensor, kv_lengths: Tensor) -> Compared:
     prefill, depth, text = ended.prefill, ended.depth, ended.text
     batch = prefill.vision.shape[0]
     whole, seen = prefill.valid.sum(1).tolist(), (prefill.vision & prefill.valid).sum(1).tolist()
@@ -252,7 +252,7 @@ def _flops(ended: Ended, rows: list[Tensor | None], tokens: Tensor, kv_lengths: 
     return total(parts, ("vision", "projector", "scoring", "prefill"))
 
 
-def _encoder_cost(passes: list[Encoded]) -> Compared:
+def _encoder_cost(passes: list[EncoderPass]) -> Compared:
     """Of every pass through an encoder, merged and as long as it came in."""
     actual = unpruned = 0
     for run in passes:

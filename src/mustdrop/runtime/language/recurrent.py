@@ -18,9 +18,9 @@ from torch import Tensor
 
 from mustdrop.compat import cache_of, eager, give_cache
 from mustdrop.errors import UnsupportedOptionError
+from mustdrop.indices import PAD, on
 from mustdrop.kv import PrunedState
 from mustdrop.runtime.compiled import compiled_step
-from mustdrop.runtime.rows import PAD, on
 from mustdrop.runtime.state import Forward, Local
 
 

@@ -18,20 +18,21 @@ from mustdrop.compat import eager
 from mustdrop.errors import MustDropError, UnsupportedOptionError
 from mustdrop.layout import Layout
 from mustdrop.pruners import PictureRule, VisionStagePruner, answers
-from mustdrop.runtime import checks, fixed_vision, packed_steps
-from mustdrop.runtime.choosing import Choice, Chooser, patches_left, stacked
-from mustdrop.runtime.encoder import EncoderStage
-from mustdrop.runtime.encoder_run import EncoderRun
-from mustdrop.runtime.fixed_vision import Counts
-from mustdrop.runtime.halves import Inside
-from mustdrop.runtime.leaving import EarlyChoice
-from mustdrop.runtime.marking import Decided, decide, must_remain
+from mustdrop.runtime import guards
 from mustdrop.runtime.plan import rows_of_media
-from mustdrop.runtime.shrinking import Shrunk
 from mustdrop.runtime.state import Call, Local
+from mustdrop.runtime.vision import fixed_counts, packed_steps
+from mustdrop.runtime.vision.block_merging import BlockMerging
+from mustdrop.runtime.vision.early_selection import EarlySelection
+from mustdrop.runtime.vision.encoder import EncoderStage
+from mustdrop.runtime.vision.encoder_run import EncoderRun
+from mustdrop.runtime.vision.fixed_counts import FeatureCounts
+from mustdrop.runtime.vision.marks import Decided, decide, must_remain
+from mustdrop.runtime.vision.picture_sizes import SmallerPictures
+from mustdrop.runtime.vision.selection import FeatureChoice, VisionSelector, patches_left, stacked
 
 if TYPE_CHECKING:
-    from mustdrop.runtime.core import Runtime
+    from mustdrop.runtime.session import Runtime
 
 T = TypeVar("T")
 
@@ -75,7 +76,7 @@ class FeaturesWrapper:
         if arguments is None or local.encoder is not None:  # inside: the method of one kind calls that of another
             return self.function(*args, **kwargs)
         for name in self.modality.pixels:
-            checks.pixels(name, arguments.get(name), self.modality)
+            guards.pixels(name, arguments.get(name), self.modality)
         layouts = runtime.adapter.layouts(runtime.model, kind, arguments)
         sizes = [layout.size for layout in layouts]
         call = runtime.calls.encoding
@@ -96,7 +97,7 @@ class FeaturesWrapper:
         if call is not None and of_call:
             plans, shares = call.plans, _shares(call, kind)
         else:
-            plans, shares = [runtime.plan(size) for size in sizes], [Share((size,)) for size in sizes]
+            plans, shares = [runtime.plan(size) for size in sizes], [MediaShare((size,)) for size in sizes]
         ends = _ends(shares, owners, sizes, shown)
         most = _limits(seen, owners, shares, [plan.at_most for plan in plans])
         least = _limits(seen, owners, shares, [plan.at_least for plan in plans])
@@ -107,10 +108,10 @@ class FeaturesWrapper:
         chooser = self._chooser(stage, run, layouts, most, ends, shown, call if of_call else None, owners)
         pruner = stage.pruner or _KEEPS_ALL
 
-        def decide_on(flat: Tensor, choice: Choice | None = None) -> Decided:
+        def decide_on(flat: Tensor, choice: FeatureChoice | None = None) -> Decided:
             return decide(pruner, run, layouts, flat, least, most, ends, shown, chooser, choice)
 
-        steps = packed_steps.Steps(stage, run, layouts, least, decide_on)
+        steps = packed_steps.PackedSteps(stage, run, layouts, least, decide_on)
         if stage.shortens:
             steps.prepare(torch.from_numpy(stacked(layouts)))
         counts = self._counts(stage, run, layouts, least, most, arguments) if counted else None
@@ -118,7 +119,7 @@ class FeaturesWrapper:
             chooser.fixed = functools.partial(_choose_fixed, counts)
         early = None
         if chooser is not None and chooser.rule.space == "encoder":
-            early = EarlyChoice(chooser, stage.tower, runtime.adapter.read_layers(runtime.model, kind, arguments))
+            early = EarlySelection(chooser, stage.tower, runtime.adapter.read_layers(runtime.model, kind, arguments))
             run.leave = early
         shrunk = self._shrunk(stage, run, layouts, most, arguments)
         local.encoder = run
@@ -138,7 +139,7 @@ class FeaturesWrapper:
         if call is not None and _structural(layouts) and _count(getattr(output, field)) < len(flat):
             call.unmarked = True  # rows that the model adds later bear no marks
         if counts is not None:
-            decided, marks = fixed_vision.decide(pruner, run, layouts, flat, least, counts, chooser, choice)
+            decided, marks = fixed_counts.decide(pruner, run, layouts, flat, least, counts, chooser, choice)
             if call is not None:
                 call.flat[kind] = marks
         else:
@@ -192,17 +193,17 @@ class FeaturesWrapper:
         least: Sequence[int],
         most: Sequence[int],
         arguments: dict[str, Any],
-    ) -> Counts | None:
+    ) -> FeatureCounts | None:
         """Features of each medium, where nothing but shapes decides how many there are."""
         runtime, kind, pruner = self.runtime, self.modality.name, stage.pruner
         if pruner is None or pruner.keep == "rule" or pruner.compat == "released" or run.packed is not None:
             return None
-        if pruner.rule is not None and not fixed_vision.choosable(pruner.rule, run, layouts, pruner):
+        if pruner.rule is not None and not fixed_counts.choosable(pruner.rule, run, layouts, pruner):
             return None
         item = 0
         if run.inside is not None:
             item = math.prod(runtime.adapter.encoder_grid(runtime.model, kind, arguments))
-        return fixed_vision.counts_of(pruner, run, layouts, least, most, item)
+        return fixed_counts.counts_of(pruner, run, layouts, least, most, item)
 
     def _run(
         self,
@@ -227,14 +228,14 @@ class FeaturesWrapper:
         if runtime.method.strict:
             stage.pruner.check(run.grid, pool)
         if counted and stage.pruner.counts_windows:
-            run.windows = fixed_vision.windows_inside(stage.pruner, layouts, least, run)
+            run.windows = fixed_counts.windows_inside(stage.pruner, layouts, least, run)
         elif stage.pruner.selects and any(layout.size for layout in layouts):
             run.at_least = must_remain(stage.pruner, layouts, least, run)
         return run
 
     def _inside(
         self, stage: EncoderStage, layouts: Sequence[Layout], most: Sequence[int], arguments: dict[str, Any]
-    ) -> Inside | None:
+    ) -> BlockMerging | None:
         """Merging in the encoder's layers, where the rule does it and each patch is a feature."""
         runtime, kind, rule = self.runtime, self.modality.name, stage.inner
         if rule is None or runtime.adapter.pool(runtime.model, kind, arguments) != 1:
@@ -244,7 +245,7 @@ class FeaturesWrapper:
         # a call may read an earlier layer than the config says
         layers = min(stage.last, runtime.adapter.read_layer(runtime.model, kind, arguments)) + 1
         amounts = [answers.amounts(rule, rows * columns, target, layers) for target in targets]
-        return Inside.of(rule, amounts, stage.tower)
+        return BlockMerging.of(rule, amounts, stage.tower)
 
     def _chooser(
         self,
@@ -256,7 +257,7 @@ class FeaturesWrapper:
         shown: Sequence[Tensor] | None,
         call: Call | None,
         owners: Sequence[int],
-    ) -> Chooser | None:
+    ) -> VisionSelector | None:
         """What asks the pruner's rule, if it has one."""
         pruner = stage.pruner
         if pruner is None or pruner.rule is None:
@@ -270,7 +271,7 @@ class FeaturesWrapper:
                 )
             questions = [call.words[row] for row in owners]
         budget = None if pruner.keep == "rule" else most
-        return Chooser(pruner.rule, run, layouts, budget, ends, shown, questions, pruner.compat == "released")
+        return VisionSelector(pruner.rule, run, layouts, budget, ends, shown, questions, pruner.compat == "released")
 
     def _shrunk(
         self,
@@ -279,7 +280,7 @@ class FeaturesWrapper:
         layouts: Sequence[Layout],
         most: Sequence[int],
         arguments: dict[str, Any],
-    ) -> Shrunk | None:
+    ) -> SmallerPictures | None:
         """Pictures of fewer pixels, if the rule wants them and some tokens leave."""
         rule = None if stage.pruner is None else stage.pruner.rule
         fewer = any(0 < n < layout.size for n, layout in zip(most, layouts, strict=True))
@@ -287,7 +288,7 @@ class FeaturesWrapper:
             return None
         runtime, kind = self.runtime, self.modality.name
         item = 0 if stage.tower.packed else math.prod(runtime.adapter.encoder_grid(runtime.model, kind, arguments))
-        return Shrunk(rule, runtime.adapter, runtime.model, kind, layouts, most, item, run)
+        return SmallerPictures(rule, runtime.adapter, runtime.model, kind, layouts, most, item, run)
 
     def _flat(self, features: Any, layouts: Sequence[Layout]) -> Tensor:
         """(F, C) features of all media."""
@@ -305,8 +306,10 @@ class FeaturesWrapper:
         return made
 
 
-def _choose_fixed(counts: Counts, chooser: Chooser, features: Tensor, owner: Tensor | None) -> Choice:
-    return fixed_vision.choose(chooser, features, None if chooser.run.merged is None else owner, counts)
+def _choose_fixed(
+    counts: FeatureCounts, chooser: VisionSelector, features: Tensor, owner: Tensor | None
+) -> FeatureChoice:
+    return fixed_counts.choose(chooser, features, None if chooser.run.merged is None else owner, counts)
 
 
 def _grouped(values: Sequence[T], owners: Sequence[int], rows: int) -> list[list[T]]:
@@ -318,7 +321,7 @@ def _grouped(values: Sequence[T], owners: Sequence[int], rows: int) -> list[list
 
 
 @dataclass(frozen=True)
-class Share:
+class MediaShare:
     """How a prompt's tokens are split over kinds of media.
 
     Attributes:
@@ -337,12 +340,12 @@ class Share:
         return self.end == self.own
 
 
-def _shares(call: Call, kind: str) -> list[Share]:
+def _shares(call: Call, kind: str) -> list[MediaShare]:
     """One per prompt."""
     names = list(call.totals_of)
     ends = [None if end is None else names.index(end) for end in call.open_ended]
     counts = [_seen(call, name) for name in names]
-    return [Share([count[row] for count in counts], names.index(kind), end) for row, end in enumerate(ends)]
+    return [MediaShare([count[row] for count in counts], names.index(kind), end) for row, end in enumerate(ends)]
 
 
 def _seen(call: Call, kind: str) -> list[int]:
@@ -360,7 +363,7 @@ def _shown(call: Call, kind: str, sizes: Sequence[int]) -> list[Tensor] | None:
 
 
 def _ends(
-    shares: Sequence[Share], owners: Sequence[int], sizes: Sequence[int], shown: Sequence[Tensor] | None
+    shares: Sequence[MediaShare], owners: Sequence[int], sizes: Sequence[int], shown: Sequence[Tensor] | None
 ) -> dict[int, int]:
     """Medium -> its feature that ends a prompt; that one predicts what follows."""
     found: dict[int, tuple[int, int]] = {}  # the last one of each prompt counts
@@ -373,7 +376,9 @@ def _ends(
     return dict(found.values())
 
 
-def _limits(sizes: Sequence[int], owners: Sequence[int], shares: Sequence[Share], amounts: Sequence[int]) -> list[int]:
+def _limits(
+    sizes: Sequence[int], owners: Sequence[int], shares: Sequence[MediaShare], amounts: Sequence[int]
+) -> list[int]:
     """Per medium, its part of its prompt's `amounts`: shared among the kinds of media first, then among the media.
 
     The parts of all kinds, each of which is worked out in a call of its own, add up. Where the tokens go round, each

@@ -11,19 +11,19 @@ from torch import Tensor
 
 from mustdrop import kernels
 from mustdrop.constants import sent
+from mustdrop.indices import HOST, on
 from mustdrop.pruners import answers
-from mustdrop.runtime import fixed
-from mustdrop.runtime.fixed import FixedRows
+from mustdrop.runtime.language import fixed_rows
+from mustdrop.runtime.language.fixed_rows import FixedRows
 from mustdrop.runtime.plan import survivors_of
-from mustdrop.runtime.rows import HOST, on
 from mustdrop.runtime.state import Call, Marks, Medium
 
 if TYPE_CHECKING:
-    from mustdrop.runtime.core import Runtime
+    from mustdrop.runtime.session import Runtime
 
 
 @dataclass
-class Media:
+class VisionTokens:
     """Vision tokens of one pass through the text model, (B, length) each, in logical order. All on the host.
 
     Attributes:
@@ -76,7 +76,7 @@ class Media:
         return self.order is not None and bool((self.order.diff(dim=1) < 0).any())
 
 
-def read(runtime: Runtime, embeds: Tensor, kinds: Tensor, mask: Tensor | None) -> Media:
+def read(runtime: Runtime, embeds: Tensor, kinds: Tensor, mask: Tensor | None) -> VisionTokens:
     """Everything that the filters need to know about a pass with vision tokens.
 
     Args:
@@ -98,18 +98,18 @@ def read(runtime: Runtime, embeds: Tensor, kinds: Tensor, mask: Tensor | None) -
     text, ends = _raters(vision, prompt), vision & last_token(prompt)
     found = _media(call, [modality.name for modality in runtime.modalities], own)
     made = [torch.from_numpy(x) for x in (vision, places, prompt, text)]
-    media = Media(
+    media = VisionTokens(
         made[0], made[1], valid, True, made[2], made[3], made[3], vision.sum(1).tolist(), not bool(shown.all()), [],
         found, made[0], ends=torch.from_numpy(ends) if ends.any() else None,
     )  # fmt: skip
-    if fixed.possible(runtime, call, kinds, media.ends is not None):
+    if fixed_rows.possible(runtime, call, kinds, media.ends is not None):
         _fixed(runtime, media, embeds, own, (vision, shown, text), call)
         return media
     _look(runtime, media, embeds, call)
     return media
 
 
-def _look(runtime: Runtime, media: Media, embeds: Tensor, call: Call | None) -> None:
+def _look(runtime: Runtime, media: VisionTokens, embeds: Tensor, call: Call | None) -> None:
     """The host looks at what was decided: marks, scoring rows, counts."""
     media.marks = _marks(call, media.media) if media.media else []
     media.alive = torch.ones_like(media.vision)
@@ -133,7 +133,7 @@ def _look(runtime: Runtime, media: Media, embeds: Tensor, call: Call | None) -> 
 
 def _fixed(
     runtime: Runtime,
-    media: Media,
+    media: VisionTokens,
     embeds: Tensor,
     kinds: np.ndarray,
     tables: tuple[np.ndarray, np.ndarray, np.ndarray],
@@ -148,8 +148,8 @@ def _fixed(
     padding = sent(~valid, device) if media.padded else None
     alive, present, protected, importance = here, media.totals, None, None
     if runtime.method.marks and call is not None:
-        flat = fixed.FlatMarks.join([call.flat[m.name] for m in runtime.modalities if m.name in call.flat])
-        alive, protected, importance = fixed.entering(flat, sent(_features(runtime, call, kinds), device))
+        flat = fixed_rows.FlatMarks.join([call.flat[m.name] for m in runtime.modalities if m.name in call.flat])
+        alive, protected, importance = fixed_rows.entering(flat, sent(_features(runtime, call, kinds), device))
         present = _entering(call, runtime, len(kinds))
     media.whole = present == media.totals
     media.alive = alive
@@ -162,8 +162,8 @@ def _fixed(
     if prefill is not None:
         media.counts = _counts(runtime, media.totals, present)
     text = (valid & ~vision).sum(1).tolist()
-    scoring = fixed.Scoring.of(raters & valid, valid)
-    media.fixed = fixed.FixedRows(here, alive, protected, importance, is_text, text, present, scoring, padding)
+    scoring = fixed_rows.ScoringRows.of(raters & valid, valid)
+    media.fixed = fixed_rows.FixedRows(here, alive, protected, importance, is_text, text, present, scoring, padding)
 
 
 def _features(runtime: Runtime, call: Call, kinds: np.ndarray) -> np.ndarray:
@@ -256,7 +256,7 @@ def _prompt(valid: np.ndarray, call: Call | None) -> np.ndarray:
     return valid & (np.arange(valid.shape[1]) < call.length)
 
 
-def _pin_the_end(media: Media, end: Tensor) -> None:
+def _pin_the_end(media: VisionTokens, end: Tensor) -> None:
     """Where a prompt ends with a vision token, that token predicts what follows: it stays, before all others."""
     nothing = torch.zeros_like(end)
     media.pinned = end | (nothing if media.pinned is None else media.pinned)
@@ -325,7 +325,7 @@ def by_medium(call: Call | None, media: list[list[Medium]]) -> list[list[Marks]]
     return [[by_layout[id(medium.layout)] for medium in row] for row in media]
 
 
-def _spread_marks(media: Media, reorder: bool) -> None:
+def _spread_marks(media: VisionTokens, reorder: bool) -> None:
     """Write the marks of each row to the positions of its vision tokens."""
     media.pinned = torch.zeros_like(media.vision)
     media.importance = torch.zeros(media.vision.shape, dtype=torch.float32, device=HOST)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
-from mustdrop.runtime.rows import PAD
+from mustdrop.indices import PAD
 
 if TYPE_CHECKING:
-    from mustdrop.runtime.masks import Layout
+    from mustdrop.runtime.masks import RowMap
 
 FLEX = "flex_attention"
 
@@ -26,8 +26,8 @@ Mask: TypeAlias = Tensor | BlockMask | None
 __all__ = ["FLEX", "BlockMask", "Mask", "causal", "cut", "cut_items", "dense", "hides", "of_keys", "seen_by", "whole"]
 
 
-def cut(mask: BlockMask, layout: Layout) -> BlockMask:
-    """The mask over the rows and slots of a layer. As in `Layout.causal`, a padded query sees itself."""
+def cut(mask: BlockMask, layout: RowMap) -> BlockMask:
+    """The mask over the rows and slots of a layer. As in `RowMap.causal`, a padded query sees itself."""
     n, k = layout.queries.shape[1], layout.slots.shape[1]
     columns = layout.columns(layout.first(mask))
     rows, there, slots = layout.rows.clamp(min=0), columns != PAD, columns.clamp(min=0)
@@ -42,7 +42,7 @@ def cut(mask: BlockMask, layout: Layout) -> BlockMask:
     return create_block_mask(sees, len(rows), None, n, k, device=rows.device)
 
 
-def causal(layout: Layout) -> BlockMask:
+def causal(layout: RowMap) -> BlockMask:
     """The mask of rows whose causality follows another order than the logical one, which is `layout.causal()`."""
     visible = layout.causal()
 

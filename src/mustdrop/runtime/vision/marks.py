@@ -10,12 +10,12 @@ from torch import Tensor
 
 from mustdrop.budget import share_out
 from mustdrop.constants import where
+from mustdrop.indices import HOST, on
 from mustdrop.layout import Layout
 from mustdrop.pruners import VisionStagePruner
-from mustdrop.runtime.choosing import Choice, Chooser, named, of_features, owners, stacked
-from mustdrop.runtime.encoder_run import EncoderRun
-from mustdrop.runtime.rows import HOST, on
 from mustdrop.runtime.state import Marks
+from mustdrop.runtime.vision.encoder_run import EncoderRun
+from mustdrop.runtime.vision.selection import FeatureChoice, VisionSelector, named, of_features, owners, stacked
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Decided:
 
     marks: list[Marks]
     merge: Tensor | None
-    choice: Choice | None = None
+    choice: FeatureChoice | None = None
     alive: Tensor | None = None
     whole: bool | None = None
 
@@ -92,8 +92,8 @@ def decide(
     most: Sequence[int],
     ends: Mapping[int, int],
     shown: Sequence[Tensor] | None = None,
-    chooser: Chooser | None = None,
-    choice: Choice | None = None,
+    chooser: VisionSelector | None = None,
+    choice: FeatureChoice | None = None,
 ) -> Decided:
     """Merge, select and pin.
 
@@ -152,8 +152,8 @@ def decide(
 
 def _by_rule(
     pruner: VisionStagePruner,
-    chooser: Chooser,
-    choice: Choice | None,
+    chooser: VisionSelector,
+    choice: FeatureChoice | None,
     layouts: Sequence[Layout],
     features: Tensor,
     importance: Tensor,

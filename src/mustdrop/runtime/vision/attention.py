@@ -12,7 +12,7 @@ from mustdrop.adapters.base import Tower
 from mustdrop.constants import numbers
 from mustdrop.kernels import received_attention, row_probabilities
 from mustdrop.pruners import Read
-from mustdrop.runtime.encoder_run import EncoderRun
+from mustdrop.runtime.vision.encoder_run import EncoderRun
 
 
 def of_items(read: Read, tower: Tower, q: Tensor, k: Tensor, visible: Tensor, scaling: float) -> Tensor:

@@ -1,0 +1,1 @@
+"""The vision stage in a running model: from the encoder's layers to the marks in its features."""
