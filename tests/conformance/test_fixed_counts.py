@@ -22,7 +22,7 @@ def looks(monkeypatch):
     """A switch: from then on the host looks at everything, as where the data decide how many stay."""
 
     def switch(windows: bool = False) -> None:
-        monkeypatch.setattr(vision_tokens.fixed, "possible", lambda *_: False)
+        monkeypatch.setattr(vision_tokens.fixed_rows, "possible", lambda *_: False)
         if not windows:
             monkeypatch.setattr(FeaturesWrapper, "_counts", lambda *_: None)
 
