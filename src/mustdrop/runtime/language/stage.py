@@ -22,7 +22,7 @@ from mustdrop.runtime import guards
 from mustdrop.runtime.calls import TEXT, raised
 from mustdrop.runtime.compiled import compiled_step, outside_steps
 from mustdrop.runtime.copied import Copied
-from mustdrop.runtime.language import cache_policy, filters, old_pictures, vision_tokens
+from mustdrop.runtime.language import cache_policy, filter_step, old_pictures, vision_tokens
 from mustdrop.runtime.language.cache_policy import AttentionCall, LaterTokens
 from mustdrop.runtime.language.fixed_rows import FixedRows
 from mustdrop.runtime.language.layer_arguments import LayerArguments, arrival
@@ -180,7 +180,7 @@ class TextStage(Copied):
         reads = self._decode.reads_prompt or self._decode.reads_steps or media.pictures is not None
         if reads or media.reordered or not media.whole:
             return False
-        if not all(filters.skips(media, k) for k in range(len(self.runtime.filters))):
+        if not all(filter_step.skips(media, k) for k in range(len(self.runtime.filters))):
             return False
         layers = [] if forward.cache is None else forward.cache.layers
         return all(isinstance(layer, kv.PrunedLayer | kv.PrunedState) and layer.positions is None for layer in layers)
@@ -254,7 +254,7 @@ class TextStage(Copied):
     def _filter(self, forward: Forward, media: VisionTokens, k: int, hidden: Tensor) -> Tensor:
         attention, forward.attention = forward.attention, None
         prefill = self.runtime.method.prefill
-        if filters.skips(media, k) or prefill is None:
+        if filter_step.skips(media, k) or prefill is None:
             return hidden
         if attention is None:
             raise MustDropError(
@@ -265,17 +265,17 @@ class TextStage(Copied):
             forward.record.hear(self.runtime.filters[k], attention, forward.rows)
         if media.fixed is not None and media.counts is not None:
             rows, wanted = media.fixed, media.counts[k]
-            index = filters.kept(self.runtime, prefill, forward, media, rows, hidden, attention, wanted)
+            index = filter_step.kept(self.runtime, prefill, forward, media, rows, hidden, attention, wanted)
             return self._taken(forward, rows, rows.take(index, wanted, self.runtime.filters[k] + 1, hidden))
         vision = forward.current(media.vision)
-        selection = filters.choose(self.runtime, prefill, forward, media, hidden, attention, k)
+        selection = filter_step.choose(self.runtime, prefill, forward, media, hidden, attention, k)
         keep = selection.mask(vision.shape[1]).to(HOST) | ~vision
         reorders = selection.merge_into is not None and self.runtime.method.renumber
         if bool(keep.all()) and not reorders:
             return hidden
         if selection.merge_into is not None:
-            hidden = filters.merged(selection, hidden)
-        order = filters.released_order(selection.to(HOST), vision.shape[1]) if reorders else None
+            hidden = filter_step.merged(selection, hidden)
+        order = filter_step.released_order(selection.to(HOST), vision.shape[1]) if reorders else None
         return self._gather(forward, media, hidden, keep, order)
 
     @staticmethod
@@ -322,7 +322,7 @@ class TextStage(Copied):
 
     def _filters_after(self, i: int, media: VisionTokens) -> bool:
         filters = self.runtime.filters
-        return i in filters and not filters.skips(media, filters.index(i))
+        return i in filters and not filter_step.skips(media, filters.index(i))
 
     @eager
     def capture(self, i: int, module: nn.Module, q: Tensor, k: Tensor, mask: Mask, kwargs: dict[str, Any]) -> None:
@@ -341,7 +341,7 @@ class TextStage(Copied):
             return
         if self._filters_after(i, media):
             prefill = self.runtime.method.prefill
-            rows = on(filters.rows(prefill, forward, media, asked), q.device)
+            rows = on(filter_step.rows(prefill, forward, media, asked), q.device)
             first = asked.k.shape[2] - q.shape[2]
             fixed = media.fixed
             if fixed is not None and not first and asked.mask is None:
