@@ -202,7 +202,8 @@ def _build(session: nox.Session) -> None:
 def support(session: nox.Session) -> None:
     """Write down which model family passes which conformance test; tools/docs/generate.py makes a table of it."""
     install(session, "-e", ".[dev]")
-    files = [f"tests/conformance/{name}.py" for name in ("test_families", "test_family_weights")]
+    names = ("test_families", "test_family_weights", "test_family_compiles")
+    files = [f"tests/conformance/{name}.py" for name in names]
     out = "benchmarks/results/support.json"
     session.run("pytest", "-n", "2", *files, "--support", out, *session.posargs, env=OFFLINE)
 

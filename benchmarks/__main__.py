@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 # name -> what it measures; the module of that name has `add_arguments(parser)` and `run(options) -> exit status`
 BENCHMARKS = {
+    "captured": "the prompt's pass replayed as one CUDA graph (mustdrop.compile), beside the same pass as it is",
     "end_to_end": "speed, FLOPs and KV bytes of a patched model against the same model unpatched",
     "evaluation": "scores, tokens and shares of time of the bundled model on its own benchmark",
     "install": "bytes to download, sizes of what is built and seconds of an import, each within its bound",

@@ -1,8 +1,9 @@
 """Everything that needs a GPU, in one command and inside ten minutes, on a machine with nothing but torch on it.
 
-Five parts, each in a process of its own: `kernels`, `serving`, `checks` (what every kernel must do, without pytest),
-the tests marked `gpu` where pytest is installed, and `peers` where time is left. A part that takes too long is ended
-and the next one starts; each writes its own result file, and `gpu.json` says how each part ended.
+Six parts, each in a process of its own: `kernels`, `serving`, `captured` (the prompt's pass as one CUDA graph),
+`checks` (what every kernel must do, without pytest), the tests marked `gpu` where pytest is installed, and `peers`
+where time is left. A part that takes too long is ended and the next one starts; each writes its own result file, and
+`gpu.json` says how each part ended.
 
 Without a GPU the same command runs: the references take the place of the kernels, sizes are tiny, every result says so.
 """
@@ -23,9 +24,9 @@ import torch
 
 from benchmarks.common import RESULTS, ROOT, origin, save, significant
 
-PARTS = ("kernels", "serving", "checks", "tests", "peers")
+PARTS = ("kernels", "serving", "captured", "checks", "tests", "peers")
 # Of the budget that may be gone after a part: what was measured is worth more than what is only tested again.
-SHARES = {"kernels": 0.25, "serving": 0.65, "checks": 0.85, "tests": 0.95, "peers": 1.0}
+SHARES = {"kernels": 0.25, "serving": 0.55, "captured": 0.7, "checks": 0.85, "tests": 0.95, "peers": 1.0}
 PEERS_SECONDS = 45  # then it begins no further pair; building the model and the first pairs take some time more
 PEERS_LEAST = 60  # with less than that left, it is not started
 
@@ -59,7 +60,10 @@ def commands(options: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
     device, cuda = options.device, options.device.startswith("cuda")
     quick = [] if cuda and not options.quick else ["--quick"]
     suffix = "cuda" if cuda else "cpu_tiny"
-    seconds = {part: str(round(options.budget * share)) for part, share in (("kernels", 0.13), ("serving", 0.3))}
+    seconds = {
+        part: str(round(options.budget * share))
+        for part, share in (("kernels", 0.13), ("serving", 0.25), ("captured", 0.1))
+    }
     workers = ["-n", "auto"] if importlib.util.find_spec("xdist") else []
     out = {part: str(folder / f"{part}_{suffix}.json") for part in PARTS}
     return {
@@ -68,6 +72,8 @@ def commands(options: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
                     "--out", out["kernels"]],
         "serving": [*python, "benchmarks", "serving", "--device", device, "--seconds", seconds["serving"], *quick,
                     "--pairs", "4" if cuda else "1", "--out", out["serving"]],
+        "captured": [*python, "benchmarks", "captured", "--device", device, "--seconds", seconds["captured"], *quick,
+                     "--pairs", "4" if cuda else "1", "--out", out["captured"]],
         "checks": [*python, "benchmarks", "gpu", "--device", device, "--part", "checks", "--out", out["checks"]],
         "tests": [*python, "pytest", "-q", "-m", "gpu", *workers, "tests/test_gpu.py"],
         "peers": [*python, "benchmarks", "peers", "--device", device, *quick, "--pairs", "5" if cuda else "1",

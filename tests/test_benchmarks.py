@@ -93,7 +93,14 @@ def test_the_gpu_command_runs_without_a_gpu_and_says_so(tmp_path):
     assert command.main(["gpu", "--device", "cpu", "--out", str(tmp_path), *left_out]) == 0
     record = json.loads((tmp_path / "gpu.json").read_text())
     assert not record["valid"]
-    assert [(part["part"], part["outcome"]) for part in record["parts"]][:1] == [("checks", "done")]
+    assert [(part["part"], part["outcome"]) for part in record["parts"]][:2] == [
+        ("captured", "done"),
+        ("checks", "done"),
+    ]
+    captured = json.loads((tmp_path / "captured_cpu_tiny.json").read_text())
+    assert not captured["valid"]
+    assert {row["keep"] for row in captured["rows"]} == {192, 64, 32}
+    assert set(captured["rows"][0]["prefill"]["speed_up"]) == {"untouched captured", "patched", "captured"}
     checks = json.loads((tmp_path / "checks_cpu_tiny.json").read_text())
     assert len(checks["rows"]) > 50
     assert all(row["passed"] for row in checks["rows"])

@@ -15,6 +15,7 @@ from mustdrop.deprecation import RENAMED, warn
 if TYPE_CHECKING:
     from mustdrop import errors
     from mustdrop.adapters import adapters, list_adapters
+    from mustdrop.compiling import compile
     from mustdrop.config import load_config
     from mustdrop.method import Method, Recipe
     from mustdrop.patching import last_trace, patch, patched, trace, unpatch
@@ -36,6 +37,7 @@ __all__ = [
     "Trace",
     "VisionStagePruner",
     "adapters",
+    "compile",
     "errors",
     "last_trace",
     "list_adapters",
@@ -63,6 +65,7 @@ _HOMES = {
     "Trace": "trace",
     "VisionStagePruner": "pruners",
     "adapters": "adapters",
+    "compile": "compiling",
     "errors": "",
     "last_trace": "patching",
     "list_adapters": "adapters",

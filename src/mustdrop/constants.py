@@ -24,6 +24,8 @@ def constant(key: Any, device: torch.device, make: Callable[[], Tensor], holds: 
         make: called the first time.
         holds: objects whose `id` is part of the key, so that no other one gets their ids.
     """
+    if torch.compiler.is_compiling():  # a graph makes its own
+        return make()
     known = _MADE.get((key, device))
     if known is not None:
         _MADE.move_to_end((key, device))

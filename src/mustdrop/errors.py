@@ -76,6 +76,10 @@ class AmbiguousBudgetWarning(UserWarning):
     """A budget of 1, which is one token, where 1.0 would be all of them."""
 
 
+class CaptureWarning(UserWarning):
+    """A pass that `mustdrop.compile` cannot capture; it runs as it would without."""
+
+
 class BrokenMethodWarning(UserWarning):
     """A file or an entry point with a method that cannot be loaded, and was left out."""
 

@@ -85,9 +85,11 @@ def unpatch(model: M) -> M:
 
     No-op on a model that is not patched.
     """
-    runtime = _runtime(model)
+    runtime = patched_runtime(model)
     if runtime is not None:
         runtime.uninstall()
+        if runtime.engine is not None:
+            runtime.engine.release()
         object.__delattr__(runtime.model, _ATTRIBUTE)
         _left[runtime.model] = runtime.ledger
     return model
@@ -104,7 +106,7 @@ def patched(model: M, method: MethodLike | None = None, **settings: Any) -> Iter
         method: see `patch`.
         **settings: see `patch`.
     """
-    before = _runtime(model)
+    before = patched_runtime(model)
     patch(model, method, **settings)
     try:
         yield model
@@ -121,7 +123,7 @@ def unpatched(model: M) -> Iterator[M]:
     Args:
         model: patched or not.
     """
-    before = _runtime(model)
+    before = patched_runtime(model)
     unpatch(model)
     try:
         yield model
@@ -139,7 +141,7 @@ def trace(model: nn.Module) -> Trace:
     Raises:
         NotPatchedError: the model was never patched, or has not run since, or its last call failed.
     """
-    runtime = _runtime(model)
+    runtime = patched_runtime(model)
     if runtime is not None:
         runtime.calls.sweep()
     ledger = _former(model) if runtime is None else runtime.ledger
@@ -151,15 +153,16 @@ def trace(model: nn.Module) -> Trace:
 def _again(model: nn.Module, before: Runtime, ledger: Ledger) -> None:
     """Patch as before, with what a block inside has left, or else with what there was before it."""
     _put_in(model, before.method)
-    runtime = _runtime(model)
+    runtime = patched_runtime(model)
     assert runtime is not None  # it has just been patched
+    runtime.engine = None if before.engine is None else before.engine.again(runtime)
     runtime.ledger = before.ledger if ledger.newest is None else ledger
 
 
 last_trace = trace
 
 
-def _runtime(model: object) -> Runtime | None:
+def patched_runtime(model: object) -> Runtime | None:
     """Of a model, or of the one that `torch.compile`, data parallel, a pipeline or the like has wrapped."""
     for thing in (model, *(inner for _, inner in unwrapped(model))):
         found = vars(inside(thing)).get(_ATTRIBUTE) if isinstance(thing, nn.Module) else None

@@ -9,7 +9,7 @@ import pytest
 
 from mustdrop.provenance import provenance
 
-FILES = ("test_families.py", "test_family_weights.py")
+FILES = ("test_families.py", "test_family_weights.py", "test_family_compiles.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -75,7 +75,6 @@ def test_merging_counts(share, variant, looks):
 
 #: What asks the device on the way, by a loop over frames, crops or tokens whose length the data decide.
 ASKS = {
-    "dart": "what falls together is counted",
     "downsample": "the picture is made smaller on the host",
     "pooling": "cells of distinct shapes are found on the host",
     "fastvid": "a loop over segments",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 #: Columns of the table of families: heading -> tests of tests/conformance/test_families.py and (from "half types" on)
-#: of test_family_weights.py, all of which must pass.
+#: of test_family_weights.py, all of which must pass; "compiles" is of test_family_compiles.py.
 SUPPORT = {
     "select": ("test_vision_stage_selects", "test_importance_is_the_encoders_attention"),
     "merge": ("test_vision_stage_merges", "test_merged_features", "test_windows_over_frames"),
@@ -30,6 +30,7 @@ SUPPORT = {
     "devices": ("test_several_devices",),
     "offloaded": ("test_offloaded_weights",),
     "gradients": ("test_gradients",),
+    "compiles": ("test_compiled_language_model",),
 }
 
 
@@ -68,7 +69,9 @@ def render(record: Mapping[str, Any], table: Callable[..., str]) -> str:
         "",
         *(f"{n}. {reason}" for n, reason in enumerate(reasons, 1)),
         "",
-        "The tests behind each column, of `tests/conformance/test_families.py` and `test_family_weights.py`: "
+        "The tests behind each column, of `tests/conformance/test_families.py` and `test_family_weights.py`"
+        + (" and `test_family_compiles.py`" if "compiles" in columns else "")
+        + ": "
         + "; ".join(f"*{name}* " + ", ".join(f"`{test}`" for test in tests) for name, tests in columns.items())
         + ".",
     ]

@@ -15,12 +15,13 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 from mustdrop.compat import LinearAttentionLayer, cache_of, dynamic_cache
 from mustdrop.errors import CacheStateError, UnsupportedOptionError
 from mustdrop.kv.growing import PrunedLayer
-from mustdrop.kv.slots import Arrival, Slots, Stored
+from mustdrop.kv.slots import Arrival, Held, Slots, Stored
 from mustdrop.kv.state import PrunedState
 from mustdrop.kv.static import PrunedStaticLayer
 
 __all__ = [
     "Arrival",
+    "Held",
     "PrunedLayer",
     "PrunedState",
     "PrunedStaticLayer",
@@ -29,6 +30,8 @@ __all__ = [
     "adopt",
     "check",
     "first",
+    "hold",
+    "inner",
     "is_step",
     "length",
     "settle",
@@ -142,6 +145,32 @@ def is_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     if token is None:
         token = args[0] if args else kwargs.get("inputs_embeds")
     return token is not None and token.shape[1] == 1
+
+
+def inner(text_config: Any, n_layers: int) -> Any:
+    """A growing cache for a pass of the prompt, of which nothing is noted before the pass has ended (see `hold`)."""
+    cache = adopt(None, text_config, n_layers, True)
+    for layer in cache.layers:
+        if type(layer) is PrunedLayer:
+            layer.incoming = True
+    return cache
+
+
+def hold(held: list[tuple[Any, Held]], totals: Any, advance: int) -> None:
+    """Empty layers take what a pass over an `inner` cache has left.
+
+    Args:
+        held: per layer, what comes to it.
+        totals: (B,) long, vision tokens that came, dropped ones included.
+        advance: logical tokens that came.
+    """
+    fixed = []
+    for layer, own in held:
+        if own.layer.keys is not None or isinstance(layer, PrunedState):
+            layer.hold(own, totals, advance)
+            fixed += [(layer, own.layer)] if type(layer) is PrunedStaticLayer else []
+    if fixed:
+        PrunedStaticLayer.write(fixed)
 
 
 def length(cache: Any, counts: bool) -> int:

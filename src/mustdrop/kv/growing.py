@@ -13,7 +13,7 @@ from mustdrop.compat import crop_length, records_past
 from mustdrop.errors import CacheStateError
 from mustdrop.indices import HOST
 from mustdrop.kv.cut import Cut
-from mustdrop.kv.slots import Arrival, Slots, Stored, reordering
+from mustdrop.kv.slots import Arrival, Held, Slots, Stored, reordering
 
 _SLIDE = 64  # tokens after which a sliding layer with gaps looks for entries that have left its window
 _KNOWN = ("positions", "vision", "attended", "queries")  # one entry per slot that is described
@@ -34,7 +34,10 @@ class PrunedLayer(Slots, DynamicLayer):
         steps: decode steps since the last prefill.
         record_past: whether entries that have left the window stay until the next `crop`, so that it can go back.
         forgotten: logical position before which entries have been given up, because they had left the window.
+        incoming: whether what comes is noted once the pass has ended: see `mustdrop.kv.inner`.
     """
+
+    incoming = False
 
     def __init__(self, window: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -60,6 +63,8 @@ class PrunedLayer(Slots, DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append entries; the arrival set by the layer hook says which logical positions they have."""
+        if self.incoming:
+            return super().update(key_states, value_states)
         arrival = self.expect_hook()
         reordering.index = None  # the next one will be another
         shown = 0 if self.window is None else self.shown(key_states.shape[-2])
@@ -89,6 +94,14 @@ class PrunedLayer(Slots, DynamicLayer):
         self.steps = 0
         self.logical += arrival.advance
         self.whole &= arrival.whole
+
+    def hold(self, held: Held, totals: Tensor, advance: int) -> None:
+        """Take the entries of an inner cache's layer, with what is known of them; the layer is empty."""
+        self.keys, self.values = held.layer.keys, held.layer.values
+        self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
+        self.positions, self.vision, self.totals = held.positions, held.vision, totals
+        self.attended = self.queries = None
+        self.steps, self.logical, self.padded, self.whole = 0, advance, held.padded, held.whole
 
     def activate_past_recording(self) -> None:
         """From now on nothing is forgotten before the next `crop`; layers without a window never forget."""

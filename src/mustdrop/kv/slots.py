@@ -378,3 +378,22 @@ class Slots:
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, select(value))
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a pass of the prompt has left for one layer of the caller's cache.
+
+    Attributes:
+        layer: holds the entries.
+        positions: (B, n) long, logical position of each, PAD on padding.
+        vision: (B, n) bool, which of them are vision tokens.
+        padded: whether `positions` holds PAD.
+        whole: whether they are all tokens of the prompt, in order.
+    """
+
+    layer: Any
+    positions: Tensor
+    vision: Tensor
+    padded: bool
+    whole: bool

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from mustdrop.compat import LinearAttentionLayer
-from mustdrop.kv.slots import Slots, Stored
+from mustdrop.kv.slots import Held, Slots, Stored
 
 
 class PrunedState(Slots, LinearAttentionLayer):  # type: ignore[misc]  # older transformers have none
@@ -37,6 +37,11 @@ class PrunedState(Slots, LinearAttentionLayer):  # type: ignore[misc]  # older t
             setattr(new, name, {i: None if state is None else state[b : b + 1] for i, state in held.items()})
         new.has_previous_state = dict(self.has_previous_state)
         return new
+
+    def hold(self, held: Held, totals: Tensor, advance: int) -> None:
+        """Take the state of an inner cache's layer; this one has none."""
+        mine = {"arrival", "prepared"}
+        vars(self).update({name: value for name, value in vars(held.layer).items() if name not in mine})
 
     @property
     def begun(self) -> bool:

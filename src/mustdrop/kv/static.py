@@ -22,7 +22,7 @@ from transformers.cache_utils import StaticLayer
 from mustdrop.compat import eager, fixed_address
 from mustdrop.indices import HOST, PAD, on
 from mustdrop.kv.cut import Cut
-from mustdrop.kv.slots import Arrival, OnDevice, Slots, Stored
+from mustdrop.kv.slots import Arrival, Held, OnDevice, Slots, Stored
 
 
 class PrunedStaticLayer(Slots, StaticLayer):
@@ -173,6 +173,29 @@ class PrunedStaticLayer(Slots, StaticLayer):
         self._place(cut.positions)
         self.vision, self.padded, self.whole = cut.vision, cut.padded, False
 
+    def hold(self, held: Held, totals: Tensor, advance: int) -> None:
+        """Make room for the entries of an inner cache's layer, with what is known of them; `write` brings them."""
+        own = held.layer
+        self.dropped = advance - own.keys.shape[2]
+        if not self.is_initialized or self.dropped:
+            self.lazy_initialization(own.keys, own.values)
+        self._place(held.positions)
+        self.vision, self.totals, self.padded, self.whole = held.vision, totals, held.padded, held.whole
+        self.attended = self.queries = None
+        self.filled = own.keys.shape[2]
+
+    @staticmethod
+    def write(pairs: Sequence[tuple[PrunedStaticLayer, Any]]) -> None:
+        """Copy the entries that were announced to `hold`, of all layers at once, and count them."""
+        room = [x for layer, own in pairs for x in _first(layer, own.keys.shape[2])]
+        torch._foreach_copy_(room, [x for _, own in pairs for x in (own.keys, own.values)])
+        by_number: dict[int, list[Tensor]] = {}
+        for layer, own in pairs:
+            by_number.setdefault(own.keys.shape[2], []).append(layer.cumulative_length)
+        for number, counters in by_number.items():
+            torch._foreach_zero_(counters)
+            torch._foreach_add_(counters, number)
+
     def share(self, other: Slots) -> None:
         """Describe the same entries by the tensors of another layer."""
         super().share(other)
@@ -253,6 +276,10 @@ class PrunedStaticLayer(Slots, StaticLayer):
     def _place(self, positions: Tensor) -> None:
         """Note the positions (B, n) of the filled slots; when the pass has ended, those of tokens to come follow."""
         self.positions, self.fixed, self.ready = positions, None, False
+
+
+def _first(layer: PrunedStaticLayer, n: int) -> tuple[Tensor, Tensor]:
+    return layer.keys[:, :, :n], layer.values[:, :, :n]
 
 
 def _stacked(values: list[Any], device: torch.device) -> Tensor:

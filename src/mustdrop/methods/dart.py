@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from mustdrop.constants import on_host
 from mustdrop.errors import ConfigError
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import PrefillPruner, Seen, TextScorer
@@ -51,29 +50,44 @@ class Duplication(TextScorer):
         stay = keep_best(norm, count, stay, pinned, importance)
         text = torch.zeros_like(seen.alive) if seen.text is None else seen.text & ~seen.alive
         rated = keep_best(norm, torch.full_like(count, self.text_pivots), text)
-        for b, wanted in enumerate(on_host(count).tolist()):
-            pivots = torch.cat([_falling(norm[b], (first & stay)[b]), _falling(norm[b], rated[b])])
-            if not len(pivots):  # a prompt without text, and no pivots among the image
-                pivots = _falling(norm[b], seen.alive[b])[:1]
-            self._grow(stay[b], seen.alive[b], unit[b] @ unit[b, pivots].T, wanted)
-        return stay
-
-    @staticmethod
-    def _grow(stay: Tensor, alive: Tensor, similarity: Tensor, wanted: int) -> None:
-        """Let each pivot, a column of `similarity` (n, pivots), take its share, until `wanted` tokens are in `stay`."""
-        wanted = min(wanted, int(alive.sum()))
-        share = -(-(wanted - int(stay.sum())) // max(1, similarity.shape[1]))
-        for column in similarity.unbind(1):
-            left = alive & ~stay
-            take = min(share, wanted - int(stay.sum()), int(left.sum()))
-            order = column.double().masked_fill(~left, torch.inf).argsort(stable=True)
-            stay[order[:take]] = True
+        falling = [
+            _falling(norm, first & stay, self.image_pivots),
+            _falling(norm, rated, self.text_pivots),
+            _falling(norm, seen.alive, 1),  # for a prompt without text, and no pivots among the image
+        ]
+        pivots, real = (torch.cat(parts, 1) for parts in zip(*falling, strict=True))
+        real[:, -1] &= ~real[:, :-1].any(1)
+        similarity = unit @ unit.gather(1, pivots[..., None].expand(-1, -1, unit.shape[2])).transpose(1, 2)
+        return _grown(stay, seen.alive, similarity, real, count)
 
 
-def _falling(norm: Tensor, mask: Tensor) -> Tensor:
-    """Indices where `mask`, by falling norm; ties to the lower one."""
-    index = mask.nonzero()[:, 0]
-    return index[norm[index].argsort(descending=True, stable=True)]
+def _grown(stay: Tensor, alive: Tensor, similarity: Tensor, real: Tensor, count: Tensor) -> Tensor:
+    """(B, n) bool: each pivot has taken its share of what was left, until `count` tokens of each row were in.
+
+    Args:
+        stay: (B, n) bool, what is in already.
+        alive: (B, n) bool, candidates.
+        similarity: (B, n, P) to each pivot; the least similar come first.
+        real: (B, P) bool, pivots that are some.
+        count: (B,) long.
+    """
+    wanted = torch.minimum(count, alive.sum(1))
+    number = real.sum(1).clamp(min=1)
+    share = (wanted - stay.sum(1) + number - 1).div(number, rounding_mode="floor")
+    for column, some in zip(similarity.unbind(2), real.unbind(1), strict=True):
+        left = alive & ~stay
+        take = torch.minimum(share, wanted - stay.sum(1)) * some
+        order = column.double().masked_fill(~left, torch.inf).argsort(dim=1, stable=True)
+        place = torch.arange(order.shape[1], dtype=torch.long, device=order.device).expand_as(order)
+        rank = torch.empty_like(order).scatter_(1, order, place)
+        stay = stay | (left & (rank < take[:, None]))
+    return stay
+
+
+def _falling(norm: Tensor, mask: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """(B, most) long and bool: entries of `mask` by falling norm, ties to the lower one, and which of them are some."""
+    index = norm.double().masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :most]
+    return index, mask.gather(1, index)
 
 
 class DART(Recipe):

@@ -20,6 +20,7 @@ from mustdrop.runtime.state import Local
 Capture = Callable[[nn.Module, Tensor, Tensor, Tensor | None, dict[str, Any]], None]
 
 _PREFIX = "mustdrop_"
+_STRAIGHT = "mustdrop:straight"
 
 
 class ConfigProxy:
@@ -43,6 +44,9 @@ class ConfigProxy:
 
     @property
     def _attn_implementation(self) -> Any:
+        straight = self.local.straight
+        if straight is not None:
+            return _STRAIGHT if straight.wanted == self.key else self.real._attn_implementation
         if torch.compiler.is_compiling() and self.local.capture is None:
             return self.real._attn_implementation  # nothing to do, and nothing that breaks a graph
         return self._implementation()
@@ -82,6 +86,25 @@ def _captured_attention(
     finally:
         local.inside = False
     proxy.capture(module, q, k, attention_mask, kwargs)
+    return out
+
+
+def register() -> None:
+    """Make the function known that reads in a straight pass."""
+    if _STRAIGHT not in attention_registry():
+        attention_registry().register(_STRAIGHT, _read_straight)
+
+
+def _read_straight(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    """The model's own attention, then what the straight pass reads of it."""
+    straight: Any = module.config.local.straight
+    i = straight.reads_now()
+    if "scaling" in kwargs and kwargs["scaling"] is None:  # a default that not every eager function knows
+        kwargs["scaling"] = q.shape[-1] ** -0.5
+    out = straight.functions[i](module, q, k, v, attention_mask, *args, **kwargs)
+    straight.read(i, module, q, k, attention_mask, kwargs)
     return out
 
 

@@ -15,7 +15,8 @@ from mustdrop import kv
 from mustdrop.compat import by_name, cache_of, eager
 from mustdrop.runtime import guards
 from mustdrop.runtime.call_frames import call_of_module, runs
-from mustdrop.runtime.compiled import compiled_step
+from mustdrop.runtime.compile import engine
+from mustdrop.runtime.compile.decode_steps import compiled_step
 from mustdrop.runtime.state import Call, Local
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class Calls:
         if local.call is not None and not local.call.generates:
             self.finish(local.call, len(local.aside) - 1, error, silent=level == TEXT)
         elif error is not None:
-            local.forward = local.kinds = local.mask = local.encoder = local.capture = None
+            local.forward = local.kinds = local.mask = local.encoder = local.capture = local.straight = None
         return True
 
     def abandon(self, levels: tuple[int, ...], depth: int, kwargs: dict[str, Any], error: BaseException) -> None:
@@ -100,7 +101,7 @@ class Calls:
             call, silent = local.call, local.levels[0] == TEXT
             local.levels, local.reached, local.arrived, local.frame = (), 0, None, None
             if call is None or call.generates:
-                local.forward = local.kinds = local.mask = local.encoder = local.capture = None
+                local.forward = local.kinds = local.mask = local.encoder = local.capture = local.straight = None
                 return
             self.finish(call, len(local.aside) - 1, KeyboardInterrupt("interrupted in a hook"), silent)
 
@@ -213,7 +214,8 @@ class DirectForward:
             args = args[1:]
         local = self.calls.local
         if torch.compiler.is_compiling():
-            if local.arrived is self.module or compiled_step(local, args, kwargs):
+            straight = TEXT in self.levels and local.straight is not None
+            if straight or local.arrived is self.module or compiled_step(local, args, kwargs):
                 return self.function(*args, **kwargs)
             return self.module(*args, **kwargs)
         return self._run(args, kwargs)
@@ -225,6 +227,8 @@ class DirectForward:
             return self.module(*args, **kwargs)
         depth = len(local.aside)
         try:
+            if local.straight is not None and TEXT in self.levels:
+                return engine.run(self.calls.runtime, self.function, kwargs)
             return self.function(*args, **kwargs)
         except BaseException as error:
             if not isinstance(error, Exception):

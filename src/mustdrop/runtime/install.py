@@ -90,7 +90,7 @@ class Installation:
         """Before each decoder layer, and inside the attention of those that are read."""
         stage, decode = runtime.stage, runtime.method.decode
         for i, layer in enumerate(runtime.layers):
-            self.handles.append(layer.register_forward_pre_hook(LayerHook(stage, i), with_kwargs=True))
+            self.handles.append(layer.register_forward_pre_hook(LayerHook.of(stage, i, layer), with_kwargs=True))
             if i in runtime.recurrent:
                 self._override(layer, "forward", RowByRow(runtime.local, i, layer.forward))
         for i in range(runtime.depth) if decode is not None and decode.reads_layers else runtime.filters:

@@ -18,7 +18,8 @@ from mustdrop.indices import HOST
 from mustdrop.method import Method
 from mustdrop.runtime import guards
 from mustdrop.runtime.calls import BASE, MODEL, Calls, raised
-from mustdrop.runtime.compiled import outside_steps
+from mustdrop.runtime.compile.decode_steps import outside_steps
+from mustdrop.runtime.compile.engine import Engine
 from mustdrop.runtime.copied import Copied
 from mustdrop.runtime.install import Installation
 from mustdrop.runtime.language.stage import TextStage
@@ -71,6 +72,7 @@ class Runtime(Copied):
         # per runtime: keep=1 and keep=1.0 are equal and mean different things
         self.plans: dict[tuple[int, bool], RowPlan] = {}
         self.installation = Installation()
+        self.engine: Engine | None = None  # runs the passes that can be run straight
         guards.model(self)
 
     def _encoders(self) -> dict[str, EncoderStage]:
@@ -241,6 +243,10 @@ class Runtime(Copied):
             same = (given[:, :, None] == rows.to(given)).all(-1).to(HOST)
         return torch.where(same, torch.tensor(kinds, dtype=torch.long, device=HOST), -1).amax(-1)
 
+    def _text_is_compiled(self) -> bool:
+        """Whether somebody has compiled the text model by itself: in place, or by a module around it."""
+        return self.text._compiled_call_impl is not None or self.adapter.text(self.model) is not self.text
+
     def _has_media(self, kwargs: dict[str, Any]) -> bool:
         return any(_came(modality, kwargs) for modality in self.modalities)
 
@@ -275,11 +281,16 @@ class Runtime(Copied):
         else:
             self.local.kinds = self.placeholders(ids, embeds, kwargs)
         self.local.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        self.local.coming = kwargs if self.local.kinds is not None and self._text_is_compiled() else None
+        self.stage.ahead()
         return (), kwargs
 
     @outside_steps
     def after_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """End the call that `before_base` began."""
+        if output is not None:
+            self.stage.behind(output)
+        self.local.coming = None
         if self.calls.leave(BASE, kwargs, raised(output)):
             self.local.kinds = self.local.mask = None
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from mustdrop.runtime.language.cache_policy import LaterTokens, LayerReading
     from mustdrop.runtime.language.fixed_rows import FlatMarks
+    from mustdrop.runtime.language.straight_pass import Straight
     from mustdrop.runtime.language.vision_tokens import VisionTokens
     from mustdrop.runtime.vision.encoder_run import EncoderRun
 
@@ -322,6 +323,7 @@ class Forward:
         mask: the attention mask as the caller gave it, which says what is padding.
         later: what tokens after the prompt can see, once a cache policy has asked.
         shrinks: whether it brings a newer picture to a chat whose older ones shrink then.
+        landed: whether it ran straight, and all that is noted of it has been (`mustdrop.runtime.language.straight_record`).
     """
 
     length: int
@@ -341,6 +343,7 @@ class Forward:
     mask: Any = None
     later: LaterTokens | None = None
     shrinks: bool = False
+    landed: bool = False
 
     @functools.cached_property
     def start(self) -> int:
@@ -395,6 +398,8 @@ class Local(threading.local):
         self.mask: Tensor | None = None  # the 2-D attention mask of the base model's call
         self.encoder: Any = None
         self.capture: object = None
+        self.straight: Straight | None = None  # the pass through the text model that runs, where it runs straight
+        self.coming: dict[str, Any] | None = None  # arguments of the base model, where the text model is compiled
         self.dropped: Tensor | None = None  # rows of features that pass through a module behind `get_*_features`
         self.inside = False
 

@@ -20,7 +20,9 @@ class AdditionWrapper:
 
     def __call__(self, hidden: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
         """Add `rows`, one per True of `mask` (B, length), to the current rows of `hidden` (B, n, C)."""
-        forward = self.local.forward
+        forward, straight = self.local.forward, self.local.straight
+        if straight is not None:
+            return straight.add(hidden, mask, rows)
         if forward is None or forward.rows is None:
             return self.function(hidden, mask, rows)
         mask = on(mask, forward.rows.device)

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from mustdrop import kernels, kv
-from mustdrop.constants import constant, count_up, numbers
+from mustdrop.constants import constant, count_up, numbers, sent
 from mustdrop.indices import PAD, on
 from mustdrop.kv.cut import Cut, cut_alike
 from mustdrop.pruners import PrefillPruner, TextScorer
 from mustdrop.runtime.state import Call
 
 if TYPE_CHECKING:
+    from mustdrop.runtime.language.vision_tokens import VisionTokens
     from mustdrop.runtime.session import Runtime
 
 
@@ -126,6 +127,25 @@ class FixedRows:
     entry: Tensor | None = None
     cuts: list[int] = field(default_factory=list)
     inside: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def looked(cls, media: VisionTokens, device: torch.device) -> FixedRows:
+        """The rows of media at which the host has looked, on `device`: it knows now how many of them are left."""
+        vision, valid = media.vision.numpy(), media.valid.numpy()
+        alive, raters = media.alive.numpy() & vision, media.raters.numpy()
+        own, rest = [None if x is None else on(x, device) for x in (media.pinned, media.importance)]
+        is_text = valid & ~vision
+        return cls(
+            sent(vision, device),
+            sent(alive, device),
+            own,
+            rest,
+            sent(is_text, device),
+            is_text.sum(1).tolist(),
+            alive.sum(1).tolist(),
+            ScoringRows.of(raters & valid, valid),
+            sent(~valid, device) if media.padded else None,
+        )
 
     @property
     def n(self) -> int:
@@ -236,17 +256,28 @@ def possible(runtime: Runtime, call: Call | None, kinds: Tensor, ends: bool) -> 
         return False
     if method.marks and (call.unmarked or not call.marks or not set(call.flat) >= set(call.marks)):
         return False
-    return method.prefill is None or _counts_are_known(method.prefill, ends)
+    return method.prefill is None or counts_are_known(method.prefill, ends)
 
 
-def _counts_are_known(prefill: PrefillPruner, ends: bool) -> bool:
+def counts_are_known(prefill: PrefillPruner, ends: bool) -> bool:
+    """Whether it is known how many tokens each filter leaves once it is known how many enter, and which rows score.
+
+    Args:
+        prefill: the prefill stage.
+        ends: whether a prompt ends with a vision token.
+    """
+    # which rows score may be the scorer's own decision, from the data
+    own = prefill.score is not None and type(prefill.score).raters is not TextScorer.raters
+    return not own and leaves_a_number(prefill, ends)
+
+
+def leaves_a_number(prefill: PrefillPruner, ends: bool) -> bool:
+    """As `counts_are_known`, once it is known which rows score."""
     if type(prefill).__call__ is not PrefillPruner.__call__ or prefill.recycle is not None:
         return False
     if prefill.keep is None and prefill.survivors is None:
         return False
-    score = prefill.score
-    # which rows score is the scorer's own decision, from the data; or a rule may let go of what must stay
-    return score is None or (type(score).raters is TextScorer.raters and not ends)
+    return prefill.score is None or not ends  # a rule of somebody's own may let go of what must stay
 
 
 @dataclass(frozen=True)

@@ -71,25 +71,15 @@ class LayerArguments:
             self._map_mask(layout, forward, hidden, kwargs)
         cut: dict[str, int] = {}  # what has rows to cut, and its dimensions where there are several axes of positions
         for name, value in kwargs.items():
-            if value is None:
+            axes = position_axes(self.runtime, name, value, forward.length)
+            if axes is None:
                 continue
-            if name.startswith("position_embeddings"):
-                if self.runtime.method.renumber:
-                    kwargs[name] = self._renumbered(layout, forward, hidden)
-                else:
-                    cut[name] = 4
-            elif name in self.runtime.adapter.row_arguments:
-                cut[name] = 0
-            elif name == "position_ids":
-                cut[name] = 3
-                if forward.flash:  # it takes gaps between positions for the borders of packed samples
-                    kwargs[name] = None
-                    del cut[name]
-            elif name not in _HANDLED and isinstance(value, Tensor) and forward.length in value.shape:
-                raise UnsupportedOptionError(
-                    f"decoder layers of {type(self.runtime.text).__name__} take {name} with one entry per token, "
-                    "which mustdrop does not know how to cut."
-                )
+            if name.startswith("position_embeddings") and self.runtime.method.renumber:
+                kwargs[name] = self._renumbered(layout, forward, hidden)
+            elif name == "position_ids" and forward.flash:  # it takes gaps between positions for borders of samples
+                kwargs[name] = None
+            else:
+                cut[name] = axes
         self._cut(layout, forward, kwargs, cut)
 
     def _layout(self, layer: kv.Slots | None, forward: Forward, media: VisionTokens) -> RowMap:
@@ -206,6 +196,36 @@ class LayerArguments:
             made = self.runtime.text.rotary_emb(hidden, on(place.clamp(min=0), hidden.device))
             forward.memo[key] = (layout, made)
         return forward.memo[key][1]
+
+
+def position_axes(runtime: Runtime, name: str, value: Any, length: int) -> int | None:
+    """Whether an argument of a decoder layer has an entry for each token, and how it lies.
+
+    None if it has none; else the dimensions that it has where axes of positions come in front (0: they never do).
+
+    Args:
+        runtime: of the patched model.
+        name: of the argument.
+        value: of the argument.
+        length: tokens of the pass.
+
+    Raises:
+        UnsupportedOptionError: it has, and nobody knows how to cut it.
+    """
+    if value is None:
+        return None
+    if name.startswith("position_embeddings"):
+        return 4
+    if name in runtime.adapter.row_arguments:
+        return 0
+    if name == "position_ids":
+        return 3
+    if name not in _HANDLED and isinstance(value, Tensor) and length in value.shape:
+        raise UnsupportedOptionError(
+            f"decoder layers of {type(runtime.text).__name__} take {name} with one entry per token, "
+            "which mustdrop does not know how to cut."
+        )
+    return None
 
 
 def arrival(forward: Forward, media: VisionTokens) -> kv.Arrival:

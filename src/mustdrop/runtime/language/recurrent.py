@@ -20,7 +20,7 @@ from mustdrop.compat import cache_of, eager, give_cache
 from mustdrop.errors import UnsupportedOptionError
 from mustdrop.indices import PAD, on
 from mustdrop.kv import PrunedState
-from mustdrop.runtime.compiled import compiled_step
+from mustdrop.runtime.compile.decode_steps import compiled_step
 from mustdrop.runtime.state import Forward, Local
 
 
@@ -44,7 +44,8 @@ class RowByRow:
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output (B, n, C); zeros where rows are padding behind a state that has begun."""
-        if compiled_step(self.local, (hidden, *args), kwargs) or not self._ragged(kwargs):
+        straight = self.local.straight is not None  # it begins all states
+        if straight or compiled_step(self.local, (hidden, *args), kwargs) or not self._ragged(kwargs):
             return self.function(hidden, *args, **kwargs)
         return self._by_row(hidden, kwargs)
 

@@ -20,12 +20,14 @@ from mustdrop.pruners import DecodeCachePruner
 from mustdrop.pruners.prefill import needs_rows
 from mustdrop.runtime import guards
 from mustdrop.runtime.calls import TEXT, raised
-from mustdrop.runtime.compiled import compiled_step, outside_steps
+from mustdrop.runtime.compile import engine
+from mustdrop.runtime.compile.decode_steps import compiled_step, outside_steps
 from mustdrop.runtime.copied import Copied
 from mustdrop.runtime.language import cache_policy, filter_step, old_pictures, vision_tokens
 from mustdrop.runtime.language.cache_policy import AttentionCall, LaterTokens
 from mustdrop.runtime.language.fixed_rows import FixedRows
 from mustdrop.runtime.language.layer_arguments import LayerArguments, arrival
+from mustdrop.runtime.language.straight_pass import columns
 from mustdrop.runtime.language.vision_tokens import VisionTokens
 from mustdrop.runtime.masks_flex import Mask
 from mustdrop.runtime.state import Call, Forward, Local, Prefill
@@ -42,6 +44,12 @@ class LayerHook:
 
     stage: TextStage
     index: int
+    names: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, stage: TextStage, index: int, layer: nn.Module) -> LayerHook:
+        """The hook of decoder layer `index`, with the names of its arguments behind the hidden states."""
+        return cls(stage, index, tuple(inspect.signature(type(layer).forward).parameters)[2:])
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """See `TextStage.before_layer` and, for a compiled decode step, `TextStage.compiled_layer`.
@@ -49,14 +57,17 @@ class LayerHook:
         What comes by position beside the hidden states gets its name.
         """
         local = self.stage.local
+        straight = local.straight
+        if straight is not None:
+            named = dict(zip(self.names, args[1:], strict=False))
+            return straight.before_layer(self.index, args[0], {**named, **kwargs})
         if compiled_step(local, args, kwargs):
             return self.stage.compiled_layer(self.index, args, kwargs)
         forward = local.forward
         if forward is not None and forward.idle:
             return self.stage.idle_layer(self.index, forward, args, kwargs)
         if len(args) > 1:
-            names = list(inspect.signature(type(module).forward).parameters)[2:]
-            args, kwargs = args[:1], {**dict(zip(names, args[1:], strict=False)), **kwargs}
+            args, kwargs = args[:1], {**dict(zip(self.names, args[1:], strict=False)), **kwargs}
         return self.stage.before_layer(self.index, args, kwargs)
 
 
@@ -87,13 +98,61 @@ class TextStage(Copied):
 
     # -- entry --------------------------------------------------------------------------------------------------------
 
-    @outside_steps
     def before_text(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """See `_before_text`; where the text model is compiled and the pass is straight, what is left of that."""
+        straight = self.local.straight
+        if straight is None or args or not torch.compiler.is_compiling():
+            return self._before_text(module, args, kwargs)
+        kwargs = {**kwargs, "inputs_embeds": straight.arrive(kwargs["inputs_embeds"])}
+        if kwargs.get("attention_mask") is not None:
+            kwargs["attention_mask"] = columns(kwargs["attention_mask"], straight.length)
+        if straight.inner is not None:
+            give_cache(module, kwargs, straight.inner)
+        return (), kwargs
+
+    def ahead(self) -> None:
+        """Make the pass that is coming ready, where the text model is compiled: its hooks must not do that then."""
+        runtime, local = self.runtime, self.local
+        coming, kinds, call = local.coming, local.kinds, local.call
+        local.straight = local.forward = None
+        if coming is None or kinds is None or call is None or not self._has_vision(kinds):
+            return
+        wants = coming.get("use_cache")
+        wants = self.runtime.text.config.use_cache if wants is None else wants
+        cache = kv.adopt(cache_of(coming), runtime.text.config, runtime.depth, bool(wants), guards.no_static(runtime))
+        begins = self._begins(cache, kinds.shape[1], True)
+        forward = Forward(kinds.shape[1], begins, kinds.shape[0], cache, mask=local.mask, flash=runtime.flash)
+        local.forward = forward
+        guards.windows(runtime, self.spans, forward)
+        media = vision_tokens.counted(runtime, next(runtime.text.parameters()).device, kinds, local.mask)
+        local.straight = engine.ready(runtime, forward, media)
+        if local.straight is None:
+            local.forward = None
+            return
+        forward.media = media
+
+    def behind(self, output: Any) -> None:
+        """The base model is done: note what a compiled straight pass has left."""
+        local = self.local
+        straight, forward, call = local.straight, local.forward, local.call
+        if straight is None or forward is None or not straight.left:
+            return
+        if self._is_recorded(forward):
+            self._record_media(forward)
+        if call is not None:
+            call.cache = forward.cache
+        engine.landed(self.runtime, straight, forward, output)
+        local.forward = None
+        for layer in [] if forward.cache is None else forward.cache.layers:
+            layer.slide()
+
+    @outside_steps
+    def _before_text(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Adopt the cache, find the vision tokens of this pass, take the NaN marks out of the embeddings."""
         runtime, local = self.runtime, self.runtime.local
         kwargs = runtime.calls.enter(TEXT, module, args, kwargs)
         kwargs.pop("shift_labels", None)  # of the head; some models hand it down to their layers
-        local.forward, local.capture = None, None
+        local.forward, local.capture, local.straight = None, None, None
         embeds: Tensor | None = kwargs.get("inputs_embeds")
         kinds, local.kinds = local.kinds, None
         tokens: Tensor | None = kwargs.get("input_ids") if embeds is None else embeds
@@ -132,9 +191,11 @@ class TextStage(Copied):
         if self._decode.old_pictures is not None:
             media.pictures, forward.shrinks = old_pictures.numbers(media), old_pictures.due(self._decode, cache, media)
         if self._is_recorded(forward):
-            marks = media.marks or vision_tokens.by_medium(self.local.call, media.media)
-            made = Prefill(media.places, forward.start, media.valid, marks=marks, media=media.media)
-            self._record(forward, made)
+            self._record_media(forward)
+        if runtime.engine is not None:
+            local.straight = engine.ready(runtime, forward, media)
+            if local.straight is not None:
+                return (), kwargs
         if not media.whole:
             stay = media.alive if media.fixed is None else media.fixed.arrive()
             kwargs["inputs_embeds"] = where(on(stay, embeds.device)[..., None], embeds, 0.0)
@@ -142,6 +203,13 @@ class TextStage(Copied):
         if forward.idle and forward.record is not None:
             forward.record.rows, forward.record.past = [None] * runtime.depth, [forward.start] * runtime.depth
         return (), kwargs
+
+    def _record_media(self, forward: Forward) -> None:
+        """For the trace: which media came."""
+        media = forward.media
+        assert media is not None, "a pass without media"
+        marks = media.marks or vision_tokens.by_medium(self.local.call, media.media)
+        self._record(forward, Prefill(media.places, forward.start, media.valid, marks=marks, media=media.media))
 
     def _has_vision(self, kinds: Tensor) -> bool:
         """Whether any of the positions is a vision token's."""
@@ -367,14 +435,22 @@ class TextStage(Copied):
 
     # -- exit ---------------------------------------------------------------------------------------------------------
 
-    @outside_steps
     def after_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """See `_after_text`; of a straight pass in a compiled text model, what belongs to the graph."""
+        straight = self.local.straight
+        if straight is None or output is None or not torch.compiler.is_compiling():
+            return self._after_text(module, args, kwargs, output)
+        output.last_hidden_state = straight.leave(output.last_hidden_state)
+        return output
+
+    @outside_steps
+    def _after_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Scatter the hidden states back to the logical length; cut the earlier layers' caches."""
         local = self.runtime.local
         if local.levels[-1:] != (TEXT,):  # it was never entered
             return None
         forward, call, made = local.forward, local.call, None
-        local.forward, local.capture = None, None
+        local.forward, local.capture, local.straight = None, None, None
         if forward is not None and output is not None:
             if call is not None:
                 call.cache = forward.cache
@@ -387,7 +463,7 @@ class TextStage(Copied):
 
     def _leave(self, forward: Forward, call: Call | None, output: Any) -> Any:
         """Scatter and cut after a pass with vision tokens; None if the output is as it was."""
-        if forward.media is None:
+        if forward.media is None or forward.landed:
             return None
         if forward.record is not None:
             forward.record.rows.append(forward.rows)

@@ -12,7 +12,7 @@ from torch import Tensor
 from mustdrop import kernels
 from mustdrop.constants import sent
 from mustdrop.indices import HOST, on
-from mustdrop.pruners import answers
+from mustdrop.pruners import TextScorer, answers
 from mustdrop.runtime.language import fixed_rows
 from mustdrop.runtime.language.fixed_rows import FixedRows
 from mustdrop.runtime.plan import survivors_of
@@ -85,6 +85,35 @@ def read(runtime: Runtime, embeds: Tensor, kinds: Tensor, mask: Tensor | None) -
         kinds: (B, length) long, index of each token's modality, -1 for text. On the host.
         mask: (B, length or more) attention mask, or None.
     """
+    media, tables = _tokens(runtime, kinds, mask)
+    call = runtime.local.call
+    if fixed_rows.possible(runtime, call, kinds, media.ends is not None):
+        _fixed(runtime, media, embeds.device, tables, call)
+    else:
+        _look(runtime, media, embeds, call)
+    return media
+
+
+def counted(runtime: Runtime, device: torch.device, kinds: Tensor, mask: Tensor | None) -> VisionTokens | None:
+    """As `read`, before there are embeddings, for tables on `device`; None where the answer lies in these."""
+    media, tables = _tokens(runtime, kinds, mask)
+    call, prefill = runtime.local.call, runtime.method.prefill
+    if fixed_rows.possible(runtime, call, kinds, media.ends is not None):
+        _fixed(runtime, media, device, tables, call)
+        return media
+    marked = not runtime.method.marks or (media.media and call is not None and call.marks and not call.unmarked)
+    if not marked or (prefill is not None and not fixed_rows.counts_are_known(prefill, media.ends is not None)):
+        return None
+    _look(runtime, media, torch.empty(0, device=device), call)
+    return media
+
+
+#: (B, length) each: long, kinds; bool, vision tokens, valid ones, those that score.
+_Tables = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def _tokens(runtime: Runtime, kinds: Tensor, mask: Tensor | None) -> tuple[VisionTokens, _Tables]:
+    """What the host knows of the tokens, and the same as tables."""
     call = runtime.local.call
     forward = runtime.local.forward
     looked = None if call is None else call.looked
@@ -102,11 +131,7 @@ def read(runtime: Runtime, embeds: Tensor, kinds: Tensor, mask: Tensor | None) -
         made[0], made[1], valid, True, made[2], made[3], made[3], vision.sum(1).tolist(), not bool(shown.all()), [],
         found, made[0], ends=torch.from_numpy(ends) if ends.any() else None,
     )  # fmt: skip
-    if fixed_rows.possible(runtime, call, kinds, media.ends is not None):
-        _fixed(runtime, media, embeds, own, (vision, shown, text), call)
-        return media
-    _look(runtime, media, embeds, call)
-    return media
+    return media, (own, vision, shown, text)
 
 
 def _look(runtime: Runtime, media: VisionTokens, embeds: Tensor, call: Call | None) -> None:
@@ -120,7 +145,7 @@ def _look(runtime: Runtime, media: VisionTokens, embeds: Tensor, call: Call | No
         media.alive = ~(media.places & embeds[..., 0].isnan().to(HOST))
     media.whole = bool(media.alive.all())
     prefill = runtime.method.prefill
-    if prefill is not None and prefill.score is not None:
+    if prefill is not None and prefill.score is not None and type(prefill.score).raters is not TextScorer.raters:
         entering, given = on(media.vision & media.alive, embeds.device), on(media.raters, embeds.device)
         media.raters = answers.raters(prefill.score, embeds.nan_to_num(0.0), entering, given).to(HOST)
     if media.marks:
@@ -134,16 +159,12 @@ def _look(runtime: Runtime, media: VisionTokens, embeds: Tensor, call: Call | No
 def _fixed(
     runtime: Runtime,
     media: VisionTokens,
-    embeds: Tensor,
-    kinds: np.ndarray,
-    tables: tuple[np.ndarray, np.ndarray, np.ndarray],
+    device: torch.device,
+    tables: _Tables,
     call: Call | None,
 ) -> None:
-    """All counts are known: what the filters need goes to the device, and nothing comes back.
-
-    `tables` are what `media` says of vision tokens, of valid ones and of those that score.
-    """
-    device, (vision, valid, raters) = embeds.device, tables
+    """All counts are known: what the filters need goes to the device, and nothing comes back."""
+    kinds, vision, valid, raters = tables
     here, is_text = sent(vision, device), sent(valid & ~vision, device)
     padding = sent(~valid, device) if media.padded else None
     alive, present, protected, importance = here, media.totals, None, None

@@ -70,6 +70,12 @@ class FeaturesWrapper:
     @eager
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Encode as before, with NaN in the rows of dropped features."""
+        output = self._encoded(args, kwargs)
+        if self.runtime.local.coming is not None and self.runtime.local.encoder is None:
+            self.runtime.stage.ahead()
+        return output
+
+    def _encoded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         runtime, kind = self.runtime, self.modality.name
         local, stage = runtime.local, runtime.encoders.get(kind)
         arguments = self._arguments(args, kwargs)

@@ -1,0 +1,81 @@
+"""`torch.compile(fullgraph=True)` of the language model of a patched model: a prompt's pass breaks no graph.
+
+Each method with a number for a budget, on LLaVA; `test_family_compiles.py` has the other families. Another picture
+takes the same graphs.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import mustdrop
+from support.builders import LLAMA, answer, batch, clone
+from support.checks import TOLERANCE
+from support.edges import BUDGETED
+from support.passes import differences, left
+
+#: Methods whose prompt's pass is not straight, and why.
+NOT_STRAIGHT = {
+    "h2o": "the cache is cut by what each layer has read",
+    "snapkv": "likewise",
+    "tgvkv": "likewise",
+    "sparsevlm": "clusters, whose number the data decide",
+}
+STRAIGHT = [name for name in BUDGETED if name not in NOT_STRAIGHT]
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def in_place(model):
+    model.model.language_model.compile(fullgraph=True, backend="eager")
+
+
+@pytest.mark.parametrize("method", STRAIGHT)
+def test_every_method(method):
+    model, inputs = mustdrop.patch(clone(LLAMA), method, keep=16), batch(LLAMA, (1, 1))
+    other = batch(LLAMA, (1, 1), seed=5)
+    plainly = [left(model, given) for given in (inputs, other)]
+    in_place(model)
+    compiled = left(model, inputs)
+    graphs = counters["stats"]["unique_graphs"]
+    again = left(model, other)
+    assert not differences(plainly[0], compiled)
+    assert not differences(plainly[1], again)
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize("method", ["mustdrop", "fastv"])
+def test_padding_and_a_module_around_the_text_model(method):
+    model, inputs = mustdrop.patch(clone(LLAMA), method, keep=0.4), batch(LLAMA, (1, 2))
+    plainly = left(model, inputs)
+    model.model.language_model = torch.compile(model.model.language_model, fullgraph=True, backend="eager")
+    assert not differences(plainly, left(model, inputs))
+    assert not counters["graph_break"]
+
+
+def test_other_shapes_are_other_graphs_and_right():
+    model = mustdrop.patch(clone(LLAMA), "mustdrop", keep=16)
+    given = [batch(LLAMA, (1,)), batch(LLAMA, (1, 1)), batch(LLAMA, (1,), after=(9,))]
+    plainly = [left(model, inputs) for inputs in given]
+    in_place(model)
+    for inputs, expected in zip(given * 2, plainly * 2, strict=True):
+        assert not differences(expected, left(model, inputs))
+
+
+def test_a_compiled_text_model_generates():
+    """Steps over a growing cache break the graph at the hooks, as they did; without `fullgraph` nobody minds."""
+    model, inputs = mustdrop.patch(clone(LLAMA), "mustdrop", keep=16), batch(LLAMA, (1, 1))
+    expected = answer(model, inputs, 3)
+    model.model.language_model.compile(backend="eager")
+    got = answer(model, inputs, 3)
+    assert torch.equal(got.sequences, expected.sequences)
+    assert (got.logits - expected.logits).abs().max() <= TOLERANCE
