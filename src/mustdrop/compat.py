@@ -116,6 +116,16 @@ def by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     return named
 
 
+def first_parameter(function: Callable[..., Any]) -> str:
+    """Name of the first argument of a bound method; empty where it takes none."""
+    return _first_parameter(getattr(function, "__func__", None) or function, hasattr(function, "__func__"))
+
+
+@functools.lru_cache(maxsize=64)
+def _first_parameter(function: Any, bound: bool) -> str:
+    return next(iter([*inspect.signature(function).parameters][bound:]), "")
+
+
 def give_cache(module: nn.Module, kwargs: dict[str, Any], cache: Any) -> None:
     """Hand `cache` to `module` by the name that is there already, else by the one that its forward has."""
     kind: Any = type(module)

@@ -335,17 +335,89 @@ def test_the_host_counts_in_a_pass_only(setup):
     cache = static(model)
     known = []
     handle = model.model.language_model.layers[-1].register_forward_hook(
-        lambda *_: known.append([(layer.filled, int(layer.cumulative_length)) for layer in cache.layers])
+        lambda *_: known.append([(layer.filled, layer.dropped, int(layer.get_seq_length())) for layer in cache.layers])
     )
     answer(model, batch(LLAMA, (1, 2), seed=3), 1, past_key_values=cache)
     handle.remove()
-    assert all(filled == counted for filled, counted in known[0])
+    assert all(filled + dropped == counted for filled, dropped, counted in known[0])
     assert [layer.filled for layer in cache.layers] == [None] * LLAMA.n_layers
     before = [layer.slots for layer in cache.layers]
     for layer in cache.layers:
         layer.cumulative_length.add_(1)
     assert [layer.slots for layer in cache.layers] == [n + 1 for n in before]
     assert {layer.logical for layer in cache.layers} == {int(cache.get_seq_length())}
+
+
+def stepped(model, cache, sequences, hidden, most):
+    """Logits of one more token over what a `generate` left, with a mask that hides one token of the text."""
+    mask = torch.ones(len(sequences), most, dtype=torch.long)
+    mask[:, sequences.shape[1] :] = 0
+    mask[:, hidden] = 0
+    positions = torch.full((len(sequences), 1), sequences.shape[1] - 1)
+    given = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+    with torch.no_grad():
+        return model(input_ids=sequences[:, -1:], **given, use_cache=True).logits
+
+
+@pytest.mark.parametrize("setup", [CASCADE, ALL_THREE, {"method": "snapkv", "keep": 9}], ids=["cascade", "all", "snap"])
+def test_a_mask_of_somebody_elses_is_mapped_to_the_slots(setup):
+    """In `generate` a mask that hides nothing is cut to the room; what comes after it may hide what it likes."""
+    model, inputs = patched(LLAMA, **setup), batch(LLAMA, (1,), seed=3)
+    left = []
+    for hidden in (0, 1):  # the first tokens are text, and stay in every layer
+        found = []
+        for cache in (growing(model), static(model)):
+            sequences = answer(model, inputs, 3, past_key_values=cache).sequences
+            most = 160 if isinstance(cache, StaticCache) else sequences.shape[1]
+            found.append(stepped(model, cache, sequences, hidden, most))
+        assert distance(*found) <= TOLERANCE
+        left.append(found[0])
+    assert distance(*left) > TOLERANCE  # it matters which token is hidden
+
+
+def test_a_mask_that_hides_nothing_needs_no_table_of_positions():
+    model, inputs = patched(LLAMA, **CASCADE), batch(LLAMA, (1, 1), seed=3)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    cache = static(model)
+    expected = answer(model, inputs, past_key_values=growing(model))
+    assert distance(answer(model, inputs, past_key_values=cache).logits, expected.logits) <= TOLERANCE
+    assert any(layer.dropped for layer in cache.layers)
+    assert [layer.fixed for layer in cache.layers] == [None] * LLAMA.n_layers
+    assert not any(layer.sliced for layer in cache.layers)  # the generate is over
+    assert not any(layer.ready for layer in cache.layers)  # for a compiled step, which may bring any mask
+
+
+@pytest.mark.parametrize("kind", [growing, static], ids=["growing", "static"])
+@pytest.mark.parametrize("setup", [CASCADE, {"method": "snapkv", "keep": 9}], ids=["cascade", "snapkv"])
+def test_what_is_held_without_a_copy_is_a_cache_of_its_own_afterwards(kind, setup):
+    """Neither keys nor values share memory with what the model computed, and all lie as transformers lays them."""
+    model = patched(LLAMA, **setup)
+    cache, made = kind(model), []
+    handles = [
+        layer.self_attn.v_proj.register_forward_hook(lambda *given: made.append(given[2]))
+        for layer in model.model.language_model.layers
+    ]
+    answer(model, batch(LLAMA, (1,), seed=3), 0, past_key_values=cache)
+    for handle in handles:
+        handle.remove()
+    theirs = {value.untyped_storage().data_ptr() for value in made}
+    for layer in cache.layers:
+        assert not layer.lends
+        assert layer.keys.is_contiguous()
+        assert layer.values.is_contiguous()
+        assert layer.values.untyped_storage().data_ptr() not in theirs
+
+
+@pytest.mark.parametrize("kind", [growing, static], ids=["growing", "static"])
+def test_a_pass_that_fails_leaves_nothing_without_a_copy(kind):
+    model = patched(LLAMA, **CASCADE)
+    cache, inputs = kind(model), batch(LLAMA, (1,), seed=3)
+    handle = model.model.language_model.norm.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        answer(model, inputs, 0, past_key_values=cache)
+    handle.remove()
+    assert not any(layer.lends for layer in cache.layers)
+    assert torch.equal(answer(model, inputs).logits, answer(patched(LLAMA, **CASCADE), inputs).logits)
 
 
 def test_after_a_pass_that_failed_the_host_asks_the_device():

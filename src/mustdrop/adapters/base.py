@@ -268,7 +268,9 @@ class Adapter(ABC):
 
 def _lists(module: nn.Module) -> Iterator[nn.ModuleList]:
     """The lists of modules inside a module, without those inside other lists."""
-    for part in module.children():
+    for part in module._modules.values():
+        if part is None:
+            continue
         if isinstance(part, nn.ModuleList):
             yield part
         else:

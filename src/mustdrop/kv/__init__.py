@@ -34,6 +34,7 @@ __all__ = [
     "inner",
     "is_step",
     "length",
+    "release",
     "settle",
     "stored",
 ]
@@ -99,6 +100,8 @@ def check(cache: Any, no_static: str | None = None) -> None:
             f"{kind} cannot be pruned; mustdrop refuses {REFUSED_IMPLEMENTATIONS}. Use a DynamicCache or a StaticCache."
         )
     for layer in cache.layers:
+        if type(layer) is DynamicLayer:
+            continue
         if not isinstance(layer, Slots) and type(layer) not in _PRUNED:
             raise UnsupportedOptionError(
                 f"the cache holds {type(layer).__name__} layers; mustdrop prunes growing and static caches of full "
@@ -107,7 +110,7 @@ def check(cache: Any, no_static: str | None = None) -> None:
             )
         if no_static is not None and isinstance(layer, StaticLayer):
             raise UnsupportedOptionError(f"a static cache cannot be used here: {no_static}")
-    lengths = {int(layer.get_seq_length()) for layer in cache.layers if _counts(layer)} - {0}
+    lengths = {int(layer.get_seq_length()) for layer in cache.layers if _counts(layer) and layer.is_initialized} - {0}
     if len(lengths) > 1:
         raise CacheStateError(
             f"the layers of this cache hold different numbers of tokens ({sorted(lengths)}): a crop or a pass ended "
@@ -184,7 +187,7 @@ def length(cache: Any, counts: bool) -> int:
         return int(cache.get_seq_length())
     for places, counter in _counters(cache.layers):
         for i, number in zip(places, counter.tolist(), strict=True):
-            cache.layers[i].filled = number
+            cache.layers[i].filled = number - cache.layers[i].dropped
     return int(entries.logical)
 
 
@@ -196,7 +199,10 @@ def stored(layers: list[Any]) -> list[Stored]:
     numbers: dict[int, Any] = {}
     for places, counter in _counters(layers):
         numbers |= dict(zip(places, counter.split(1), strict=True))
-    return [layer.stored(numbers.get(i, 0)) for i, layer in enumerate(layers)]
+    found: list[Stored] = []
+    for i, layer in enumerate(layers):
+        found.append(layer.stored(numbers.get(i, 0), found[-1] if found else None))
+    return found
 
 
 def _counters(layers: list[Any]) -> list[tuple[list[int], Any]]:
@@ -208,10 +214,28 @@ def _counters(layers: list[Any]) -> list[tuple[list[int], Any]]:
     return [(some, torch.stack([layers[i].cumulative_length for i in some])) for some in by_device.values()]
 
 
-def settle(cache: Any, failed: bool = False) -> None:
-    """A pass over `cache` has ended: unless it has failed, a static cache is ready for compiled decode steps."""
+def settle(cache: Any, failed: bool = False, slices: bool = False) -> None:
+    """A pass over `cache` has ended: unless it has failed, a static cache is ready for compiled decode steps.
+
+    Args:
+        cache: any, or None.
+        failed: whether the pass has.
+        slices: whether the passes that follow come with masks that hide nothing.
+    """
     layers = [layer for layer in getattr(cache, "layers", None) or () if type(layer) is PrunedStaticLayer]
     if not failed:
-        PrunedStaticLayer.settle([layer for layer in layers if layer.is_initialized])
+        PrunedStaticLayer.settle([layer for layer in layers if layer.is_initialized], slices)
     for layer in layers:
         layer.filled, layer.ready = None, layer.ready if failed else True
+
+
+def release(cache: Any) -> None:
+    """The `generate` that a cache belonged to has ended: what comes now may bring any mask.
+
+    A static cache that was prepared for masks which hide nothing is not ready for compiled steps before a pass has
+    prepared it for others.
+    """
+    layers = [layer for layer in getattr(cache, "layers", None) or () if type(layer) is PrunedStaticLayer]
+    prepared = not any(layer.sliced for layer in layers)
+    for layer in layers:
+        layer.sliced, layer.ready = False, layer.ready and prepared

@@ -38,18 +38,23 @@ class PrunedLayer(Slots, DynamicLayer):
     """
 
     incoming = False
+    is_sliding = False
+    window: int | None = None
+    record_past = False
+    logical: int = 0
+    steps: int = 0
+    forgotten: int = 0
 
     def __init__(self, window: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.keys = self.values = None
-        self.is_sliding, self.window = window is not None, window
-        self.record_past = False
-        self.logical = self.steps = self.forgotten = 0
-        self.forget()
+        if window is not None:
+            self.is_sliding, self.window = True, window
 
     @classmethod
     def adopt(cls, layer: Any) -> PrunedLayer:
         """Take over a layer of transformers, with what it holds (of a sliding window, the newest entries)."""
+        if type(layer) is DynamicLayer and not layer.is_initialized:
+            return cls()
         new = cls(int(layer.sliding_window) if layer.is_sliding else None)
         new.record_past = records_past(layer)
         if layer.is_initialized and layer.keys is not None and layer.keys.numel():
@@ -65,32 +70,48 @@ class PrunedLayer(Slots, DynamicLayer):
         """Append entries; the arrival set by the layer hook says which logical positions they have."""
         if self.incoming:
             return super().update(key_states, value_states)
-        arrival = self.expect_hook()
         reordering.index = None  # the next one will be another
+        if self.arrival is None and self._positions is None and self.window is None:
+            self.prepared = False
+            self.logical += key_states.shape[-2]
+            self.steps += 1
+            return self._append(key_states, value_states)
+        arrival = self.arrival if self.prepared else self.expect_hook()
+        self.arrival, self.prepared = None, False
         shown = 0 if self.window is None else self.shown(key_states.shape[-2])
         if arrival is None:
             self.logical += key_states.shape[-2]
             self.steps += 1
         else:
             self._note(arrival)
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        keys, values = self._append(key_states, value_states)
         if arrival is not None or self.described or self.window is None:
             return keys, values  # what a sliding layer may forget is decided at the end of the pass
         self.slide()
         return keys[:, :, -shown:], values[:, :, -shown:]
 
+    def _append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store entries behind the others; the first ones are copied, and not appended to an empty tensor."""
+        if self.is_initialized:
+            return super().update(keys, values)
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self.keys, self.values = (x if self.lends and _compact(x) else _copy(x) for x in (keys, values))
+        return self.keys, self.values
+
     def _note(self, arrival: Arrival) -> None:
         """What arrives, behind what is known of the slots."""
-        positions, vision, totals = arrival.positions, arrival.vision, arrival.totals
-        if self.slots:
+        if not self.slots:
+            (self._positions, self._vision), self.totals = arrival.noted, arrival.totals
+        else:
             known, marks = self.slot_positions(), self.slot_vision()
             assert known is not None  # there are slots
             assert marks is not None
-            positions, vision = torch.cat([known, positions], 1), torch.cat([marks, vision], 1)
-            totals = totals if self.totals is None else self.totals + totals
-        self.positions, self.vision, self.totals = positions, vision, totals
+            self.positions = torch.cat([known, arrival.positions], 1)
+            self.vision = torch.cat([marks, arrival.vision], 1)
+            self.totals = arrival.totals if self.totals is None else self.totals + arrival.totals
         self.attended = self.queries = None
-        self.learn(arrival, self.logical)
+        if arrival.pictures is not None:
+            self.learn(arrival, self.logical)
         self.steps = 0
         self.logical += arrival.advance
         self.whole &= arrival.whole
@@ -198,7 +219,8 @@ class PrunedLayer(Slots, DynamicLayer):
     @property
     def slots(self) -> int:
         """Physical entries stored."""
-        return 0 if self.keys is None or not self.is_initialized or self.keys.ndim < 4 else int(self.keys.shape[-2])
+        keys = self.keys
+        return 0 if keys is None or not self.is_initialized or keys.ndim < 4 else keys.shape[-2]
 
     def slot_positions(self, extra: int = 0) -> Tensor | None:
         """(B, slots + extra) logical position per slot, PAD on padding; `extra` counts tokens about to arrive."""
@@ -209,11 +231,17 @@ class PrunedLayer(Slots, DynamicLayer):
         tail = tail.expand(self.keys.shape[0], -1)
         return tail if self.positions is None else torch.cat([self.positions, tail], 1)
 
-    def stored(self, slots: int | Tensor) -> Stored:
-        """What the layer stores now, `slots` entries."""
+    def stored(self, slots: int | Tensor, before: Stored | None = None) -> Stored:
+        """What the layer stores now, `slots` entries; `before`, of another layer, where that says the same."""
         n = self.slots
         batch = self.keys.shape[0] if n else 0
-        return Stored(self._positions if n else None, n, self.logical - n, batch, self.pictures)
+        found = (self._positions if n else None, n, self.logical - n, batch, self.pictures)
+        return before if before is not None and before.says(*found) else Stored(*found)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the layer is one of transformers in all but name: it needs no hook, and forgets nothing."""
+        return self._positions is None and self.window is None
 
     def storage_bytes(self) -> int:
         """Bytes of the tensors that hold keys and values."""
@@ -225,7 +253,8 @@ class PrunedLayer(Slots, DynamicLayer):
         if not slots:
             return 0, 0
         held = self.keys.nbytes + self.values.nbytes
-        return held, held // slots * self.unpruned_slots
+        unpruned = self.unpruned_slots
+        return held, held if unpruned == slots else held // slots * unpruned
 
     @property
     def unpruned_slots(self) -> int:
@@ -276,7 +305,23 @@ class PrunedLayer(Slots, DynamicLayer):
         self.carry(cut)
         self.keys, self.values = keys, values
         self.positions, self.vision, self.padded, self.whole = cut.positions, cut.vision, cut.padded, False
+        self.lends = False
+
+    def own(self) -> None:
+        """Copy what was held without a copy and has not been cut; it may lie in another order than a copy does."""
+        if self.lends and self.slots:
+            self.keys, self.values = self.keys.contiguous(), self.values.contiguous()
+        self.lends = False
 
     def _rows(self, select: Callable[[Tensor], Tensor]) -> None:
         self.keys, self.values = select(self.keys), select(self.values)
         self.select_rows(select)
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _compact(x: Tensor) -> bool:
+    """Whether a tensor takes no more memory than its numbers need: it is no part of a larger one."""
+    return sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)) < x.numel()

@@ -24,8 +24,9 @@ class OnDevice:
     whether there is such a description.
     """
 
-    def __init__(self, there: Tensor) -> None:
-        self.there = there
+    def __init__(self, there: Tensor, whole: OnDevice | None = None, at: int = 0) -> None:
+        """`there` may be the first columns of row `at` of a `whole`, which comes over once for all its parts."""
+        self.there, self.whole, self.at = there, whole, at
 
     @classmethod
     def of(cls, there: Tensor) -> OnDevice:
@@ -35,10 +36,20 @@ class OnDevice:
             known = there._away = cls(there)  # type: ignore[attr-defined]
         return known
 
+    @classmethod
+    def parts(cls, whole: Tensor, widths: Sequence[int]) -> list[Tensor]:
+        """The first columns of each row of `whole` (L, B, n); layers that are given them share what the host learns."""
+        rows = [row[:, :width] for row, width in zip(whole.unbind(), widths, strict=True)]
+        if whole.device != HOST:
+            all_of_it = cls(whole)
+            for i, row in enumerate(rows):
+                row._away = cls(row, all_of_it, i)  # type: ignore[attr-defined]
+        return rows
+
     @functools.cached_property
     def here(self) -> Tensor:
         """The tensor on the host (waits for its device)."""
-        return self.there.to(HOST)
+        return self.there.to(HOST) if self.whole is None else self.whole.here[self.at][:, : self.there.shape[1]]
 
     @property
     def shape(self) -> torch.Size:
@@ -64,12 +75,15 @@ class _Description:
         self.name = "_" + name
 
     def __get__(self, layer: Any, owner: type) -> Any:
-        return at_home(layer.__dict__[self.name])
+        return at_home(getattr(layer, self.name))
 
     def __set__(self, layer: Any, value: Tensor | OnDevice | None) -> None:
-        if isinstance(value, Tensor) and value.device != HOST:
-            value = OnDevice.of(value)
-        layer.__dict__[self.name] = value
+        layer.__dict__[self.name] = _wherever(value)
+
+
+def _wherever(value: Tensor | OnDevice | None) -> Tensor | OnDevice | None:
+    """What a layer notes of a tensor: itself on the host, what stands for it elsewhere."""
+    return OnDevice.of(value) if isinstance(value, Tensor) and value.device != HOST else value
 
 
 @dataclass(frozen=True)
@@ -95,6 +109,11 @@ class Arrival:
     pictures: Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
+    @functools.cached_property
+    def noted(self) -> tuple[Tensor | OnDevice | None, Tensor | OnDevice | None]:
+        """`positions` and `vision` as a layer without entries notes them."""
+        return _wherever(self.positions), _wherever(self.vision)
+
 
 @dataclass(frozen=True, eq=False)
 class Stored:
@@ -103,7 +122,7 @@ class Stored:
     Attributes:
         positions: (B, known or more) long, logical position of the first slots, PAD on padding; None: each slot holds
             the token of its own number.
-        slots: entries, or (1,) long: those of a static cache, which only the device may know.
+        slots: entries, or (1,) long: the logical length of a static cache, which only the device may know.
         dropped: logical tokens that have no slot.
         batch: B.
         pictures: see `Slots`.
@@ -115,10 +134,24 @@ class Stored:
     batch: int
     pictures: Tensor | None = None
 
+    def says(
+        self,
+        positions: Tensor | OnDevice | None,
+        slots: int | Tensor,
+        dropped: int,
+        batch: int,
+        pictures: Tensor | None,
+    ) -> bool:
+        """Whether these are its attributes."""
+        if self.positions is not positions or self.pictures is not pictures:
+            return False
+        alike = slots is self.slots if isinstance(slots, Tensor) else slots == self.slots
+        return bool(alike) and (self.dropped, self.batch) == (dropped, batch)
+
     @functools.cached_property
     def number(self) -> int:
         """Entries per row, padding included."""
-        return int(self.slots)
+        return int(self.slots) - self.dropped if isinstance(self.slots, Tensor) else self.slots
 
     @property
     def logical(self) -> int:
@@ -199,24 +232,31 @@ class Slots:
         whole: whether nothing was dropped or moved: slots are logical positions.
         arrival: what the next `update` brings, None for tokens that follow one another.
         prepared: whether the layer hook has run since the last `update`.
+        lends: whether the first entries are held as they come, without a copy, since a cut at the end of the pass makes
+            one.
     """
 
     keys: Any
     values: Any
     positions: Any = _Description()
     vision: Any = _Description()
+    # a layer that nothing is known of holds none of this: a new cache has as many as the model has layers
+    _positions: Tensor | OnDevice | None = None
+    _vision: Tensor | OnDevice | None = None
+    attended: Tensor | None = None
+    queries: Tensor | None = None
+    totals: Tensor | None = None
+    pictures: Tensor | None = None
+    arrival: Arrival | None = None
+    padded: bool = False
+    prepared: bool = False
+    whole: bool = True
+    lends: bool = False
 
     def forget(self) -> None:
         """Start the bookkeeping anew."""
-        self._positions: Tensor | OnDevice | None = None
-        self._vision: Tensor | OnDevice | None = None
-        self.attended: Tensor | None = None
-        self.queries: Tensor | None = None
-        self.totals: Tensor | None = None
-        self.pictures: Tensor | None = None
-        self.arrival: Arrival | None = None
-        self.padded = self.prepared = False
-        self.whole = True
+        self._positions = self._vision = self.attended = self.queries = self.totals = self.pictures = None
+        self.arrival, self.padded, self.prepared, self.whole, self.lends = None, False, False, True, False
 
     def learn(self, arrival: Arrival, start: int) -> None:
         """Note which pictures arrive behind `start` logical tokens; the layers share what is known."""
@@ -283,6 +323,10 @@ class Slots:
     def count(self, layers: Sequence[Slots]) -> None:
         """After `store`: layers that count their entries on a device do; they hold as many as this one."""
 
+    def own(self) -> None:
+        """Copy what was held without a copy and has not been cut."""
+        self.lends = False
+
     def share(self, other: Slots) -> None:
         """Describe the same entries by the tensors of another layer."""
         self._positions, self._vision, self.padded = other._positions, other._vision, other.padded
@@ -323,9 +367,14 @@ class Slots:
             x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in zip(a, b, strict=True)
         )
 
-    def stored(self, slots: int | Tensor) -> Stored:
-        """What the layer stores now, `slots` entries."""
+    def stored(self, slots: int | Tensor, before: Stored | None = None) -> Stored:
+        """What the layer stores now, `slots` entries; `before`, of another layer, where that says the same."""
         raise NotImplementedError
+
+    @property
+    def plain(self) -> bool:
+        """Whether the layer is one of transformers in all but name: it needs no hook, and forgets nothing."""
+        return False
 
     @property
     def described(self) -> bool:

@@ -57,9 +57,14 @@ class PrunedState(Slots, LinearAttentionLayer):  # type: ignore[misc]  # older t
         """No entries, so no positions."""
         return None
 
-    def stored(self, slots: int | Tensor) -> Stored:
+    def stored(self, slots: int | Tensor, before: Stored | None = None) -> Stored:
         """What the layer stores now: no entries."""
         return Stored(None, 0, 0, 0)
+
+    @property
+    def plain(self) -> bool:
+        """There are no entries that a hook would be needed for."""
+        return self.arrival is None
 
     def slide(self) -> None:
         """A pass has ended: what was to arrive has been folded into the state."""

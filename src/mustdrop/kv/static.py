@@ -29,7 +29,8 @@ class PrunedStaticLayer(Slots, StaticLayer):
     """A static cache layer with a logical length and fewer physical slots.
 
     `max_cache_len` stays what it was, the most logical tokens. There is room for `max_cache_len - dropped` entries, and
-    `cumulative_length` counts those that are filled. `positions` are those of the last prompt, as in a growing layer.
+    `cumulative_length` counts logical tokens, as transformers reads it: those of the slots that are filled, and those
+    without one. `positions` are those of the last prompt, as in a growing layer.
 
     Attributes:
         dropped: logical tokens that have no slot.
@@ -38,6 +39,9 @@ class PrunedStaticLayer(Slots, StaticLayer):
         fixed: (B, room) long on the device of the entries, for decode steps: `positions`, and those of the tokens that
             will fill the other slots; made when a pass has ended. A tensor of its own: to a compiler, layers that share
             one are another program than layers that do not.
+        sliced: whether the next compiled steps belong to a `generate` whose mask hides nothing. Then no slot is hidden
+            but those not filled yet, and a mask over logical positions without its first `dropped` columns says that.
+            `fixed` is not made before somebody else needs it.
     """
 
     def __init__(self, max_cache_len: int) -> None:
@@ -50,6 +54,7 @@ class PrunedStaticLayer(Slots, StaticLayer):
         super().forget()
         self.filled: int | None = None
         self.fixed: Tensor | None = None
+        self.sliced = False
 
     @classmethod
     def adopt(cls, layer: StaticLayer) -> PrunedStaticLayer:
@@ -76,17 +81,29 @@ class PrunedStaticLayer(Slots, StaticLayer):
             (B, G, room, D) keys and values; in the prefill of a layer that lost tokens, only the filled part of them.
         """
         arrival = self.expect_hook()
+        if self.lends and self.is_initialized:  # an interrupt ended the pass that should have cut it
+            self.own()
         if arrival is not None:
             return self._receive(arrival, key_states, value_states)
         if self.filled is not None:
             self.filled = None
-        return super().update(key_states, value_states)
+        return self._follow(key_states, value_states) if self.dropped else super().update(key_states, value_states)
+
+    def _follow(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Write entries behind those that are filled, as the counter on the device says."""
+        many, device = key_states.shape[2], self.cumulative_length.device
+        place = torch.arange(-self.dropped, many - self.dropped, dtype=torch.long, device=device)
+        place = place + self.cumulative_length
+        self.cumulative_length.add_(many)
+        self.keys.index_copy_(2, place, key_states)
+        self.values.index_copy_(2, place, value_states)
+        return self.keys, self.values
 
     def get_seq_length(self, *args: Any) -> Any:
         """Logical length, dropped tokens included: a tensor, as compiled code needs it, or 0."""
         if not self.is_initialized:
             return 0
-        return self.cumulative_length + self.dropped if self.dropped else self.cumulative_length
+        return self.logical if self.lends else self.cumulative_length  # what is held only is not counted there yet
 
     def reset(self) -> None:
         """Forget everything; a layer that had lost tokens will be allocated anew, in full size."""
@@ -109,7 +126,7 @@ class PrunedStaticLayer(Slots, StaticLayer):
         """Physical entries stored (waits for the device where `filled` is not known)."""
         if not self.is_initialized:
             return 0
-        return int(self.cumulative_length) if self.filled is None else self.filled
+        return int(self.cumulative_length) - self.dropped if self.filled is None else self.filled
 
     @property
     def logical(self) -> int:
@@ -122,7 +139,20 @@ class PrunedStaticLayer(Slots, StaticLayer):
 
         A compiler is shown nothing but `fixed`: which layers share `positions` would make another program of each.
         """
-        return self.fixed is not None if torch.compiler.is_compiling() else super().described
+        return self.fixed is not None or self.sliced if torch.compiler.is_compiling() else super().described
+
+    @property
+    def plain(self) -> bool:
+        """Whether the layer is one of transformers in all but name: it needs no hook, and forgets nothing."""
+        return self.whole and self._positions is None
+
+    def slice(self, mask: Tensor) -> Tensor:
+        """The mask over slots, of one over logical positions that hides none but those to come.
+
+        The last slots hold tokens that follow one another, and those before hold tokens that are always seen: so it is
+        what comes behind as many columns as there are tokens without a slot. `mask` is (B or 1, 1, queries, keys).
+        """
+        return mask[..., self.dropped : self.dropped + self.keys.shape[2]]
 
     def slot_positions(self, extra: int = 0) -> Tensor | None:
         """(B, slots + extra) logical position per slot, PAD on padding; `extra` counts tokens about to arrive."""
@@ -138,8 +168,8 @@ class PrunedStaticLayer(Slots, StaticLayer):
         tail = tail.expand(self.keys.shape[0], -1)
         return tail if known is None else torch.cat([known, tail], 1)
 
-    def stored(self, slots: int | Tensor) -> Stored:
-        """What the layer stores now, `slots` entries."""
+    def stored(self, slots: int | Tensor, before: Stored | None = None) -> Stored:
+        """What the layer stores now; `slots` is a copy of its counter."""
         if not self.is_initialized:
             return Stored(None, 0, 0, 0)
         return Stored(self._positions, slots, self.dropped, self.keys.shape[0], self.pictures)
@@ -171,7 +201,7 @@ class PrunedStaticLayer(Slots, StaticLayer):
         self.keys, self.values = fixed_address(keys), fixed_address(values)
         self.filled = cut.index.shape[1]
         self._place(cut.positions)
-        self.vision, self.padded, self.whole = cut.vision, cut.padded, False
+        self.vision, self.padded, self.whole, self.lends = cut.vision, cut.padded, False, False
 
     def hold(self, held: Held, totals: Tensor, advance: int) -> None:
         """Make room for the entries of an inner cache's layer, with what is known of them; `write` brings them."""
@@ -199,7 +229,7 @@ class PrunedStaticLayer(Slots, StaticLayer):
     def share(self, other: Slots) -> None:
         """Describe the same entries by the tensors of another layer."""
         super().share(other)
-        self.fixed = None
+        self.fixed, self.sliced = None, False
 
     def select_rows(self, select: Callable[[Tensor], Tensor]) -> None:
         """Apply `select` to the batch rows of the bookkeeping."""
@@ -210,19 +240,24 @@ class PrunedStaticLayer(Slots, StaticLayer):
         """After a cut of several layers with as many entries as this one: their counters on the device, all at once."""
         counters = [layer.cumulative_length for layer in layers if isinstance(layer, PrunedStaticLayer)]
         torch._foreach_zero_(counters)
-        torch._foreach_add_(counters, self.slots)
+        torch._foreach_add_(counters, self.logical)  # it is the same in all layers
 
     @staticmethod
-    def settle(layers: Sequence[PrunedStaticLayer]) -> None:
+    def settle(layers: Sequence[PrunedStaticLayer], slices: bool = False) -> None:
         """A pass has ended: what is known of the slots goes to the device, and the host stops counting.
 
         Layers of one device that hold the same entries get their own parts of one tensor.
+
+        Args:
+            layers: of one cache.
+            slices: whether the passes that follow come with masks that hide nothing, see `sliced`.
         """
         alike: dict[Any, list[PrunedStaticLayer]] = {}
         for layer in layers:
             layer.filled = None
             known = layer._positions
-            if known is not None and layer.fixed is None:
+            layer.sliced = slices and known is not None and not layer.padded
+            if known is not None and layer.fixed is None and not layer.sliced:
                 key = (known.shape, isinstance(known, OnDevice), layer.dropped, layer.max_cache_len, layer.keys.device)
                 alike.setdefault(key, []).append(layer)
         for some in alike.values():
@@ -246,8 +281,13 @@ class PrunedStaticLayer(Slots, StaticLayer):
         self.dropped += lost
         if lost and self.is_initialized:
             self._store(self.keys[:, :, :slots], self.values[:, :, :slots])
-        keys, values = super().update(key_states, value_states)
-        self.filled = slots + key_states.shape[2]
+        if self.lends and key_states.shape[2] <= self.max_cache_len - self.dropped:
+            self._hold(key_states, value_states)
+            self.filled = key_states.shape[2]
+        else:
+            self.lends = False
+            self._write(key_states, value_states, slots)
+        keys, values = self.keys, self.values
         key = ("arrived", id(self.layout), slots)
         if key not in arrival.memo:
             new = arrival.positions if known is None else torch.cat([known, arrival.positions], 1)
@@ -262,20 +302,39 @@ class PrunedStaticLayer(Slots, StaticLayer):
         end = slots + key_states.shape[2]
         return keys[:, :, :end], values[:, :, :end]
 
+    def _hold(self, keys: Tensor, values: Tensor) -> None:
+        """Keep the first entries as they are: `store` or `own` gives them the room for later tokens."""
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self.batch_size, self.num_heads = keys.shape[:2]
+        self.k_head_dim, self.v_head_dim = keys.shape[-1], values.shape[-1]
+        self.cumulative_length = fixed_address(torch.zeros((), dtype=torch.long, device=keys.device))
+        self.keys, self.values = keys, values
+
+    def own(self) -> None:
+        """Copy what was held without a copy and has not been cut to where there is room for more."""
+        if self.lends and self.is_initialized:
+            self._store(self.keys, self.values)
+        self.lends = False
+
     def _store(self, keys: Tensor, values: Tensor) -> None:
         """Allocate anew and write these entries, (B, G, n, D), as the first ones."""
         self.lazy_initialization(keys, values)
-        n = keys.shape[2]
-        self.keys[:, :, :n], self.values[:, :, :n] = keys, values
-        self._count(n)
+        self._write(keys, values, 0)
 
-    def _count(self, filled: int) -> None:
-        self.cumulative_length.fill_(filled)
-        self.filled = filled
+    def _write(self, keys: Tensor, values: Tensor, first: int) -> None:
+        """Write these entries, (B, G, n, D), from slot `first` on, and count them."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        end = first + keys.shape[2]
+        if end > self.keys.shape[2]:
+            super().update(keys, values)  # the error is transformers' own
+        self.keys[:, :, first:end], self.values[:, :, first:end] = keys, values
+        self.cumulative_length.fill_(end + self.dropped)
+        self.filled = end
 
     def _place(self, positions: Tensor) -> None:
         """Note the positions (B, n) of the filled slots; when the pass has ended, those of tokens to come follow."""
-        self.positions, self.fixed, self.ready = positions, None, False
+        self.positions, self.fixed, self.sliced, self.ready = positions, None, False, False
 
 
 def _first(layer: PrunedStaticLayer, n: int) -> tuple[Tensor, Tensor]:

@@ -95,6 +95,12 @@ class DecodeCachePruner(Settings):
         """Whether attention is read in every layer, at some time."""
         return self.keep is not None or self.old_pictures is not None
 
+    def cuts(self, totals: list[int]) -> bool:
+        """Whether vision entries must leave, of prompts with so many."""
+        if self.keep is None:
+            return False
+        return self.keep < 1 if isinstance(self.keep, float) else any(n > self.keep for n in totals)
+
     def left_of(self, totals: Tensor) -> Tensor:
         """`old_pictures` as a number of entries per row, of a picture with `totals` (B,) tokens."""
         return _entries(self.old_pictures, totals)

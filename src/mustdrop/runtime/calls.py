@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import sys
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from mustdrop.runtime import guards
 from mustdrop.runtime.call_frames import call_of_module, runs
 from mustdrop.runtime.compile import engine
 from mustdrop.runtime.compile.decode_steps import compiled_step
-from mustdrop.runtime.state import Call, Local
+from mustdrop.runtime.state import Call, Local, PromptOnHost
 
 if TYPE_CHECKING:
     from mustdrop.runtime.session import Runtime
@@ -70,7 +69,7 @@ class Calls:
         if local.levels:
             return True
         local.reached, local.frame = 0, None
-        kv.settle(cache_of(kwargs), failed=error is not None)
+        kv.settle(cache_of(kwargs), failed=error is not None, slices=self.shows_all)
         if local.call is not None and not local.call.generates:
             self.finish(local.call, len(local.aside) - 1, error, silent=level == TEXT)
         elif error is not None:
@@ -108,6 +107,8 @@ class Calls:
     def finish(self, call: Call, depth: int, error: BaseException | None = None, silent: bool = False) -> None:
         """End a call with `depth` others around it. The outermost one leaves its trace, or why there is none."""
         self.local.end(depth)
+        if call.generates:
+            kv.release(call.cache)
         if depth or silent:
             return
         if error is None:
@@ -128,7 +129,15 @@ class Calls:
             return
         new = arguments.get("input_ids")
         if isinstance(new, Tensor) and new.shape == ids.shape:
-            call.looked = dataclasses.replace(call.looked, ids=new, mask=arguments.get("attention_mask"))
+            seen = call.looked
+            mask = arguments.get("attention_mask")
+            call.looked = PromptOnHost(new, mask, seen.kinds, seen.valid, seen.whole, seen.tables)
+
+    @property
+    def shows_all(self) -> bool:
+        """Whether the pass is one that `generate` has prepared, of a prompt whose mask hides nothing."""
+        call = self.local.call
+        return call is not None and call.generates and call.shows_all and not self.runtime.method.renumber
 
     @property
     def encoding(self) -> Call | None:

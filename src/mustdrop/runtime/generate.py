@@ -67,8 +67,11 @@ class GenerateWrapper:
         def option(name: str) -> Any:
             if name in kwargs:
                 return kwargs[name]
-            given = [getattr(config, name, None) for config in configs]
-            return next((value for value in given if value is not None), None)
+            for config in configs:
+                value = getattr(config, name, None)
+                if value is not None:
+                    return value
+            return None
 
         implementation = option("cache_implementation")
         if implementation == TAKEN_BACK and kwargs.get("cache_implementation") is None:

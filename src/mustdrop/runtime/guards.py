@@ -43,7 +43,7 @@ def call(runtime: Runtime, kwargs: dict[str, Any]) -> None:
     """Raise `UnsupportedOptionError` for a call that cannot be pruned; settings may have changed since `patch`."""
     backend(runtime)
     mask = kwargs.get("attention_mask")
-    if runtime.implementation == FLEX and mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+    if mask is not None and runtime.implementation == FLEX and not (isinstance(mask, Tensor) and mask.ndim == 2):
         raise UnsupportedOptionError(
             f"attn_implementation={FLEX!r} with an attention mask of somebody's own ({type(mask).__name__}) cannot be "
             "pruned: nothing says which tokens are padding. Pass a mask of (rows, tokens)."
@@ -68,7 +68,7 @@ def backend(runtime: Runtime) -> None:
             f"{runtime.adapter.name} with attn_implementation={name!r} cannot be pruned: transformers does not support "
             f"it in {type(runtime.text).__name__}. Use model.set_attn_implementation('sdpa')."
         )
-    if runtime.flash and runtime.adapter.refuses_flash:
+    if runtime.adapter.refuses_flash and "flash" in name:
         raise UnsupportedOptionError(
             f"{runtime.adapter.name} with attn_implementation={name!r} cannot be pruned: "
             f"{runtime.adapter.refuses_flash}. Use model.set_attn_implementation('sdpa')."
@@ -80,7 +80,7 @@ def windows(runtime: Runtime, spans: list[Span | None], forward: Forward) -> Non
 
     Flash attention counts the entries that are left, and a window counts positions.
     """
-    if not runtime.flash or not runtime.method.drops:
+    if not forward.flash or not runtime.method.drops:
         return
     sizes = [span.size for span in spans if span is not None]
     if sizes and forward.end > min(sizes):
@@ -99,12 +99,13 @@ def no_static(runtime: Runtime) -> str | None:
             "so that nothing moves. Use a DynamicCache, a method without decode_keep, or one whose entries leave once, "
             "at the end of the prefill (DecodeCachePruner.after_prefill)."
         )
-    if runtime.flash:
+    name = runtime.implementation
+    if "flash" in name:
         return (
-            f"attn_implementation={runtime.implementation!r} has no mask that could hide the room for later tokens. "
+            f"attn_implementation={name!r} has no mask that could hide the room for later tokens. "
             "Use model.set_attn_implementation('sdpa'), or a DynamicCache."
         )
-    if runtime.implementation == FLEX:
+    if name == FLEX:
         return (
             f"attn_implementation={FLEX!r} makes a new mask for every step, which a compiled step cannot. "
             "Use model.set_attn_implementation('sdpa'), or a DynamicCache."

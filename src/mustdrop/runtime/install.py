@@ -17,7 +17,6 @@ from mustdrop.runtime.language.recurrent import RowByRow
 from mustdrop.runtime.language.stage import AttentionCapture, LayerHook
 from mustdrop.runtime.vision.block_merging import BlockMergingHooks
 from mustdrop.runtime.vision.encoder import (
-    BlockHook,
     EncoderCapture,
     EncoderStage,
     LengthHook,
@@ -101,8 +100,8 @@ class Installation:
         tower = stage.tower
         for block in tower.before:
             self.handles.append(block.register_forward_pre_hook(LengthHook(stage), with_kwargs=True))
-        for i, block in enumerate(tower.blocks):
-            self.handles.append(block.register_forward_pre_hook(BlockHook(stage, i), with_kwargs=True))
+        for hook in stage.hooks():
+            self.handles.append(tower.blocks[hook.index].register_forward_pre_hook(hook, with_kwargs=True))
         if stage.shortens:
             self.handles += PackedHooks(runtime.local).install(tower)
             self.handles.append(tower.module.register_forward_hook(stage.after_tower, prepend=True))

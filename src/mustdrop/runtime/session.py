@@ -191,24 +191,26 @@ class Runtime(Copied):
             cache = cache_of(kwargs)
             start = 0 if cache is None else int(cache.get_seq_length())
             valid = valid_tokens(kinds, mask, start)
+            own, shown = kinds.numpy(), valid.numpy()
+            whole = bool(shown.all())
             if ids is not None and not start and (given is None or getattr(given, "shape", None) == ids.shape):
-                call.looked = PromptOnHost(ids, given, kinds, valid, bool(valid.all()), (kinds.numpy(), valid.numpy()))
-            call.totals_of = {m.name: (kinds == i).sum(1).tolist() for i, m in enumerate(self.modalities)}
-            if bool(((kinds >= 0) & ~valid).any()):  # each still stands for a feature, so the encoder's marks know them
-                call.shown_of = {
+                call.looked = PromptOnHost(ids, given, kinds, valid, whole, (own, shown))
+            call.totals_of = {m.name: (own == i).sum(1).tolist() for i, m in enumerate(self.modalities)}
+            if not whole and bool(((own >= 0) & ~shown).any()):  # each still stands for a feature, so the encoder's
+                call.shown_of = {  # marks know them
                     m.name: [v[k == i] for k, v in zip(kinds, valid, strict=True)]
                     for i, m in enumerate(self.modalities)
                 }
-            kinds = kinds.masked_fill(~valid, -1)
-            call.totals = (kinds >= 0).sum(1).tolist()
+            own = own if whole else np.where(shown, own, -1)
+            call.totals = (own >= 0).sum(1).tolist()
             guards.media(self, call.totals_of, kwargs if ids is None else {"input_ids": ids, **kwargs})
             call.plans = self.plan_batch(call.totals)
-            ends = np.where(last_token(valid.numpy()), kinds.numpy(), -1).max(1).tolist()
+            ends = np.where(last_token(shown), own, -1).max(1).tolist()
             rule = None if self.method.vision is None else self.method.vision.rule
             if rule is not None and rule.asks:
                 embeds = kwargs.get("inputs_embeds")
                 embeds = self.text.get_input_embeddings()(ids) if embeds is None else embeds
-                call.words = words(embeds.detach(), kinds >= 0, valid)
+                call.words = words(embeds.detach(), own >= 0, shown)
             call.open_ended = [None if i < 0 else self.modalities[i].name for i in ends]
         return call
 
@@ -234,14 +236,18 @@ class Runtime(Copied):
         tokens = [modality.token for modality in self.modalities]
         # of kinds that share a token, the one that came with the call
         kinds = [i for i, m in enumerate(self.modalities) if tokens.count(m.token) == 1 or _came(m, kwargs)]
-        wanted = torch.tensor([tokens[i] for i in kinds], dtype=torch.long, device=HOST)
+        given = cast(Tensor, embeds if ids is None else ids)
         if ids is not None:
-            same = ids.to(HOST)[..., None] == wanted
+            there = given.to(HOST).numpy()
+            same = [there == tokens[i] for i in kinds]
         else:
-            given = cast(Tensor, embeds)
-            rows = self.text.get_input_embeddings()(wanted.to(given.device))
-            same = (given[:, :, None] == rows.to(given)).all(-1).to(HOST)
-        return torch.where(same, torch.tensor(kinds, dtype=torch.long, device=HOST), -1).amax(-1)
+            wanted = torch.tensor([tokens[i] for i in kinds], dtype=torch.long, device=given.device)
+            rows = self.text.get_input_embeddings()(wanted)
+            same = list((given[:, :, None] == rows.to(given)).all(-1).to(HOST).permute(2, 0, 1).numpy())
+        found = np.full(given.shape[:2], -1, dtype=np.int64)
+        for i, own in zip(kinds, same, strict=True):
+            found[own] = i
+        return torch.from_numpy(found)
 
     def _text_is_compiled(self) -> bool:
         """Whether somebody has compiled the text model by itself: in place, or by a module around it."""

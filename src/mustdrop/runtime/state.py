@@ -12,7 +12,7 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mustdrop.runtime.language.fixed_rows import FlatMarks
     from mustdrop.runtime.language.straight_pass import Straight
     from mustdrop.runtime.language.vision_tokens import VisionTokens
+    from mustdrop.runtime.prompt_media import PromptMedia
     from mustdrop.runtime.vision.encoder_run import EncoderRun
 
 _MANY = 1 << 20  # numbers that a trace may keep of what one filter read
@@ -163,10 +164,8 @@ class Prefill:
         past: per decoder layer, entries that its cache held before.
         scored: (decoder layer, rows whose attention was read there: the most of any sample), once per reader.
         heard: what each filter read.
-        marks: per row, what the vision stage decided over its vision tokens, or over those of each of its media (empty
-            without one).
-        media: per row, its media in the order of the prompt: layout, kind, and where its features are among the row's
-            vision tokens (empty if the encoder did not run).
+        own: per row, what the vision stage decided over its vision tokens, where the host looked at that.
+        shown: the media of each row, None without any.
     """
 
     vision: Tensor
@@ -176,15 +175,19 @@ class Prefill:
     past: list[int] = field(default_factory=list)
     scored: list[tuple[int, int]] = field(default_factory=list)
     heard: list[FilterAttention] = field(default_factory=list)
-    marks: list[Marks] | list[list[Marks]] = field(default_factory=list)
-    media: list[list[Medium]] = field(default_factory=list)
+    own: list[Marks] = field(default_factory=list)
+    shown: PromptMedia | None = None
+
+    @property
+    def media(self) -> list[list[Medium]]:
+        """Per row, its media in the order of the prompt; empty if the encoder did not run."""
+        return [] if self.shown is None else self.shown.media
 
     def of_prompts(self) -> list[Marks]:
-        """Per row, what the vision stage decided over its vision tokens, on the host."""
-        out = []
-        for media, own in zip(self.media, self.marks, strict=True) if self.marks else ():
-            out.append(own.to("cpu") if isinstance(own, Marks) else Marks.of_prompt(media, cast("list[Marks]", own)))
-        return out
+        """Per row, what the vision stage decided over its vision tokens, on the host; empty without one."""
+        if self.own:
+            return [mark.to("cpu") for mark in self.own]
+        return [] if self.shown is None else self.shown.spread()
 
     def hear(self, layer: int, attention: Tensor | Sent, rows: Tensor | None) -> None:
         """Keep for the trace what a filter read, as it is: nothing is computed before somebody asks for it.
@@ -257,6 +260,9 @@ class Call:
         cache: the cache that the call used.
         steps: logical tokens that followed the first pass.
         kernels: which implementations ran (see `mustdrop.kernels`).
+        whole: whether the mask of a `generate` of transformers' own hid nothing in its first pass; then none of its
+            masks does.
+        shows_all: whether that goes for the pass that runs.
     """
 
     generates: bool = False
@@ -282,10 +288,17 @@ class Call:
     cache: Any = None
     steps: int = 0
     kernels: set[str] = field(default_factory=fresh_log)
+    whole: bool = False
+    shows_all: bool = False
 
     def passes(self, arguments: dict[str, Any]) -> None:
         """A pass that belongs to a `generate` begins."""
-        self.prepared = None
+        prepared, self.prepared = self.prepared, None
+        mask = arguments.get("attention_mask")
+        if self.prefill is None:
+            seen = self.looked
+            self.whole = seen is not None and seen.whole and seen.knows(arguments.get("input_ids"), mask)
+        self.shows_all = self.whole and prepared is not None and prepared.get("attention_mask") is mask
         if self.prefill is None:
             names = (*self.media, "mm_encoder_outputs")
             self.media = {name: arguments[name] for name in names if arguments.get(name) is not None}
@@ -320,6 +333,8 @@ class Forward:
         memo: masks and positions shared by layers of one layout.
         flash: whether the text model runs a flash-attention kernel.
         idle: whether layers have at most a mask to map: one token, over growing caches of which nothing is read.
+        free: whether an idle one maps no mask either: every cache layer is what transformers takes it for.
+        lent: decoder layers whose caches are cut when the pass has ended: see `mustdrop.kv.Slots.lends`.
         mask: the attention mask as the caller gave it, which says what is padding.
         later: what tokens after the prompt can see, once a cache policy has asked.
         shrinks: whether it brings a newer picture to a chat whose older ones shrink then.
@@ -340,6 +355,8 @@ class Forward:
     memo: dict[Any, Any] = field(default_factory=dict)
     flash: bool = False
     idle: bool = False
+    free: bool = False
+    lent: range = range(0)
     mask: Any = None
     later: LaterTokens | None = None
     shrinks: bool = False

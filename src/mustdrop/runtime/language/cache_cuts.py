@@ -1,7 +1,7 @@
 """Cache layers that lose entries at the end of the prompt, as many of them at once as hold tensors of one shape.
 
-What each layer keeps is one select over the rows of all of them, and what they store one copy. The indices come to the
-host once, where the bookkeeping of the slots lies.
+What each layer keeps is one select over the rows of all of them, and what they store one copy. How many stay is known
+to the host, and which ones it asks for when somebody must know.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mustdrop import kernels
+from mustdrop.constants import sent
 from mustdrop.indices import HOST, PAD, on
 from mustdrop.kv.cut import AT_ONCE, Cut
+from mustdrop.kv.slots import OnDevice
 from mustdrop.pruners import DecodeCachePruner, Received, answers
 
 
@@ -62,57 +65,67 @@ def _evict(
 ) -> None:
     many, device = len(layers), layers[0].keys.device
     positions, vision, candidates = (
-        stacked([getattr(own, name) for own in entries]) for name in ("positions", "vision", "candidates")
+        _tables([getattr(own, name) for own in entries]) for name in ("positions", "vision", "candidates")
     )  # (1 or L, B, slots)
-    budget = stacked(budgets)
-    real = positions != PAD
-    fits = (vision.sum(-1) <= budget) | everything
+    budget, real = _tables(budgets), positions != PAD
+    fits = (vision.sum(-1) <= budget) | everything.numpy()
     first = real & (~vision | fits[..., None])  # these stay
     free = real & candidates & ~first
-    wanted = first.sum(-1) + torch.minimum(free.sum(-1), budget)
-    if torch.equal(wanted, real.sum(-1).expand_as(wanted)):
+    wanted = first.sum(-1) + np.minimum(free.sum(-1), budget)
+    if (wanted == real.sum(-1)).all():
         return
-    wanted = wanted.expand(many, -1)
-    widths: list[int] = wanted.amax(1).tolist()
-    index = _chosen(decode, layers, [candidates, first | free, first], wanted, max(widths))
-    lacks = torch.tensor(widths, dtype=torch.long, device=HOST)[:, None] - wanted
+    wanted = np.broadcast_to(wanted, (many, wanted.shape[1]))
+    widths: list[int] = wanted.max(1).tolist()
+    known = np.broadcast_arrays(candidates, first | free, first, vision)
+    flags = sent(np.stack(known), device)
+    lacks = np.array(widths)[:, None] - wanted
+    index = _chosen(decode, layers, flags[:3], wanted, max(widths))
     padded = bool(lacks.any())
     if padded:
-        index = _left_padded(index, on(lacks, device))
-    where = index.to(HOST)
+        index = _left_padded(index, on(torch.from_numpy(lacks), device))
     rooms = [layer.room(width) for layer, width in zip(layers, widths, strict=True)]
     stored = _stored(layers, index, rooms)
-    known = [x.expand(many, -1, -1).gather(2, where.clamp(min=0)) for x in (positions, vision)]
-    if padded or min(widths) < max(widths):
-        known = [known[0].masked_fill(where < 0, PAD), known[1] & (where >= 0)]
-    cuts = zip(where.unbind(), known[0].unbind(), known[1].unbind(), strict=True)
-    for i, (layer, cut) in enumerate(zip(layers, cuts, strict=True)):
-        own, places, marks = cut if widths[i] == where.shape[2] else (x[:, : widths[i]] for x in cut)
+    ragged = padded or min(widths) < max(widths)
+    places, marks = (OnDevice.parts(x, widths) for x in _known(sent(positions, device), flags[3], index, ragged))
+    indices = OnDevice.parts(index, widths)
+    for i, layer in enumerate(layers):
         layer.attended = layer.queries = None  # nothing is read any more
-        layer.store(Cut(own, places, marks, padded), *stored[2 * i : 2 * i + 2])
+        layer.store(Cut(indices[i], places[i], marks[i], padded), *stored[2 * i : 2 * i + 2])
     for width in set(widths):  # a static cache counts on its device
         same = [layer for layer, own in zip(layers, widths, strict=True) if own == width]
         same[0].count(same)
 
 
-def _chosen(decode: DecodeCachePruner, layers: list[Any], flags: list[Tensor], wanted: Tensor, slots: int) -> Tensor:
+def _known(positions: Tensor, vision: Tensor, index: Tensor, ragged: bool) -> tuple[Tensor, Tensor]:
+    """(L, B, M) each, positions and marks of the entries `index`; of what is not there where rows are `ragged`, PAD."""
+    many, batch, width = index.shape
+    rows = [x.expand(many, -1, -1).reshape(many * batch, -1) for x in (positions, vision)]
+    places, marks = kernels.gather_rows(rows, index.reshape(many * batch, width), zero=ragged)
+    places, marks = places.view(index.shape), marks.view(index.shape)
+    return places.masked_fill(index < 0, PAD) if ragged else places, marks
+
+
+def _tables(values: list[Tensor]) -> np.ndarray:
+    """(L, ...), or (1, ...) where it is the same tensor L times, for arithmetic without torch."""
+    return (values[0][None] if all(x is values[0] for x in values) else torch.stack(values)).numpy()
+
+
+def _chosen(decode: DecodeCachePruner, layers: list[Any], flags: Tensor, wanted: np.ndarray, slots: int) -> Tensor:
     """(L, B, slots) long, the entries that stay, ascending, -1 behind them.
 
-    `flags` are candidates, what can stay, and what stays before all else, each (1 or L, B, slots).
+    `flags` (3, 1 or L, B, slots) are candidates, what can stay, and what stays before all else.
     """
     many, batch = wanted.shape
     device, n = layers[0].keys.device, layers[0].slots
-    most = max(len(x) for x in flags)
-    sent = on(torch.stack([x.expand(most, -1, -1) for x in flags]), device).expand(3, many, -1, -1)
-    seen, alive, first = sent.reshape(3, many * batch, n).unbind()
+    seen, alive, first = flags.expand(3, many, -1, -1).reshape(3, many * batch, n).unbind()
     given, queries = (_of_all([getattr(layer, name) for layer in layers], n) for name in ("attended", "queries"))
     score = answers.entries(decode.scorer, Received(given, queries), seen)
-    index, _ = kernels.select(score, alive, on(wanted.reshape(-1), device), slots, first)
+    there = on(torch.from_numpy(np.ascontiguousarray(wanted)), device)
+    index, _ = kernels.select(score, alive, there.view(-1), slots, first)
     index = index.view(many, batch, slots)
-    lacks = slots - wanted
-    if not bool(lacks.any()):
+    if (wanted == slots).all():
         return index
-    place = torch.arange(slots, dtype=torch.long, device=device) + on(lacks, device)[..., None]
+    place = torch.arange(slots, dtype=torch.long, device=device) + (slots - there)[..., None]
     return index.gather(2, place.clamp(max=slots - 1)).masked_fill(place >= slots, PAD)
 
 

@@ -314,7 +314,7 @@ def after_prompt(decode: DecodeCachePruner | None, forward: Forward, later: Late
     budgets = [count] * depth
     entries = _entries(later, layers, range(depth))
     if decode.scorer.by_layer:
-        seen = {id(own): own.candidates.sum(1) for own in entries}
+        seen = {key: own.candidates.sum(1) for key, own in {id(own): own for own in entries}.items()}
         held = torch.stack([seen[id(own)] for own in entries])
         mass = [read.mass for _, read in sorted(forward.readings.items()) if read.mass is not None]
         budgets = list(answers.budgets(decode.scorer, _on_the_host(mass), count, held))

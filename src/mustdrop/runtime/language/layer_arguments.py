@@ -46,11 +46,12 @@ class LayerArguments:
             self._rewrite(layer, forward, media, hidden, kwargs, folds)
             return
         # layers hold the rows of this pass alone: who is given the same gets the same
-        given = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
-        key = ("given", folds, *map(id, given.values()))
-        if key in forward.memo:
-            kwargs.update(forward.memo[key][1])
+        key = ("given", folds, *kwargs, *map(id, kwargs.values()))
+        known = forward.memo.get(key)
+        if known is not None:
+            kwargs.update(known[1])
             return
+        given = dict(kwargs)
         self._rewrite(layer, forward, media, hidden, kwargs, folds)
         changed = {name: kwargs[name] for name, value in given.items() if kwargs[name] is not value}
         forward.memo[key] = (given, changed)  # holding what came keeps its ids from being used again
@@ -136,10 +137,14 @@ class LayerArguments:
         """
         if layer.whole:
             return False
+        mask = kwargs.get("attention_mask")
+        slices = layer.sliced if memo is None else self.runtime.calls.shows_all and not layer.padded
+        if slices and isinstance(mask, Tensor) and mask.ndim == 4:
+            kwargs["attention_mask"] = layer.slice(mask)
+            return True
         if layer.fixed is None:  # in a pass after one that has failed
             kv.PrunedStaticLayer.settle([layer])
         assert layer.fixed is not None  # the layer has lost something, so it knows positions
-        mask = kwargs.get("attention_mask")
         if memo is None:
             kwargs["attention_mask"] = fixed_mask(mask, layer.fixed, layer.padded)
         else:
@@ -148,7 +153,7 @@ class LayerArguments:
                 memo[key] = (mask, fixed_mask(mask, layer.fixed, layer.padded))
             kwargs["attention_mask"] = memo[key][1]
         if self.runtime.method.renumber:
-            stored = layer.cumulative_length - (layer.fixed == PAD).sum(1, keepdim=True)
+            stored = layer.cumulative_length - layer.dropped - (layer.fixed == PAD).sum(1, keepdim=True)
             place = stored + torch.arange(hidden.shape[1], dtype=torch.long, device=hidden.device)
             for name, value in kwargs.items():
                 if name.startswith("position_embeddings") and value is not None:

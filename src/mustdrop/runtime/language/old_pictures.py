@@ -29,8 +29,8 @@ _NEWEST_TEXT = CacheScorer()
 def numbers(media: VisionTokens) -> Tensor:
     """(B, length) long, which picture (or video) of the pass each token belongs to, -1 for text and hidden tokens."""
     found = torch.full(media.places.shape, -1, dtype=torch.long, device=HOST)
-    if media.media:
-        for row, own, places in zip(found, media.media, media.places, strict=True):
+    if media.shown.media:
+        for row, own, places in zip(found, media.shown.media, media.places, strict=True):
             where = places.nonzero()[:, 0]
             for k, medium in enumerate(own):
                 row[where[medium.index]] = k

@@ -30,7 +30,7 @@ from mustdrop.runtime.language.layer_arguments import LayerArguments, arrival
 from mustdrop.runtime.language.straight_pass import columns
 from mustdrop.runtime.language.vision_tokens import VisionTokens
 from mustdrop.runtime.masks_flex import Mask
-from mustdrop.runtime.state import Call, Forward, Local, Prefill
+from mustdrop.runtime.state import Call, Forward, Prefill
 
 if TYPE_CHECKING:
     from mustdrop.runtime.session import Runtime
@@ -61,11 +61,11 @@ class LayerHook:
         if straight is not None:
             named = dict(zip(self.names, args[1:], strict=False))
             return straight.before_layer(self.index, args[0], {**named, **kwargs})
-        if compiled_step(local, args, kwargs):
+        if torch.compiler.is_compiling() and compiled_step(local, args, kwargs):
             return self.stage.compiled_layer(self.index, args, kwargs)
         forward = local.forward
         if forward is not None and forward.idle:
-            return self.stage.idle_layer(self.index, forward, args, kwargs)
+            return None if forward.free else self.stage.idle_layer(self.index, forward, args, kwargs)
         if len(args) > 1:
             args, kwargs = args[:1], {**dict(zip(self.names, args[1:], strict=False)), **kwargs}
         return self.stage.before_layer(self.index, args, kwargs)
@@ -87,14 +87,11 @@ class TextStage(Copied):
     """Runs the prefill and decode sockets of one patched model."""
 
     def __init__(self, runtime: Runtime) -> None:
-        self.runtime = runtime
+        self.runtime, self.local = runtime, runtime.local
+        self._decode = runtime.method.decode or _NO_DECODE
+        self._turns = {layer: k for k, layer in enumerate(runtime.filters)}  # filter layer -> number of the filter
         self.rewriter = LayerArguments(runtime)
         self.spans = spans(runtime.text.config, runtime.depth)
-
-    @property
-    def local(self) -> Local:
-        """Run state of this thread."""
-        return self.runtime.local
 
     # -- entry --------------------------------------------------------------------------------------------------------
 
@@ -199,6 +196,7 @@ class TextStage(Copied):
         if not media.whole:
             stay = media.alive if media.fixed is None else media.fixed.arrive()
             kwargs["inputs_embeds"] = where(on(stay, embeds.device)[..., None], embeds, 0.0)
+        forward.lent = self._lent(media)
         forward.idle = self._keeps_all(forward, media)
         if forward.idle and forward.record is not None:
             forward.record.rows, forward.record.past = [None] * runtime.depth, [forward.start] * runtime.depth
@@ -208,14 +206,14 @@ class TextStage(Copied):
         """For the trace: which media came."""
         media = forward.media
         assert media is not None, "a pass without media"
-        marks = media.marks or vision_tokens.by_medium(self.local.call, media.media)
-        self._record(forward, Prefill(media.places, forward.start, media.valid, marks=marks, media=media.media))
+        self._record(forward, Prefill(media.places, forward.start, media.valid, own=media.marks, shown=media.shown))
 
     def _has_vision(self, kinds: Tensor) -> bool:
         """Whether any of the positions is a vision token's."""
         call = self.local.call
-        known = None if call is None else call.looked
-        return bool(((known.tables[0] if known is not None and known.kinds is kinds else kinds.numpy()) >= 0).any())
+        if call is not None and call.looked is not None and call.looked.kinds is kinds:
+            return any(map(any, call.totals_of.values()))
+        return bool((kinds.numpy() >= 0).any())
 
     def _begins(self, cache: Any, length: int, seen: bool) -> Callable[[], int]:
         """What says how many tokens came before this pass.
@@ -237,6 +235,9 @@ class TextStage(Copied):
         if forward.length > 1 or forward.flash or self.runtime.method.renumber or self._decode.reads_steps:
             return False
         layers = [] if forward.cache is None else forward.cache.layers
+        forward.free = all(layer.plain for layer in layers)
+        if forward.free:
+            return True
         if not all(isinstance(layer, kv.PrunedLayer | kv.PrunedState) for layer in layers):
             return False
         for layer in layers:
@@ -251,7 +252,10 @@ class TextStage(Copied):
         if not all(filter_step.skips(media, k) for k in range(len(self.runtime.filters))):
             return False
         layers = [] if forward.cache is None else forward.cache.layers
-        return all(isinstance(layer, kv.PrunedLayer | kv.PrunedState) and layer.positions is None for layer in layers)
+        forward.free = all(layer.plain for layer in layers)
+        return forward.free or all(
+            isinstance(layer, kv.PrunedLayer | kv.PrunedState) and layer._positions is None for layer in layers
+        )
 
     def _is_recorded(self, forward: Forward) -> bool:
         """Whether the trace describes this pass, the first of its call. Of others only the tokens are counted."""
@@ -270,7 +274,7 @@ class TextStage(Copied):
     @eager
     def before_layer(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Drop rows if it is this layer's turn, then bring its arguments in line with the rows that are left."""
-        forward = self.runtime.local.forward
+        forward = self.local.forward
         if forward is None:
             return None
         layer = forward.cache.layers[i] if forward.cache is not None else None
@@ -284,14 +288,15 @@ class TextStage(Copied):
             hidden = self._taken(forward, media.fixed, media.fixed.enter(hidden))
         elif i == 0 and (media.reordered or not media.whole):
             hidden = self._gather(forward, media, hidden, media.alive)
-        elif i - 1 in self.runtime.filters:
-            hidden = self._filter(forward, media, self.runtime.filters.index(i - 1), hidden)
+        elif i - 1 in self._turns:
+            hidden = self._filter(forward, media, self._turns[i - 1], hidden)
         if forward.record is not None:
             forward.record.rows.append(forward.rows)
             forward.record.past.append(layer.slots if layer is not None and forward.start else 0)
         if self._filters_after(i, media) or (layer is not None and self._reads_prompt(forward)):
-            self.runtime.local.capture = ("text", i)
+            self.local.capture = ("text", i)
         if layer is not None:
+            layer.lends = self._lends(i, layer, forward, kwargs)
             layer.arrival = arrival(forward, media)
             layer.padded |= media.padded if forward.rows is None else forward.padded
         if forward.rows is not None:
@@ -299,6 +304,31 @@ class TextStage(Copied):
         else:
             self._extend(i, layer, forward, hidden, kwargs)
         return (hidden,), kwargs
+
+    def _lent(self, media: VisionTokens) -> range:
+        """Layers whose caches are sure to be cut when the pass has ended, or nearly: see `Forward.lent`."""
+        decode, depth = self._decode, self.runtime.depth
+        if decode.after_prefill:
+            return range(depth if decode.cuts(media.totals) else 0)
+        if not decode.cascade:
+            return range(0)
+        drops = [layer for layer, k in self._turns.items() if not filter_step.skips(media, k)]
+        return range(decode.full_layers, max(drops, default=-1) + 1)
+
+    @staticmethod
+    def _lends(i: int, layer: kv.Slots, forward: Forward, kwargs: dict[str, Any]) -> bool:
+        """Whether a layer may hold what comes without a copy. A static one that is whole hands out no room then."""
+        if layer.lends:  # since an interrupt ended the pass that should have cut it
+            layer.own()
+        fresh = isinstance(layer, kv.PrunedLayer | kv.PrunedStaticLayer) and not layer.is_initialized
+        if forward.start or i not in forward.lent or not fresh:
+            return False
+        if isinstance(layer, kv.PrunedStaticLayer) and forward.rows is None:
+            mask = kwargs.get("attention_mask")
+            if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 4):
+                return False
+            kwargs["attention_mask"] = None if mask is None else mask[..., : forward.length]
+        return True
 
     def idle_layer(self, i: int, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A decode step in which only the mask may have to be mapped; layers with the same entries map it once."""
@@ -380,17 +410,12 @@ class TextStage(Copied):
 
     # -- scores -------------------------------------------------------------------------------------------------------
 
-    @property
-    def _decode(self) -> DecodeCachePruner:
-        return self.runtime.method.decode or _NO_DECODE
-
     def _reads_prompt(self, forward: Forward) -> bool:
         """Whether rows of the prompt are read in every layer, for the cache."""
         return self._decode.reads_prompt or forward.shrinks
 
     def _filters_after(self, i: int, media: VisionTokens) -> bool:
-        filters = self.runtime.filters
-        return i in filters and not filter_step.skips(media, filters.index(i))
+        return i in self._turns and not filter_step.skips(media, self._turns[i])
 
     @eager
     def capture(self, i: int, module: nn.Module, q: Tensor, k: Tensor, mask: Mask, kwargs: dict[str, Any]) -> None:
@@ -451,13 +476,17 @@ class TextStage(Copied):
             return None
         forward, call, made = local.forward, local.call, None
         local.forward, local.capture, local.straight = None, None, None
+        cache = None if forward is None else forward.cache
         if forward is not None and output is not None:
             if call is not None:
                 call.cache = forward.cache
             made = self._leave(forward, call, output)
-            if forward.cache is not None:
-                for layer in forward.cache.layers:
+            if cache is not None and not forward.free:
+                for layer in cache.layers:
                     layer.slide()
+        if forward is not None and cache is not None:
+            for layer in cache.layers[forward.lent.start : forward.lent.stop]:
+                layer.own()
         self.runtime.calls.leave(TEXT, kwargs, raised(output))
         return made
 
@@ -478,7 +507,9 @@ class TextStage(Copied):
             cache_policy.after_prompt(self._decode, forward, later)
         remembers = self._decode.reads_steps or self._decode.old_pictures is not None
         layers = [] if forward.cache is None or remembers else forward.cache.layers
-        if made is None and all(layer.whole for layer in layers):  # all or none: a model without hooks is then refused
+        if (
+            made is None and not forward.free and all(layer.whole for layer in layers)
+        ):  # all or none: a model without hooks is then refused
             for layer in layers:  # at its first layer
                 layer.forget()
         return made

@@ -16,7 +16,8 @@ from mustdrop.pruners import TextScorer, answers
 from mustdrop.runtime.language import fixed_rows
 from mustdrop.runtime.language.fixed_rows import FixedRows
 from mustdrop.runtime.plan import survivors_of
-from mustdrop.runtime.state import Call, Marks, Medium
+from mustdrop.runtime.prompt_media import PromptMedia
+from mustdrop.runtime.state import Call, Marks
 
 if TYPE_CHECKING:
     from mustdrop.runtime.session import Runtime
@@ -38,7 +39,7 @@ class VisionTokens:
         padded: whether any token is padding.
         marks: what the vision stage decided, per row over its vision tokens; empty without a vision stage, and where
             `fixed` knows.
-        media: per row, its media in the order of the prompt; empty if the encoder did not run.
+        shown: the media of each row.
         alive: bool, all but the vision tokens that the vision stage dropped. On the device with `fixed`.
         ends: bool, vision tokens that end their prompts: they predict what follows, so they stay; None without such.
         pinned: bool, the key set and the ends, or None.
@@ -60,7 +61,7 @@ class VisionTokens:
     totals: list[int]
     padded: bool
     marks: list[Marks]
-    media: list[list[Medium]]
+    shown: PromptMedia
     alive: Tensor
     ends: Tensor | None = None
     pinned: Tensor | None = None
@@ -87,6 +88,8 @@ def read(runtime: Runtime, embeds: Tensor, kinds: Tensor, mask: Tensor | None) -
     """
     media, tables = _tokens(runtime, kinds, mask)
     call = runtime.local.call
+    if not runtime.method.marks and runtime.method.prefill is None and runtime.engine is None:
+        return media  # all of it stays
     if fixed_rows.possible(runtime, call, kinds, media.ends is not None):
         _fixed(runtime, media, embeds.device, tables, call)
     else:
@@ -101,7 +104,7 @@ def counted(runtime: Runtime, device: torch.device, kinds: Tensor, mask: Tensor 
     if fixed_rows.possible(runtime, call, kinds, media.ends is not None):
         _fixed(runtime, media, device, tables, call)
         return media
-    marked = not runtime.method.marks or (media.media and call is not None and call.marks and not call.unmarked)
+    marked = not runtime.method.marks or (media.shown.media and call is not None and call.marks and not call.unmarked)
     if not marked or (prefill is not None and not fixed_rows.counts_are_known(prefill, media.ends is not None)):
         return None
     _look(runtime, media, torch.empty(0, device=device), call)
@@ -125,7 +128,7 @@ def _tokens(runtime: Runtime, kinds: Tensor, mask: Tensor | None) -> tuple[Visio
     places = own >= 0
     vision, prompt = places & shown, _prompt(shown, call)
     text, ends = _raters(vision, prompt), vision & last_token(prompt)
-    found = _media(call, [modality.name for modality in runtime.modalities], own)
+    found = PromptMedia.of(call, [modality.name for modality in runtime.modalities], own)
     made = [torch.from_numpy(x) for x in (vision, places, prompt, text)]
     media = VisionTokens(
         made[0], made[1], valid, True, made[2], made[3], made[3], vision.sum(1).tolist(), not bool(shown.all()), [],
@@ -136,7 +139,7 @@ def _tokens(runtime: Runtime, kinds: Tensor, mask: Tensor | None) -> tuple[Visio
 
 def _look(runtime: Runtime, media: VisionTokens, embeds: Tensor, call: Call | None) -> None:
     """The host looks at what was decided: marks, scoring rows, counts."""
-    media.marks = _marks(call, media.media) if media.media else []
+    media.marks = media.shown.spread()
     media.alive = torch.ones_like(media.vision)
     if media.marks and call is not None and not call.unmarked:
         for b, row in enumerate(media.marks):
@@ -250,7 +253,7 @@ def last_token(valid: np.ndarray) -> np.ndarray:
     return last
 
 
-def words(embeds: Tensor, vision: Tensor, valid: Tensor) -> list[Tensor]:
+def words(embeds: Tensor, vision: np.ndarray, valid: np.ndarray) -> list[Tensor]:
     """Per row (T, C), embeddings of the text after the last vision token; of all text where none follows.
 
     Args:
@@ -258,8 +261,8 @@ def words(embeds: Tensor, vision: Tensor, valid: Tensor) -> list[Tensor]:
         vision: (B, length) bool.
         valid: (B, length) bool, tokens that are not padding.
     """
-    text = (valid & ~vision).numpy()
-    behind = text & (vision.numpy()[:, ::-1].cumsum(1)[:, ::-1] == 0)  # no vision token here or later
+    text = valid & ~vision
+    behind = text & (vision[:, ::-1].cumsum(1)[:, ::-1] == 0)  # no vision token here or later
     text = np.where(behind.any(1, keepdims=True), behind, text)
     places = [np.flatnonzero(row) for row in text]
     if len({len(place) for place in places}) == 1:
@@ -292,58 +295,6 @@ def _raters(vision: np.ndarray, valid: np.ndarray) -> np.ndarray:
     behind = vision[:, ::-1].cumsum(1)[:, ::-1] == 0  # no vision token here or later
     text = valid & ~vision & behind
     return np.where(text.any(1, keepdims=True), text, last_token(valid))
-
-
-def _media(call: Call | None, names: list[str], kinds: np.ndarray) -> list[list[Medium]]:
-    """Media per batch row, repeated where the batch was expanded for beams; empty if the encoder saw other media.
-
-    Args:
-        call: of this pass.
-        names: of the modalities.
-        kinds: (B, length) long, index of each token's modality, -1 for text.
-    """
-    if call is None or not call.layouts:
-        return []
-    prompts = max(len(rows) for rows in call.layouts.values())
-    if not prompts or len(kinds) % prompts:
-        return []
-    times = len(kinds) // prompts
-    out = []
-    for row, own in enumerate(kinds):
-        own = own[own >= 0]
-        media: list[tuple[int, Medium]] = []
-        for i, name in enumerate(names):
-            place = np.flatnonzero(own == i)
-            layouts = call.layouts.get(name, [[]] * prompts)[row // times]
-            sizes = [layout.size for layout in layouts]
-            if sum(sizes) != len(place):
-                return []
-            parts = np.split(place, np.cumsum(sizes)[:-1]) if sizes else []
-            media += [
-                (int(part[0]), Medium(name, layout, part))
-                for layout, part in zip(layouts, parts, strict=True)
-                if len(part)
-            ]
-        out.append([medium for _, medium in sorted(media, key=lambda pair: pair[0])])
-    return out
-
-
-def _marks(call: Call | None, media: list[list[Medium]]) -> list[Marks]:
-    """What the vision stage decided, per batch row over its vision tokens; empty without one."""
-    return [Marks.of_prompt(row, marks) for row, marks in zip(media, by_medium(call, media), strict=False)]
-
-
-def by_medium(call: Call | None, media: list[list[Medium]]) -> list[list[Marks]]:
-    """What the vision stage decided, per batch row and medium; empty without one."""
-    if call is None or not call.marks:
-        return []
-    by_layout = {
-        id(layout): mark
-        for kind, rows in call.marks.items()
-        for layouts, marks in zip(call.layouts[kind], rows, strict=True)
-        for layout, mark in zip(layouts, marks, strict=True)
-    }
-    return [[by_layout[id(medium.layout)] for medium in row] for row in media]
 
 
 def _spread_marks(media: VisionTokens, reorder: bool) -> None:

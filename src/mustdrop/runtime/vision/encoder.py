@@ -61,10 +61,17 @@ class EncoderCapture:
 
 @dataclass
 class BlockHook:
-    """Pre-hook of one encoder layer."""
+    """Pre-hook of one encoder layer.
+
+    Attributes:
+        stage: of the encoder.
+        index: of the layer.
+        layers: how many layers, this one and those without a hook that follow it, see the same sequences.
+    """
 
     stage: EncoderStage
     index: int
+    layers: int = 1
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -73,7 +80,7 @@ class BlockHook:
         if not args:
             name = _parameters(type(module).forward)[1]
             args, kwargs = (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
-        return self.stage.before_block(self.index, module, args, kwargs)
+        return self.stage.before_block(self.index, module, args, kwargs, self.layers)
 
 
 @dataclass
@@ -144,6 +151,13 @@ class EncoderStage(Copied):
         return frames == 1 or pruner.temporal_window == 1
 
     @property
+    def merges(self) -> bool:
+        """Whether windows may merge inside the encoder."""
+        pruner = self.pruner
+        inside = pruner is not None and pruner.window is not None and pruner.inside
+        return inside and (not self.tower.packed or self.merges_packed)
+
+    @property
     def merges_packed(self) -> bool:
         """Whether windows merge inside a packed encoder. The authors' code knows no such encoder."""
         pruner = self.pruner
@@ -172,14 +186,26 @@ class EncoderStage(Copied):
         """Layers whose hidden states are read."""
         return sorted(layer for layer, reads in self.reads.items() if any(read.what == "states" for read in reads))
 
+    @property
+    def watched(self) -> list[int]:
+        """Layers that something may be done before, or that may see other sequences than the layer before them."""
+        every_layer = range(len(self.tower.blocks))
+        if self.tower.packed or self.inner is not None:
+            return list(every_layer)
+        pruner = self.pruner
+        after = len(every_layer) if pruner is None or not self.merges else pruner.layer + 1
+        return [i for i in every_layer if not i or i in self.compared or i >= after]
+
+    def hooks(self) -> list[BlockHook]:
+        """What runs before the layers `watched`."""
+        places = self.watched
+        ends = [*places[1:], len(self.tower.blocks)]
+        return [BlockHook(self, i, end - i) for i, end in zip(places, ends, strict=True)]
+
     def check(self, read_layer: int) -> None:
         """Raise `ConfigError` if merging would come after the layer that the features are read from."""
         pruner = self.pruner
-        if pruner is None or pruner.window is None or not pruner.inside:
-            return
-        if self.tower.packed and not self.merges_packed:
-            return
-        if pruner.layer >= read_layer:
+        if pruner is not None and self.merges and pruner.layer >= read_layer:
             raise ConfigError(
                 f"VisionStagePruner.layer={pruner.layer}: this model reads its features from "
                 f"encoder layer {read_layer}; merge before it (0 to {read_layer - 1})."
@@ -197,14 +223,18 @@ class EncoderStage(Copied):
 
     @eager
     def before_block(
-        self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], layers: int = 1
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Merge on the way into the layer after `layer`; mask padding in all later ones.
 
-        Arm the tap where something is read.
+        Arm the tap where something is read. So many `layers` see the same sequences.
         """
         run: EncoderRun | None = self.local.encoder
         if run is None:
+            return None
+        same = run.even and run.counted is not None and run.inside is None  # it sees what the layer before saw
+        if same and index not in self.compared and _given_mask(args, kwargs) is None:
+            run.lengths.append(run.lengths[-1])
             return None
         pruner = self.pruner
         if index in self.compared or (run.inside is not None and index <= self.last):
@@ -221,7 +251,7 @@ class EncoderStage(Copied):
         merges = run.grid is not None and pruner is not None and index == pruner.layer + 1
         if merges:
             args = (self._merge(run, args[0], module), *args[1:])
-        run.lengths.append(self._lengths(run, args[0], kwargs))
+        run.lengths += [self._lengths(run, args[0], kwargs)] * layers
         changed = (args, kwargs) if merges or follows else None
         return self.masked(args[0], module, args, kwargs) or changed if takes_mask(module) else changed
 
@@ -234,7 +264,7 @@ class EncoderStage(Copied):
         if run is None or run.merged is None:
             return None
         given = _given_mask(args, kwargs)
-        if given is None and run.windows is not None and len(set(run.windows)) == 1:
+        if given is None and run.even:
             return None  # all items have as many tokens, and none is padding
         mask = self._mask(run, given, hidden, module)
         if len(args) > 1:
@@ -280,6 +310,7 @@ class EncoderStage(Copied):
                 return hidden
             similarity = self.pruner.similarity(patches, run.grid, run.pool)
             run.merged, *names = self.pruner.merge_most(similarity, run.grid, run.windows, run.pool)
+            run.even = len(set(run.windows)) == 1
             run.names = names[0], names[1]
             merged = kernels.merge_tokens(patches, cast(Tensor, run.merged.merge_into), run.merged.keep.shape[1])
             return torch.cat([hidden[:, :prefix], merged], 1)
@@ -330,7 +361,7 @@ class EncoderStage(Copied):
                 pieces += attention.of_segments(read, q, k, masks_flex.dense(mask), kwargs, scaling)
                 continue
             visible = every((q.shape[0], k.shape[2]), q.device)
-            if run.merged is not None and run.windows is not None and len(set(run.windows)) == 1:
+            if run.even:
                 pass  # none is padding
             elif run.merged is not None:
                 visible = nn.functional.pad(run.merged.valid, (self.tower.prefix, 0), value=True).to(q.device)

@@ -27,6 +27,7 @@ class EncoderRun:
         pool: patches per side of a feature.
         at_least: (items,) long, patches that merging must leave, or None.
         windows: per item, how many windows merge, where that is known beforehand; those behind the last one merge none.
+        even: whether windows have merged, as many in every item: none has padding.
         merged: what merging decided.
         names: (items, patches) long, the patch that names the window of each, and which of them name themselves; where
             `windows` are known.
@@ -50,6 +51,7 @@ class EncoderRun:
     pool: int = 1
     at_least: Tensor | None = None
     windows: list[int] | None = None
+    even: bool = False
     merged: Selection | None = None
     names: tuple[Tensor, Tensor] | None = None
     masks: dict[tuple[int, int], tuple[Selection, Mask]] = field(default_factory=dict)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from mustdrop.adapters.base import Modality
 from mustdrop.budget import share_out
-from mustdrop.compat import eager
+from mustdrop.compat import by_name, eager, first_parameter
 from mustdrop.errors import MustDropError, UnsupportedOptionError
 from mustdrop.layout import Layout
 from mustdrop.pruners import PictureRule, VisionStagePruner, answers
@@ -95,7 +94,8 @@ class FeaturesWrapper:
             call.layouts[kind] = _grouped(layouts, owners, len(mine))
         if stage is None:
             return self.function(*args, **kwargs)
-        stage.check(runtime.adapter.read_layer(runtime.model, kind, arguments))
+        if stage.merges:
+            stage.check(runtime.adapter.read_layer(runtime.model, kind, arguments))
         shown = _shown(call, kind, sizes) if call is not None and of_call else None
         gone = self._gone(layouts, owners, call if of_call else None, sizes, shown, arguments)
         shown = packed_steps.left(shown, gone)
@@ -182,11 +182,9 @@ class FeaturesWrapper:
 
         Releases name the main argument differently; what comes first is what is encoded.
         """
-        parameters = inspect.signature(self.function)
-        arguments = parameters.bind(*args, **kwargs).arguments
-        arguments = {**arguments.pop("kwargs", {}), **arguments}
+        arguments = by_name(self.function, args, kwargs) if args else dict(kwargs)
         names = self.modality.pixels
-        first = arguments.get(next(iter(parameters.parameters), ""))
+        first = arguments.get(first_parameter(self.function))
         if all(arguments.get(name) is None for name in names) and isinstance(first, Tensor):
             arguments[names[0]] = first
         return arguments if any(arguments.get(name) is not None for name in names) else None
