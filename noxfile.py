@@ -200,7 +200,10 @@ def _build(session: nox.Session) -> None:
 
 @nox.session
 def support(session: nox.Session) -> None:
-    """Write down which model family passes which conformance test; tools/docs/generate.py makes a table of it."""
+    """Write down which model family passes which conformance test; tools/docs/generate.py makes a table of it.
+
+    With `-- --support-more -k NAME` the file keeps what it knows of other families.
+    """
     install(session, "-e", ".[dev]")
     names = ("test_families", "test_family_weights", "test_family_compiles")
     files = [f"tests/conformance/{name}.py" for name in names]

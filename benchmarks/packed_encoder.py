@@ -1,7 +1,8 @@
 """Does a prompt get as much faster as its FLOPs say, where patches leave a packed encoder before its layers or inside?
 
 One process, one thread, processor time: other work on the machine takes turns with this, and does not count. Each run
-with pruning has a run without beside it, and what is reported are the ratios of neighbours.
+with pruning has a run without beside it; reported are the ratios of neighbours. Both have the weights of the linear
+layers laid out for the processor once (`benchmarks/packed.py`), as in `end_to_end`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 import mustdrop
-from benchmarks import common, models
+from benchmarks import common, models, packed
 from mustdrop import VisionStagePruner
 
 KEEPS = (1 / 3, 1 / 9)
@@ -86,6 +87,7 @@ def measure(model: Any, inputs: dict[str, Tensor], patch: dict[str, Any], pairs:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m benchmarks packed_encoder`."""
     parser.add_argument("--model", default="qwen2.5-vl-wide", choices=tuple(models.QWEN_SIZES))
+    parser.add_argument("--weights", choices=("packed", "plain"), default="packed", help="packed: laid out once")
     parser.add_argument("--pairs", type=int, default=3, help="runs with and without, side by side")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT)
@@ -97,6 +99,8 @@ def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     device = torch.device("cpu")
     subject = models.subject(options.model, device, "sdpa", options.seed)
+    if options.weights == "packed":
+        packed.pack(subject.model)
     inputs, rows = subject.prompt(options.seed, 1), []
     side = models.QWEN_SIZES[options.model][2]
     measure(subject.model, inputs, {"method": "none"}, 1)  # the first run of a process is slower
@@ -115,6 +119,7 @@ def run(options: argparse.Namespace) -> int:
                 "model": options.model,
                 "patches": side * side,
                 "pairs": options.pairs,
+                "weights": options.weights,
                 "rows": rows,
             }
             common.save(options.out, result)

@@ -55,7 +55,8 @@ def run(options: argparse.Namespace) -> int:
     scenes, batch = SAMPLES[options.model]
     scenes, batch = options.scenes or scenes, options.batch or batch
     if options.variants:
-        found, references = variants.plan(options.variants, options.keep), options.reference or ["mustdrop+", "tome"]
+        found, references = variants.plan(options.variants, options.keep), options.reference
+        references = references or variants.REFERENCES.get(options.variants, ["mustdrop+", "tome"])
     else:
         budgets = options.keep or BUDGETS[options.model]
         found, references = cells.plan(options.method, budgets), options.reference or ["mustdrop+", DEFAULT_METHOD]

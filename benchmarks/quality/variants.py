@@ -6,8 +6,9 @@
     python -m benchmarks quality --variants ablations  # scenes of the selection split
     python -m benchmarks quality --variants geometry   # the same: features as they are, centred, and standardized
     python -m benchmarks quality --variants merging    # the same: how many windows merge in mustdrop
+    python -m benchmarks quality --variants inside --model pages   # held-out: inside a packed encoder, or behind
 
-Each writes a result file of its own, and none looks at held-out scenes.
+Each writes a result file of its own. None but `inside`, by which nothing was chosen, looks at held-out scenes.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ BUDGETS = {
     "ablations": (2 / 9, 1 / 9, 1 / 18),
     "geometry": (2 / 9, 1 / 9, 1 / 18),
     "merging": (1 / 3, 2 / 9, 1 / 9, 1 / 18),
+    "inside": (1 / 4, 1 / 9),
 }
 SPLITS = {
     "search": "train",
@@ -41,6 +43,7 @@ SPLITS = {
     "ablations": "selection",
     "geometry": "selection",
     "merging": "selection",
+    "inside": "heldout",
 }
 SEEDS = {
     "search": (2001, 2002),
@@ -49,7 +52,9 @@ SEEDS = {
     "ablations": (3001, 3002),
     "geometry": (3001, 3002),
     "merging": (3001, 3002),
+    "inside": (6002, 6003),
 }
+REFERENCES = {"inside": ["mustdrop; windows merge behind", "selected behind", "tome; merges behind"]}
 
 Stages = Mapping[str, Any]
 
@@ -194,6 +199,26 @@ def merging() -> dict[str, Callable[[float], Stages]]:
     }
 
 
+def inside() -> dict[str, Callable[[float], Stages]]:
+    """Tokens that merge or leave inside a packed encoder of four layers, beside the same rule behind it."""
+    attention = {"window": None, "key_share": 0}
+
+    def selected(**knobs: Any) -> Callable[[float], Stages]:
+        return lambda keep: {"vision": VisionStagePruner(keep=keep, **attention, **knobs)}
+
+    return {
+        "mustdrop; windows merge behind": _named("mustdrop", inside=False),
+        "mustdrop; windows merge inside": _named("mustdrop"),
+        "selected behind": selected(),
+        "selected behind, by layer 1": selected(key_layer=1),
+        "selected behind, by layer 2": selected(key_layer=2),
+        "selected after layer 1": selected(key_layer=1, select_layer=1),
+        "selected after layer 2": selected(key_layer=2, select_layer=2),
+        "tome; merges behind": _named("tome"),
+        "tome; merges after layer 1": _named("tome", select_layer=1),
+    }
+
+
 def _whole(keep: float) -> dict[str, Any]:
     method = MustDropPlus(keep=keep).build()
     return {"vision": method.vision, "prefill": method.prefill, "decode": method.decode}
@@ -206,4 +231,5 @@ SETS: dict[str, Callable[[], dict[str, Callable[[float], Stages]]]] = {
     "ablations": ablations,
     "geometry": geometry,
     "merging": merging,
+    "inside": inside,
 }

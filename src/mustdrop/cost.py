@@ -3,7 +3,8 @@
 FLOPs count a multiply-add as two. A linear layer costs 2 * in * out per token; of a mixture of experts, those count
 that run for a token. Attention costs 4 * heads * head_dim per visible (query, key) pair, for scores and values; it is
 causal, so n tokens after p cached ones see n * p + n * (n + 1) / 2 pairs. Scoring costs 2 * heads * head_dim per (text
-row, key) pair at a filter layer. Norms, rotations, activations, short convolutions and what recurrent layers do with
+row, key) pair at a filter layer, and as much per (patch, patch) pair, or (CLS, patch) pair, where the attention of an
+encoder layer is read. Norms, rotations, activations, short convolutions and what recurrent layers do with
 their state are left out. The language head counts once per prompt and once per decode step.
 
 The parts: `vision` is the encoder's layers and its patch embedding, `projector` what maps features into the language

@@ -14,19 +14,21 @@ FILES = ("test_families.py", "test_family_weights.py", "test_family_compiles.py"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--support", type=Path, help="write the outcomes of the family tests to this file")
+    parser.addoption("--support-more", action="store_true", help="keep what the file knows of families that do not run")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--support", default=None)
     if path is not None and not hasattr(config, "workerinput"):  # with xdist only the controller sees all reports
-        config.pluginmanager.register(Support(path))
+        config.pluginmanager.register(Support(path, config.getoption("--support-more")))
 
 
 class Support:
     """Outcome per family, kind of media and test: "passed", "failed", or the reason why it is refused."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, more: bool = False) -> None:
         self.path = path
+        self.known = json.loads(path.read_text(encoding="utf-8")) if more else None
         self.outcomes: dict[str, dict[str, str]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -42,9 +44,12 @@ class Support:
         self.outcomes.setdefault(case, {})[test] = str(outcome)
 
     def pytest_sessionfinish(self) -> None:
-        result = {
-            "what": "which family passed which conformance test, on its tiny configuration",
-            **provenance(0),
-            "outcomes": dict(sorted(self.outcomes.items())),
-        }
+        now = provenance(0)
+        if self.known is None:
+            what = "which family passed which conformance test, on its tiny configuration"
+            result = {"what": what, **now, "outcomes": dict(sorted(self.outcomes.items()))}
+        else:  # the head tells of the first run, and `later` of each family that ran since
+            later = {name: {"commit": now["commit"], "date": now["date"]} for name in self.outcomes}
+            outcomes = dict(sorted((self.known["outcomes"] | self.outcomes).items()))
+            result = self.known | {"later": self.known.get("later", {}) | later, "outcomes": outcomes}
         self.path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

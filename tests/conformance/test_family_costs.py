@@ -24,9 +24,10 @@ from transformers import (
 from transformers.masking_utils import sdpa_mask
 
 import mustdrop
-from mustdrop import PrefillPruner
+from mustdrop import PrefillPruner, VisionStagePruner
 from mustdrop.adapters import registry
 from mustdrop.cost import TextCost, causal_pairs, linear_flops
+from mustdrop.runtime.vision import attention
 from support.builders import answer
 from support.families import batch, clone
 from tests.families import build
@@ -246,3 +247,25 @@ def mlp() -> nn.Module:
 def test_experts_in_other_shapes(experts, running):
     one = 2 * (16 * 48 + 24 * 16)
     assert linear_flops(Block(experts)) == 2 * 16 * 8 + one * (running + 1)
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "video_llama_3"])
+def test_reading_the_attention_of_an_encoder_is_counted(name, monkeypatch):
+    """The products of its logits: of the CLS token, or of all patches of what attends to itself."""
+    flops, received, of_rows = [], attention.received_attention, attention.row_probabilities
+
+    def received_attention(q, k, *rest):
+        flops.append(2 * q.numel() * k.shape[2])
+        return received(q, k, *rest)
+
+    def row_probabilities(q, k, rows, *rest):
+        flops.append(2 * k.numel() * rows.shape[1])
+        return of_rows(q, k, rows, *rest)
+
+    monkeypatch.setattr(attention, "received_attention", received_attention)
+    monkeypatch.setattr(attention, "row_probabilities", row_probabilities)
+    adapter, model = registry()[name], clone(name)
+    mustdrop.patch(model, vision=VisionStagePruner(window=None, key_share=0, keep=0.5))
+    with torch.no_grad():
+        model(**batch(adapter, model, (("image",), ("image",))))
+    assert mustdrop.trace(model).flops.parts["scoring"].actual == sum(flops) > 0

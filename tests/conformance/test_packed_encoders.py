@@ -5,10 +5,13 @@ its own attention does not look at the others. Nobody edits this file to add a f
 from __future__ import annotations
 
 import inspect
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import mustdrop
 from mustdrop import DecodeCachePruner, InputPruner, PrefillPruner, VisionStagePruner
@@ -17,7 +20,7 @@ from mustdrop.errors import ConfigError, UnsupportedModelError
 from support import fake_flash, families
 from support.builders import answer
 from support.families import assert_dropping_equals_masking, batch, clone, plain
-from support.hidden_patches import TOLERANCE, Drawn, Everything, assert_equals_hiding
+from support.hidden_patches import TOLERANCE, Drawn, Everything, assert_equals_hiding, layouts_of
 
 
 def towers():
@@ -31,6 +34,7 @@ def towers():
 ALL = list(towers())
 CUT = [(name, kind) for name, kind, tower in ALL if tower.cuts]
 LET_IN = [(name, kind) for name, kind in CUT if registry()[name].cell_pixels]
+MADE = [(name, kind) for name, kind, tower in ALL if tower.embeds is not None and registry()[name].cell_pixels]
 WHOLE = sorted({name for name, _, tower in ALL if not tower.cuts})
 CLOSED = sorted({name for name, kind, _ in ALL if (name, kind) not in LET_IN})
 
@@ -96,6 +100,21 @@ def test_what_is_not_let_in_is_not_seen(let_in, monkeypatch):
     assert trace.flops.parts["vision"].ratio < 0.9
 
 
+@pytest.mark.parametrize(("name", "kind"), MADE, ids=map("-".join, MADE))
+def test_what_is_not_let_in_is_no_patch_either(name, kind):
+    adapter, model = registry()[name], mustdrop.patch(clone(name), input=InputPruner(rule=Drawn()))
+    counts, inputs = [], batch(adapter, model, ((kind,), (kind, kind)))
+    embeds = adapter.tower(model, kind).embeds
+    handle = embeds.register_forward_pre_hook(lambda _, args: counts.append(len(args[0])))
+    with torch.no_grad():
+        model(**inputs)
+    handle.remove()
+    cells = torch.cat([medium.layout.patches for media in mustdrop.trace(model).media for medium in media])
+    entered = sum(int((layout.patches >= 0).sum()) for layout in layouts_of(model, kind, inputs))
+    assert len(counts) == 1
+    assert counts[0] < entered == int((cells >= 0).sum())
+
+
 def test_all_of_it_together(let_in, monkeypatch):
     assert_equals_hiding(monkeypatch, *let_in, input=InputPruner(rule=Drawn(share=0.9)), vision=BOTH)
 
@@ -141,10 +160,53 @@ def test_a_padded_row_equals_the_same_row_alone(let_in):
 
 def test_the_stages_compose(let_in):
     name, kind = let_in
+    if "prefill" in registry()[name].lacks:
+        pytest.skip("this family has no stages behind the encoder")
     stages = {"prefill": PrefillPruner(keep=0.4), "decode": DecodeCachePruner()}
     lines = ((kind,), (), (kind, kind))
     both = assert_dropping_equals_masking(name, lines, steps=3, input=InputPruner(rule=Drawn()), vision=MERGE, **stages)
     assert torch.all(both.trace.equal_tokens <= 0.4 * both.trace.total + 1e-4)
+
+
+VISION = [
+    None,
+    MERGE,
+    SELECT,
+    BOTH,
+    VisionStagePruner(window=2, threshold=-1.0, inside=False, keep=0.6),
+    VisionStagePruner(window=3, threshold=0.0, key_share=0.2),
+    VisionStagePruner(window=None, key_share=0.2, keep=0.5),
+    mustdrop.registry.resolve("tome", keep=0.5, select_layer=1).vision,
+    mustdrop.registry.resolve("divprune", keep=0.5).vision,
+]
+
+
+@settings(max_examples=4, deadline=None)
+@given(data=st.data())
+def test_any_composition(cut, data):
+    name, kind = cut
+    adapter, lacks = registry()[name], registry()[name].lacks
+    rows = data.draw(st.lists(st.lists(st.just(kind), max_size=3).map(tuple), min_size=1, max_size=3).map(tuple))
+    rows = rows if any(rows) else (*rows, (kind,))
+    found = {"vision": data.draw(st.sampled_from(VISION))}
+    if adapter.cell_pixels:
+        rule = st.floats(0.3, 0.95).map(lambda share: InputPruner(rule=Drawn(share=share)))
+        found["input"] = data.draw(st.one_of(st.none(), rule, st.just(InputPruner())))
+    if "prefill" not in lacks:
+        found["prefill"] = data.draw(st.sampled_from([None, PrefillPruner(keep=0.7)]))
+        found["decode"] = data.draw(st.sampled_from([None, DecodeCachePruner()]))
+    found = {stage: pruner for stage, pruner in found.items() if pruner is not None}
+    if not found:
+        return
+    seed, attention = data.draw(st.integers(0, 10000)), data.draw(st.sampled_from(["sdpa", "eager"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mustdrop.errors.NothingDroppedWarning)
+        both = families.compare(name, rows, attention, steps=2, seed=seed, **found)
+        row = data.draw(st.sampled_from([row for row, media in enumerate(rows) if media]))
+        alone = mustdrop.patch(clone(name, attention), **found)
+        answer(alone, batch(adapter, alone, (rows[row],), seed, first=row), 1)
+    assert (both.ours.logits - both.oracle.logits).abs().max() <= TOLERANCE
+    assert torch.equal(mustdrop.trace(alone).kept(0), both.trace.kept(0, row))
 
 
 @pytest.mark.parametrize("method", ["divprune", "tome", "visionzip", "dart", "snapkv"])

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import mustdrop
@@ -54,6 +55,7 @@ class HiddenPatches:
         for config, _ in self.before:
             config._attn_implementation_internal = NAME
         ALL_ATTENTION_FUNCTIONS.register(NAME, self._attend)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, eager_mask)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -89,10 +91,11 @@ class HiddenPatches:
             logits = (
                 logits + attention_mask if attention_mask.is_floating_point() else logits.where(attention_mask, -1e9)
             )
-        here = slice(self.at, self.at + k.shape[2])  # of a sequence in pieces, or of all of it
-        self.at += k.shape[2]
+        here = slice(self.at, self.at + k.shape[0] * k.shape[2])  # of a sequence in pieces, or of all items
+        self.at = here.stop
         if self.gone is not None:
-            logits = logits.masked_fill(self.gone[here], -1e9)
+            gone = torch.nn.functional.pad(self.gone[here], (0, max(0, here.stop - max(len(self.gone), here.start))))
+            logits = logits.masked_fill(gone.view(len(k), 1, 1, -1), -1e9)
         return (logits.softmax(-1).to(v.dtype) @ v).transpose(1, 2).contiguous(), None
 
 

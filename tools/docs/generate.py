@@ -110,6 +110,7 @@ renderer("quality-pages-abilities")(part(quality_pages_table.abilities, "quality
 renderer("quality-pages-beside")(part(quality_pages_table.beside, "quality_pages"))
 renderer("quality-pages-against")(part(quality_pages_table.against, "quality_pages"))
 renderer("quality-pages-types")(part(quality_pages_table.types, "quality_pages"))
+renderer("quality-inside")(part(quality_pages_table.inside, "quality_inside_pages"))
 renderer("quality-search")(part(quality_table.variants, "quality_search"))
 renderer("quality-taper")(part(quality_table.variants, "quality_taper"))
 renderer("quality-smallest")(part(quality_table.variants, "quality_smallest"))

@@ -152,6 +152,38 @@ def against(record: Record, table: Table) -> str:
     return table(header, lines) if lines else "This run does not compare mustdrop+."
 
 
+def inside(record: Record, table: Table) -> str:
+    """Compositions inside the encoder, each beside the same rule behind it: accuracy, what was retained, FLOPs."""
+    found, lines = _rows(record), []
+    apart = {(row["reference"], row["method"], row["keep"]): row for row in record["differences"]}
+    for method in dict.fromkeys(row["method"] for row in record["rows"]):
+        behind = next(iter(name for name in _beside(record) if name.split("; ")[0].split(" ")[0] in method), "")
+        for keep in (None, *_budgets(record)):
+            row = found.get((method, keep))
+            if row is None or "cannot" in row:
+                continue
+            against = apart.get((behind, method, keep))
+            test = None if against is None else against["mcnemar"]
+            lines.append(
+                [
+                    "nothing is dropped" if keep is None else method,
+                    "all" if keep is None else f"{keep:.0%}",
+                    f"{row['equal_share']:.1%}",
+                    _interval(row["correct"]),
+                    f"{row['loglik']['mean']:.2f}",
+                    f"{row['flops']:.1%}",
+                    "" if test is None else f"{test['lost']} / {test['gained']}, p {test['p']:.2g}",
+                ]
+            )
+    header = ["composition", "`keep`", "retained", "accuracy", "log-likelihood", "FLOPs of the prompt"]
+    return setting(record) + "\n\n" + table([*header, "gained / lost beside *behind*"], lines)
+
+
+def _beside(record: Record) -> list[str]:
+    """The compositions that others are compared with."""
+    return list(dict.fromkeys(row["reference"] for row in record["differences"]))
+
+
 def _rows(record: Record) -> dict[tuple[str, float | None], Record]:
     return {(row["method"], row["keep"]): row for row in record["rows"]}
 

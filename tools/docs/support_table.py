@@ -63,7 +63,7 @@ def render(record: Mapping[str, Any], table: Callable[..., str]) -> str:
         rows.append([f"`{family}`", kind, *(cell(column, own) for column in columns)])
     lines = [
         f"Tiny models with random weights, float32, transformers {record['versions']['transformers']}, commit "
-        f"{str(record['commit'])[:10]}.",
+        f"{str(record['commit'])[:10]}{_later(record)}.",
         "",
         table(["family", "media", *columns], rows),
         "",
@@ -76,3 +76,14 @@ def render(record: Mapping[str, Any], table: Callable[..., str]) -> str:
         + ".",
     ]
     return "\n".join(lines)
+
+
+def _later(record: Mapping[str, Any]) -> str:
+    """Families that ran by themselves, at a later commit."""
+    found: dict[str, list[str]] = {}
+    for case, origin in record.get("later", {}).items():
+        family, names = case.rsplit("-", 1)[0], found.setdefault(str(origin["commit"])[:10], [])
+        if family not in names:
+            names.append(family)
+    told = (f"{', '.join(f'`{name}`' for name in sorted(names))} at {commit}" for commit, names in found.items())
+    return "".join(f"; {line}" for line in told)

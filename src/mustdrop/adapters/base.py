@@ -44,6 +44,8 @@ class Tower:
         has_cls: whether the first prefix token, or without a prefix the last suffix token, attends like a CLS token.
         packed: whether the patches of all items lie in one sequence without a batch dimension (or with one of size 1).
             Its layers take borders or a mask, and rotary positions: they can run on some of the patches.
+        padded: whether items lie side by side, padded to the longest, and the layers take nothing of the grid but a row
+            for each patch (positions, rotary tables, masks): they can run on some of the patches of each item.
         uncut: why the layers of a packed tower cannot run on some of the patches; empty if they can. Then tokens merge
             behind the encoder, not in it.
         mergers: modules of a packed tower that map the patches of its cells, which follow one another, to a row each.
@@ -53,6 +55,8 @@ class Tower:
         whole: layers whose patches see their whole frame, where all others see a window of it; empty if all do.
         before: layers before `blocks`, on the finer patches that were joined before the first of `blocks`. They only
             cost: nothing is read in them, and patches are counted as `blocks` sees them.
+        embeds: module of a packed tower that maps the pixels of each patch, a row of its input, to a row by themselves.
+            It runs on the patches that enter. None: on all, or there is no such module.
     """
 
     module: nn.Module
@@ -61,16 +65,18 @@ class Tower:
     has_cls: bool = False
     suffix: int = 0
     packed: bool = False
+    padded: bool = False
     uncut: str = ""
     mergers: tuple[nn.Module, ...] = ()
     halves: tuple[str, str] | None = None
     whole: tuple[int, ...] = ()
     before: tuple[nn.Module, ...] = ()
+    embeds: nn.Module | None = None
 
     @property
     def cuts(self) -> bool:
-        """Whether the layers can run on some of the patches that lie in one sequence."""
-        return self.packed and not self.uncut
+        """Whether the layers can run on some of the patches."""
+        return (self.packed or self.padded) and not self.uncut
 
 
 class Adapter(ABC):
@@ -233,10 +239,15 @@ class Adapter(ABC):
     def pixels(self, model: Any, modality: str, arguments: dict[str, Any]) -> Tensor:
         """(P, D) pixels of each patch of a packed encoder, in its order, where `cell_pixels` says so.
 
-        By default the features method is given them, a row for each patch.
+        The features method is given them, a row for each patch.
         """
         found = next(arguments[name] for name in self.media[modality][1] if arguments.get(name) is not None)
-        return found.flatten(1)  # type: ignore[no-any-return]
+        rows, place = found.flatten(1), self.pixel_rows(model, modality, arguments)
+        return rows if place is None else rows[place.to(rows.device)]  # type: ignore[no-any-return]
+
+    def pixel_rows(self, model: Any, modality: str, arguments: dict[str, Any]) -> Tensor | None:
+        """(P,) long, which row of the pixels each patch of a packed encoder's sequence is made of; None: the same."""
+        return None
 
     def read_layers(self, model: Any, modality: str, arguments: dict[str, Any]) -> tuple[int, ...]:
         """Indices of the encoder layers whose outputs the features are read from (0-based).

@@ -23,7 +23,7 @@ class Ernie45VLMoe(Qwen2VL):
     def tower(self, model: Any, modality: str = "image") -> Tower:
         """One tower for images and videos; its frames are single."""
         tower = model.model.vision_tower
-        return Tower(tower, tower.blocks, packed=True)
+        return Tower(tower, tower.blocks, packed=True, embeds=tower.patch_embed)
 
     def layouts(self, model: Any, modality: str, arguments: dict[str, Any]) -> list[Layout]:
         """(frames, rows, columns) of features per medium; a feature of a video has patches of two frames."""

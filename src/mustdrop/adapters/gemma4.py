@@ -26,6 +26,7 @@ class Gemma4(Adapter):
     classes = ("Gemma4ForConditionalGeneration",)
     refuses_flash = "its sliding window would count what is left instead of positions, and images may see both ways"
     token_types = "mm_token_type_ids"
+    cell_pixels = True
     row_arguments = ("per_layer_input",)
     media = {  # noqa: RUF012
         **Adapter.media,
@@ -43,9 +44,9 @@ class Gemma4(Adapter):
             )
 
     def tower(self, model: Any, modality: str = "image") -> Tower:
-        """One tower for images and frames. Its layers get positions per patch, so patches cannot merge inside."""
+        """One tower for images and frames, padded to one length. Its layers get the place of each patch."""
         tower = model.model.vision_tower
-        return Tower(tower, tower.encoder.layers)
+        return Tower(tower, tower.encoder.layers, padded=True)
 
     def layouts(self, model: Any, modality: str, arguments: dict[str, Any]) -> list[Layout]:
         """A grid per image, or per video; patches are found by their (x, y), -1 on padding."""
@@ -71,8 +72,12 @@ class Gemma4(Adapter):
         return (rows, columns), (real[feature.argsort(stable=True)] + start).view(rows * columns, pool * pool)
 
     def pool(self, model: Any, modality: str, arguments: dict[str, Any]) -> int | None:
-        """None: tokens merge behind the encoder."""
+        """None: patches leave in cells, of rows of any length."""
         return None
+
+    def pixels(self, model: Any, modality: str, arguments: dict[str, Any]) -> Tensor:
+        """The patches of all items, with their padding."""
+        return arguments[self.media[modality][1][0]].flatten(0, 1)  # type: ignore[no-any-return]
 
     def projector_flops(self, model: Any) -> int:
         """One matrix."""

@@ -21,7 +21,7 @@ class KimiK25(PaddleOCRVL):
     def tower(self, model: Any, modality: str = "image") -> Tower:
         """`model.model.vision_tower`."""
         visual = model.model.vision_tower
-        return Tower(visual, visual.layers, packed=True)
+        return Tower(visual, visual.layers, packed=True, embeds=visual.patch_embed.proj)
 
     def layouts(self, model: Any, modality: str, arguments: dict[str, Any]) -> list[Layout]:
         """A grid per image."""

@@ -21,7 +21,7 @@ class PaddleOCRVL(Adapter):
     def tower(self, model: Any, modality: str = "image") -> Tower:
         """A SigLIP with rotary embeddings."""
         visual = model.model.visual.vision_model
-        return Tower(visual, visual.encoder.layers, packed=True)
+        return Tower(visual, visual.encoder.layers, packed=True, embeds=visual.embeddings.patch_embedding)
 
     def layouts(self, model: Any, modality: str, arguments: dict[str, Any]) -> list[Layout]:
         """A grid per image, its patches row by row."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -48,16 +47,15 @@ class Qwen2VL(Adapter):
         """(features,) long, where each feature's patches are in the encoder's sequence, counted in features."""
         return torch.arange(grid[0] * grid[1] * grid[2], dtype=torch.long, device="cpu")
 
-    def pixels(self, model: Any, modality: str, arguments: dict[str, Any]) -> Tensor:
-        """The processor's rows, in the order into which the encoder puts its features."""
-        rows, unit = super().pixels(model, modality, arguments), model.config.vision_config.spatial_merge_size**2
-        start, pieces = 0, []
+    def pixel_rows(self, model: Any, modality: str, arguments: dict[str, Any]) -> Tensor | None:
+        """The encoder may put its features into another order than the processor."""
+        merge, start, pieces = model.config.vision_config.spatial_merge_size, 0, []
         for t, h, w in arguments[f"{modality}_grid_thw"].tolist():
-            place = self.order(model, (t, h // math.isqrt(unit), w // math.isqrt(unit)))
-            mine = rows[start : start + t * h * w].view(len(place), unit, -1)
-            pieces.append(mine[place.argsort().to(mine.device)].flatten(0, 1))
-            start += t * h * w
-        return torch.cat(pieces)
+            place = self.order(model, (t, h // merge, w // merge)).argsort() + start
+            pieces.append(place)
+            start += len(place)
+        cells, inside = torch.cat(pieces), torch.arange(merge * merge, dtype=torch.long, device="cpu")
+        return (cells[:, None] * merge * merge + inside).flatten()
 
     def resized(
         self, model: Any, modality: str, arguments: dict[str, Any], sizes: list[tuple[int, int]]
@@ -110,7 +108,8 @@ class Qwen25VL(Qwen2VL):
 def packed_tower(visual: Any) -> Tower:
     """A tower of blocks and of mergers that take cell after cell; some blocks may see windows only."""
     whole = tuple(getattr(visual, "fullatt_block_indexes", ()))
-    return Tower(visual, visual.blocks, packed=True, whole=whole, mergers=_mergers(visual))
+    mergers = _mergers(visual)
+    return Tower(visual, visual.blocks, packed=True, whole=whole, mergers=mergers, embeds=visual.patch_embed)
 
 
 def mergers(model: Any) -> nn.ModuleList:

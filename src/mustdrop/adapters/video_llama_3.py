@@ -30,7 +30,7 @@ class VideoLlama3(Adapter):
     def tower(self, model: Any, modality: str = "image") -> Tower:
         """One packed tower."""
         visual = model.model.vision_model
-        return Tower(visual, visual.encoder.layers, packed=True)
+        return Tower(visual, visual.encoder.layers, packed=True, embeds=visual.embeddings.patch_embedding)
 
     def layouts(self, model: Any, modality: str, arguments: dict[str, Any]) -> list[Layout]:
         """(frames, rows, columns) of features per medium; the patches of a feature follow one another."""

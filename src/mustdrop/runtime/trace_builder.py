@@ -19,6 +19,7 @@ from mustdrop.trace import Trace
 
 if TYPE_CHECKING:
     from mustdrop.runtime.session import Runtime
+    from mustdrop.runtime.vision.encoder_run import EncoderRun
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +33,8 @@ class EncoderPass:
         merged: whether tokens merged.
         uncut: as `lengths`, had no patch left a packed encoder; empty for others.
         skipped: FLOPs that its mergers did not spend, since they ran on fewer cells.
+        unmade: patches that were never made of their pixels.
+        rated: layers of which attention was read, as places in `lengths`, and whether that of every query was.
     """
 
     cost: EncoderCost
@@ -40,6 +43,8 @@ class EncoderPass:
     merged: bool
     uncut: list[Sequence[int] | Tensor]
     skipped: int
+    unmade: int = 0
+    rated: Sequence[tuple[int, bool]] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +102,8 @@ class EndedCall:
                 run.merged is not None,
                 run.uncut,
                 runtime.skipped(run),
+                _unmade(run),
+                [(place, of_all) for (place, _), of_all in run.rated.items()],
             )
             for run in call.encoded
             if run.lengths
@@ -239,7 +246,7 @@ def _flops(ended: EndedCall, rows: list[Tensor | None], tokens: Tensor, kv_lengt
     parts = {
         "vision": _encoder_cost(ended.encoded),
         "projector": Compared(ended.projector - sum(run.skipped for run in ended.encoded), ended.projector),
-        "scoring": Compared(scoring, 0),
+        "scoring": Compared(scoring + sum(map(_rating, ended.encoded)), 0),
         "prefill": Compared(
             sum(text.prefill(new[b], past, tokens[:, b].tolist()) for b in range(batch)),
             sum(text.prefill([whole[b]] * depth, start, [seen[b]] * depth) for b in range(batch)),
@@ -252,6 +259,12 @@ def _flops(ended: EndedCall, rows: list[Tensor | None], tokens: Tensor, kv_lengt
     return total(parts, ("vision", "projector", "scoring", "prefill"))
 
 
+def _unmade(run: EncoderRun) -> int:
+    """Patches of a pass that were not made of their pixels."""
+    packed = run.packed
+    return 0 if packed is None or packed.made is None or packed.unmade is None else len(packed.unmade)
+
+
 def _encoder_cost(passes: list[EncoderPass]) -> Compared:
     """Of every pass through an encoder, merged and as long as it came in."""
     actual = unpruned = 0
@@ -259,10 +272,17 @@ def _encoder_cost(passes: list[EncoderPass]) -> Compared:
         lengths = _known(run.lengths)
         # before windows merge, every layer of items with a batch dimension sees what the first one sees
         whole = _known(run.uncut) if run.uncut else [lengths[0]] * len(lengths) if run.merged else lengths
-        embedding = run.cost.embedding * (sum(whole[0]) - run.prefix * len(whole[0]))
-        actual += embedding + run.cost.layers(lengths)
-        unpruned += embedding + run.cost.layers(whole)
+        patches = sum(whole[0]) - run.prefix * len(whole[0])
+        actual += run.cost.embedding * (patches - run.unmade) + run.cost.layers(lengths)
+        unpruned += run.cost.embedding * patches + run.cost.layers(whole)
     return Compared(actual, unpruned)
+
+
+def _rating(run: EncoderPass) -> int:
+    """FLOPs of reading what patches of an encoder pay attention to: the logits of all of them, or of CLS, once more."""
+    lengths = _known([run.lengths[place] for place, _ in run.rated])
+    pairs = (sum(n * n if of_all else n for n in own) for own, (_, of_all) in zip(lengths, run.rated, strict=True))
+    return 2 * run.cost.width * sum(pairs)
 
 
 def _known(lengths: Sequence[Sequence[int] | Tensor]) -> list[Sequence[int]]:

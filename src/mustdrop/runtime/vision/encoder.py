@@ -241,13 +241,13 @@ class EncoderStage(Copied):
             self.local.capture = (self.key, index)
         if index == 0 and run.inside is not None and masks_flex.hides(_given_mask(args, kwargs)):
             run.inside = None  # padding must not merge with patches: the rule is asked behind
+        if not run.item and not self.tower.packed and args[0].ndim == 3:
+            run.item = args[0].shape[1] - self.tower.prefix - self.tower.suffix
         follows = None
         if run.packed is not None:
             run.uncut.append(self._lengths(run, args[0], kwargs))
             follows = run.packed.before(index, _parameters(type(module).forward)[1:], args, kwargs)
             args, kwargs = follows or (args, kwargs)
-        if not run.item and not self.tower.packed and args[0].ndim == 3:
-            run.item = args[0].shape[1] - self.tower.prefix - self.tower.suffix
         merges = run.grid is not None and pruner is not None and index == pruner.layer + 1
         if merges:
             args = (self._merge(run, args[0], module), *args[1:])
@@ -357,6 +357,9 @@ class EncoderStage(Copied):
             if read.what == "states":
                 continue
             pieces = run.readings.setdefault(read, [])
+            if not read.what.endswith("keys"):
+                of_all = self.tower.packed or read.what == "received" or not self.tower.has_cls
+                run.rated[len(run.lengths) - 1, read] = of_all
             if self.tower.packed:
                 pieces += attention.of_segments(read, q, k, masks_flex.dense(mask), kwargs, scaling)
                 continue

@@ -39,6 +39,7 @@ class EncoderRun:
         seen: what a dense tower is shown in place of its pixels, or None.
         lengths: per encoder layer, the lengths of the sequences that attended to themselves.
         counted: the last of them after merging, and what merging had left then.
+        rated: what attention was read of which layer, as a place in `lengths` -> whether that of every query was.
         borders: those of a packed sequence, by the id of the borders that they are of.
         packed: what is left of the patches of a packed tower where some may leave inside, or None.
         gone: (F,) bool, features whose patches the input stage did not let in, or None.
@@ -61,6 +62,7 @@ class EncoderRun:
     inside: BlockMerging | None = None
     seen: Callable[[Tensor], Tensor] | None = None
     lengths: list[Sequence[int] | Tensor] = field(default_factory=list)
+    rated: dict[tuple[int, Read], bool] = field(default_factory=dict)
     counted: tuple[Selection, Sequence[int] | Tensor] | None = None
     borders: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     packed: Packed | None = None
@@ -75,7 +77,7 @@ class EncoderRun:
             return None
         whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         if not self.tower.packed:
-            return whole.flatten(0, 1)
+            whole = whole.flatten(0, 1)
         return whole if self.packed is None else self.packed.whole(whole)
 
     def whole(self, found: Tensor) -> Tensor:

@@ -119,7 +119,8 @@ class FeaturesWrapper:
 
         steps = packed_steps.PackedSteps(stage, run, layouts, least, decide_on)
         if stage.shortens:
-            steps.prepare(torch.from_numpy(stacked(layouts)))
+            place = None if run.gone is None else runtime.adapter.pixel_rows(runtime.model, kind, arguments)
+            steps.prepare(torch.from_numpy(stacked(layouts)), place)
         counts = self._counts(stage, run, layouts, least, most, arguments) if counted else None
         if chooser is not None and counts is not None:
             chooser.fixed = functools.partial(_choose_fixed, counts)

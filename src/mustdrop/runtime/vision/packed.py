@@ -22,10 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mustdrop.adapters.base import Tower
-from mustdrop.compat import eager
 from mustdrop.indices import HOST
-from mustdrop.runtime.state import Local
 
 #: What a rule may say before a layer: the feature that each became part of (F,), -1 where it is gone; and perhaps new
 #: values of the cells that are left, from the values of all (F, k * C).
@@ -40,6 +37,8 @@ class Packed:
         cells: (F, k) long on the host, the patches of each feature; -1 fills up.
         steps: layer -> what decides, before it runs, from what `states` gives; in this order.
         owner: (F,) long, the feature that each became part of, -1 where it is gone.
+        unmade: (L,) long, rows of pixels that are not made into patches; None: all are.
+        made: (M,) long, rows of pixels that were, ascending; known once that has run.
         total: N, patches of the whole sequence; known once the first layer runs.
         rows: (M,) long, patches that are left, ascending; None: all.
         into: (N,) long, slot among `rows` of what each patch became part of, -1 where it is gone; None: all are left.
@@ -50,6 +49,8 @@ class Packed:
     cells: Tensor
     steps: dict[int, list[Callable[[Callable[[], Tensor]], Decision | None]]] = field(default_factory=dict)
     owner: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long, device=HOST))
+    unmade: Tensor | None = None
+    made: Tensor | None = None
     total: int = 0
     rows: Tensor | None = None
     into: Tensor | None = None
@@ -78,7 +79,7 @@ class Packed:
         """
         hidden: Tensor = args[0]
         if index == 0:
-            self.total = hidden.shape[-2]
+            self.enter(hidden)
         for step in self.steps.get(index, ()):
             decision = step(lambda hidden=hidden: self.states(hidden))  # type: ignore[misc]
             if decision is not None:
@@ -91,7 +92,15 @@ class Packed:
         for name, value in named.items():  # the longest sequence goes with its borders
             if name.startswith("max_") and value is not None and lengths:
                 named[name] = torch.full_like(value, lengths[0]) if isinstance(value, Tensor) else lengths[0]
+        self.finish(named, hidden)
         return (hidden, *(named.pop(name) for name in names[1 : len(args)])), named
+
+    def finish(self, named: dict[str, Any], hidden: Tensor) -> None:
+        """Change arguments of a layer, by name, that depend on each other; nothing here."""
+
+    def enter(self, hidden: Tensor) -> None:
+        """Note how many patches there are, (N, C) or (1, N, C) as the first layer gets them."""
+        self.total = hidden.shape[-2]
 
     def states(self, hidden: Tensor) -> Tensor:
         """(F, k * C) of hidden states of the patches that are left: the patches of each cell side by side.
@@ -123,6 +132,21 @@ class Packed:
         into = self.into[::k].to(found.device)
         out = found[into.clamp(min=0) // k]
         return out.masked_fill((into < 0).view(-1, *[1] * (out.ndim - 1)), 0)
+
+    def before_embedding(self, pixels: Tensor) -> Tensor:
+        """(M, ...) pixels of the patches that enter, of all (P, ...)."""
+        assert self.unmade is not None
+        enters = torch.ones(len(pixels), dtype=torch.bool, device=HOST)
+        enters[self.unmade] = False
+        self.made = enters.nonzero()[:, 0]
+        return pixels.index_select(0, self.made.to(pixels.device))
+
+    def after_embedding(self, patches: Tensor) -> Tensor:
+        """(P, ...) all patches, of those that enter (M, ...); zeros where one does not."""
+        assert self.unmade is not None
+        assert self.made is not None
+        out = patches.new_zeros(len(self.made) + len(self.unmade), *patches.shape[1:])
+        return out.index_copy(0, self.made.to(patches.device), patches)
 
     def after_last(self, output: Any) -> Any:
         """What the last layer gives, with all patches: the model arranges them by picture next."""
@@ -171,17 +195,30 @@ class Packed:
         target[self.cells[real]] = goal[real]
         target[self.cells[gone]] = -1
         self.owner = owner
-        self.rows = ((target == torch.arange(self.total, dtype=torch.long, device=HOST)).nonzero())[:, 0]
-        slot = torch.full((self.total,), -1, dtype=torch.long, device=HOST)
-        slot[self.rows] = torch.arange(len(self.rows), dtype=torch.long, device=HOST)
+        self.rows = self.arranged(target == torch.arange(self.total, dtype=torch.long, device=HOST))
+        slot, here = torch.full((self.total,), -1, dtype=torch.long, device=HOST), self.rows >= 0
+        slot[self.rows[here]] = here.nonzero()[:, 0]
         self.into = torch.where(target < 0, -1, slot[target.clamp(min=0)])
         self.spread[len(self.rows)] = self.into
         self._followed.clear()
         self._longest.clear()
-        out = _means(hidden, self.into[sources].to(hidden.device), len(self.rows))
+        came = torch.where(sources < 0, -1, self.into[sources.clamp(min=0)])
+        out = self.shaped(_means(hidden.flatten(0, -2), came.to(hidden.device), len(self.rows)), hidden)
         if values is not None and states is not None:
             out = self._written(out, values(states))
         return out
+
+    def arranged(self, stays: Tensor) -> Tensor:
+        """(M,) long, patches in the places of the layers' rows; -1 is padding.
+
+        Args:
+            stays: (N,) bool, patches that are left.
+        """
+        return stays.nonzero()[:, 0]
+
+    def shaped(self, flat: Tensor, like: Tensor) -> Tensor:
+        """(M, C) as hidden states of the layers, with as many dimensions as `like`."""
+        return flat if like.ndim == 2 else flat[None]
 
     def _written(self, hidden: Tensor, states: Tensor) -> Tensor:
         """Hidden states with the values of the cells (F, k * C) that are left."""
@@ -193,7 +230,7 @@ class Packed:
         values = states[mine.to(states.device)].view(*cells.shape, -1)[real.to(states.device)]
         flat = hidden.flatten(0, -2).clone()
         flat[slot] = values.to(flat)
-        return flat.view(hidden.shape)
+        return self.shaped(flat, hidden)
 
     # -- what follows ------------------------------------------------------------------------------------------------
 
@@ -204,10 +241,11 @@ class Packed:
         if not isinstance(value, Tensor) or not value.ndim:
             return value
         if id(value) not in self._followed:  # holding the value keeps its id from being used again
-            self._followed[id(value)] = value, self._made(name, value)
+            self._followed[id(value)] = value, self.made_of(name, value)
         return self._followed[id(value)][1]
 
-    def _made(self, name: str, value: Tensor) -> Tensor:
+    def made_of(self, name: str, value: Tensor) -> Tensor:
+        """One argument of a layer with what belongs to the patches that are left."""
         assert self.rows is not None
         if name.startswith("cu_"):
             left = torch.zeros(self.total + 1, dtype=torch.long, device=HOST)
@@ -227,47 +265,16 @@ class Packed:
         return value
 
 
-@dataclass
-class PackedHooks:
-    """Hooks behind the layers of a packed encoder, for the pass that runs in this thread."""
-
-    local: Local
-
-    def install(self, tower: Tower) -> list[Any]:
-        """Register them; returns the handles."""
-        if tower.mergers:
-            handles = [module.register_forward_hook(self.after_merger) for module in tower.mergers]
-        else:
-            handles = [tower.blocks[-1].register_forward_hook(self.after_last)]
-        return handles
-
-    @eager
-    def after_merger(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """See `Packed.after_merger`."""
-        packed = self._packed()
-        return None if packed is None else packed.after_merger(module, output)
-
-    @eager
-    def after_last(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """See `Packed.after_last`."""
-        packed = self._packed()
-        return None if packed is None else packed.after_last(output)
-
-    def _packed(self) -> Packed | None:
-        packed = None if self.local.encoder is None else self.local.encoder.packed
-        return None if packed is None or packed.rows is None else packed
-
-
 def _means(hidden: Tensor, slot: Tensor, slots: int) -> Tensor:
-    """Hidden states (M, C) or (1, M, C) gathered into their slots (M,), -1: gone; what shares one becomes its mean."""
-    flat, real = hidden.flatten(0, -2), slot >= 0
-    flat, slot = flat[real], slot[real]
+    """Hidden states (M, C) gathered into their slots (M,), -1: gone; what shares one becomes its mean."""
+    real = slot >= 0
+    flat, slot = hidden[real], slot[real]
     if len(flat) == slots:  # nothing is merged
         out = flat[slot.argsort()]
     else:
         size = torch.bincount(slot, minlength=slots)
         total = flat.new_zeros(slots, flat.shape[1], dtype=torch.float32).index_add(0, slot, flat.float())
-        first = torch.empty(slots, dtype=torch.long, device=slot.device)
+        first = torch.zeros(slots, dtype=torch.long, device=slot.device)
         first[slot] = torch.arange(len(slot), dtype=torch.long, device=slot.device)
         out = torch.where((size > 1)[:, None], (total / size[:, None]).to(flat.dtype), flat[first])
-    return out if hidden.ndim == 2 else out[None]
+    return out

@@ -15,6 +15,8 @@ from mustdrop.errors import ConfigError, UnsupportedModelError
 from mustdrop.indices import HOST
 from mustdrop.layout import Layout
 from mustdrop.pruners import InputPruner, VisionStagePruner
+from mustdrop.runtime.attention_capture import implementation_of
+from mustdrop.runtime.padded import Padded
 from mustdrop.runtime.vision.encoder_run import EncoderRun
 from mustdrop.runtime.vision.marks import Decided, merge_behind
 from mustdrop.runtime.vision.packed import Decision, Packed
@@ -34,7 +36,7 @@ def check(pruner: InputPruner | None, adapter: Adapter, tower: Tower | None) -> 
     if pruner is None or (tower is not None and tower.cuts and adapter.cell_pixels):
         return
     why = adapter.lacks.get("vision", "") if tower is None else tower.uncut
-    if tower is not None and not tower.packed:
+    if tower is not None and not tower.packed and not tower.padded:
         why = "its encoder takes whole pictures, one beside the other, and not a sequence."
     nearest = '"fastv"' if "vision" in adapter.lacks else '"divprune"'
     raise UnsupportedModelError(
@@ -147,16 +149,22 @@ class PackedSteps:
     decide: Callable[[Tensor], Decided]
     decided: Decided | None = None
 
-    def prepare(self, cells: Tensor) -> None:
+    def prepare(self, cells: Tensor, pixel_rows: Tensor | None = None) -> None:
         """Set up what leaves; nothing if nothing does.
 
         Args:
             cells: (F, k) patches of each feature.
+            pixel_rows: (P,) long, the row of pixels that each patch is made of; None: in the same order.
         """
         run, stage = self.run, self.stage
-        packed = Packed(cells)
+        packed = (
+            Padded(cells, attention=implementation_of(stage.tower.blocks[0])) if stage.tower.padded else Packed(cells)
+        )
         if run.gone is not None and bool(run.gone.any()):
             packed.add(0, lambda states: (torch.where(_gone(run), -1, packed.owner), None))
+            lost = cells[run.gone]
+            lost = lost[lost >= 0]
+            packed.unmade = lost if pixel_rows is None else pixel_rows[lost]
         if stage.merges_packed:
             assert stage.pruner is not None
             run.merges_packed = True
