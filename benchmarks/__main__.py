@@ -23,6 +23,7 @@ BENCHMARKS = {
     "peers": "speed and KV bytes beside what pip can install instead, in one run",
     "serving": "time to the first token by parts, decoding and memory, by model, attention, batch and budget",
     "vllm": "throughput, latency and KV cache of vLLM with the plugin and without, at several budgets",
+    "scorers": "the scorers bundled with the bundled models: trains them on training samples, and puts them there",
     "quality": "accuracy on scenes and fidelity to the unpruned model, of every method at every budget",
 }
 

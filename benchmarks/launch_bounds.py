@@ -89,6 +89,10 @@ UNTIL_THEN: dict[str, dict[str, dict[str, int]]] = {
         "growing 8": {"waits": 4},
         "static 8": {"waits": 4, "step_launches": 3},
     },
+    "learned": {
+        "static 1": {"step_launches": 2},
+        "static 8": {"step_launches": 2},
+    },
     "mmr": {
         "static 1": {"step_launches": 3},
         "static 8": {"step_launches": 3},

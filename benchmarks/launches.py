@@ -28,6 +28,7 @@ from benchmarks.common import AFTER, BEFORE, RESULTS, save
 from benchmarks.imitated_device import CPU, FIRST, MOVES, Places, asks, claim, put, where
 from mustdrop.kernels.operation import OPERATIONS
 from mustdrop.provenance import provenance
+from mustdrop.pruners.scorer import Scorer
 from mustdrop.registry import registry, resolve
 
 SOURCE = str(Path(mustdrop.__file__).parent)
@@ -285,7 +286,12 @@ def _more(figures: dict[str, int], untouched: dict[str, int]) -> dict[str, int]:
 def _patched(model: Any, method: str, keep: int) -> Any:
     if method == UNTOUCHED:
         return nullcontext()
-    settings = {"keep": keep} if "keep" in registry()[method].model_fields else {}
+    recipe = registry()[method]
+    settings: dict[str, Any] = {"keep": keep} if "keep" in recipe.model_fields else {}
+    if recipe.trained:  # an untrained scorer starts what a trained one does
+        scorer = Scorer(model.config.text_config.hidden_size).eval()
+        put(scorer, FIRST)
+        settings["importance"] = scorer
     return mustdrop.patched(model, method, **settings)
 
 

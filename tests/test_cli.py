@@ -17,7 +17,9 @@ from mustdrop import cli, doctor, extras
 from mustdrop.demo.model import CHECKPOINT
 from mustdrop.doctor import installed, selftest
 
-COMMANDS = ("demo", "explain", "app", "eval", "eval-suite", "report", "tune", "bench", "methods", "adapters", "doctor")
+COMMANDS = (
+    "demo", "explain", "app", "eval", "eval-suite", "report", "tune", "fit", "bench", "methods", "adapters", "doctor",
+)  # fmt: skip
 ROOT = Path(__file__).parents[1]
 
 

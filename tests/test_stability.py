@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import mustdrop
-from mustdrop import deprecation, errors, kernels, pruners
+from mustdrop import deprecation, errors, fitting, kernels, pruners
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "stability.md").read_text(encoding="utf-8")
@@ -48,9 +48,10 @@ def trace_names():
         ("Pruners", lambda: pruners.__all__),
         ("Errors and warnings", lambda: own_classes(errors)),
         ("Kernels", lambda: kernels.__all__),
+        ("Training a scorer", lambda: fitting.__all__),
         ("Fields and methods of `Trace`", trace_names),
     ],
-    ids=["package", "pruners", "errors", "kernels", "trace"],
+    ids=["package", "pruners", "errors", "kernels", "fitting", "trace"],
 )
 def test_the_page_lists_the_public_names_and_no_others(start, names):
     assert listed(start) == sorted(names())

@@ -15,7 +15,9 @@ import mustdrop
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "matplotlib", "datasets", "scipy")
-COMMANDS = ("demo", "explain", "app", "eval", "eval-suite", "report", "tune", "bench", "methods", "adapters", "doctor")
+COMMANDS = (
+    "demo", "explain", "app", "eval", "eval-suite", "report", "tune", "fit", "bench", "methods", "adapters", "doctor",
+)  # fmt: skip
 
 
 def loaded(code, *names):

@@ -15,6 +15,7 @@ from benchmarks.common import significant
 from benchmarks.quality.cells import Cell
 from benchmarks.quality.intervals import Array, difference, interval
 from mustdrop.compare.paired import groups, paired
+from mustdrop.registry import registry
 
 MEASURES = ("correct", "loglik", "kl", "agreement", "same")
 PER_ANSWER = ("prompt", "length", "flops", "flops_unpruned")
@@ -74,7 +75,9 @@ def summary(
         for cell in found:
             own = [x for x in lines if (x["model"], x["method"], x["keep"]) == (model, *cell.key)]
             row, answers = _row(own, abilities or {})
-            rows.append({"model": model, "method": cell.method, "keep": cell.key[1]} | row)
+            recipe = registry().get(cell.method)  # none for a composition
+            trained = {"trained": True} if recipe is not None and recipe.trained else {}
+            rows.append({"model": model, "method": cell.method, "keep": cell.key[1], **trained} | row)
             if answers is not None:
                 asked[(model, *cell.key)] = answers
     for row in rows:

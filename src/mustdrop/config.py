@@ -21,7 +21,7 @@ def load_config(path: str | Path) -> Method:
         path: a JSON file with `format` (1), `method` and `knobs` (its settings, `keep` among them); `mustdrop tune`
             writes more, which tells where the choice comes from and is not read. `method` is a name, or says where the
             `Recipe` class is: `package.module:Class`, or `file.py:Class` with a path from the folder of the config
-            file. That module is run.
+            file. That module is run. The folder of a scorer (`importance`) is looked for from there as well.
 
     Returns:
         A method for `patch`.
@@ -47,10 +47,18 @@ def load_config(path: str | Path) -> Method:
         raise ConfigError(f"{where}: expected {expected}, got method {method!r} and knobs {knobs!r}.")
     try:
         named: MethodLike = look_up(method, where.parent) if ":" in method else method
-        return resolve(named, **knobs)
+        return resolve(named, **_located(knobs, where.parent))
     except UnknownMethodError as error:
         hint = "" if ":" in method else " A method of your own: register it first, or write module:Class in the file."
         raise UnknownMethodError(f"{where}: {error}{hint}") from error
+
+
+def _located(knobs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The knobs, with the folder of a scorer where it is if its path starts at the config file."""
+    given = knobs.get("importance")
+    if isinstance(given, str) and (folder / given).is_dir():
+        return {**knobs, "importance": str(folder / given)}
+    return dict(knobs)
 
 
 def save_config(path: str | Path, method: MethodLike, knobs: Mapping[str, Any], **about: Any) -> None:
@@ -66,6 +74,9 @@ def save_config(path: str | Path, method: MethodLike, knobs: Mapping[str, Any], 
         UnknownMethodError, UnknownKnobError, BudgetError, ConfigError: `load_config` could not read it back.
     """
     resolve(method, **knobs)
+    given = knobs.get("importance")
+    if isinstance(given, str) and Path(given).is_dir():  # a path from where this runs, and not from the file
+        knobs = {**knobs, "importance": str(Path(given).resolve())}
     content = {"format": FORMAT, "method": written(method), "knobs": dict(knobs), **about}
     try:
         text = json.dumps(content, indent=1)

@@ -121,10 +121,12 @@ class Recipe(Settings):
 
     Attributes:
         called: the method's name; None: the name of its file in `mustdrop.methods`, or what it is registered as.
+        trained: whether something in it was trained to drop: comparisons keep it apart from methods that are not.
         strict: see `Method.strict`; a knob of every method.
     """
 
     called: ClassVar[str | None] = None
+    trained: ClassVar[bool] = False
     strict: bool = False
 
     def build(self) -> Method:

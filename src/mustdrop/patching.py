@@ -215,6 +215,8 @@ def _put_in(model: nn.Module, chosen: Method) -> None:
     inner = inside(model)
     adapter = find_adapter(inner)
     stages.require(chosen, adapter)
+    if chosen.vision is not None:
+        chosen = replace(chosen, vision=chosen.vision.bound(inner))
     runtime = Runtime(inner, adapter, chosen)  # fails before the model is touched
     try:
         require_possible(chosen, runtime.depth, runtime.filters)
@@ -224,7 +226,9 @@ def _put_in(model: nn.Module, chosen: Method) -> None:
         )
         raise BudgetError(f"{error}{hint}") from None
     for pruner in (chosen.vision, chosen.prefill, chosen.decode):
-        forget(getattr(pruner, "score", None))
+        score = getattr(pruner, "score", None)
+        for asked in (score, getattr(getattr(score, "importance", None), "module", None)):
+            forget(asked)
     unpatch(model)
     try:
         runtime.install()

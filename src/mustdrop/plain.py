@@ -21,7 +21,7 @@ from mustdrop.runtime.vision import attention
 from mustdrop.runtime.vision.encoder import layers_read
 from mustdrop.runtime.vision.encoder_run import EncoderRun
 from mustdrop.runtime.vision.marks import Decided, decide
-from mustdrop.runtime.vision.selection import FeatureChoice, VisionSelector
+from mustdrop.runtime.vision.selection import FeatureChoice, VisionSelector, Weigher
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,10 @@ class PlainStage:
     last: int
 
     def __post_init__(self) -> None:
-        rule = self.pruner.rule
-        if rule is not None and rule.asks:
-            raise ConfigError(f"{type(rule).__name__} reads the question, which is not known where only images are.")
+        for reader in (self.pruner.rule, self.pruner.weighs):
+            if reader is not None and reader.asks:
+                name = type(reader).__name__
+                raise ConfigError(f"{name} reads the question, which is not known where only images are.")
 
     @cached_property
     def reads(self) -> dict[int, list[Read]]:
@@ -132,7 +133,9 @@ class PlainStage:
         """
         most = [min(count, layout.size) for count, layout in zip(counts, layouts, strict=True)]
         chooser = self._chooser(run, layouts, most)
-        decided = decide(self.pruner, run, layouts, features, most, most, {}, None, chooser, choice)
+        weighs = self.pruner.weighs
+        weigh = None if weighs is None else Weigher(weighs, run, layouts, ())
+        decided = decide(self.pruner, run, layouts, features, most, most, {}, None, chooser, choice, weigh)
         values = decided.write(features if rows is None else rows)
         return _kept(decided, values, [layout.size for layout in layouts])
 

@@ -46,7 +46,7 @@ def _chooses_by(method: Method) -> tuple[bool, bool]:
     if vision is None:
         return False, True
     encoder = any(read.what in ("attention", "received", "joint_attention") for read in vision.reads)
-    return encoder, vision.rule is not None and vision.rule.asks
+    return encoder, vision.asks
 
 
 def _instead(method: Method, adapter: Adapter) -> str:

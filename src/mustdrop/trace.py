@@ -138,7 +138,10 @@ class Trace:
         return {} if self._vision is None else {one.layer: one.of(self._vision, sample) for one in self._heard}
 
     def importance(self, sample: int = 0) -> Tensor | None:
-        """(N,) float, what the vision stage ranked the tokens by, the encoder's attention; None if it ranked none."""
+        """(N,) float, what the vision stage ranked the tokens by; None if it ranked none.
+
+        It is the encoder's attention, or what takes its place (`VisionStagePruner.key_importance`).
+        """
         self._check(0, sample)
         if not self._marks or not bool(self._marks[sample].importance.any()):
             return None

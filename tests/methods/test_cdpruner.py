@@ -9,8 +9,9 @@ import mustdrop
 from mustdrop.adapters import registry
 from mustdrop.errors import ConfigError, UnsupportedOptionError
 from mustdrop.method import find
-from mustdrop.methods.cdpruner import ConditionalDeterminant, relevance
+from mustdrop.methods.cdpruner import ConditionalDeterminant
 from mustdrop.pruners import Features
+from mustdrop.pruners.importance import relevance
 from mustdrop.rules.diversity import greedy_determinant
 from support.builders import answer
 from support.families import batch, clone

@@ -10,7 +10,7 @@ from mustdrop.adapters import registry
 from mustdrop.errors import ConfigError, UnsupportedOptionError
 from mustdrop.method import find
 from mustdrop.methods.holov import CropsByContext
-from mustdrop.methods.mmr import MMR, MarginalRelevance, MarginalRelevanceToQuestion
+from mustdrop.methods.mmr import MMR, MarginalRelevance
 from mustdrop.methods.mmtok import TwoCoverages
 from mustdrop.methods.scope import AttendedCoverage
 from mustdrop.pruners import Features
@@ -191,9 +191,9 @@ def test_the_importance_of_mmr_can_be_anything():
     assert rule(seen, 4).keep.tolist() == [[4, 9, 14, 19]]
     assert MMR(importance="distinct").build().vision.rule(seen, 4).keep.shape == (1, 4)
     asking = MMR(importance="question").build().vision.rule
-    assert isinstance(asking, MarginalRelevanceToQuestion)
+    assert asking.asks
     words = Features.of_grid(torch.eye(4)[None], (2, 2), {}, (torch.eye(4)[2:3],))
-    assert MarginalRelevanceToQuestion(importance=Question())(words, 1).keep.tolist() == [[2]]
+    assert MarginalRelevance(importance=Question())(words, 1).keep.tolist() == [[2]]
     with pytest.raises(ConfigError, match="importance"):
         find("mmr", importance="beauty")
 

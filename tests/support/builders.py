@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from .scorers import given
 from .versions import CACHE
 
 PAD, BOS, IMAGE, VOCAB = 0, 1, 200, 208
@@ -117,7 +118,7 @@ def fresh(variant: Variant = LLAMA, attn: str = "sdpa") -> Any:
 @functools.lru_cache(maxsize=16)
 def plain(variant: Variant = LLAMA, attn: str = "sdpa") -> Any:
     """The shared plain model of a variant. It is never patched: patch a :func:`clone`."""
-    return fresh(variant, attn)
+    return given(fresh(variant, attn))
 
 
 def clone(variant: Variant = LLAMA, attn: str = "sdpa") -> Any:

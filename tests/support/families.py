@@ -32,6 +32,7 @@ from . import eager_flex, fake_flash
 from .builders import Answer, anatomy, answer
 from .oracle import Beams, CacheWatch, Hidden, MaskedOracle, _gone
 from .places import eager_experts
+from .scorers import given
 from .shorter import ShorterOracle
 from .versions import BEAMS_MIX_IMAGES
 
@@ -46,7 +47,7 @@ Row = tuple[str, ...]
 @functools.lru_cache(maxsize=8)
 def plain(name: str, attention: str = "sdpa") -> Any:
     """The shared unpatched tiny model of a family; patch a :func:`clone`."""
-    return build(registry()[name], attention)
+    return given(build(registry()[name], attention))
 
 
 def clone(name: str, attention: str = "sdpa") -> Any:

@@ -30,6 +30,7 @@ import front
 import gpu_tables
 import kernel_table
 import launch_table
+import learned_table
 import method_cards
 import notebooks
 import peer_table
@@ -116,6 +117,8 @@ renderer("quality-taper")(part(quality_table.variants, "quality_taper"))
 renderer("quality-smallest")(part(quality_table.variants, "quality_smallest"))
 renderer("quality-ablations")(part(quality_table.variants, "quality_ablations"))
 renderer("quality-fixed")(whole(quality_table.fixed))
+renderer("quality-learned")(whole(learned_table.quality))
+renderer("scorers")(part(learned_table.scorers, "scorers"))
 renderer("quality-merging")(part(quality_table.variants, "quality_merging"))
 
 

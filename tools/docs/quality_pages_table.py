@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import quality_table
+
 BASELINES = ("none", "random", "uniform", "downsample")  # stand first: what a budget costs whoever chooses
 OWN = "mustdrop+"
 LEVEL = 0.05
@@ -30,10 +32,10 @@ def setting(record: Record) -> str:
 def overview(record: Record, table: Table) -> str:
     """Accuracy at every budget, one row per method; the baselines first."""
     rows = _rows(record)
-    lines = [[f"`{method}`", *_cells(rows, method, _budgets(record))] for method in _methods(record)]
+    marks = {method: quality_table.trained_mark(record, method) for method in _methods(record)}
+    lines = [[f"`{method}`{mark}", *_cells(rows, method, _budgets(record))] for method, mark in marks.items()]
     body = setting(record) + "\n\n" + table(["method", "all", *_names(record)], lines)
-    note = f"\n\n{MARK} The decoder processes more tokens than the column says: this budget is one of the cache alone."
-    return body + (note if any(MARK in cell for line in lines for cell in line) else "") + _refusals(record)
+    return body + quality_table.notes(lines) + _refusals(record)
 
 
 def _cells(rows: Mapping[Any, Record], method: str, budgets: Sequence[float]) -> list[str]:
@@ -131,7 +133,8 @@ def against(record: Record, table: Table) -> str:
     lines = []
     rows = _rows(record)
     for row in record["differences"]:
-        if row["reference"] != OWN or row["method"] == "none" or _over(rows[row["method"], row["keep"]]):
+        other = rows[row["method"], row["keep"]]
+        if row["reference"] != OWN or row["method"] == "none" or _over(other) or other.get("trained"):
             continue
         test = row["mcnemar"]
         gain = test["gained"] - test["lost"]

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 MARK = "\\*"
+TRAINED = " \u2020"
+APART = f"{TRAINED.strip()} Trained to choose tokens for this model; it stands in no comparison with the others."
 OVER = f"{MARK} The decoder processes more tokens than the column says: this budget is one of the cache alone."
 
 Table = Callable[..., str]
@@ -44,10 +46,25 @@ def overview(record: Record, table: Table) -> str:
         whole = cells.get((method, None))
         own = [cells.get((method, keep)) for keep in budgets]
         lines.append(
-            [f"`{method}`", "" if whole is None else _score(whole), *("" if r is None else _score(r) for r in own)]
+            [
+                f"`{method}`" + trained_mark(record, method),
+                "" if whole is None else _score(whole),
+                *("" if r is None else _score(r) for r in own),
+            ]
         )
     body = setting(record) + "\n\n" + table(["method", "all", *(f"{keep:.0%}" for keep in budgets)], lines)
-    return body + ("\n\n" + OVER if any(MARK in cell for line in lines for cell in line) else "")
+    return body + notes(lines)
+
+
+def trained_mark(record: Record, method: str) -> str:
+    """What stands behind the name of a method that was trained to choose tokens."""
+    return TRAINED if any(row.get("trained") for row in record["rows"] if row["method"] == method) else ""
+
+
+def notes(lines: Sequence[Sequence[str]]) -> str:
+    """What the marks in a table mean."""
+    found = [note for mark, note in ((MARK, OVER), (TRAINED, APART)) if any(mark in x for line in lines for x in line)]
+    return "".join(f"\n\n{note}" for note in found)
 
 
 def details(record: Record, table: Table) -> str:
@@ -111,6 +128,7 @@ def against_the_best(record: Record, table: Table) -> str:
             for row in record["differences"]
             if (row["reference"], row["keep"]) == ("mustdrop+", keep)
             and rows[row["method"], keep]["equal_share"] <= keep * 1.01
+            and not rows[row["method"], keep].get("trained")
         ]
         for measure, words, digits in (("correct", "accuracy", 3), ("loglik", "log-likelihood", 2)):
             if rivals:

@@ -98,6 +98,7 @@ def reference() -> dict[str, str]:
         "kernels": _page("Kernels", "`from mustdrop.kernels import ...`", exported("kernels/__init__.py")),
         "errors": _page("Errors and warnings", "`from mustdrop.errors import ...`", defined("errors.py")),
         "trace": _page("Trace", "What `mustdrop.last_trace(model)` returns.", ["mustdrop.trace.Trace"]),
+        "fitting": _page("Training a scorer", "`from mustdrop.fitting import ...`", package("fitting/")),
         "rules": rules(),
         "commands": commands(),
     }
@@ -110,16 +111,17 @@ def _page(title: str, start: str, names: list[str]) -> str:
     return "\n\n".join([f"# {title}", start, *(f"::: {name}" for name in names)]) + "\n"
 
 
-def package() -> list[str]:
-    """Where each public name of the package lives; stages, trace and errors have pages of their own."""
-    tree = ast.parse((SOURCE / "__init__.py").read_text(encoding="utf-8"))
+def package(folder: str = "") -> list[str]:
+    """Where each public name of the package, or of a folder in it, lives; what has a page of its own is left out."""
+    tree = ast.parse((SOURCE / folder / "__init__.py").read_text(encoding="utf-8"))
     (homes,) = [
         ast.literal_eval(node.value)
         for node in tree.body
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_HOMES"
     ]
     apart = {"errors", "trace", "pruners"}
-    return [f"mustdrop.{home}.{name}" for name, home in homes.items() if home and home not in apart]
+    inside = folder.replace("/", ".")
+    return [f"mustdrop.{inside}{home}.{name}" for name, home in homes.items() if home and home not in apart]
 
 
 def exported(path: str) -> list[str]:

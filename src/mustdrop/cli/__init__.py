@@ -18,6 +18,7 @@ from mustdrop.cli import application, bench, demo, doctor, explain, listing, rep
 from mustdrop.cli.common import FAILED, WRONG, errors
 from mustdrop.errors import MustDropError
 from mustdrop.eval.cli import eval_command
+from mustdrop.fitting.cli import command as fit_command
 from mustdrop.tuning.cli import command as tune_command
 
 __all__ = ["FAILED", "WRONG", "app", "main"]
@@ -70,6 +71,7 @@ add(eval_command, "eval")
 add(suite.suite, "eval-suite")
 add(report.report)
 add(tune_command, "tune")
+add(fit_command, "fit")
 add(bench.bench)
 add(listing.methods)
 add(listing.adapters)

@@ -2,46 +2,46 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Chosen, Features, Read, VisionRule, VisionStagePruner
+from mustdrop.pruners import Chosen, Features, Importance, Read, VisionStagePruner
 from mustdrop.pruners.base import Budget
 from mustdrop.pruners.compared_features import STATES, compared
-from mustdrop.pruners.importance import relevance
+from mustdrop.pruners.importance import Question
+from mustdrop.pruners.weighing import ImportanceKnob, WeighingRule, importance_of
 from mustdrop.rules.diversity import greedy_determinant
 from mustdrop.rules.geometry import Geometry, around_mean, distinctiveness
 
 
-class ConditionalDeterminant(VisionRule):
+class ConditionalDeterminant(WeighingRule):
     """A conditional determinantal point process: the largest determinant of relevance x cosine x relevance, greedily.
 
     The relevance of a feature is its mean cosine with the words of the question, scaled to 0 ... 1 over the view.
 
     Attributes:
+        importance: what takes the place of the relevance, scaled likewise.
         theta: weight of relevance against diversity, in [0, 1): relevance r becomes exp(r theta / (2 (1 - theta))).
             None takes r as it is.
         geometry: how features are compared with each other. Except for "raw", relevance is multiplied with how distinct
             a feature is, as in Cen-Prune (arXiv 2608.30263).
     """
 
-    asks: ClassVar[bool] = True
+    importance: Importance = Question()
     theta: float | None = Field(None, ge=0, lt=1)
     geometry: Geometry = "raw"
 
     @property
-    def reads(self) -> tuple[Read, ...]:
+    def own_reads(self) -> tuple[Read, ...]:
         """What the encoder hands over, if that is what is compared."""
         return STATES if self.geometry == "standardized" else ()
 
     def choose(self, seen: Features, count: int | None) -> Chosen:
         """See `VisionRule.choose`."""
         assert count is not None
-        quality = self.quality(relevance(seen.values, seen.question))
+        quality = self.quality(self.importance.score(seen).float())
         values = compared(seen, self.geometry)
         quality = quality * distinctiveness(values, self.geometry)
         return Chosen.picked(greedy_determinant(around_mean(values, self.geometry), quality, count))
@@ -65,13 +65,17 @@ class CDPruner(Recipe):
         theta: weight of relevance against diversity, in [0, 1); None leaves relevance unscaled, as the paper does.
         geometry: "raw" compares features as they are; "centered" around their mean, and distinct ones count more;
             "standardized" likewise those of the encoder, with channels of equal variance (for Qwen's encoders).
+        importance: what takes the place of the likeness with the "question": "attention" of the encoder, what is
+            "distinct" from the mean, the folder of a scorer, a module, or an `Importance` of your own.
     """
 
     keep: Budget = DEFAULT_KEEP
     theta: float | None = Field(None, ge=0, lt=1)
     geometry: Geometry = "raw"
+    importance: ImportanceKnob = "question"
 
     def build(self) -> Method:
         """Only the vision socket is filled."""
-        rule = ConditionalDeterminant(theta=self.theta, geometry=self.geometry)
+        weighed = importance_of(self.importance)
+        rule = ConditionalDeterminant(importance=weighed, theta=self.theta, geometry=self.geometry)
         return Method(vision=VisionStagePruner(window=None, key_share=0, keep=self.keep, score=rule))

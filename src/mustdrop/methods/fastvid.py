@@ -10,9 +10,9 @@ from torch import Tensor
 
 from mustdrop import kernels
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Chosen, Features, Read, VisionRule, VisionStagePruner
+from mustdrop.pruners import Chosen, Features, VisionStagePruner
 from mustdrop.pruners.base import Budget
-from mustdrop.pruners.compared_features import LAST
+from mustdrop.pruners.weighing import ImportanceKnob, WeighingRule, importance_of
 from mustdrop.rules.clusters import density_peaks, tie_noise
 from mustdrop.rules.groups import best_in_groups, largest_remainder, sizes
 from mustdrop.rules.segments import frame_means, segments, videos
@@ -21,10 +21,11 @@ CONTEXT, CUT, FEWEST, STRIDE, OWN = 0.4, 0.9, 8, 4, 0.6
 NEIGHBOURS = 4
 
 
-class SalientAndContext(VisionRule):
+class SalientAndContext(WeighingRule):
     """The most attended features of each frame; the rest of a segment joins dense features of every few frames.
 
     Attributes:
+        importance: what takes the place of the attention.
         context: share of a frame's budget that goes to the contexts of its segment, in [0, 1].
         cut: cosine of two frames' means below which a segment ends.
         fewest: segments, if there are so many frames.
@@ -41,18 +42,13 @@ class SalientAndContext(VisionRule):
     own: float = Field(OWN, ge=0, le=1)
     seed: int | None = None
 
-    @property
-    def reads(self) -> tuple[Read, ...]:
-        """Attention of the layer that features are read from."""
-        return (Read(what="attention", **LAST),)
-
     def choose(self, seen: Features, count: int | None) -> Chosen:
         """See `VisionRule.choose`. All frames have the same share; each grid of an image is a video of one frame."""
         assert count is not None
         means, size = frame_means(seen.values, seen.frame)
         parts = segments(means, videos(seen.frame, seen.first, size.shape[1]), self.cut, self.fewest)
         budget = largest_remainder(size, count, size)
-        attention = seen.of(self.reads[0])
+        attention = self.importance.score(seen)
         rows = zip(seen.values, attention, seen.frame, parts, budget, strict=True)
         keep, into = map(torch.stack, zip(*(self._of_video(*row) for row in rows), strict=True))
         return Chosen(keep, into, lambda values: blended(values, keep, into, self.own))
@@ -127,6 +123,8 @@ class FastVid(Recipe):
         stride: frames from one frame with contexts to the next.
         own: least part of a context that is its own value.
         seed: of the noise that breaks ties between densities; None gives them to the lower index.
+        importance: "attention" of the encoder; or in its place the likeness with the "question", what is "distinct"
+            from the mean, the folder of a scorer, a module, or an `Importance` of your own.
     """
 
     keep: Budget = DEFAULT_KEEP
@@ -136,10 +134,12 @@ class FastVid(Recipe):
     stride: int = Field(STRIDE, ge=1)
     own: float = Field(OWN, ge=0, le=1)
     seed: int | None = None
+    importance: ImportanceKnob = "attention"
 
     def build(self) -> Method:
         """Only the vision socket is filled."""
         rule = SalientAndContext(
+            importance=importance_of(self.importance),
             context=self.context,
             cut=self.cut,
             fewest=self.fewest,

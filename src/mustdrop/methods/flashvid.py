@@ -11,9 +11,11 @@ from torch import Tensor
 
 from mustdrop import kernels
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Chosen, Features, LastRow, PrefillPruner, Read, VisionRule, VisionStagePruner
+from mustdrop.pruners import Chosen, Features, LastRow, PrefillPruner, Read, VisionStagePruner
 from mustdrop.pruners.base import Budget
 from mustdrop.pruners.compared_features import LAST
+from mustdrop.pruners.importance import Attention, Importance
+from mustdrop.pruners.weighing import ImportanceKnob, WeighingRule, importance_of
 from mustdrop.rules.clusters import density_peaks, tie_noise
 from mustdrop.rules.diversity import farthest_first
 from mustdrop.rules.groups import largest_remainder, members, sizes
@@ -25,10 +27,20 @@ NEIGHBOURS = 7
 LAYERS, TAPER = (22,), 0.3  # of 32 layers: layer 20 of Qwen2's 28 is the first that runs on fewer tokens
 
 
-class DiverseAndTrees(VisionRule):
+class Received(Attention):
+    """What a patch receives in the layer that features are read from, also where there is a CLS token."""
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        """See `Importance.reads`."""
+        return (Read(what="received", **LAST),)
+
+
+class DiverseAndTrees(WeighingRule):
     """Of each frame, attended features that differ; the rest joins its like in the frame before, and then clusters.
 
     Attributes:
+        importance: what distances are multiplied with.
         diverse: share of a frame's budget that is chosen, in [0, 1]; what is left are clusters of the rest.
         like: cosine from which a feature joins one of the frame before.
         cut: cosine of two frames' means below which a segment ends, over which nothing joins.
@@ -37,16 +49,12 @@ class DiverseAndTrees(VisionRule):
     """
 
     by_view: ClassVar[bool] = False
+    importance: Importance = Received()
     diverse: float = Field(DIVERSE, ge=0, le=1)
     like: float = Field(LIKE, ge=-1, le=1)
     cut: float = Field(CUT, ge=-1, le=1)
     fewest: int = Field(FEWEST, ge=1)
     seed: int | None = None
-
-    @property
-    def reads(self) -> tuple[Read, ...]:
-        """What a patch receives in the layer that features are read from."""
-        return (Read(what="received", **LAST),)
 
     def choose(self, seen: Features, count: int | None) -> Chosen:
         """See `VisionRule.choose`. All frames have the same share; each grid of an image is a video of one frame."""
@@ -54,7 +62,7 @@ class DiverseAndTrees(VisionRule):
         means, size = frame_means(seen.values, seen.frame)
         parts = segments(means, videos(seen.frame, seen.first, size.shape[1]), self.cut, self.fewest)
         budget = largest_remainder(size, count, size)
-        attention = seen.of(self.reads[0])
+        attention = self.importance.positive(seen)
         rows = zip(seen.values, attention, seen.frame, parts, budget, strict=True)
         keep, into, weight = map(torch.stack, zip(*(self._of_video(*row) for row in rows), strict=True))
         return Chosen.merged(keep, into, weight)
@@ -158,6 +166,8 @@ class FlashVid(Recipe):
         taper: share of the tokens that enter which the filter leaves (the paper's for Qwen3-VL is 0.1); None filters
             nothing, so that the selection alone is left.
         seed: of the noise that breaks ties between densities; None gives them to the lower index.
+        importance: "attention" of the encoder; or in its place the likeness with the "question", what is "distinct"
+            from the mean, the folder of a scorer, a module, or an `Importance` of your own.
     """
 
     keep: Budget = DEFAULT_KEEP
@@ -168,10 +178,18 @@ class FlashVid(Recipe):
     layers: tuple[int, ...] | None = None
     taper: float | None = Field(TAPER, gt=0, le=1)
     seed: int | None = None
+    importance: ImportanceKnob = "attention"
 
     def build(self) -> Method:
         """Vision and prefill socket share the budget."""
-        rule = DiverseAndTrees(diverse=self.diverse, like=self.like, cut=self.cut, fewest=self.fewest, seed=self.seed)
+        rule = DiverseAndTrees(
+            importance=importance_of(self.importance, attention=Received()),
+            diverse=self.diverse,
+            like=self.like,
+            cut=self.cut,
+            fewest=self.fewest,
+            seed=self.seed,
+        )
         if self.taper is None:
             return Method(vision=VisionStagePruner(window=None, key_share=0, keep=self.keep, score=rule))
         return Method(

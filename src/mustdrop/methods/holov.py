@@ -9,9 +9,9 @@ from torch import Tensor
 
 from mustdrop.constants import numbers
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Chosen, Features, Read, VisionRule, VisionStagePruner
+from mustdrop.pruners import Chosen, Features, VisionStagePruner
 from mustdrop.pruners.base import Budget
-from mustdrop.pruners.compared_features import LAST
+from mustdrop.pruners.weighing import ImportanceKnob, WeighingRule, importance_of
 from mustdrop.rules.diversity import unit
 from mustdrop.rules.groups import best_in_groups, largest_remainder
 
@@ -20,10 +20,11 @@ WEIGHT = 0.09
 CROPS = 1024 / 576
 
 
-class CropsByContext(VisionRule):
+class CropsByContext(WeighingRule):
     """The most attended features of each crop, a run of features in raster order; attended and varied crops keep more.
 
     Attributes:
+        importance: what takes the place of the attention.
         crops: how many, or None: the fewer the larger the budget.
         weight: of the variance of a crop's likenesses beside its attention.
     """
@@ -31,15 +32,10 @@ class CropsByContext(VisionRule):
     crops: int | None = Field(None, ge=1)
     weight: float = Field(WEIGHT, ge=0)
 
-    @property
-    def reads(self) -> tuple[Read, ...]:
-        """Attention of the layer that features are read from."""
-        return (Read(what="attention", **LAST),)
-
     def choose(self, seen: Features, count: int | None) -> Chosen:
         """See `VisionRule.choose`. What a full crop cannot take goes to the others."""
         assert count is not None
-        attention = seen.of(self.reads[0])
+        attention = self.importance.positive(seen)
         n = attention.shape[1]
         crops = self.crops_of(n, count)
         place = torch.arange(n, dtype=torch.long, device=attention.device)
@@ -78,13 +74,17 @@ class HoloV(Recipe):
         keep: tokens (int) or share of the prompt's vision tokens.
         crops: per view; None: 1024 / `keep` of LLaVA's 576 tokens, and in proportion elsewhere.
         weight: of the variance of a crop's likenesses beside its attention.
+        importance: "attention" of the encoder; or in its place the likeness with the "question", what is "distinct"
+            from the mean, the folder of a scorer, a module, or an `Importance` of your own.
     """
 
     keep: Budget = DEFAULT_KEEP
     crops: int | None = Field(None, ge=1)
     weight: float = Field(WEIGHT, ge=0)
+    importance: ImportanceKnob = "attention"
 
     def build(self) -> Method:
         """Only the vision socket is filled."""
-        rule = CropsByContext(crops=self.crops, weight=self.weight)
+        weighed = importance_of(self.importance)
+        rule = CropsByContext(importance=weighed, crops=self.crops, weight=self.weight)
         return Method(vision=VisionStagePruner(window=None, key_share=0, keep=self.keep, score=rule))

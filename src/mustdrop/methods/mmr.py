@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from pydantic import Field
 
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Chosen, Features, Read, VisionRule, VisionStagePruner
+from mustdrop.pruners import Chosen, Features, Read, VisionStagePruner
 from mustdrop.pruners.base import Budget
 from mustdrop.pruners.compared_features import STATES, compared
-from mustdrop.pruners.importance import Attention, Importance, Named, importance_of
+from mustdrop.pruners.weighing import ImportanceKnob, WeighingRule, importance_of
 from mustdrop.rules.diversity import farthest_first
 from mustdrop.rules.geometry import Geometry, around_mean, distinctiveness
 from mustdrop.rules.scaling import min_max
 
 
-class MarginalRelevance(VisionRule):
+class MarginalRelevance(WeighingRule):
     """The most important feature, then always the one with the highest balance * importance - (1 - balance) * likeness.
 
     Importance is spread from 0 to 1 in each view; likeness is the cosine with the nearest pick.
@@ -28,15 +26,13 @@ class MarginalRelevance(VisionRule):
         geometry: how features are compared. Except for "raw", importance is multiplied with how distinct a feature is.
     """
 
-    importance: Importance = Attention()
     balance: float = Field(0.5, ge=0, le=1)
     geometry: Geometry = "raw"
 
     @property
-    def reads(self) -> tuple[Read, ...]:
-        """What the importance reads, and what leaves the encoder if that is compared."""
-        own = STATES if self.geometry == "standardized" else ()
-        return tuple(dict.fromkeys((*self.importance.reads, *own)))
+    def own_reads(self) -> tuple[Read, ...]:
+        """What leaves the encoder, if that is compared."""
+        return STATES if self.geometry == "standardized" else ()
 
     def choose(self, seen: Features, count: int | None) -> Chosen:
         """See `VisionRule.choose`."""
@@ -53,19 +49,13 @@ class MarginalRelevance(VisionRule):
         return Chosen.picked(picks)
 
 
-class MarginalRelevanceToQuestion(MarginalRelevance):
-    """As `MarginalRelevance`, by an importance that reads the question."""
-
-    asks: ClassVar[bool] = True
-
-
 class MMR(Recipe):
     """Important features that differ from each other, greedily per view; before the first decoder layer.
 
     Attributes:
         keep: tokens (int) or share of the prompt's vision tokens.
-        importance: "attention" of the encoder, the likeness with the "question", what is "distinct" from the mean, or
-            an `Importance` of your own.
+        importance: "attention" of the encoder, the likeness with the "question", what is "distinct" from the mean, the
+            folder of a scorer, a module, or an `Importance` of your own.
         balance: weight of importance against likeness, in [0, 1]; IDPruner has 0.5, UniAttn 1 / 1.3, and 1 keeps the
             most important.
         geometry: "raw" compares features as they are; "centered" around their mean, and distinct ones count more;
@@ -73,13 +63,13 @@ class MMR(Recipe):
     """
 
     keep: Budget = DEFAULT_KEEP
-    importance: Named | Importance = "attention"
+    importance: ImportanceKnob = "attention"
     balance: float = Field(0.5, ge=0, le=1)
     geometry: Geometry = "raw"
 
     def build(self) -> Method:
         """Only the vision socket is filled."""
-        found = importance_of(self.importance)
-        kind = MarginalRelevanceToQuestion if found.asks else MarginalRelevance
-        rule = kind(importance=found, balance=self.balance, geometry=self.geometry)
+        rule = MarginalRelevance(
+            importance=importance_of(self.importance), balance=self.balance, geometry=self.geometry
+        )
         return Method(vision=VisionStagePruner(window=None, key_share=0, keep=self.keep, score=rule))

@@ -10,6 +10,7 @@ from mustdrop.errors import ConfigError
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from mustdrop.pruners.base import Budget, Compat
+from mustdrop.pruners.weighing import ImportanceKnob
 
 
 class MustDrop(Recipe):
@@ -29,6 +30,9 @@ class MustDrop(Recipe):
         merge_share: share of the windows that "budget" merges at most.
         threshold: similarity from which a window merges.
         key_share: share of pinned tokens.
+        importance: what they are pinned by: "attention" of the encoder; or in its place the likeness with the
+            "question", what is "distinct" from the mean, the folder of a scorer, a module, or an `Importance` of your
+            own.
         inside: whether windows also merge inside an encoder of packed patches, which then runs on fewer; False merges
             the features that it gives.
         select_layer: encoder layer after which the tokens that cannot enter under the budget leave an encoder of packed
@@ -50,6 +54,7 @@ class MustDrop(Recipe):
     merge_share: float = Field(0.5, gt=0, le=1)
     threshold: float = 0.8
     key_share: float = 0.08
+    importance: ImportanceKnob = "attention"
     inside: bool = True
     select_layer: int | None = None
     decode_keep: Budget | None = None
@@ -72,6 +77,7 @@ class MustDrop(Recipe):
                 merge_share=self.merge_share,
                 threshold=self.threshold,
                 key_share=self.key_share,
+                key_importance=self.importance,
                 key_layer=-1 if self.select_layer is None else self.select_layer,
                 inside=self.inside,
                 select_layer=self.select_layer,

@@ -15,6 +15,7 @@ from mustdrop.methods.tome import SoftMatching
 from mustdrop.pruners import DecodeCachePruner, PrefillPruner, Seen, TextScorer, VisionStagePruner
 from mustdrop.pruners.base import Budget
 from mustdrop.pruners.vision import Taper
+from mustdrop.pruners.weighing import ImportanceKnob
 from mustdrop.rules.diversity import greedy_determinant
 from mustdrop.rules.dual_attention import dual_score, dual_statistics
 from mustdrop.rules.ranking import keep_best
@@ -87,7 +88,9 @@ class MustDropPlus(Recipe):
             the encoder.
         power: of the attention in the filter's choice; 0 is diversity alone.
         layers: filter layers; None is (4, 12) of 32, scaled to the model.
-        key_share: share of the tokens that the filter may not drop, by encoder attention.
+        key_share: share of the tokens that the filter may not drop.
+        importance: what these are: "attention" of the encoder; or in its place the likeness with the "question", what
+            is "distinct" from the mean, the folder of a scorer, a module, or an `Importance` of your own.
         proportional: whether a merged token's attention in the encoder is weighed with its size; it takes an encoder
             without flash attention.
         decode_keep: vision entries per layer that stay in the cache while decoding; None keeps what the filter left.
@@ -101,6 +104,7 @@ class MustDropPlus(Recipe):
     power: float = Field(0.5, ge=0)
     layers: tuple[int, ...] | None = None
     key_share: float = Field(0.0, ge=0, le=1)
+    importance: ImportanceKnob = "attention"
     proportional: bool = True
     decode_keep: Budget | None = None
     interval: int = Field(8, ge=1)
@@ -114,7 +118,13 @@ class MustDropPlus(Recipe):
         """Fill all three sockets."""
         merging = SoftMatching(share=self.merge, weighs=self.proportional)
         return Method(
-            vision=VisionStagePruner(window=None, key_share=self.key_share, taper=self.taper, score=merging),
+            vision=VisionStagePruner(
+                window=None,
+                key_share=self.key_share,
+                key_importance=self.importance,
+                taper=self.taper,
+                score=merging,
+            ),
             prefill=PrefillPruner(
                 layers=self.layers, paper_layers=LAYERS, keep=self.keep, score=AttendedAndDiverse(power=self.power)
             ),

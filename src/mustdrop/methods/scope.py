@@ -6,20 +6,22 @@ from pydantic import Field
 
 from mustdrop import kernels
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Chosen, Features, Read, VisionRule, VisionStagePruner
+from mustdrop.pruners import Chosen, Features, Read, VisionStagePruner
 from mustdrop.pruners.base import Budget
-from mustdrop.pruners.compared_features import LAST, STATES, compared
+from mustdrop.pruners.compared_features import STATES, compared
+from mustdrop.pruners.weighing import ImportanceKnob, WeighingRule, importance_of
 from mustdrop.rules.diversity import unit
 from mustdrop.rules.geometry import Geometry, around_mean, distinctiveness
 
 
-class AttendedCoverage(VisionRule):
+class AttendedCoverage(WeighingRule):
     """Each pick adds the most coverage times attention.
 
     A feature is covered as well as it resembles the pick that it resembles most, and not at all below 0.
 
     Attributes:
-        alpha: exponent of the attention, 0 or more; 0 leaves coverage alone.
+        importance: what coverage is weighed with.
+        alpha: exponent of the importance, 0 or more; 0 leaves coverage alone.
         geometry: how features are compared. Except for "raw", attention is multiplied with how distinct a feature is.
     """
 
@@ -27,15 +29,15 @@ class AttendedCoverage(VisionRule):
     geometry: Geometry = "raw"
 
     @property
-    def reads(self) -> tuple[Read, ...]:
-        """Attention of the layer that features are read from, and what leaves it if that is compared."""
-        return Read(what="attention", **LAST), *(STATES if self.geometry == "standardized" else ())
+    def own_reads(self) -> tuple[Read, ...]:
+        """What leaves the encoder, if that is compared."""
+        return STATES if self.geometry == "standardized" else ()
 
     def choose(self, seen: Features, count: int | None) -> Chosen:
         """See `VisionRule.choose`."""
         assert count is not None
         values = compared(seen, self.geometry)
-        attention = seen.of(self.reads[0])
+        attention = self.importance.positive(seen)
         # a common factor changes no choice, and keeps small numbers from vanishing
         share = attention / attention.amax(1, keepdim=True).clamp(min=1e-30)
         quality = share**self.alpha * distinctiveness(values, self.geometry)
@@ -48,7 +50,9 @@ class Scope(Recipe):
 
     Attributes:
         keep: tokens (int) or share of the prompt's vision tokens.
-        alpha: exponent of the attention; 0 leaves coverage alone.
+        alpha: exponent of the importance; 0 leaves coverage alone.
+        importance: "attention" of the encoder, the likeness with the "question", what is "distinct" from the mean, the
+            folder of a scorer, a module, or an `Importance` of your own.
         geometry: "raw" compares features as they are; "centered" around their mean, and distinct ones count more;
             "standardized" likewise those of the encoder, with channels of equal variance.
     """
@@ -56,8 +60,10 @@ class Scope(Recipe):
     keep: Budget = DEFAULT_KEEP
     alpha: float = Field(1.0, ge=0)
     geometry: Geometry = "raw"
+    importance: ImportanceKnob = "attention"
 
     def build(self) -> Method:
         """Only the vision socket is filled."""
-        rule = AttendedCoverage(alpha=self.alpha, geometry=self.geometry)
+        weighed = importance_of(self.importance)
+        rule = AttendedCoverage(importance=weighed, alpha=self.alpha, geometry=self.geometry)
         return Method(vision=VisionStagePruner(window=None, key_share=0, keep=self.keep, score=rule))

@@ -2,40 +2,38 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
 import torch
 from pydantic import Field
 
 from mustdrop import kernels
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Chosen, Features, Read, VisionRule, VisionStagePruner
+from mustdrop.pruners import Chosen, Features, Read, VisionStagePruner
 from mustdrop.pruners.base import Budget
+from mustdrop.pruners.compared_features import LAST
+from mustdrop.pruners.weighing import EncoderWeighingRule, ImportanceKnob, importance_of
 
 # The published split at every budget: 54 dominant tokens and 10 contextual ones of 64.
 CONTEXTUAL = 10 / 64
-# The encoder's last layer that LLaVA reads, of the 23 that it runs for that.
-LAYER = {"layer": 22, "of": 23}
 
 
-class DominantAndContextual(VisionRule):
+class DominantAndContextual(EncoderWeighingRule):
     """The most attended features stay; the others join evenly spaced ones among them that resemble them in their keys.
 
     Attributes:
+        importance: what takes the place of the attention.
         contextual: share of what stays that is contextual, in [0, 1).
     """
 
-    space: ClassVar[Literal["encoder", "language"]] = "encoder"
     contextual: float = Field(CONTEXTUAL, ge=0, lt=1)
 
     @property
-    def reads(self) -> tuple[Read, ...]:
-        """Attention and keys of the layer that features are read from."""
-        return Read(what="attention", **LAYER), Read(what="keys", **LAYER)
+    def own_reads(self) -> tuple[Read, ...]:
+        """Keys of the layer that features are read from (in LLaVA, 22 of the 23 that it runs)."""
+        return (Read(what="keys", **LAST),)
 
     def choose(self, seen: Features, count: int | None) -> Chosen:
         """See `VisionRule.choose`. A contextual token is its own value plus the mean of those that join it."""
-        attention, keys = (seen.of(read) for read in self.reads)
+        attention, keys = self.importance.score(seen), seen.of(self.own_reads[0])
         batch, n = attention.shape
         assert count is not None
         targets = min(round(count * self.contextual), count - 1)
@@ -69,12 +67,16 @@ class VisionZip(Recipe):
     Attributes:
         keep: tokens (int) or share of the prompt's vision tokens, dominant and contextual together.
         contextual: share of `keep` that is contextual.
+        importance: "attention" of the encoder; or in its place the likeness with the "question", what is "distinct"
+            from the mean, the folder of a scorer, a module, or an `Importance` of your own. One that reads the features
+            of the language model moves the choice behind the projector.
     """
 
     keep: Budget = DEFAULT_KEEP
     contextual: float = Field(CONTEXTUAL, ge=0, lt=1)
+    importance: ImportanceKnob = "attention"
 
     def build(self) -> Method:
         """Only the vision socket is filled."""
-        rule = DominantAndContextual(contextual=self.contextual)
+        rule = DominantAndContextual(importance=importance_of(self.importance), contextual=self.contextual)
         return Method(vision=VisionStagePruner(window=None, key_share=0, keep=self.keep, score=rule))

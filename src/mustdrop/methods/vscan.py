@@ -9,24 +9,26 @@ from pydantic import Field
 
 from mustdrop import kernels
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Chosen, Features, LastRow, PrefillPruner, Read, VisionRule, VisionStagePruner
+from mustdrop.pruners import Chosen, Features, LastRow, PrefillPruner, Read, VisionStagePruner
 from mustdrop.pruners.base import Budget
+from mustdrop.pruners.weighing import ImportanceKnob, WeighingRule, importance_of
 from mustdrop.rules.groups import rank_in_group, windows
 
 # The paper's encoder layers, of the 23 that run up to the one that LLaVA reads.
-SHALLOW, DEEP, DEPTH = 5, 22, 23
+SHALLOW, DEPTH = 5, 23
 # The paper cuts before layer 16 of 32: after layer 15.
 LAYERS = (15,)
 # 96 tokens enter for a budget of 64, and the cut leaves 32 of them.
 TAPER = 1 / 3
 
 
-class TwoScans(VisionRule):
+class TwoScans(WeighingRule):
     """Half is the best of each window by a shallow layer, the rest the best of the picture by a deep one.
 
     What is not kept joins the kept feature that resembles it most, which becomes the mean.
 
     Attributes:
+        importance: what the scan of the picture goes by; the paper's is the attention of the deep layer.
         window: side of the windows, in features.
         local: share of what stays that the windows choose, in [0, 1].
         layer: encoder layer of the window scan, as for an encoder of 23 layers.
@@ -38,12 +40,12 @@ class TwoScans(VisionRule):
 
     @property
     def reads(self) -> tuple[Read, ...]:
-        """Attention of the shallow and of the deep layer."""
-        return Read(layer=self.layer, of=DEPTH), Read(layer=DEEP, of=DEPTH)
+        """Attention of the shallow layer, and what the importance reads."""
+        return tuple(dict.fromkeys((Read(layer=self.layer, of=DEPTH), *self.importance.reads)))
 
     def choose(self, seen: Features, count: int | None) -> Chosen:
         """See `VisionRule.choose`. What does not divide by the windows goes to those with the strongest candidates."""
-        shallow, deep = (seen.of(read) for read in self.reads)
+        shallow, deep = seen.of(self.reads[0]), self.importance.score(seen).float()
         assert count is not None
         kept = torch.zeros_like(shallow, dtype=torch.bool)
         best = shallow.argsort(dim=1, descending=True, stable=True)
@@ -74,6 +76,9 @@ class VScan(Recipe):
         layer: encoder layer of the local scan, as for an encoder of 23 layers; it is scaled to the model.
         layers: layer of the language model after which the cut is made; None is (15,) of 32, scaled to the model.
         taper: share of the tokens that enter which the cut leaves.
+        importance: what the scan of the picture goes by: "attention" of the encoder's deep layer; or in its place the
+            likeness with the "question", what is "distinct" from the mean, the folder of a scorer, a module, or an
+            `Importance` of your own.
     """
 
     keep: Budget = DEFAULT_KEEP
@@ -82,10 +87,12 @@ class VScan(Recipe):
     layer: int = Field(SHALLOW, ge=0, lt=DEPTH)
     layers: tuple[int, ...] | None = None
     taper: float = Field(TAPER, gt=0, le=1)
+    importance: ImportanceKnob = "attention"
 
     def build(self) -> Method:
         """Vision and prefill socket share the budget."""
-        rule = TwoScans(window=self.window, local=self.local, layer=self.layer)
+        weighed = importance_of(self.importance)
+        rule = TwoScans(importance=weighed, window=self.window, local=self.local, layer=self.layer)
         return Method(
             vision=VisionStagePruner(window=None, key_share=0, score=rule, taper=self.taper),
             prefill=PrefillPruner(layers=self.layers, paper_layers=LAYERS, keep=self.keep, score=LastRow()),

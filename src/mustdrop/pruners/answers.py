@@ -142,6 +142,17 @@ def features(rule: VisionRule, seen: Features, count: int | None) -> Chosen:
     return replace(got, blend=_blending(rule, got.blend, m))
 
 
+def module_scores(module: torch.nn.Module, got: Any, values: Tensor) -> Tensor:
+    """What a module given as `importance=` answers: (B, N) float, finite.
+
+    Raises:
+        ConfigError: see `scores`.
+    """
+    score = _tensor(module, "forward, as importance=", got, "float", values.shape[:2], values.device)
+    _finite(module, "forward, as importance=", score, None, values)
+    return score
+
+
 def _indices(rule: VisionRule, got: Chosen, n: int, m: int) -> None:
     ordered = got.keep.sort(1).values
     _require(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mustdrop.errors import ConfigError
 from mustdrop.pruners.base import Settings
@@ -13,6 +13,9 @@ from mustdrop.pruners.compared_features import LAST
 from mustdrop.pruners.vision_rules import Features, Read
 from mustdrop.rules.diversity import unit
 from mustdrop.rules.geometry import distinctiveness
+from mustdrop.rules.scaling import min_max
+
+Space = Literal["encoder", "language"]
 
 
 class Importance(Settings):
@@ -20,9 +23,12 @@ class Importance(Settings):
 
     Attributes:
         asks: whether the words of the question are read.
+        space: which features `score` reads: those of the "encoder", or those that enter the "language" model; None
+            where it reads none, or either.
     """
 
     asks: ClassVar[bool] = False
+    space: ClassVar[Space | None] = "language"
 
     @property
     def reads(self) -> tuple[Read, ...]:
@@ -33,9 +39,19 @@ class Importance(Settings):
         """(B, N), higher is more important; only the order and the ratios of differences within a view count."""
         raise NotImplementedError
 
+    def positive(self, seen: Features) -> Tensor:
+        """(B, N) from 0 up, for rules that multiply with it: `score`, spread from 0 to 1 in each view."""
+        return min_max(self.score(seen).float())
+
+    def bound(self, model: nn.Module) -> Importance:
+        """The importance for one model; itself, unless it comes with the model."""
+        return self
+
 
 class Attention(Importance):
     """What CLS gives to a feature or, in an encoder without CLS, what it receives on average."""
+
+    space: ClassVar[Space | None] = None
 
     @property
     def reads(self) -> tuple[Read, ...]:
@@ -45,6 +61,10 @@ class Attention(Importance):
     def score(self, seen: Features) -> Tensor:
         """See `Importance.score`."""
         return seen.of(self.reads[0])
+
+    def positive(self, seen: Features) -> Tensor:
+        """The attention as it is: it is never negative."""
+        return self.score(seen)
 
 
 class Question(Importance):
@@ -60,18 +80,11 @@ class Question(Importance):
 class Distinct(Importance):
     """How unlike all other features it is on average."""
 
+    space: ClassVar[Space | None] = None
+
     def score(self, seen: Features) -> Tensor:
         """See `Importance.score`."""
         return distinctiveness(seen.values, "centered")
-
-
-Named = Literal["attention", "question", "distinct"]
-_NAMED: dict[str, type[Importance]] = {"attention": Attention, "question": Question, "distinct": Distinct}
-
-
-def importance_of(given: Named | Importance) -> Importance:
-    """The object that a name stands for; an object is itself."""
-    return _NAMED[given]() if isinstance(given, str) else given
 
 
 def relevance(values: Tensor, question: tuple[Tensor, ...]) -> Tensor:
@@ -96,3 +109,14 @@ def check_question(values: Tensor, question: tuple[Tensor, ...]) -> None:
             f"expected embeddings of a question (words, {values.shape[2]}) for each of {len(values)} views, got "
             f"{[tuple(words.shape) for words in question]}: pass them as Features(question=...)."
         )
+
+
+class OfField:
+    """A class attribute that an object has from one of its fields."""
+
+    def __init__(self, field: str, name: str, otherwise: Any) -> None:
+        self.field, self.name, self.otherwise = field, name, otherwise
+
+    def __get__(self, owner: Any, kind: type | None = None) -> Any:
+        found = None if owner is None else getattr(getattr(owner, self.field), self.name, None)
+        return self.otherwise if found is None else found

@@ -17,7 +17,9 @@ from torch import Tensor
 from mustdrop.budget import tokens_of
 from mustdrop.errors import ConfigError
 from mustdrop.pruners.base import Budget, Compat, Settings
+from mustdrop.pruners.importance import Importance
 from mustdrop.pruners.vision_rules import Read, VisionRule
+from mustdrop.pruners.weighing import ImportanceKnob, importance_of
 from mustdrop.rules.baselines import random_scores, uniform_scores
 from mustdrop.rules.ranking import keep_best
 from mustdrop.rules.windows import (
@@ -60,6 +62,9 @@ class VisionStagePruner(Settings):
         key_layer: encoder layer whose attention scores the tokens (negative counts from the end): the attention
             that the
             CLS token gives or, in an encoder without CLS, the mean attention that a token receives.
+        key_importance: what pins, and what score="attention" selects by: "attention", that of `key_layer`; or in its
+            place the likeness with the "question", what is "distinct" from the mean, the folder of a scorer, a module,
+            or an `Importance`, each of the features behind the encoder.
         keep: tokens that enter the language model at most: int, share of the prompt's vision tokens, "auto" (as many as
             the prefill budget can use; no limit where the prefill stage has no budget), or "rule" (`score` decides).
         taper: with keep="auto", share of the tokens that enter which the last filter of the prefill leaves, in (0, 1];
@@ -85,6 +90,7 @@ class VisionStagePruner(Settings):
     select_layer: int | None = None
     key_share: float = Field(0.08, ge=0, le=1)
     key_layer: int = -1
+    key_importance: ImportanceKnob = "attention"
     keep: Literal["auto", "rule"] | Budget = "auto"
     taper: Taper | None = None
     score: Literal["attention", "random", "uniform"] | VisionRule = "attention"
@@ -106,6 +112,12 @@ class VisionStagePruner(Settings):
             raise ConfigError(
                 f"VisionStagePruner.select_layer={self.select_layer} selects inside the encoder, and inside=False "
                 "merges behind it: leave one out, or set window=None."
+            )
+        if self.key_importance != "attention" and (self.select_layer is not None or self.compat == "released"):
+            raise ConfigError(
+                f"VisionStagePruner.key_importance={self.key_importance!r} reads features behind the encoder: leave "
+                f"out select_layer={self.select_layer}, which selects inside, and "
+                f'compat="released", which pins by attention.'
             )
         if self.compat == "released" and self.keep != "auto" and self.rule is None:
             raise ConfigError(
@@ -138,7 +150,31 @@ class VisionStagePruner(Settings):
     @property
     def needs_attention(self) -> bool:
         """Whether encoder attention has to be read: for pinning or for selecting by it."""
+        return self._ranks and self.key_importance == "attention"
+
+    @property
+    def weighs(self) -> Importance | None:
+        """What pins and selects in place of the encoder's attention; None: nothing does."""
+        return importance_of(self.key_importance) if self._ranks and self.key_importance != "attention" else None
+
+    @property
+    def _ranks(self) -> bool:
         return self.key_share > 0 or (self.score == "attention" and self.selects)
+
+    @property
+    def asks(self) -> bool:
+        """Whether the words of the question are read."""
+        asking = (self.rule, self.weighs)
+        return any(one is not None and one.asks for one in asking)
+
+    def bound(self, model: torch.nn.Module) -> VisionStagePruner:
+        """The pruner for one model: what comes with a model, such as its scorer, is in it, and folders are loaded."""
+        changes: dict[str, object] = {}
+        if self.rule is not None and (rule := self.rule.bound(model)) is not self.rule:
+            changes["score"] = rule
+        if self.weighs is not None and (weighs := self.weighs.bound(model)) is not self.key_importance:
+            changes["key_importance"] = weighs
+        return self.model_copy(update=changes) if changes else self
 
     @property
     def importance(self) -> Read:
@@ -148,7 +184,8 @@ class VisionStagePruner(Settings):
     @property
     def reads(self) -> tuple[Read, ...]:
         """All that is read from the encoder."""
-        own = (self.importance,) if self.needs_attention else ()
+        own: tuple[Read, ...] = (self.importance,) if self.needs_attention else ()
+        own += () if self.weighs is None else self.weighs.reads
         return own if self.rule is None else tuple(dict.fromkeys((*own, *self.rule.reads)))
 
     @property

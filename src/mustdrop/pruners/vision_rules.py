@@ -189,6 +189,10 @@ class VisionRule(Settings):
         """
         raise NotImplementedError
 
+    def bound(self, model: torch.nn.Module) -> VisionRule:
+        """The rule for one model: `patch` asks for it. Itself, unless something of it comes with the model."""
+        return self
+
     def __call__(self, seen: Features, count: int | None = None) -> Chosen:
         """`choose`, after a look at the numbers.
 

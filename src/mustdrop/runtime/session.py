@@ -206,8 +206,7 @@ class Runtime(Copied):
             guards.media(self, call.totals_of, kwargs if ids is None else {"input_ids": ids, **kwargs})
             call.plans = self.plan_batch(call.totals)
             ends = np.where(last_token(shown), own, -1).max(1).tolist()
-            rule = None if self.method.vision is None else self.method.vision.rule
-            if rule is not None and rule.asks:
+            if self.method.vision is not None and self.method.vision.asks:
                 embeds = kwargs.get("inputs_embeds")
                 embeds = self.text.get_input_embeddings()(ids) if embeds is None else embeds
                 call.words = words(embeds.detach(), own >= 0, shown)

@@ -17,6 +17,7 @@ from mustdrop.integrations.vllm import VARIABLE
 from mustdrop.method import DEFAULT_METHOD, Method
 from mustdrop.method import find as find_method
 from mustdrop.pruners import PictureRule, VisionStagePruner
+from mustdrop.pruners.scored import FromModel
 
 REQUEST = "mustdrop_keep"  # in a request's `mm_processor_kwargs`
 
@@ -158,7 +159,9 @@ def _obstacle(method: Method) -> str | None:
     if method.vision is None:
         return "drops entries of the KV cache"
     rule = method.vision.rule
-    if rule is not None and rule.asks:
+    if isinstance(getattr(rule, "importance", None), FromModel):
+        return "looks for a scorer in the model's folder (give importance=FOLDER)"
+    if method.vision.asks:
         return "reads the question"
     if isinstance(rule, PictureRule):
         return "makes pictures smaller before the encoder sees them"

@@ -16,7 +16,7 @@ from mustdrop.budget import share_out
 from mustdrop.compat import by_name, eager, first_parameter
 from mustdrop.errors import MustDropError, UnsupportedOptionError
 from mustdrop.layout import Layout
-from mustdrop.pruners import PictureRule, VisionStagePruner, answers
+from mustdrop.pruners import Importance, PictureRule, VisionRule, VisionStagePruner, answers
 from mustdrop.runtime import guards
 from mustdrop.runtime.plan import rows_of_media
 from mustdrop.runtime.state import Call, Local
@@ -28,7 +28,7 @@ from mustdrop.runtime.vision.encoder_run import EncoderRun
 from mustdrop.runtime.vision.fixed_counts import FeatureCounts
 from mustdrop.runtime.vision.marks import Decided, decide, must_remain
 from mustdrop.runtime.vision.picture_sizes import SmallerPictures
-from mustdrop.runtime.vision.selection import FeatureChoice, VisionSelector, patches_left, stacked
+from mustdrop.runtime.vision.selection import FeatureChoice, VisionSelector, Weigher, patches_left, stacked
 
 if TYPE_CHECKING:
     from mustdrop.runtime.session import Runtime
@@ -113,9 +113,10 @@ class FeaturesWrapper:
         run.gone = None if gone is None else torch.cat(gone)
         chooser = self._chooser(stage, run, layouts, most, ends, shown, call if of_call else None, owners)
         pruner = stage.pruner or _KEEPS_ALL
+        weigh = self._weigher(pruner, run, layouts, call if of_call else None, owners)
 
         def decide_on(flat: Tensor, choice: FeatureChoice | None = None) -> Decided:
-            return decide(pruner, run, layouts, flat, least, most, ends, shown, chooser, choice)
+            return decide(pruner, run, layouts, flat, least, most, ends, shown, chooser, choice, weigh)
 
         steps = packed_steps.PackedSteps(stage, run, layouts, least, decide_on)
         if stage.shortens:
@@ -146,7 +147,7 @@ class FeaturesWrapper:
         if call is not None and _structural(layouts) and _count(getattr(output, field)) < len(flat):
             call.unmarked = True  # rows that the model adds later bear no marks
         if counts is not None:
-            decided, marks = fixed_counts.decide(pruner, run, layouts, flat, least, counts, chooser, choice)
+            decided, marks = fixed_counts.decide(pruner, run, layouts, flat, least, counts, chooser, choice, weigh)
             if call is not None:
                 call.flat[kind] = marks
         else:
@@ -267,16 +268,34 @@ class FeaturesWrapper:
         pruner = stage.pruner
         if pruner is None or pruner.rule is None:
             return None
-        questions: list[Tensor] = []
-        if pruner.rule.asks:
-            if call is None or call.words is None:
-                raise UnsupportedOptionError(
-                    f"{type(pruner.rule).__name__} reads the question, and this call of {self.modality.method} has "
-                    "none: call the model (or generate) with the prompt and the media together."
-                )
-            questions = [call.words[row] for row in owners]
+        questions = self._questions(pruner.rule, call, owners)
         budget = None if pruner.keep == "rule" else most
         return VisionSelector(pruner.rule, run, layouts, budget, ends, shown, questions, pruner.compat == "released")
+
+    def _questions(self, reader: VisionRule | Importance, call: Call | None, owners: Sequence[int]) -> list[Tensor]:
+        """Per medium the words of its prompt; empty if they are not asked for."""
+        if not reader.asks:
+            return []
+        if call is None or call.words is None:
+            raise UnsupportedOptionError(
+                f"{type(reader).__name__} reads the question, and this call of {self.modality.method} has none: call "
+                "the model (or generate) with the prompt and the media together."
+            )
+        return [call.words[row] for row in owners]
+
+    def _weigher(
+        self,
+        pruner: VisionStagePruner,
+        run: EncoderRun,
+        layouts: Sequence[Layout],
+        call: Call | None,
+        owners: Sequence[int],
+    ) -> Weigher | None:
+        """What says how important features are in place of the encoder's attention, if something does."""
+        weighs = pruner.weighs
+        if weighs is None:
+            return None
+        return Weigher(weighs, run, layouts, self._questions(weighs, call, owners))
 
     def _shrunk(
         self,

@@ -22,7 +22,15 @@ from mustdrop.runtime.language.fixed_rows import FlatMarks
 from mustdrop.runtime.state import Marks
 from mustdrop.runtime.vision.encoder_run import EncoderRun
 from mustdrop.runtime.vision.marks import Decided, means
-from mustdrop.runtime.vision.selection import FeatureChoice, VisionSelector, of_features, owners, plain, stacked
+from mustdrop.runtime.vision.selection import (
+    FeatureChoice,
+    VisionSelector,
+    Weigher,
+    of_features,
+    owners,
+    plain,
+    stacked,
+)
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,7 @@ def decide(
     counts: FeatureCounts,
     chooser: VisionSelector | None,
     choice: FeatureChoice | None,
+    weigh: Weigher | None = None,
 ) -> tuple[Decided, FlatMarks]:
     """Merge, select and pin; see `mustdrop.runtime.vision.marks.decide`.
 
@@ -151,11 +160,13 @@ def decide(
         counts: how many there are when it is done.
         chooser: asks the pruner's rule, if it has one.
         choice: what the rule has decided already, as the features left the encoder.
+        weigh: says what is important in place of the encoder's attention, or None.
     """
     device, table = features.device, stacked(layouts)
     as_read = plain(table)
     patches = sent(table, device)
     importance = of_features(run, pruner.importance, patches, as_read) if pruner.needs_attention else None
+    importance = importance if weigh is None else weigh(features)
     behind = run.grid is None and pruner.window is not None
     owner: Tensor | None = None  # None: nothing has merged
     # each medium is an item, and each feature a patch of it

@@ -15,7 +15,15 @@ from mustdrop.layout import Layout
 from mustdrop.pruners import VisionStagePruner
 from mustdrop.runtime.state import Marks
 from mustdrop.runtime.vision.encoder_run import EncoderRun
-from mustdrop.runtime.vision.selection import FeatureChoice, VisionSelector, named, of_features, owners, stacked
+from mustdrop.runtime.vision.selection import (
+    FeatureChoice,
+    VisionSelector,
+    Weigher,
+    named,
+    of_features,
+    owners,
+    stacked,
+)
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,7 @@ def decide(
     shown: Sequence[Tensor] | None = None,
     chooser: VisionSelector | None = None,
     choice: FeatureChoice | None = None,
+    weigh: Weigher | None = None,
 ) -> Decided:
     """Merge, select and pin.
 
@@ -108,9 +117,10 @@ def decide(
         shown: per medium (N,) bool, features that no mask hides; None: all.
         chooser: asks the pruner's rule, if it has one.
         choice: what the rule has decided already, as the features left the encoder.
+        weigh: says what is important in place of the encoder's attention, or None.
     """
     patches = torch.from_numpy(stacked(layouts))
-    importance = _importance(pruner, run, patches)
+    importance = _importance(pruner, run, patches) if weigh is None else weigh(features).to(HOST)
     behind = run.grid is None and pruner.window is not None and not run.merges_packed
     owner = merge_behind(pruner, layouts, features, least, run.gone) if behind else owners(run, patches)
     owner = named(owner, layouts, ends, shown)

@@ -15,7 +15,7 @@ from mustdrop.constants import host_table, sent
 from mustdrop.errors import MustDropError
 from mustdrop.indices import on
 from mustdrop.layout import Layout
-from mustdrop.pruners import Chosen, Features, Read, VisionRule
+from mustdrop.pruners import Chosen, Features, Importance, Read, VisionRule
 from mustdrop.runtime.vision.encoder_run import EncoderRun
 
 
@@ -189,31 +189,85 @@ class VisionSelector:
             count: how many of each stay; None leaves it to the rule.
             whole: whether the views are all features in their order.
         """
+        asked = self.questions if self.rule.asks else ()
+        return self.rule(shown_to(self.rule, self.run, self.layouts, asked, features, size, media, index, whole), count)
 
-        def of_views(x: Tensor) -> Tensor:
-            return x.view(*index.shape, *x.shape[1:]) if whole else x[index]
 
-        table, known = np.concatenate([places(own) for own in self.layouts], 1), host_table(index)
-        if known is None:
-            frame, row, column, first = (of_views(x) for x in sent(table, features.device))
-        else:  # where features lie is known to the host, and stays so
-            frame, row, column, first = (sent(x[known], features.device) for x in table)
-        seen = Features(
-            of_views(features).float(),
-            frame,
-            row,
-            column,
-            {read: of_views(self.reading(read, features.device)) for read in self.rule.reads},
-            tuple(self.questions[i].to(features.device) for i in media) if self.rule.asks else (),
-            of_views(size),
-            first,
-        )
-        return self.rule(seen, count)
+def shown_to(
+    reader: VisionRule | Importance,
+    run: EncoderRun,
+    layouts: Sequence[Layout],
+    questions: Sequence[Tensor],
+    features: Tensor,
+    size: Tensor,
+    media: list[int],
+    index: Tensor,
+    whole: bool = False,
+) -> Features:
+    """What a rule or an importance sees of views of equal length.
 
-    def reading(self, read: Read, device: torch.device) -> Tensor:
-        """(F,) or (F, D), the mean over each feature's patches of what was read; 0 for structural rows."""
-        patches = stacked(self.layouts)
-        return of_features(self.run, read, sent(patches, device), plain(patches))
+    Args:
+        reader: who reads.
+        run: what the encoder did.
+        layouts: one per medium.
+        questions: per medium (T, C), embeddings of its prompt's words; empty if nobody asks for them.
+        features: (F, C) of all media.
+        size: (F,) float, how many features each stands for.
+        media: the medium of each view.
+        index: (b, N) long, the features of each view.
+        whole: whether the views are all features in their order.
+    """
+
+    def of_views(x: Tensor) -> Tensor:
+        return x.view(*index.shape, *x.shape[1:]) if whole else x[index]
+
+    table, known = np.concatenate([places(own) for own in layouts], 1), host_table(index)
+    if known is None:
+        frame, row, column, first = (of_views(x) for x in sent(table, features.device))
+    else:  # where features lie is known to the host, and stays so
+        frame, row, column, first = (sent(x[known], features.device) for x in table)
+    patches = stacked(layouts)
+    read = {one: of_features(run, one, sent(patches, features.device), plain(patches)) for one in reader.reads}
+    return Features(
+        of_views(features).float(),
+        frame,
+        row,
+        column,
+        {one: of_views(found) for one, found in read.items()},
+        tuple(questions[i].to(features.device) for i in media) if questions else (),
+        of_views(size),
+        first,
+    )
+
+
+@dataclass
+class Weigher:
+    """Says how important the features of one call are, in place of the encoder's attention.
+
+    Attributes:
+        importance: who says.
+        run: what the encoder did.
+        layouts: one per medium.
+        questions: per medium (T, C), embeddings of its prompt's words; empty if nobody asks for them.
+    """
+
+    importance: Importance
+    run: EncoderRun
+    layouts: Sequence[Layout]
+    questions: Sequence[Tensor]
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """(F,) float32 from 0 up, of features (F, C) of all media; 0 for structural rows."""
+        starts = np.cumsum([0, *(layout.size for layout in self.layouts)])
+        places = [np.flatnonzero(~layout.gaps) + start for layout, start in zip(self.layouts, starts[:-1], strict=True)]
+        out = torch.zeros(len(features), dtype=torch.float32, device=features.device)
+        size = torch.ones_like(out)
+        for length in sorted({len(own) for own in places if len(own)}):
+            media = [i for i, own in enumerate(places) if len(own) == length]
+            index = sent(np.stack([places[i] for i in media]), features.device)
+            seen = shown_to(self.importance, self.run, self.layouts, self.questions, features, size, media, index)
+            out = out.index_copy(0, index.flatten(), self.importance.positive(seen).flatten().float())
+        return out
 
 
 def patches_left(layouts: Sequence[Layout], most: Sequence[int], item: int) -> list[int]:
