@@ -44,7 +44,8 @@ def compile(model: M, *, graphs: int = 8, after: int = 2, backend: Any = None) -
     runtime = patched_runtime(model)
     if runtime is None:
         raise NotPatchedError(f"this {type(model).__name__} is not patched: call mustdrop.patch(model) first.")
-    for name, value, least in (("graphs", graphs, 0), ("after", after, 1)):
+    counts: tuple[tuple[str, Any, int], ...] = (("graphs", graphs, 0), ("after", after, 1))
+    for name, value, least in counts:
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigError(f"{name} must be an int of {least} or more, got {value!r}.")
     device = next(runtime.text.parameters()).device

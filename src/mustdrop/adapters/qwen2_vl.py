@@ -55,7 +55,8 @@ class Qwen2VL(Adapter):
             pieces.append(place)
             start += len(place)
         cells, inside = torch.cat(pieces), torch.arange(merge * merge, dtype=torch.long, device="cpu")
-        return (cells[:, None] * merge * merge + inside).flatten()
+        rows: Tensor = (cells[:, None] * merge * merge + inside).flatten()
+        return rows
 
     def resized(
         self, model: Any, modality: str, arguments: dict[str, Any], sizes: list[tuple[int, int]]

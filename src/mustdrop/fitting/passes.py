@@ -133,7 +133,7 @@ class Passes:
         seen[0, vision[vision < ids.shape[1]]] = True
         valid = inputs.get("attention_mask")
         valid = torch.ones_like(seen) if valid is None else valid.bool().cpu()
-        asked = words(embeds[:, : ids.shape[1]], seen, valid)
+        asked = words(embeds[:, : ids.shape[1]], seen.numpy(), valid.numpy())
         features = [embeds[0, place].float() for place in places]
         question = mean_words(tuple(asked), features[0][None])
         return Prompt(logits, features, places, question, embeds.shape[1], (args, kwargs))

@@ -41,7 +41,9 @@ class PrunedState(Slots, LinearAttentionLayer):  # type: ignore[misc]  # older t
     def hold(self, held: Held, totals: Tensor, advance: int) -> None:
         """Take the state of an inner cache's layer; this one has none."""
         mine = {"arrival", "prepared"}
-        vars(self).update({name: value for name, value in vars(held.layer).items() if name not in mine})
+        for name, value in vars(held.layer).items():
+            if name not in mine:
+                setattr(self, name, value)
 
     @property
     def begun(self) -> bool:

@@ -338,7 +338,7 @@ class Forward:
         mask: the attention mask as the caller gave it, which says what is padding.
         later: what tokens after the prompt can see, once a cache policy has asked.
         shrinks: whether it brings a newer picture to a chat whose older ones shrink then.
-        landed: whether it ran straight, and all that is noted of it has been (`mustdrop.runtime.language.straight_record`).
+        landed: whether it ran straight, and all of it has been noted (`mustdrop.runtime.language.straight_record`).
     """
 
     length: int

@@ -2,8 +2,9 @@
 
 Where all counts are known beforehand, what follows from shapes is worked out before the first layer (`Straight.of`),
 and what is only written down, in cache layers and for the trace, is written down after the last one
-(`mustdrop.runtime.language.straight_record`). In between, the hooks read and write the attributes of one `Straight` and nothing else: no
-wait, no cache of tables, no identity of an object. The results are those of `mustdrop.runtime.language.fixed_rows`.
+(`mustdrop.runtime.language.straight_record`). In between, the hooks read and write the attributes of one `Straight` and
+nothing else: no wait, no cache of tables, no identity of an object. The results are those of
+`mustdrop.runtime.language.fixed_rows`.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ class Straight:
             sizes = [own + left for own, left in zip(text, wanted, strict=True)]
             padded = len(set(sizes)) > 1
             count = numbers(wanted, device)
-            choices.append(FilterPlan(layer, count, max(wanted), max(sizes), ragged, padded, **tables))  # type: ignore[arg-type]
+            choices.append(FilterPlan(layer, count, max(wanted), max(sizes), ragged, padded, **tables))
             ragged, n = padded, max(sizes)
             before[layer] = len(choices) - 1
 

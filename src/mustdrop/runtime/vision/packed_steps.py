@@ -16,10 +16,10 @@ from mustdrop.indices import HOST
 from mustdrop.layout import Layout
 from mustdrop.pruners import InputPruner, VisionStagePruner
 from mustdrop.runtime.attention_capture import implementation_of
-from mustdrop.runtime.padded import Padded
 from mustdrop.runtime.vision.encoder_run import EncoderRun
 from mustdrop.runtime.vision.marks import Decided, merge_behind
 from mustdrop.runtime.vision.packed import Decision, Packed
+from mustdrop.runtime.vision.padded import Padded
 
 if TYPE_CHECKING:
     from mustdrop.runtime.vision.encoder import EncoderStage

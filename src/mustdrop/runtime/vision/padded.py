@@ -1,8 +1,8 @@
 """Fewer patches inside an encoder whose items lie side by side, padded to the longest (Gemma 4, SigLIP 2 of any shape).
 
-As in a packed encoder, patches leave in cells and keep their positions; see `runtime/vision/packed.py`. What is left of an
-item moves together, and the items are padded to the longest again: masks hide that padding. Padding that the processor
-made belongs to no cell, and leaves with the first cells that do.
+As in a packed encoder, patches leave in cells and keep their positions; see `runtime/vision/packed.py`. What is left of
+an item moves together, and the items are padded to the longest again: masks hide that padding. Padding that the
+processor made belongs to no cell, and leaves with the first cells that do.
 """
 
 from __future__ import annotations
