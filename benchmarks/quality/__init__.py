@@ -51,11 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
-    options.seeds = options.seeds or list(variants.SEEDS.get(options.variants, SEEDS[options.model]))
+    options.seeds = options.seeds or list(variants.seeds(options.variants, options.model) or SEEDS[options.model])
     scenes, batch = SAMPLES[options.model]
     scenes, batch = options.scenes or scenes, options.batch or batch
     if options.variants:
-        found, references = variants.plan(options.variants, options.keep), options.reference
+        found, references = variants.plan(options.variants, options.keep, options.model), options.reference
         references = references or variants.REFERENCES.get(options.variants, ["mustdrop+", "tome"])
     else:
         budgets = options.keep or BUDGETS[options.model]

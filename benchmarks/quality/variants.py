@@ -8,7 +8,9 @@
     python -m benchmarks quality --variants merging    # the same: how many windows merge in mustdrop
     python -m benchmarks quality --variants inside --model pages   # held-out: inside a packed encoder, or behind
 
-Each writes a result file of its own. None but `inside`, by which nothing was chosen, looks at held-out scenes.
+All are of the first edition of `mustdrop+`. Each writes a result file of its own. None but `inside`, by which nothing was
+chosen, looks at held-out scenes. Sets whose names begin with plus2_ are in `benchmarks.quality.second`; one of them is a
+reported run.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 
 import mustdrop
 import mustdrop.method
+from benchmarks.quality import second
 from benchmarks.quality.cells import Cell
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from mustdrop.methods.mustdrop_plus import LAYERS, TAPER, AttendedAndDiverse, MustDropPlus
@@ -35,6 +38,7 @@ BUDGETS = {
     "geometry": (2 / 9, 1 / 9, 1 / 18),
     "merging": (1 / 3, 2 / 9, 1 / 9, 1 / 18),
     "inside": (1 / 4, 1 / 9),
+    **second.BUDGETS,
 }
 SPLITS = {
     "search": "train",
@@ -44,6 +48,8 @@ SPLITS = {
     "geometry": "selection",
     "merging": "selection",
     "inside": "heldout",
+    **dict.fromkeys(second.SETS, "selection"),
+    second.REPORTED: "heldout",
 }
 SEEDS = {
     "search": (2001, 2002),
@@ -57,6 +63,13 @@ SEEDS = {
 REFERENCES = {"inside": ["mustdrop; windows merge behind", "selected behind", "tome; merges behind"]}
 
 Stages = Mapping[str, Any]
+
+
+def seeds(which: str | None, model: str) -> tuple[int, ...]:
+    """Of the scenes or samples that a set asks a model about; empty: there is no such set, or it names none."""
+    if which in second.SETS:
+        return second.seeds(which, model)
+    return SEEDS.get(which or "", ())
 
 
 @dataclass(frozen=True)
@@ -74,8 +87,12 @@ class Variant(Cell):
         return mustdrop.patched(model, **SETS[self.which]()[self.method](self.keep))
 
 
-def plan(which: str, budgets: Sequence[float] | None) -> list[Cell]:
-    """The cells of a set of variants, after the unpruned model."""
+def plan(which: str, budgets: Sequence[float] | None, model: str = "pages") -> list[Cell]:
+    """The cells of a set of variants, after the unpruned model; `model` matters in the reported run alone."""
+    if which == second.REPORTED:
+        own = second.reported()
+        runs = [(name, keep) for name, keeps in second.RUNS[model].items() for keep in budgets or keeps]
+        return [Cell("none", None), *(Variant(n, k, which) if n in own else Cell(n, k) for n, k in runs)]
     return [
         Cell("none", None),
         *(Variant(name, keep, which) for name in SETS[which]() for keep in budgets or BUDGETS[which]),
@@ -141,7 +158,7 @@ def _with(
     power: float = MustDropPlus().power,
 ) -> Callable[[float], Stages]:
     def stages(keep: float) -> Stages:
-        method = MustDropPlus(keep=keep, taper=taper, merge=merge, power=power).build()
+        method = MustDropPlus(keep=keep, taper=taper, merge=merge, power=power, behind="merge").build()
         filters = PrefillPruner(paper_layers=layers, keep=keep, score=AttendedAndDiverse(power=power))
         return {"vision": method.vision, "prefill": filters, "decode": method.decode}
 
@@ -220,7 +237,7 @@ def inside() -> dict[str, Callable[[float], Stages]]:
 
 
 def _whole(keep: float) -> dict[str, Any]:
-    method = MustDropPlus(keep=keep).build()
+    method = MustDropPlus(keep=keep, behind="merge").build()
     return {"vision": method.vision, "prefill": method.prefill, "decode": method.decode}
 
 
@@ -232,4 +249,5 @@ SETS: dict[str, Callable[[], dict[str, Callable[[float], Stages]]]] = {
     "geometry": geometry,
     "merging": merging,
     "inside": inside,
+    **second.SETS,
 }

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from PIL import Image
 
 import mustdrop
 import mustdrop.method
 from mustdrop import VisionStagePruner, budget
+from mustdrop.demo.model import load, prompt
+from mustdrop.demo.scenes import SceneMaker
+from mustdrop.demo.tasks import TaskMaker
 from mustdrop.errors import ConfigError
-from mustdrop.methods.mustdrop_plus import AttendedAndDiverse
-from mustdrop.pruners import PrefillPruner, Seen
+from mustdrop.methods.mustdrop_plus import TAPER, AttendedAndDiverse, MergedOrChosen
+from mustdrop.methods.tome import SoftMatching
+from mustdrop.methods.vcast import CurvedFrames
+from mustdrop.pruners import Features, PrefillPruner, Seen
 from mustdrop.rules import bipartite
 from mustdrop.runtime.plan import plan_row
 
@@ -86,6 +94,51 @@ def test_no_layer_merges_more_than_half_by_share():
     assert bipartite.geometric_amounts(16, 1, 2) == [8, 4]
     assert bipartite.geometric_amounts(16, 0, 2) == [8, 4]
     assert bipartite.geometric_amounts(100, 10, 2, 0.3) == [30, 21]
+
+
+def test_layers_merge_as_before_and_the_rule_chooses_where_nothing_has_merged():
+    rule, merging = MergedOrChosen(share=0.3), SoftMatching(share=0.3)
+    assert rule.amounts(576, 64, 23) == merging.amounts(576, 64, 23)
+    keys = torch.randn(1, 2, 12, 4, generator=torch.Generator().manual_seed(0))
+    for one, other in zip(rule.join(keys, 3, 1), merging.join(keys, 3, 1), strict=True):
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+    features = Features.of_grid(torch.randn(1, 12, 4, generator=torch.Generator().manual_seed(1)), (3, 4), {})
+    assert torch.equal(rule(features, 5).keep, CurvedFrames()(features, 5).keep)
+    merged = replace(features, size=torch.arange(1.0, 13.0)[None])
+    assert torch.equal(rule(merged, 5).into, merging(merged, 5).into)
+
+
+def composed(rule, keep):
+    """The stages of mustdrop+ with another rule of the vision stage."""
+    method = mustdrop.method.find("mustdrop+", keep=keep)
+    vision = VisionStagePruner(window=None, key_share=0, taper=TAPER, score=rule)
+    return {"vision": vision, "prefill": method.prefill, "decode": method.decode}
+
+
+def logits(model, inputs, *method, **knobs):
+    with torch.no_grad(), mustdrop.patched(model, *method, **knobs):
+        return model(**inputs).logits
+
+
+@pytest.mark.parametrize("keep", [0.25, 1 / 18])
+def test_a_packed_encoder_merges_nothing_unless_asked_to(keep):
+    model, processor = load("pages")
+    sample = TaskMaker("pages", "selection", seed=4).sample()
+    inputs = processor(text=prompt(processor, "is there a K ?", 1), images=list(sample.pictures), return_tensors="pt")
+    chosen = logits(model, inputs, "mustdrop+", keep=keep)
+    merged = logits(model, inputs, "mustdrop+", keep=keep, behind="merge")
+    assert torch.equal(chosen, logits(model, inputs, **composed(CurvedFrames(), keep)))
+    assert torch.equal(merged, logits(model, inputs, **composed(SoftMatching(share=0.3), keep)))
+    assert not torch.equal(chosen, merged)
+
+
+@pytest.mark.parametrize("keep", [0.5, 1 / 18])  # at the smaller one, something is left to merge behind
+def test_where_the_layers_merge_both_editions_are_the_same(keep):
+    model, processor = load()
+    image = Image.fromarray(SceneMaker("selection", seed=4).scene().image)
+    inputs = processor(text=prompt(processor, "how many digits are there ?"), images=image, return_tensors="pt")
+    first, second = (logits(model, inputs, "mustdrop+", keep=keep, behind=how) for how in ("merge", "choose"))
+    assert torch.equal(first, second)
 
 
 def test_the_preset_fills_all_three_sockets():

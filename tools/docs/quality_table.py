@@ -164,8 +164,9 @@ def variants(record: Record, table: Table) -> str:
         lines.append([name, each, *(f"{mean(rows, measure):.3f}" for measure in ("correct", "loglik", "kl")), costs])
     first = next(row for row in record["rows"] if "cannot" not in row)
     versions, commit = record["versions"], str(record["commit"])[:10] + (" (dirty tree)" if record["dirty"] else "")
+    what = "samples of pages" if "pages" in record["models"] else "scenes"
     head = (
-        f"{first['questions']} questions about {first['scenes']} scenes of the split {record['split']} (seeds "
+        f"{first['questions']} questions about {first['scenes']} {what} of the split {record['split']} (seeds "
         f"{', '.join(map(str, record['seeds']))}), at {', '.join(f'{keep:.0%}' for keep in budgets)} of the tokens; "
         f"means are over the budgets. {record['hardware']}, torch {versions['torch']}, commit {commit}."
     )

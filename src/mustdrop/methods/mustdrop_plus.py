@@ -1,8 +1,8 @@
-"""mustdrop+: likeness merges in the encoder, question and diversity filter together, the cache follows the answer."""
+"""mustdrop+: merge or choose in the encoder, filter by question and diversity, let the cache follow the answer."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -12,7 +12,19 @@ from mustdrop.constants import constant, highest
 from mustdrop.errors import ConfigError
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.methods.tome import SoftMatching
-from mustdrop.pruners import DecodeCachePruner, PrefillPruner, Seen, TextScorer, VisionStagePruner
+from mustdrop.methods.vcast import CurvedFrames
+from mustdrop.pruners import (
+    Chosen,
+    DecodeCachePruner,
+    Features,
+    InnerRule,
+    PrefillPruner,
+    Read,
+    Seen,
+    TextScorer,
+    VisionRule,
+    VisionStagePruner,
+)
 from mustdrop.pruners.base import Budget
 from mustdrop.pruners.vision import Taper
 from mustdrop.pruners.weighing import ImportanceKnob
@@ -75,10 +87,55 @@ class AttendedAndDiverse(TextScorer):
         return keep_best(rank, count, seen.alive, must)
 
 
-class MustDropPlus(Recipe):
-    """Bipartite merging in the encoder, an attended and diverse choice in the prefill, output-aware eviction.
+class MergedOrChosen(InnerRule):
+    """Tokens merge inside the encoder's layers and behind them; where the layers cannot, a rule chooses behind it.
 
-    The split between the stages was searched on training scenes of the bundled model (docs/quality.md).
+    An encoder of packed patches, or one whose features are made of several patches, cannot merge in its layers. Merging
+    behind it blurs what it has read: the mean of two characters is neither of them.
+
+    Attributes:
+        share: largest share of its tokens that a layer merges, see `SoftMatching`.
+        rule: behind an encoder that has not merged; one that reads no question.
+    """
+
+    by_view: ClassVar[bool] = False
+    space: ClassVar[Literal["encoder", "language"]] = "encoder"
+    per_head: ClassVar[bool] = True
+    share: float = Field(0.5, gt=0, le=0.5)
+    rule: VisionRule = CurvedFrames()
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        """What the rule reads."""
+        return self.rule.reads
+
+    @property
+    def matching(self) -> SoftMatching:
+        """What merges in the layers."""
+        return SoftMatching(share=self.share, weighs=self.weighs)
+
+    def amounts(self, patches: int, target: int, layers: int) -> list[int]:
+        """See `InnerRule.amounts`."""
+        return self.matching.amounts(patches, target, layers)
+
+    def join(self, keys: Tensor, number: int, protected: int) -> tuple[Tensor, int]:
+        """See `InnerRule.join`."""
+        return self.matching.join(keys, number, protected)
+
+    def join_uneven(self, keys: Tensor, numbers: Tensor, lengths: Tensor, protected: int) -> Tensor:
+        """See `InnerRule.join_uneven`."""
+        return self.matching.join_uneven(keys, numbers, lengths, protected)
+
+    def choose(self, seen: Features, count: int | None) -> Chosen:
+        """See `VisionRule.choose`."""
+        return (self.rule if seen.size is None else self.matching).choose(seen, count)
+
+
+class MustDropPlus(Recipe):
+    """Merging or a choice in the encoder, an attended and diverse choice in the prefill, output-aware eviction.
+
+    How the stages share the budget was searched on training scenes of the first bundled model, and what comes behind a
+    packed encoder on pages of the second (docs/quality.md).
 
     Attributes:
         keep: equal-token budget, int or share.
@@ -86,6 +143,8 @@ class MustDropPlus(Recipe):
             that share). The larger the budget, the less a choice for the question can win.
         merge: largest share of its tokens that an encoder layer merges, in (0, 1/2]; what is left over merges behind
             the encoder.
+        behind: what becomes of the features of an encoder whose layers cannot merge: "choose" keeps those that stand
+            out of their frame (the rule of `vcast`); "merge" merges them, as the first edition did.
         power: of the attention in the filter's choice; 0 is diversity alone.
         layers: filter layers; None is (4, 12) of 32, scaled to the model.
         key_share: share of the tokens that the filter may not drop.
@@ -101,6 +160,7 @@ class MustDropPlus(Recipe):
     keep: Budget = DEFAULT_KEEP
     taper: Taper = TAPER
     merge: float = Field(0.3, gt=0, le=0.5)
+    behind: Literal["choose", "merge"] = "choose"
     power: float = Field(0.5, ge=0)
     layers: tuple[int, ...] | None = None
     key_share: float = Field(0.0, ge=0, le=1)
@@ -116,14 +176,15 @@ class MustDropPlus(Recipe):
 
     def build(self) -> Method:
         """Fill all three sockets."""
-        merging = SoftMatching(share=self.merge, weighs=self.proportional)
+        rule = MergedOrChosen(share=self.merge, weighs=self.proportional)
+        score = rule if self.behind == "choose" else rule.matching
         return Method(
             vision=VisionStagePruner(
                 window=None,
                 key_share=self.key_share,
                 key_importance=self.importance,
                 taper=self.taper,
-                score=merging,
+                score=score,
             ),
             prefill=PrefillPruner(
                 layers=self.layers, paper_layers=LAYERS, keep=self.keep, score=AttendedAndDiverse(power=self.power)

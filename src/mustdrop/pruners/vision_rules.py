@@ -77,7 +77,7 @@ class Features:
         column: (B, N) long, its column.
         read: what the rule asked for: (B, N) for attention, (B, N, D) for keys and states.
         question: per view (T, C), embeddings of the prompt's words after its last picture, if the rule asked for them.
-        size: (B, N) float, how many features of the encoder each stands for; None: one.
+        size: (B, N) float, how many features of the encoder each stands for; None: one, since nothing has merged.
         first: (B, N) long, first frame of the video that each feature lies in; each grid of an image is a video of one
             frame. None: all frames are of one video.
     """

@@ -352,9 +352,10 @@ def choose(chooser: VisionSelector, features: Tensor, owner: Tensor | None, coun
     device, number = features.device, len(features)
     index_of = count_up(1, number, device)[0]
     choice = FeatureChoice(_nothing(number, device), None, index_of)
-    size = constant(("ones", number), device, lambda: torch.ones(number, dtype=torch.float32, device=device))
+    size: Tensor | None = None
     if owner is not None:
-        size = size.new_zeros(number).scatter_add(0, owner, size)
+        ones = constant(("ones", number), device, lambda: torch.ones(number, dtype=torch.float32, device=device))
+        size = ones.new_zeros(number).scatter_add(0, owner, ones)
     for media, index, stay in _candidates(chooser, owner, counts, device):
         if stay == index.shape[1]:
             choice.keep = choice.keep.index_fill(0, index.flatten(), True)

@@ -90,7 +90,7 @@ class VisionSelector:
         into = torch.full_like(index, -1)
         choice = FeatureChoice(torch.zeros(len(features), dtype=torch.bool, device=device), into, index)
         choice.order = index.clone()
-        size = torch.bincount(owner, minlength=len(owner)).float()
+        size = None if torch.equal(owner, index) else torch.bincount(owner, minlength=len(owner)).float()
         groups: dict[tuple[int, int | None], list[tuple[int, Tensor]]] = {}
         start = 0
         for i, layout in enumerate(self.layouts):
@@ -162,7 +162,12 @@ class VisionSelector:
         return frame
 
     def _choose(
-        self, choice: FeatureChoice, features: Tensor, size: Tensor, views: list[tuple[int, Tensor]], count: int | None
+        self,
+        choice: FeatureChoice,
+        features: Tensor,
+        size: Tensor | None,
+        views: list[tuple[int, Tensor]],
+        count: int | None,
     ) -> None:
         index = torch.stack([part for _, part in views])
         chosen = self.ask(features, size, [i for i, _ in views], index, count)
@@ -177,13 +182,19 @@ class VisionSelector:
         choice.parts.append((index, chosen))
 
     def ask(
-        self, features: Tensor, size: Tensor, media: list[int], index: Tensor, count: int | None, whole: bool = False
+        self,
+        features: Tensor,
+        size: Tensor | None,
+        media: list[int],
+        index: Tensor,
+        count: int | None,
+        whole: bool = False,
     ) -> Chosen:
         """The rule's choice from views of equal length.
 
         Args:
             features: (F, C) of all media.
-            size: (F,) float, how many features each stands for.
+            size: (F,) float, how many features each stands for; None: nothing has merged.
             media: the medium of each view.
             index: (b, N) long, the features of each view.
             count: how many of each stay; None leaves it to the rule.
@@ -199,7 +210,7 @@ def shown_to(
     layouts: Sequence[Layout],
     questions: Sequence[Tensor],
     features: Tensor,
-    size: Tensor,
+    size: Tensor | None,
     media: list[int],
     index: Tensor,
     whole: bool = False,
@@ -212,7 +223,7 @@ def shown_to(
         layouts: one per medium.
         questions: per medium (T, C), embeddings of its prompt's words; empty if nobody asks for them.
         features: (F, C) of all media.
-        size: (F,) float, how many features each stands for.
+        size: (F,) float, how many features each stands for; None: one.
         media: the medium of each view.
         index: (b, N) long, the features of each view.
         whole: whether the views are all features in their order.
@@ -235,7 +246,7 @@ def shown_to(
         column,
         {one: of_views(found) for one, found in read.items()},
         tuple(questions[i].to(features.device) for i in media) if questions else (),
-        of_views(size),
+        None if size is None else of_views(size),
         first,
     )
 
