@@ -231,7 +231,7 @@ def vlmevalkit(session: nox.Session) -> None:
 
 @nox.session
 def vllm(session: nox.Session) -> None:
-    """Serve tiny models of every family with vLLM on the CPU, one process per file (6 minutes, 3.5 GB to install)."""
+    """Serve tiny models of every family with vLLM on the CPU, one process per file (3.5 GB; more than half an hour)."""
     # num2words: SmolVLM's processor. Ray's extra `llm` would bring another vLLM.
     session.install(VLLM, "num2words", *map(str, EXTRAS["ray"]), *tools("pytest"))
     session.run("python", "tests/vllm/environment.py")
@@ -242,7 +242,7 @@ def vllm(session: nox.Session) -> None:
 
 @nox.session
 def ray(session: nox.Session) -> None:
-    """Ask a data set by Ray's workers, of which some are killed (2 minutes; one machine, two workers)."""
+    """Ask a data set by Ray's workers, of which some are killed (one machine, two workers)."""
     install(session, "-e", ".[ray]", *tools("pytest"))
     session.run("pytest", "tests/integrations/test_ray.py", *session.posargs, env=OFFLINE)
 

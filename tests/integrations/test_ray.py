@@ -21,24 +21,27 @@ OPTIONS = {"device": "cpu", "dtype": "float32", "generation": {"max_new_tokens":
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    """Ray on this machine alone, with the path that this process imports mustdrop from."""
+def cluster(tmp_path_factory):
+    """Ray on this machine alone, in a folder of its own, with the path that this process imports mustdrop from."""
     import mustdrop
 
+    folder = tmp_path_factory.mktemp("cluster")
     source = str(Path(mustdrop.__file__).parents[1])
     variables = {"PYTHONPATH": source, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    ray.init(
-        num_cpus=2,
-        object_store_memory=100 * 2**20,
-        include_dashboard=False,
-        _node_ip_address="127.0.0.1",
-        runtime_env={"env_vars": variables},
-        log_to_driver=False,
-        _system_config={"worker_niceness": 0},  # what else runs beside the tests would starve them
-    )
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # workers start here, and relative paths are theirs
+        ray.init(
+            num_cpus=2,
+            object_store_memory=100 * 2**20,
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            runtime_env={"env_vars": variables},
+            log_to_driver=False,
+            _system_config={"worker_niceness": 0},  # what else runs beside the tests would starve them
+        )
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        yield folder
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -129,13 +132,12 @@ def test_results_are_written_and_read_again(cluster, rows, expected, tmp_path):
     assert {row["id"]: row["generated_text"] for row in found} == {i: expected[i] for i in range(8)}
 
 
-def test_the_documented_example(cluster, rows, tmp_path, monkeypatch):
-    folder = tmp_path / "pictures"
+def test_the_documented_example(cluster, rows):
+    folder = cluster / "pictures"
     folder.mkdir()
     for row in rows[:3]:
         Image.fromarray(row["image"]).save(folder / f"{row['id']}.png")
     (text,) = documented.examples("docs/serving.md", "integrations.ray import Answer", "read_images")
-    monkeypatch.chdir(tmp_path)
     exec(text, {})
     found = ray.data.read_parquet("answers").take_all()
     assert len({row["path"] for row in found}) == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ import mustdrop
 from mustdrop.errors import BudgetError, ConfigError, UnknownKnobError, UnknownMethodError, UnsupportedOptionError
 from mustdrop.integrations.vllm import VARIABLE, settings, supported
 from mustdrop.pruners import VisionStagePruner
+from support import documented
 
 SERVED = (
     "divprune",
@@ -59,7 +61,7 @@ def test_methods_of_the_vision_stage_are_served(method):
     assert serving.count(576) == 64
 
 
-@pytest.mark.parametrize("method", [name for name in mustdrop.methods() if name not in SERVED])
+@pytest.mark.parametrize("method", [name for name in mustdrop.methods() if name not in (*SERVED, "none")])
 def test_all_others_are_refused_with_one_that_works(method):
     with pytest.raises(
         UnsupportedOptionError, match=rf"{method.replace('+', '.')} .*nearest method that works"
@@ -67,6 +69,19 @@ def test_all_others_are_refused_with_one_that_works(method):
         settings.parse({"method": method})
     nearest = str(raised.value).rsplit('"', 2)[1]
     assert nearest in SERVED
+
+
+def test_a_method_that_drops_nothing_is_left_out():
+    with pytest.raises(UnsupportedOptionError, match=f'none drops nothing.*unset {VARIABLE}.*"mustdrop"'):
+        settings.parse({"method": "none"})
+
+
+@pytest.mark.parametrize("method", [name for name in mustdrop.methods() if name != "none"])
+def test_the_page_says_which_methods_are_served(method):
+    text = Path(documented.ROOT, "docs/serving.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ") and f"`{method}`" in line.split("|")[2]]
+    assert len(rows) == 1
+    assert rows[0].startswith("| refused") == (method not in SERVED)
 
 
 def test_a_setting_that_reads_hidden_states_is_refused():
@@ -98,7 +113,8 @@ def test_wrong_settings_raise_what_patch_raises(given, error):
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        ({"method": "mustdrop", "decode_keep": 8}, "decode_keep belong to its other stages"),
+        ({"method": "mustdrop", "decode_keep": 8}, "decode_keep cannot be set"),
+        ({"method": "mustdrop", "inside": True}, "alone, behind the encoder, so that inside cannot be set"),
         ({"method": "tome", "r": 4}, "give keep="),
         ({"method": "prumerge", "adaptive": True}, "give keep="),
         ({"method": "tome", "r": 4, "compat": "released"}, "numbers positions anew"),
@@ -110,8 +126,9 @@ def test_knobs_that_cannot_work_are_named(given, text):
 
 
 def test_mustdrop_spends_its_budget_in_the_vision_stage():
-    serving = settings.parse({"method": "mustdrop", "keep": 64, "window": 2})
-    assert (serving.pruner.keep, serving.pruner.window) == (64, 2)
+    serving = settings.parse({"method": "mustdrop", "keep": 64, "window": 2, "merge_share": 0.25})
+    assert (serving.pruner.keep, serving.pruner.window, serving.pruner.merge_share) == (64, 2, 0.25)
+    assert not serving.pruner.inside  # the encoder is vLLM's, and runs whole
     assert settings.parse({}).count(576) == 192
 
 

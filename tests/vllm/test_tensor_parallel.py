@@ -13,8 +13,9 @@ from support.engines import Request
 
 READ = ("visionzip", "tome", "fastervlm")  # attention or keys
 METHODS = ("divprune", "random", "pooling", *READ)
-# Both read attention, whose heads lie in two processes; the first merges before the projector.
-MODELS = {"llava": "visionzip", "qwen2_5_vl": "hiprune"}
+# The first two read attention, whose heads lie in two processes; the first merges before the projector. The others have
+# three axes of positions, and the last one rows of DeepStack.
+MODELS = {"llava": "visionzip", "qwen2_5_vl": "hiprune", "qwen3_vl": "divprune"}
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,8 @@ def test_two_processes_give_the_tokens_of_one(family, tmp_path, monkeypatch):
     given = {"method": MODELS[family], "keep": 0.25}
     model, processor = tiny.save(family, tmp_path)
     asked = [Request("w6 w7", [tiny.picture(0, 96, 48)]), Request("w8 w9", [tiny.picture(1, 48, 96)])]
+    if tiny.FAMILIES[family][2]:
+        asked.append(Request("w10", [tiny.picture(2, 48, 96)], [tiny.video(0, 4, 32, 48)]))
     pruner = settings.parse(given).pruner
     expected = [engines.reference(model, processor, family, one, pruner)[0] for one in asked]
     options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}

@@ -21,8 +21,8 @@ from mustdrop.pruners.scored import FromModel
 
 REQUEST = "mustdrop_keep"  # in a request's `mm_processor_kwargs`
 
-# Stages of this method can work alone; these are the knobs of its vision stage.
-ALONE = {"mustdrop": ("keep", "window", "threshold", "key_share")}
+# Stages of this method can work alone; these are the knobs of its vision stage, as far as it works behind an encoder.
+ALONE = {"mustdrop": ("keep", "window", "merge", "merge_share", "threshold", "key_share")}
 
 # What to take in place of a method that cannot work here.
 NEAREST = {
@@ -32,6 +32,7 @@ NEAREST = {
     "flashvid": "fastvid",
     "mmtok": "scope",
     "mustdrop+": "tome",
+    "pixelprune": "divprune",
     "sparsevlm": "visionzip",
     "vscan": "vispruner",
 }
@@ -128,15 +129,20 @@ def asked(value: object) -> Keep:
 
 def _vision_stage(method: Method, knobs: Mapping[str, Any]) -> VisionStagePruner:
     """The part of a method that works behind an encoder."""
+    if not method.drops:
+        raise UnsupportedOptionError(
+            f"{method.name} drops nothing, and a server that drops nothing needs no method: unset {VARIABLE}, or name "
+            f'one that drops, such as "{OTHERWISE}".'
+        )
     own = ALONE.get(method.name)
     if own is not None and method.vision is not None and method.prefill is not None:
         others = [knob for knob in knobs if knob not in own]
         if others:
             raise UnsupportedOptionError(
-                f"a server runs the vision stage of {method.name} alone, and {', '.join(others)} belong to its other "
-                f"stages: leave them out. Its knobs here are {', '.join(own)}."
+                f"a server runs the vision stage of {method.name} alone, behind the encoder, so that "
+                f"{', '.join(others)} cannot be set: leave them out. Its knobs here are {', '.join(own)}."
             )
-        settings = dict(method.vision) | {"keep": method.prefill.keep}
+        settings = dict(method.vision) | {"keep": method.prefill.keep, "inside": False}
         return VisionStagePruner(**settings)
     reason = _obstacle(method)
     if reason is not None or method.vision is None:
@@ -150,8 +156,6 @@ def _vision_stage(method: Method, knobs: Mapping[str, Any]) -> VisionStagePruner
 
 def _obstacle(method: Method) -> str | None:
     """Why a method cannot work behind an encoder."""
-    if not method.drops:
-        return "drops nothing"
     if method.input is not None:
         return "leaves patches out before the encoder runs"
     if method.prefill is not None:
