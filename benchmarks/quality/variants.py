@@ -8,9 +8,9 @@
     python -m benchmarks quality --variants merging    # the same: how many windows merge in mustdrop
     python -m benchmarks quality --variants inside --model pages   # held-out: inside a packed encoder, or behind
 
-All are of the first edition of `mustdrop+`. Each writes a result file of its own. None but `inside`, by which nothing was
-chosen, looks at held-out scenes. Sets whose names begin with plus2_ are in `benchmarks.quality.second`; one of them is a
-reported run.
+All are of the first edition of `mustdrop+`. Each writes a result file of its own. None but `inside`, by which nothing
+was chosen, looks at held-out scenes. Sets whose names begin with plus2_ are in `benchmarks.quality.second`; one of
+them is a reported run.
 """
 
 from __future__ import annotations
