@@ -167,15 +167,23 @@ def minimums(session: nox.Session) -> None:
 
 
 @nox.session
+def build(session: nox.Session) -> None:
+    """Make dist/ anew, the wheel from the sdist, and check both; `-- --tag v1.2.3` may they be published?"""
+    install(session, *PUBLISHING)
+    shutil.rmtree("dist", ignore_errors=True)
+    session.run("python", "-m", "build")
+    session.run("twine", "check", "--strict", *map(str, sorted(Path("dist").iterdir())))
+    session.run("python", "tools/distribution.py", "dist", *session.posargs)
+
+
+@nox.session(requires=["build"], reuse_venv=False)
 @nox.parametrize("dependencies", ["committed", "lowest", "newest"])
 def dist(session: nox.Session, dependencies: str) -> None:
-    """Build, check, and use what was built without the repository; `-- --tag v1.2.3` checks that it may be published.
+    """Build, install the wheel into a new, empty environment, and use it without the repository.
 
-    The wheel is made from the sdist. It is installed with the committed, the lowest or the newest versions of what it
-    requires; torch is at its committed version in all of them.
+    It is installed with the committed, the lowest or the newest versions of what it requires; torch is at its
+    committed version in all of them.
     """
-    if dependencies == "committed" or not list(Path("dist").glob("*.whl")):
-        _build(session)
     (wheel,) = Path("dist").resolve().glob("*.whl")
     others = {requirement.name for requirement in [*DEPENDENCIES, *EXTRAS["viz"]]} - {"torch"} | FOLLOWERS
     constraints = str(CONSTRAINTS) if dependencies == "committed" else constraints_without(session, others)
@@ -183,19 +191,10 @@ def dist(session: nox.Session, dependencies: str) -> None:
     asked = [pin_to_lowest(requirement) for requirement in direct] if dependencies == "lowest" else []
     session.install("-c", constraints, "--upgrade", f"mustdrop[viz] @ {wheel.as_uri()}", *asked)
     session.install("--no-deps", "--force-reinstall", str(wheel), "./tools/second_package")
-    scripts = [str(Path(name).resolve()) for name in ("tools/try_installed.py", "examples/one_line.py")]
-    session.chdir(session.create_tmp())
-    session.run("python", *scripts, env=OFFLINE)
-
-
-def _build(session: nox.Session) -> None:
-    """Make dist/ anew, and check what is in it."""
-    install(session, *PUBLISHING)
-    shutil.rmtree("dist", ignore_errors=True)
-    session.run("python", "-m", "build")
-    files = [str(path) for path in sorted(Path("dist").iterdir())]
-    session.run("twine", "check", "--strict", *files)
-    session.run("python", "tools/distribution.py", "dist", *session.posargs)
+    away = session.create_tmp()
+    scripts = [shutil.copy(name, away) for name in ("tools/try_installed.py", "examples/one_line.py")]
+    session.chdir(away)
+    session.run("python", *(Path(script).name for script in scripts), env=OFFLINE)
 
 
 @nox.session

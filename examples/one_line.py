@@ -43,9 +43,9 @@ def main(arguments: list[str] | None = None) -> None:
     print("unpruned:", answer(model, processor, inputs))
     mustdrop.patch(model, keep=keep)  # the one line
     print("pruned:  ", answer(model, processor, inputs))
-    print(mustdrop.trace(model))
+    print(mustdrop.last_trace(model))
     if options.picture:
-        mustdrop.trace(model).draw(image, options.picture)
+        mustdrop.last_trace(model).draw(image, options.picture)
 
 
 def answer(model: Any, processor: Any, inputs: Any) -> str:

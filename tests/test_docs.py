@@ -23,6 +23,7 @@ import check_links
 import mustdrop
 import mustdrop.kernels
 import mustdrop.pruners
+import notebooks
 import site_pages
 
 ROOT = Path(__file__).parents[1]
@@ -79,6 +80,11 @@ def test_every_method_has_a_card():
         assert f"<!-- begin: method-{name.replace('+', '_plus')} -->" in page
 
 
+def test_cards_show_the_defaults_of_knobs_as_values():
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `\w+` \| `([A-Z_]{2,})` \|", page, re.MULTILINE) == []
+
+
 def test_pages_and_the_scripts_that_write_them_lie_apart():
     assert [path.name for path in (ROOT / "docs").rglob("*.py")] == []  # they belong to tools/docs
 
@@ -97,13 +103,44 @@ def test_every_page_is_in_the_navigation_and_every_public_name_has_a_page():
     assert all(f".{name}\n" in text for name in [*mustdrop.pruners.__all__, *mustdrop.kernels.__all__])
     for command in ("demo", "explain", "doctor"):
         assert f"## `mustdrop {command}`" in generated["reference/commands.md"]
+    assert "...\n" not in generated["reference/commands.md"].partition("**Commands**")[2].partition("\n## ")[0]
+
+
+def test_the_questions_of_users_have_answers():
+    page = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8")
+    asked = re.findall(r"^## (.*)$", page, re.MULTILINE)
+    for words in ("faster for me", "192 tokens", "speed-up smaller", "attention backend", "Which method", "positions"):
+        assert any(words in question for question in asked), words
+
+
+def test_every_tutorial_is_a_page_of_the_site_and_a_notebook():
+    tutorials = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("- Tutorials:")[2].partition("- How-to:")[0]
+    pages = {f"docs/{page}" for page in re.findall(r": (\S+\.md)$", tutorials, re.MULTILINE)}
+    assert pages == set(notebooks.PAGES.values())
+    for words in ("First steps", "Compare methods", "video", "Write a method", "Write an adapter", "Serve"):
+        assert words in tutorials
+
+
+# What reads as English and is a word of this project alone; docs/glossary.md has the words of the field.
+OWN_WORDS = re.compile(r"\b(somebody|in one go|(its|their) kin|behind the (encoder|projector|layers?))\b")
+
+
+@pytest.mark.parametrize("path", check_links.documents(ROOT), ids=lambda path: str(Path(path).relative_to(ROOT)))
+def test_pages_use_the_words_of_the_field(path):
+    assert OWN_WORDS.findall(Path(path).read_text(encoding="utf-8")) == []
 
 
 @pytest.mark.parametrize(
     ("link", "there", "here"),
     [
         ("[a](docs/quality.md#x)", "README.md", "[a](quality.md#x)"),
-        ("![a](docs/images/a.png)", "README.md", "![a](images/a.png)"),
+        ("![a](docs/images/a.png) b", "README.md", "![a](images/a.png) b"),
+        ("![a](docs/images/demo.png)", "README.md", "[![a](images/demo.png)](images/demo.png){ .picture }"),
+        (
+            "![a](images/how-it-works.png)",
+            "docs/x.md",
+            "[![a](images/how-it-works.png)](images/how-it-works.png){ .picture .wide }",
+        ),
         ("[a](LICENSE)", "README.md", "a"),
         ("[a](../README.md#methods)", "docs/methods.md", "[a](index.md#methods)"),
         ("[![a](https://b.org/c.svg)](LICENSE) [d](docs/faq.md)", "README.md", "[d](faq.md)"),
@@ -127,6 +164,31 @@ def test_the_first_page_is_short_and_says_when_it_does_not_help():
     first_screen = FRONT.partition("## Install")[0]
     assert len(re.findall(r"\*\*[\d.]+( times|%)", first_screen)) == 2
     assert re.search(r"alone is slower \(0\.\d+ x\)", first_screen)
+
+
+def test_the_first_page_has_all_that_it_needs():
+    install = FRONT.partition("## Install")[2].partition("## Use")[0]
+    assert "download.pytorch.org/whl/cpu" in install  # pip
+    assert "uv pip install" in install
+    assert "--torch-backend cpu" in install
+    assert re.search(r"downloads \d+\.\d GB", install)
+    facts = FRONT.partition("<!-- begin: front-facts -->")[2].partition("<!-- end")[0]
+    assert len(facts.strip().splitlines()) == 2 + 5
+    methods = FRONT.partition("<!-- begin: front-methods -->")[2].partition("<!-- end")[0]
+    assert {name for name in mustdrop.list_methods() if f"`{name}`" not in methods} == set()
+    for row in re.findall(r"^\| (`.*`) \| (.*) \| (.*) \| (.*) \|$", methods, re.MULTILINE):
+        assert row[1] == "baselines" or row[2], row  # the stages
+    for command in (
+        "mustdrop demo",
+        "mustdrop explain",
+        "mustdrop app",
+        "vllm serve",
+        "mustdrop eval",
+        "mustdrop tune",
+    ):
+        assert command in FRONT
+    assert "masked reference" in FRONT
+    assert "@article" in FRONT
 
 
 def test_every_number_of_the_first_page_is_generated():

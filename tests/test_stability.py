@@ -130,7 +130,9 @@ def workflow(name):
 
 def sessions():
     return set(
-        re.findall(r"^@nox\.session\n(?:@.*\n)*def (\w+)", (ROOT / "noxfile.py").read_text("utf-8"), re.MULTILINE)
+        re.findall(
+            r"^@nox\.session(?:\(.*\))?\n(?:@.*\n)*def (\w+)", (ROOT / "noxfile.py").read_text("utf-8"), re.MULTILINE
+        )
     )
 
 

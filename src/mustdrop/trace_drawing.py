@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mustdrop.trace import Trace
 
 SIDE = 16  # pixels of a patch
-LEGEND = "in colour: kept  |  blue: merged into the patch at its centre  |  grey: gone"
+LEGEND = "in colour: kept  |  blue: merged into the patch at its centre  |  grey: dropped"
 
 
 def draw(trace: Trace, image: Any, path: str | Path | None, sample: int) -> Any:

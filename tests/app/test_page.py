@@ -150,6 +150,57 @@ def test_another_scene_brings_its_question(driver):
     assert len(answers(driver)) == 2
 
 
+def film(path):
+    """A clip of four seconds: a square moves from left to right."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 192, 128, "yuv420p"
+        for i in range(16):
+            picture = Image.new("RGB", (192, 128), (20, 20, 40))
+            picture.paste((230, 40, 40), (10 + 8 * i, 40, 50 + 8 * i, 80))
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode())
+
+
+def choose(driver, selector, text):
+    """Type into a list of choices, and take the first that fits."""
+    from selenium.webdriver.common.keys import Keys
+
+    words = element(driver, f"{selector} input")
+    words.click()
+    words.send_keys(Keys.CONTROL, "a")
+    words.send_keys(text)
+    until(lambda: driver.find_elements("css selector", f"{selector} ul[role=listbox] li"), text)
+    words.send_keys(Keys.ENTER)
+    words.send_keys(Keys.ESCAPE)
+
+
+@real
+def test_a_video_is_asked_about_under_two_methods_and_another_budget(driver, tmp_path):
+    from selenium.webdriver.common.keys import Keys
+
+    film(tmp_path / "film.mp4")
+    until(lambda: driver.find_elements("xpath", "//button[@role='tab' and contains(., 'Video')]"), "the tab")[0].click()
+    element(driver, "#video input[type=file]").send_keys(str(tmp_path / "film.mp4"))
+    until(lambda: driver.find_elements("css selector", "#video video"), "the upload")
+    choose(driver, "#model", "pages")
+    choose(driver, "#methods", "vidcom2")
+    number = element(driver, "#budget input[type=number]")
+    number.send_keys(Keys.CONTROL, "a")
+    number.send_keys("50", Keys.TAB)
+    ask(driver)
+    names = [name for name, _ in answers(driver)]
+    assert names == ["all tokens", "mustdrop, keep=50%", "vidcom2, keep=50%"]
+    read = "return [...document.querySelectorAll('#outcome .costs td:nth-child(2)')].map((one) => one.textContent)"
+    cells = [re.fullmatch(r"([\d.]+) of (\d+)", text).groups() for text in driver.execute_script(read)]
+    shares = [float(tokens) / int(total) for tokens, total in cells]
+    assert shares == pytest.approx([1, 0.5, 0.5], abs=0.02)
+    before, _ = until(lambda: moved(driver), "the page of what is kept")
+    assert all(f"video, frame {number}:" in before for number in (1, 3, 5, 7))  # two frames make a token
+
+
 @real
 @pytest.mark.parametrize("kind", ["broken", "heavy"])
 def test_a_bad_upload_is_one_message_and_the_page_goes_on(kind, driver, tmp_path):

@@ -1,7 +1,8 @@
 """Open every page of the built site in a browser, as wide as a desk and as narrow as a phone.
 
 A page fails if its console complains, if something is loaded from elsewhere, if a picture does not show, or if it is
-wider than a phone. Then a word is searched for. Without a browser this says so and does nothing.
+wider than a phone. Then a word is searched for, and the page is made dark. Without a browser this says so and does
+nothing.
 
     python tools/docs/look.py .nox/site [--pictures FOLDER]
 """
@@ -58,6 +59,17 @@ def search(driver: Any, address: str) -> Iterator[str]:
     yield "search finds nothing"
 
 
+def dark(driver: Any, address: str) -> Iterator[str]:
+    """The button beside the search must make the page dark, and the next page stays so."""
+    driver.get(f"{address}index.html")
+    scheme = "return document.body.dataset.mdColorScheme"
+    bright = driver.execute_script(scheme)
+    driver.find_element("css selector", "form[data-md-component=palette] label:not([hidden])").click()
+    driver.get(f"{address}faq.html")
+    if driver.execute_script(scheme) == bright:
+        yield f"the button for dark and light leaves the page as it is: {bright}"
+
+
 def main() -> int:
     """Print what is wrong; the exit status."""
     parser = argparse.ArgumentParser(description="Look at the built site in a browser.")
@@ -85,6 +97,7 @@ def main() -> int:
                         options.pictures.mkdir(parents=True, exist_ok=True)
                         driver.save_screenshot(str(options.pictures / f"{page.replace('/', '-')}-{width}.png"))
             found += search(driver, address)
+            found += dark(driver, address)
         finally:
             driver.quit()
             server.shutdown()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,7 @@ def card(name: str, results: Mapping[str, Mapping[str, Any]], table: Table) -> s
     tree = ast.parse((METHODS / f"{name}.py").read_text(encoding="utf-8"))
     (recipe,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and _bases(node) & {"Recipe"}]
     facts = [_paper(ast.get_docstring(tree) or ""), f"Stages: {', '.join(_stages(recipe))}."]
-    constants = {
-        node.targets[0].id: ast.unparse(node.value)
-        for node in tree.body
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-    }
+    constants = dict(_constants(tree))
     meanings = _attributes(ast.get_docstring(recipe) or "")
     knobs = [
         (f"`{_named(node)}`", f"`{_default(node, constants)}`", meanings.get(_named(node), ""))
@@ -46,6 +42,16 @@ def card(name: str, results: Mapping[str, Mapping[str, Any]], table: Table) -> s
         parts.append(table(("knob", "default", "meaning"), knobs))
     measured = _measured(called.strip("'"), results.get("quality"), table)
     return "\n\n".join([*parts, *([measured] if measured else [])])
+
+
+def _constants(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """What a file gives names to: `A = 1`, and `A, B = 1, 2`."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign):
+            (target,) = node.targets
+            several = isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
+            pairs = zip(target.elts, node.value.elts, strict=True) if several else [(target, node.value)]
+            yield from ((name.id, ast.unparse(value)) for name, value in pairs if isinstance(name, ast.Name))
 
 
 def _bases(node: ast.ClassDef) -> set[str]:

@@ -32,6 +32,8 @@ LINK = re.compile(r"(?P<mark>!?)\[(?P<text>(?:[^\[\]]|\[[^\]]*\](?:\([^)]*\))?)*
 # A picture of another site, alone or as a link: badges. They say on the site what the site itself says.
 COLAB = re.compile(r"\[!\[(Open in Colab)\]\([^)]*\)\]")
 BADGE = re.compile(r"\[!\[[^\]]*\]\(https?:[^)]*\)\]\([^)]*\)[ \n]?|!\[[^\]]*\]\(https?:[^)]*\)")
+PICTURE = re.compile(r"^!\[[^\]]*\]\((?P<target>[^)\s]+\.png)\)$", re.MULTILINE)
+WIDE = 1400  # pixels of a figure whose letters a phone would show too small: there it can be moved sideways
 CODE = re.compile(r"(^```.*?^```|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 
 
@@ -58,7 +60,18 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     markdown = BADGE.sub("", COLAB.sub(r"[\1]", markdown))
     source = next((source for source, to in ELSEWHERE.items() if to == here), f"docs/{here}")
     parts = CODE.split(markdown)  # every other part is code
-    return "".join(part if i % 2 else LINK.sub(lambda m: _link(m, source, here), part) for i, part in enumerate(parts))
+    words = (part if i % 2 else LINK.sub(lambda m: _link(m, source, here), part) for i, part in enumerate(parts))
+    return PICTURE.sub(lambda m: _picture(m, here), "".join(words))
+
+
+def _picture(match: re.Match[str], here: str) -> str:
+    """A picture that opens in its full size when it is clicked."""
+    from PIL import Image
+
+    path = ROOT / "docs" / posixpath.normpath(posixpath.join(posixpath.dirname(here), match["target"]))
+    with Image.open(path) as picture:
+        wide = " .wide" if picture.width > WIDE else ""
+    return f"[{match[0]}]({match['target']}){{ .picture{wide} }}"
 
 
 def _link(match: re.Match[str], source: str, here: str) -> str:
@@ -177,4 +190,7 @@ def commands() -> str:
     if done.returncode:
         raise SiteError(f"typer cannot tell the commands: {done.stderr[-2000:]}")
     text = done.stdout.replace("# `mustdrop`", "# Commands and options", 1).replace("\b\n", "")
+    heads = re.findall(r"^## `mustdrop ([\w-]+)`\n\n((?:.+\n)+)", text, re.MULTILINE)  # the list cuts them short
+    whole = {name: " ".join(words.split()) for name, words in heads}
+    text = re.sub(r"^\* `([\w-]+)`: .*\.\.\.$", lambda m: f"* `{m[1]}`: {whole[m[1]]}", text, flags=re.MULTILINE)
     return re.sub(r"^    (python -m .*)$", r"\n    \1", text, flags=re.MULTILINE)

@@ -54,17 +54,18 @@ def build(session: Session) -> gr.Blocks:
         )
         with gr.Row():
             with gr.Column(scale=1):
-                with gr.Tab("Picture"):
+                kind = gr.State("picture")  # the tab that is open says what the question is about
+                with gr.Tab("Picture", elem_id="picture-tab") as picture_tab:
                     sources: Any = ["upload", "webcam", "clipboard"]
                     picture = as_file(
                         gr.Image(first, label="Picture", sources=sources, elem_id="picture", format="png")
                     )
-                with gr.Tab("Video"):
+                with gr.Tab("Video", elem_id="video-tab") as video_tab:
                     clip: Any = ["upload", "webcam"]
                     video = as_file(gr.Video(label="Video", sources=clip, elem_id="video", include_audio=False))
                     frames = gr.Slider(1, session.limits.frames, 8, step=1, label="Frames")
                 text = gr.Textbox(question, label="Question", elem_id="question", max_length=session.limits.letters)
-                model = gr.Dropdown(session.names, value=session.names[0], label="Model")
+                model = gr.Dropdown(session.names, value=session.names[0], label="Model", elem_id="model")
                 methods = gr.Dropdown(
                     session.methods(),
                     value=["mustdrop"],
@@ -85,6 +86,7 @@ def build(session: Session) -> gr.Blocks:
 
         def ask(
             name: str,
+            tab: str,
             image: str | None,
             film: str | None,
             words: str,
@@ -95,8 +97,8 @@ def build(session: Session) -> gr.Blocks:
         ) -> str:
             asked = Asked(
                 question=words or "",
-                pictures=[] if image is None else [image],
-                video=film,
+                pictures=[] if image is None or tab == "video" else [image],
+                video=film if tab == "video" else None,
                 methods=tuple(chosen or ()),
                 keep=float(percent) / 100,
                 frames=int(taken),
@@ -112,7 +114,9 @@ def build(session: Session) -> gr.Blocks:
         def draw() -> tuple[Any, str, None]:
             return *scene(random.randrange(1 << 16)), None
 
-        given: list[Any] = [model, picture, video, text, methods, budget, length, frames]
+        picture_tab.select(lambda: "picture", None, kind, api_name=False)
+        video_tab.select(lambda: "video", None, kind, api_name=False)
+        given: list[Any] = [model, kind, picture, video, text, methods, budget, length, frames]
         gr.on([button.click, text.submit], ask, given, shown, api_name="ask", concurrency_limit=1)
         another.click(draw, None, [picture, text, video], api_name=False)
     return blocks.queue(max_size=WAITING)

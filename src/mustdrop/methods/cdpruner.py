@@ -64,7 +64,7 @@ class CDPruner(Recipe):
         keep: tokens (int) or share of the prompt's vision tokens.
         theta: weight of relevance against diversity, in [0, 1); None leaves relevance unscaled, as the paper does.
         geometry: "raw" compares features as they are; "centered" around their mean, and distinct ones count more;
-            "standardized" likewise those of the encoder, with channels of equal variance (for Qwen's encoders).
+            "standardized" does so with those of the encoder, with channels of equal variance (for Qwen's encoders).
         importance: what takes the place of the likeness with the "question": "attention" of the encoder, what is
             "distinct" from the mean, the folder of a scorer, a module, or an `Importance` of your own.
     """

@@ -46,7 +46,7 @@ class DivPrune(Recipe):
     Attributes:
         keep: tokens (int) or share of the prompt's vision tokens.
         geometry: "raw" compares features as they are; "centered" around their mean, and distinct ones first;
-            "standardized" likewise those of the encoder, with channels of equal variance (for Qwen's encoders).
+            "standardized" does so with the encoder's, with channels of equal variance (for Qwen's encoders).
     """
 
     keep: Budget = DEFAULT_KEEP

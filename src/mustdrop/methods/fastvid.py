@@ -1,4 +1,4 @@
-"""FastVID: attended features of each frame, and of every fourth one the centres that the rest of a segment joins."""
+"""FastVID: attended features of each frame, and centres that the rest of a segment joins (2503.11187). For video."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FlashVID: attended and diverse features of each frame, and trees of what stays alike over time. For video."""
+"""FlashVID: attended, diverse features of each frame, trees of what stays alike (arXiv 2602.08024). For video."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""MMR: maximal marginal relevance, what is important and unlike what is chosen already (as IDPruner and UniAttn do)."""
+"""MMR: maximal marginal relevance, what is important and unlike what is chosen already (IDPruner, arXiv 2602.13315).
+
+UniAttn does the same with another balance.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,7 @@ class MMR(Recipe):
         balance: weight of importance against likeness, in [0, 1]; IDPruner has 0.5, UniAttn 1 / 1.3, and 1 keeps the
             most important.
         geometry: "raw" compares features as they are; "centered" around their mean, and distinct ones count more;
-            "standardized" likewise those of the encoder, with channels of equal variance.
+            "standardized" does so with the encoder's, with channels of equal variance.
     """
 
     keep: Budget = DEFAULT_KEEP

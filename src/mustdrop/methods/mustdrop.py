@@ -36,7 +36,7 @@ class MustDrop(Recipe):
         inside: whether windows also merge inside an encoder of packed patches, which then runs on fewer; False merges
             the features that it gives.
         select_layer: encoder layer after which the tokens that cannot enter under the budget leave an encoder of packed
-            patches; its attention also says which are pinned. None: they leave behind it.
+            patches; its attention also says which are pinned. None: they leave after it.
         decode_keep: vision entries per layer that stay in the cache while decoding; None keeps all after the cut.
         interval: decode steps between two evictions.
         old_pictures: entries per layer that remain of each picture of a chat once a later turn has brought a newer one.

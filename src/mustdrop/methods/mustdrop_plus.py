@@ -32,7 +32,7 @@ from mustdrop.rules.diversity import greedy_determinant
 from mustdrop.rules.dual_attention import dual_score, dual_statistics
 from mustdrop.rules.ranking import keep_best
 
-# Of 32 layers; early, because what passes them is paid for in all layers behind.
+# Of 32 layers; early, because what passes them is paid for in all later layers.
 LAYERS = (4, 12)
 # What the last filter leaves of what enters, by budget: searched at and below 1/9; above, as little as keeps the FLOPs
 # at those of merging alone (docs/quality.md).
@@ -141,7 +141,7 @@ class MustDropPlus(Recipe):
         keep: equal-token budget, int or share.
         taper: share of the tokens that enter which the last filter leaves, in (0, 1], or points (budget as a share,
             that share). The larger the budget, the less a choice for the question can win.
-        merge: largest share of its tokens that an encoder layer merges, in (0, 1/2]; what is left over merges behind
+        merge: largest share of its tokens that an encoder layer merges, in (0, 1/2]; what is left over merges after
             the encoder.
         behind: what becomes of the features of an encoder whose layers cannot merge: "choose" keeps those that stand
             out of their frame (the rule of `vcast`); "merge" merges them, as the first edition did.

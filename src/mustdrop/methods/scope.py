@@ -54,7 +54,7 @@ class Scope(Recipe):
         importance: "attention" of the encoder, the likeness with the "question", what is "distinct" from the mean, the
             folder of a scorer, a module, or an `Importance` of your own.
         geometry: "raw" compares features as they are; "centered" around their mean, and distinct ones count more;
-            "standardized" likewise those of the encoder, with channels of equal variance.
+            "standardized" does so with the encoder's, with channels of equal variance.
     """
 
     keep: Budget = DEFAULT_KEEP

@@ -28,7 +28,7 @@ class SparseVLM(Recipe):
         recycle: share of the dropped tokens that is clustered; 0 recycles nothing.
         per_cluster: recycled tokens to a cluster.
         seed: of the noise that breaks ties in the released clustering.
-        compat: "released" renumbers positions, and puts clusters behind the kept tokens.
+        compat: "released" renumbers positions, and puts clusters after the kept tokens.
     """
 
     keep: Budget | None = None

@@ -17,14 +17,14 @@ from mustdrop.rules import bipartite
 
 
 class SoftMatching(InnerRule):
-    """Bipartite soft matching, in the encoder's layers by their keys, and behind it by the features themselves.
+    """Bipartite soft matching, in the encoder's layers by their keys, and after it by the features themselves.
 
     Attributes:
         weighs: whether a merged token's attention is weighed with its size.
-        number: tokens that merge in each layer (one for all, or one per layer, none in the layers behind); None spreads
+        number: tokens that merge in each layer (one for all, or one per layer, none in later layers); None spreads
             what the budget asks for.
         share: how it is spread: "even", as many in each layer, or a number: the same share of each layer's tokens,
-            at most this one, up to 1/2. What is left over merges behind the encoder.
+            at most this one, up to 1/2. What is left over merges after the encoder.
         slope: with one number, -1 to 1: from (1 - slope) times it in the first layer to (1 + slope) in the last.
     """
 

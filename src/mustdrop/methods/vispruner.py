@@ -53,10 +53,10 @@ class VisPruner(Recipe):
         keep: tokens (int) or share of the prompt's vision tokens, important and diverse together.
         important: share of `keep` that is important.
         geometry: "raw" compares features as they are; "centered" around their mean, and distinct ones count more;
-            "standardized" likewise those of the encoder, with channels of equal variance.
+            "standardized" does so with those of the encoder, with channels of equal variance.
         importance: "attention" of the encoder; or in its place the likeness with the "question", what is "distinct"
             from the mean, the folder of a scorer, a module, or an `Importance` of your own. One that reads the features
-            of the language model moves the choice behind the projector.
+            of the language model moves the choice after the projector.
     """
 
     keep: Budget = DEFAULT_KEEP

@@ -16,6 +16,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 import mustdrop
+from lines import DPI
 from mustdrop.demo import model as bundled
 from mustdrop.demo.scenes import GRID, SceneMaker
 
@@ -85,16 +86,17 @@ def encoder(ax: Axes, trace: Any, image: Image.Image) -> None:
     grey = 0.75 + 0.2 * pixels.mean(2, keepdims=True)
     ax.imshow(np.where(alive > 0, pixels, np.where(merged > 0, tint, grey)))
     ax.set_axis_off()
-    ax.set_anchor("N")
+    ax.set_anchor("NW")
     entered, total = int(trace.tokens[0, 0]), int(trace.total[0])
     ax.set_title("1  vision encoder", fontsize=11, loc="left", fontweight="bold")
     ax.text(
-        0,
-        pixels.shape[0] * 1.03,
-        f"Similar windows (tinted) merge after an early\nlayer: the later encoder layers run shorter.\n"
-        f"At the exit all {total} patches have a value again.\n{entered} tokens are selected; the rows of the\n"
-        f"others become NaN.",
-        va="top",
+        pixels.shape[1] * 1.08,
+        pixels.shape[0] * 0.5,
+        "Similar windows (tinted) merge after an early layer, so later\n"
+        "encoder layers run on fewer tokens.\n\n"
+        f"At the exit all {total} patches have a value again. {entered} tokens\n"
+        "are selected; the rows of the others become NaN.",
+        va="center",
         fontsize=9,
     )
 
@@ -107,8 +109,8 @@ def decoder(ax: Axes, trace: Any) -> None:
     left(ax, y, "inputs_embeds")
     whole(ax, y, mask(trace, 0), "#f6d6c8")
     right(ax, y, "logical length; dropped features are NaN")
-    notes = {0: "compact: only rows that exist"}
-    notes |= {f: notes.get(f, "") or "text rows score (tap), then gather" for f in trace.filters}
+    notes = {0: "only rows that exist"}
+    notes |= {f: notes.get(f, "") or "text rows score, then gather" for f in trace.filters}
     for i in range(layers):
         y -= 1
         strip(ax, y, int(trace.tokens[i, 0]), total)
@@ -120,7 +122,7 @@ def decoder(ax: Axes, trace: Any) -> None:
     whole(ax, y, mask(trace, layers), GONE)
     right(ax, y, "scattered back to logical length (zeros)")
     ax.set_xlim(-26, FULL + 2 * SIDE + 64)
-    ax.set_ylim(-0.2, layers + 2)
+    ax.set_ylim(-0.2, layers + 1.8)
     ax.set_axis_off()
 
 
@@ -134,28 +136,29 @@ def cache(ax: Axes, trace: Any, length: int) -> None:
         ax.add_patch(Rectangle((0, y), 40, 0.56, facecolor=GONE, edgecolor=EDGE, linestyle=":", linewidth=1))
         ax.add_patch(Rectangle((0, y), 40 * stored / length, 0.56, facecolor=VISION))
         ax.text(41, y + 0.28, f"{stored} stored", va="center", fontsize=9)
+        ax.text(-1, y + 0.28, f"decoder layer {i}", ha="right", va="center", fontsize=9)
     ax.text(
         0,
         0.7,
-        f"Every layer reports {length} entries. After the\nprefill, what later layers dropped left the\n"
-        f"earlier caches too, except the first two.",
+        f"Every layer reports {length} entries to transformers. After the prefill, what later layers dropped\n"
+        "is dropped from the earlier caches too, except from the first two.",
         va="top",
         fontsize=9,
     )
-    ax.set_xlim(-1, 56)
-    ax.set_ylim(-0.2, layers + 2)
+    ax.set_xlim(-13, 60)
+    ax.set_ylim(-2, layers + 1)
     ax.set_axis_off()
 
 
 def main() -> None:
     """Write the picture."""
     trace, image, length = run()
-    figure = Figure(figsize=(15, 4.6), layout="constrained", facecolor="white")
-    axes = figure.subplots(1, 3, width_ratios=[1.05, 3.3, 1.15])
-    encoder(axes[0], trace, image)
-    decoder(axes[1], trace)
-    cache(axes[2], trace, length)
-    figure.savefig(TARGET, dpi=110)
+    figure = Figure(figsize=(7.4, 9.4), layout="constrained", facecolor="white")  # no wider than a column of text
+    rows = figure.subfigures(3, 1, height_ratios=[2.3, 4, 3.1])
+    encoder(rows[0].subplots(), trace, image)
+    decoder(rows[1].subplots(), trace)
+    cache(rows[2].subplots(), trace, length)
+    figure.savefig(TARGET, dpi=DPI)
     print(f"wrote {TARGET}")
 
 

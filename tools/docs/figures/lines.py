@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
-GREY, LIGHT = "#8a8a8a", "#d2d2d2"
+GREY, LIGHT = "#757575", "#d2d2d2"
 COLOURS = ("#3949ab", "#d81b60", "#00897b", "#f57c00", "#6d4c41")  # told apart by most eyes, and in print
-GAP = 0.045  # between two names, as a share of the height
+GAP = 0.05  # between two names, as a share of the height
+DPI = 200  # a phone shows a figure at its width in inches, on a fine screen
+HALO = (withStroke(linewidth=3, foreground="white"),)  # letters stay readable where a line crosses them
 
 
-def figure(width: float = 7.2, height: float = 4.4) -> tuple[Figure, Axes]:
-    """An empty figure with one pair of axes."""
+def figure(width: float = 5.6, height: float = 4.3) -> tuple[Figure, Axes]:
+    """An empty figure with one pair of axes, no wider than what a phone can show in readable letters."""
     made = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     axes = made.subplots()
     axes.spines[["top", "right"]].set_visible(False)
@@ -23,10 +27,20 @@ def figure(width: float = 7.2, height: float = 4.4) -> tuple[Figure, Axes]:
 
 
 def message(axes: Axes, text: str, under: str = "") -> None:
-    """One message, and below it the conditions."""
-    axes.set_title(f"{text}\n", loc="left", fontsize=11, fontweight="bold")
-    if under:
-        axes.text(0, 1.02, under, transform=axes.transAxes, fontsize=8.5, color=GREY, va="bottom")
+    """One message, and below it the conditions, both broken into lines that fit."""
+    small, large = textwrap.wrap(under, 80), textwrap.wrap(text, 54)
+    axes.set_title("\n".join(large), loc="left", x=-0.1, fontsize=11.5, fontweight="bold", pad=8 + 12 * len(small))
+    axes.text(-0.1, 1.02, "\n".join(small), transform=axes.transAxes, fontsize=8.5, color=GREY, va="bottom")
+
+
+def level(axes: Axes, y: float, text: str, side: str = "left") -> None:
+    """A dotted line at a height, and what it stands for."""
+    axes.axhline(y, color="black", linestyle=":", lw=1)
+    place, shift = (0, 4) if side == "left" else (1, -4)
+    axes.annotate(
+        text, (place, y), (shift, 4), ("axes fraction", "data"), "offset points", fontsize=9, ha=side,
+        path_effects=HALO,
+    )  # fmt: skip
 
 
 def names(axes: Axes, ends: Mapping[str, tuple[float, float]], colours: Mapping[str, str], side: str = "right") -> None:
@@ -47,7 +61,7 @@ def names(axes: Axes, ends: Mapping[str, tuple[float, float]], colours: Mapping[
         sign, align = (1, "left") if side == "right" else (-1, "right")
         axes.annotate(
             name, (x, moved), (6 * sign, 0), textcoords="offset points", color=colours[name], fontsize=9.5, ha=align,
-            va="center", annotation_clip=False,
+            va="center", annotation_clip=False, path_effects=HALO,
         )  # fmt: skip
 
 

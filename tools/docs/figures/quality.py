@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from lines import COLOURS, LIGHT, figure, message, names
+from lines import COLOURS, DPI, LIGHT, figure, level, message, names
 
 ROOT = Path(__file__).parents[3]
 TARGET = ROOT / "docs" / "images" / "quality.png"
@@ -42,8 +42,7 @@ def curves(axes: Axes, record: Mapping[str, Any], cost: str) -> dict[str, list[t
         axes.fill_between(x, low, high, color=PALETTE[name], alpha=0.12, lw=0)
         shown[name] = list(zip(x, means, strict=True))
     (whole,) = [row["correct"]["mean"] for row in answered if row["keep"] is None]
-    axes.axhline(whole, color="black", linestyle=":", lw=1)
-    axes.annotate("all tokens", (0, whole), (4, 3), ("axes fraction", "data"), "offset points", fontsize=9)
+    level(axes, whole, "all tokens")
     axes.set_xscale("log")
     axes.set_ylim(0.15, 1.0)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -66,12 +65,12 @@ def draw(record: Mapping[str, Any], cost: str = "equal_tokens") -> Figure:
         budgets = sorted({round(row["equal_tokens"]) for row in record["rows"] if row["keep"] and "cannot" not in row})
         budgets = [number for number in budgets if number < TOTAL]
         axes.set_xticks(budgets, [str(number) for number in budgets])
-        axes.set_xlim(min(budgets) * 0.93, max(budgets) * 1.75)
+        axes.set_xlim(min(budgets) * 0.93, max(budgets) * 1.9)
         axes.set_xlabel(f"average retained tokens per layer, of {TOTAL}")
         text = _at_small(record)
     else:
         axes.set_xticks(ticks := [0.15, 0.2, 0.3, 0.5, 0.7], [f"{tick:.0%}" for tick in ticks])
-        axes.set_xlim(0.14, 0.98)
+        axes.set_xlim(0.14, 1.0)
         axes.set_xlabel("FLOPs of the prompt, share of the unpruned model's")
         text = _cheapest(shown)
     axes.minorticks_off()
@@ -108,7 +107,7 @@ def main() -> None:
     options = parser.parse_args()
     record = json.loads(options.result.read_text(encoding="utf-8"))
     for cost, path in (("equal_tokens", options.out), ("flops", options.out.with_stem(f"{options.out.stem}-flops"))):
-        draw(record, cost).savefig(path, dpi=130)
+        draw(record, cost).savefig(path, dpi=DPI)
         print(f"wrote {path}")
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
-from lines import COLOURS, GREY, LIGHT, figure, message, names
+from lines import COLOURS, DPI, LIGHT, figure, level, message, names
 
 ROOT = Path(__file__).parents[3]
 RESULT = ROOT / "benchmarks" / "results" / "quality_pages.json"
@@ -43,19 +44,20 @@ def draw(record: Mapping[str, Any]) -> Figure:
         axes.fill_between(x, low, high, color=PALETTE[name], alpha=0.12, lw=0)
         ends[name] = x[0], means[0]
     whole = next(row for row in answered if row["keep"] is None)
-    axes.axhline(whole["correct"]["mean"], color=GREY, ls=":", lw=1)
+    level(axes, whole["correct"]["mean"], "all tokens")
     ticks = sorted({row["keep"] for row in answered if row["keep"]})
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{tick:.0%}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlim(min(ticks) * 0.52, max(ticks) * 1.08)
-    axes.set_ylim(0, 1)
+    axes.set_xlim(min(ticks) * 0.42, max(ticks) * 1.08)
+    axes.set_ylim(0, 1.04)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_xlabel("average retained tokens per layer, share of the vision tokens")
-    axes.set_ylabel("accuracy")
+    axes.set_ylabel("right answers")
     right = {row["method"]: row["correct"]["mean"] for row in answered if row["keep"] == QUARTER}
     under = f"bundled Qwen3-VL, {whole['questions']} questions; bands: 95 % intervals; grey: the other methods"
-    told = " and ".join(f"{right[name]:.0%} with {name}" for name in ("vcast", "random") if name in right)
-    text = f"A quarter of the tokens: right in {told}"
+    found = " and ".join(f"{right[name]:.0%} with {name}" for name in ("vcast", "random") if name in right)
+    text = f"A quarter of the tokens: right in {found}"
     message(axes, text if record["split"] == "heldout" else f"pilot: {record['split']} samples", under)
     made.draw_without_rendering()
     names(axes, ends, PALETTE, side="left")
@@ -68,7 +70,7 @@ def main() -> None:
     parser.add_argument("--result", type=Path, default=RESULT)
     parser.add_argument("--out", type=Path, default=TARGET)
     options = parser.parse_args()
-    draw(json.loads(options.result.read_text(encoding="utf-8"))).savefig(options.out, dpi=130)
+    draw(json.loads(options.result.read_text(encoding="utf-8"))).savefig(options.out, dpi=DPI)
     print(f"wrote {options.out}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lines import COLOURS, figure, message, names
+from lines import COLOURS, DPI, figure, level, message, names
 
 ROOT = Path(__file__).parents[3]
 TARGET = ROOT / "docs" / "images" / "vllm.png"
@@ -23,9 +23,8 @@ def main() -> None:
         axes.plot(*zip(*points, strict=True), marker="o", ms=4, lw=2, color=colour)
         name = f"{concurrency} at a time"
         ends[name], colours[name] = points[0], colour
-    axes.axhline(1, color="black", linestyle=":", lw=1)
-    axes.annotate("vLLM's own class", (0, 1), (4, 4), ("axes fraction", "data"), "offset points")
-    axes.set_xlim(-60, total * 1.05)
+    level(axes, 1, "vLLM's own class")
+    axes.set_xlim(-100, total * 1.05)
     axes.set_xticks([64, 128, 192, total])
     axes.set_xlabel(f"vision tokens that stay, of {total}")
     axes.set_ylabel("requests per processor second,\ntimes those of vLLM's own class")
@@ -33,7 +32,7 @@ def main() -> None:
     message(axes, f"More requests at a time gain more: up to {most:.1f} times as many", _under(record))
     made.draw_without_rendering()
     names(axes, ends, colours, side="left")
-    made.savefig(TARGET, dpi=130)
+    made.savefig(TARGET, dpi=DPI)
 
 
 def _under(record: dict[str, object]) -> str:
