@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from mustdrop.errors import ConfigError, NotPatchedError, UnsupportedOptionError
-from mustdrop.patching import patched_runtime
+from mustdrop.patching import _runtime
 from mustdrop.runtime.compile.graphs import Compiled, Graphs
 from mustdrop.runtime.compile.recording import CudaGraphs
 
@@ -41,11 +41,11 @@ def compile(model: M, *, graphs: int = 8, after: int = 2, backend: Any = None) -
         UnsupportedOptionError: it is not on a CUDA device, and no backend is named.
         ConfigError: numbers out of range.
     """
-    runtime = patched_runtime(model)
+    runtime = _runtime(model)
     if runtime is None:
         raise NotPatchedError(f"this {type(model).__name__} is not patched: call mustdrop.patch(model) first.")
-    counts: tuple[tuple[str, Any, int], ...] = (("graphs", graphs, 0), ("after", after, 1))
-    for name, value, least in counts:
+    numbers: tuple[tuple[str, Any, int], ...] = (("graphs", graphs, 0), ("after", after, 1))
+    for name, value, least in numbers:
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigError(f"{name} must be an int of {least} or more, got {value!r}.")
     device = next(runtime.text.parameters()).device

@@ -85,7 +85,7 @@ def unpatch(model: M) -> M:
 
     No-op on a model that is not patched.
     """
-    runtime = patched_runtime(model)
+    runtime = _runtime(model)
     if runtime is not None:
         runtime.uninstall()
         if runtime.engine is not None:
@@ -106,7 +106,7 @@ def patched(model: M, method: MethodLike | None = None, **settings: Any) -> Iter
         method: see `patch`.
         **settings: see `patch`.
     """
-    before = patched_runtime(model)
+    before = _runtime(model)
     patch(model, method, **settings)
     try:
         yield model
@@ -123,7 +123,7 @@ def unpatched(model: M) -> Iterator[M]:
     Args:
         model: patched or not.
     """
-    before = patched_runtime(model)
+    before = _runtime(model)
     unpatch(model)
     try:
         yield model
@@ -141,7 +141,7 @@ def trace(model: nn.Module) -> Trace:
     Raises:
         NotPatchedError: the model was never patched, or has not run since, or its last call failed.
     """
-    runtime = patched_runtime(model)
+    runtime = _runtime(model)
     if runtime is not None:
         runtime.calls.sweep()
     ledger = _former(model) if runtime is None else runtime.ledger
@@ -153,7 +153,7 @@ def trace(model: nn.Module) -> Trace:
 def _again(model: nn.Module, before: Runtime, ledger: Ledger) -> None:
     """Patch as before, with what a block inside has left, or else with what there was before it."""
     _put_in(model, before.method)
-    runtime = patched_runtime(model)
+    runtime = _runtime(model)
     assert runtime is not None  # it has just been patched
     runtime.engine = None if before.engine is None else before.engine.again(runtime)
     runtime.ledger = before.ledger if ledger.newest is None else ledger
@@ -162,7 +162,7 @@ def _again(model: nn.Module, before: Runtime, ledger: Ledger) -> None:
 last_trace = trace
 
 
-def patched_runtime(model: object) -> Runtime | None:
+def _runtime(model: object) -> Runtime | None:
     """Of a model, or of the one that `torch.compile`, data parallel, a pipeline or the like has wrapped."""
     for thing in (model, *(inner for _, inner in unwrapped(model))):
         found = vars(inside(thing)).get(_ATTRIBUTE) if isinstance(thing, nn.Module) else None

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 import mustdrop
 from mustdrop import PrefillPruner
 from mustdrop.errors import CaptureWarning, ConfigError, NotPatchedError, UnsupportedOptionError
-from mustdrop.patching import patched_runtime
+from mustdrop.patching import _runtime
 from support.builders import LLAMA, QWEN2, answer, batch, clone
 from support.passes import differences, left, of_cache, of_trace
 from support.recorder import Recorder, record
@@ -163,7 +163,7 @@ def test_a_capture_that_fails_leaves_the_model_as_it_was():
     with warnings.catch_warnings():
         warnings.simplefilter("error", CaptureWarning)  # it is said once
         assert not differences(expected, left(model, inputs))
-    assert patched_runtime(model).local.straight is None
+    assert _runtime(model).local.straight is None
 
 
 def test_a_pass_that_fails_in_a_layer_leaves_the_model_and_the_cache_as_they_were():
@@ -253,14 +253,14 @@ def test_unpatching_releases_and_a_block_gives_back():
     engine = record(model)
     left(model, inputs)
     with mustdrop.patched(model, "random", keep=9):
-        assert patched_runtime(model).engine is None
+        assert _runtime(model).engine is None
     assert not engine.recorded
     assert engine.capturer.made == []
-    again = patched_runtime(model).engine
+    again = _runtime(model).engine
     assert (again.graphs, again.after) == (8, 1)
     left(model, inputs)
     assert len(again.recorded) == 1
-    assert patched_runtime(copy.deepcopy(model)).engine is None
+    assert _runtime(copy.deepcopy(model)).engine is None
     mustdrop.unpatch(model)
     assert not again.recorded
 
@@ -274,7 +274,7 @@ def test_what_the_user_gets_wrong():
     for bad in ({"graphs": -1}, {"graphs": 2.0}, {"after": 0}, {"after": True}):
         with pytest.raises(ConfigError, match=next(iter(bad))):
             mustdrop.compile(model, backend="eager", **bad)
-    assert patched_runtime(model).engine is None
+    assert _runtime(model).engine is None
 
 
 def test_backends_of_torch_compile():
@@ -285,5 +285,5 @@ def test_backends_of_torch_compile():
     torch.compiler.reset()
     with pytest.warns(CaptureWarning, match="as many shapes are compiled as graphs=1 allows"):
         assert not any(differences(a, left(model, inputs)) for a, inputs in zip(expected, prompts, strict=True))
-    assert len(patched_runtime(model).engine.known) == 1
+    assert len(_runtime(model).engine.known) == 1
     torch.compiler.reset()

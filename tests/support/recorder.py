@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from transformers.utils import import_utils
 
 import mustdrop
-from mustdrop.patching import patched_runtime
+from mustdrop.patching import _runtime
 from mustdrop.runtime.compile.graphs import Graphs
 from mustdrop.runtime.compile.recording import Captured, Capturer, Run
 
@@ -60,7 +60,7 @@ class Recording(Captured):
 
 def record(model: Any, graphs: int = 8, after: int = 1) -> Graphs:
     """What `mustdrop.compile` does on a CUDA device, with this stand-in; returns the engine."""
-    runtime = patched_runtime(model)
+    runtime = _runtime(model)
     assert runtime is not None
     mustdrop.compile(model, graphs=0)
     runtime.engine = Graphs(runtime, Recorder, graphs, after)

@@ -41,9 +41,7 @@ class PrunedState(Slots, LinearAttentionLayer):  # type: ignore[misc]  # older t
     def hold(self, held: Held, totals: Tensor, advance: int) -> None:
         """Take the state of an inner cache's layer; this one has none."""
         mine = {"arrival", "prepared"}
-        for name, value in vars(held.layer).items():
-            if name not in mine:
-                setattr(self, name, value)
+        self.__dict__.update({name: value for name, value in vars(held.layer).items() if name not in mine})
 
     @property
     def begun(self) -> bool:

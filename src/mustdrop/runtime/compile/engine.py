@@ -103,8 +103,8 @@ def run(runtime: Runtime, function: Callable[..., Any], kwargs: dict[str, Any]) 
         given["attention_mask"] = None  # it hides nothing, as the host knows and a recording could not ask
     elif mask is not None:
         given["attention_mask"] = columns(mask, straight.length)
-    output, states = engine.run(straight, function, given)
-    output.last_hidden_state = states
+    output, hidden = engine.run(straight, function, given)
+    output.last_hidden_state = hidden
     landed(runtime, straight, forward, output)
     return output
 

@@ -42,7 +42,7 @@ def key_of(straight: Straight, kwargs: dict[str, Any], tensors: list[Tensor]) ->
 def _surroundings(straight: Straight) -> Hashable:
     """Switches of torch and of mustdrop that decide which kernels run, and in which type."""
     device = straight.vision.device.type
-    cuda = torch.backends.cuda
+    cuda: Any = torch.backends.cuda
     return (
         straight.runtime.implementation,
         chosen(),
