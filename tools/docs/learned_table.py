@@ -52,7 +52,7 @@ def scorers(record: Record, table: Table) -> str:
     return (
         table(header, lines)
         + "\n\nDivergence from the unpruned answers in nats per token, on the part of the prompts that was held out of "
-        "training: before training, which is as good as a random choice, and at the best step, both by rank alone; "
+        "training: before training and at the best step, both by rank alone; "
         "then with the exponent of coverage that did best. "
         f"{first['hardware']}, one thread, torch {first['versions']['torch']}, transformers "
         f"{first['versions']['transformers']}, commit {commits}. Seeds, settings and logs are in "

@@ -64,7 +64,7 @@ class Fitted:
         folder: where it lies: `importance=folder` in `patch`.
         step: of that look.
         held: divergence from the unpruned answers on the held-out part then, in nats, mean over the budgets.
-        before: the same of the scorer before it was trained, whose choice is as good as random.
+        before: the same of the scorer before it was trained.
         ended: why training ended.
         skipped: name of a sample -> why it was left out.
         log: a line per look at the held-out part.
