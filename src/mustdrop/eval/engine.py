@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import copy
 import os
-import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 import mustdrop
+from mustdrop import clock
 from mustdrop.adapters import find as find_adapter
 from mustdrop.errors import ConfigError, MustDropError, UnsupportedModelError
 from mustdrop.eval.journal import digest
 from mustdrop.eval.loading import Batch
 from mustdrop.eval.processes import share
 from mustdrop.fidelity import lengths_of
-from mustdrop.loading import place
+from mustdrop.loading import BUNDLED, load_model, pad_left, place
 from mustdrop.registry import MethodLike
 from mustdrop.trace import Trace
-
-BUNDLED = "bundled"
 
 
 @dataclass
@@ -79,10 +77,7 @@ class Engine:
         self.device = device_of(device)
         self.model, self.processor = loaded or load(name, dtype, attention)
         self.model = self.model.to(self.device).eval()
-        tokenizer = self.processor.tokenizer
-        tokenizer.padding_side = "left"
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        pad_left(self.processor)
         mustdrop.patch(self.model, method, **knobs)
         self.method = method
         self.clock = Clock(self.model, self.device)
@@ -205,31 +200,25 @@ class Clock:
         for handle in self.handles:
             handle.remove()
 
-    def now(self) -> float:
-        """The time, when the device has done all that it was given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
     def start(self) -> None:
         """Begin a call."""
         self.vision, self.first = 0.0, 0.0
-        self.began = self.now()
+        self.began = clock.now(self.device)
 
     def stop(self) -> tuple[float, float, float]:
         """End a call: seconds of vision tower, to the first token, in all."""
-        whole = self.now() - self.began
+        whole = clock.now(self.device) - self.began
         return self.vision, self.first or whole, whole
 
     def _enter(self, *_: Any) -> None:
-        self.entered = self.now()
+        self.entered = clock.now(self.device)
 
     def _leave(self, *_: Any) -> None:
-        self.vision += self.now() - self.entered
+        self.vision += clock.now(self.device) - self.entered
 
     def _step(self, *_: Any) -> None:
         if not self.first:
-            self.first = self.now() - self.began
+            self.first = clock.now(self.device) - self.began
 
 
 def device_of(wanted: str) -> torch.device:
@@ -251,15 +240,9 @@ def load(name: str | None, dtype: str, attention: str | None) -> tuple[Any, Any]
     Raises:
         ConfigError: it cannot be loaded.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    from mustdrop.demo.model import CHECKPOINT
-
-    source: Any = CHECKPOINT if name is None else name
-    more = {} if attention is None else {"attn_implementation": attention}
+    source = BUNDLED if name is None else name
     try:
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, local_files_only=name is None, **more)
-        return model, AutoProcessor.from_pretrained(source, local_files_only=name is None)
+        return load_model(source, device="cpu", dtype=dtype, attention=attention)
     except MustDropError:
         raise
     except (OSError, ValueError, ImportError) as error:
