@@ -59,11 +59,6 @@ class Folder:
             f"Say where the data lie with --data DIR. {self.guide} describes where the {kind} comes from."
         )
 
-    def optional(self, *names: str) -> Path | None:
-        """Like `find` for a file that need not exist."""
-        paths = [root / name for name in names for root in self.roots]
-        return next((path for path in paths if path.is_file()), None)
-
     def text(self, path: Path) -> str:
         """A file's text; it is hashed.
 

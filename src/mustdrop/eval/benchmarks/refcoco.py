@@ -68,14 +68,12 @@ class RefCOCO(Benchmark):
     general = "position"
     metric = "share of boxes with an intersection over union of at least 0.5"
 
-    def items(self, source: Source, folder: Folder) -> list[Item]:
+    def file_items(self, source: Source, folder: Folder) -> list[Item]:
         """From one line for each phrase: `image`, `sent`, `bbox` (left, top, right, bottom), `width`, `height`.
 
         Raises:
-            ConfigError: `--dataset` was given, or coordinates that there are not.
+            ConfigError: coordinates that there are not.
         """
-        if source.rows is not None:
-            raise ConfigError(f"{self.name} is read from its files: give --data, and leave --dataset out.")
         if source.coordinates not in (AUTO, *COORDINATES):
             known = (AUTO, *COORDINATES)
             raise ConfigError(f"--coordinates {source.coordinates}: {did_you_mean(source.coordinates, known)}")

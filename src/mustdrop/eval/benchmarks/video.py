@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from mustdrop.errors import ConfigError
 from mustdrop.eval.benchmark import Answer, Benchmark, Item, Source, percent, write_jsonl
 from mustdrop.eval.files import Folder
 from mustdrop.eval.media import VIDEO_ENDINGS, Clip
@@ -26,17 +25,12 @@ class VideoQA(Benchmark):
     max_new_tokens = 1024
     headline = "exact"
     metric = "exact match after VQA normalisation: not the judgement by GPT that papers report"
+    files_only = "reads Video-LLaVA's files (--data DIR), not a data set of `datasets`."
     videos: ClassVar[tuple[str, ...]] = ("videos",)
     prefix: ClassVar[str] = ""
 
-    def items(self, source: Source, folder: Folder) -> list[Item]:
-        """From `test_q.json`, `test_a.json` and the folder of videos.
-
-        Raises:
-            ConfigError: `--dataset` was given.
-        """
-        if source.rows is not None:
-            raise ConfigError(f"{self.name} reads Video-LLaVA's files (--data DIR), not a data set of `datasets`.")
+    def file_items(self, source: Source, folder: Folder) -> list[Item]:
+        """From `test_q.json`, `test_a.json` and the folder of videos."""
         path = folder.find("test_q.json", what="questions")
         truths_path = folder.find("test_a.json", what="truths")
         videos = folder.find(*self.videos, folder=True, what="videos")
