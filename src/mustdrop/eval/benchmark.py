@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mustdrop.errors import ConfigError, DataFileError, did_you_mean
-from mustdrop.eval.files import GUIDE, Folder, Row
+from mustdrop.eval.data_files import GUIDE, Folder, Row
 from mustdrop.eval.media import Column, Medium
 
 SHORT = "\nAnswer the question using a single word or phrase."

@@ -13,8 +13,8 @@ import mustdrop
 from mustdrop import clock
 from mustdrop.adapters import find as find_adapter
 from mustdrop.errors import ConfigError, MustDropError, UnsupportedModelError
+from mustdrop.eval.batches import Batch
 from mustdrop.eval.journal import digest
-from mustdrop.eval.loading import Batch
 from mustdrop.eval.processes import share
 from mustdrop.fidelity import lengths_of
 from mustdrop.loading import BUNDLED, load_model, pad_left, place

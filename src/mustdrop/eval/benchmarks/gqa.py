@@ -18,7 +18,7 @@ from mustdrop.eval.benchmark import (
     write_answers,
     write_json,
 )
-from mustdrop.eval.files import Folder
+from mustdrop.eval.data_files import Folder
 from mustdrop.eval.media import Picture
 from mustdrop.eval.result import Failure
 

@@ -18,7 +18,7 @@ from mustdrop.eval.benchmark import (
     percent,
     write_answers,
 )
-from mustdrop.eval.files import Folder, Row
+from mustdrop.eval.data_files import Folder, Row
 from mustdrop.eval.media import Picture
 from mustdrop.eval.result import Failure
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from mustdrop.eval.benchmark import QUESTION, Answer, Benchmark, Columns, Item, Source, write_answers, write_json
-from mustdrop.eval.files import Folder, Row
+from mustdrop.eval.data_files import Folder, Row
 from mustdrop.eval.media import Column, Picture
 
 _FORMULAS = "HME100k"  # spaces do not count there, capitals do

@@ -17,7 +17,7 @@ from mustdrop.eval.benchmark import (
     by_category,
     percent,
 )
-from mustdrop.eval.files import Folder, Row
+from mustdrop.eval.data_files import Folder, Row
 from mustdrop.eval.media import Picture
 
 CATEGORIES = ("random", "popular", "adversarial")

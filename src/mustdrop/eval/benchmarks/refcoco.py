@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from mustdrop.errors import ConfigError, did_you_mean
 from mustdrop.eval.benchmark import Answer, Benchmark, Item, Source, percent, write_answers, write_json
-from mustdrop.eval.files import Folder
+from mustdrop.eval.data_files import Folder
 from mustdrop.eval.media import Picture
 from mustdrop.eval.result import Failure
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mustdrop.errors import ConfigError
 from mustdrop.eval.benchmark import Answer, Benchmark, Item, Source, by_category, percent
-from mustdrop.eval.files import Folder
+from mustdrop.eval.data_files import Folder
 from mustdrop.eval.media import Drawn
 
 _SCENES = 400  # as many as the bundled model was measured on

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from mustdrop.eval.benchmark import QUESTION, SHORT, Columns, Item, Source
-from mustdrop.eval.files import Folder, Row
+from mustdrop.eval.data_files import Folder, Row
 from mustdrop.eval.media import Picture
 from mustdrop.eval.result import Failure
 from mustdrop.eval.soft_accuracy import SoftAccuracy

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from mustdrop.eval.benchmark import Answer, Benchmark, Item, Source, percent, write_jsonl
-from mustdrop.eval.files import Folder
+from mustdrop.eval.data_files import Folder
 from mustdrop.eval.media import VIDEO_ENDINGS, Clip
 from mustdrop.eval.result import Failure
 from mustdrop.eval.vqa import normalise

@@ -17,7 +17,7 @@ from mustdrop.eval.benchmark import (
     write_answers,
     write_json,
 )
-from mustdrop.eval.files import Folder, Row
+from mustdrop.eval.data_files import Folder, Row
 from mustdrop.eval.media import Picture
 from mustdrop.eval.soft_accuracy import SoftAccuracy
 from mustdrop.eval.vqa import normalise
