@@ -253,7 +253,8 @@ class Adapter:
 
         By default the features method is given them, a row for each patch.
         """
-        return self.main_argument(modality, arguments).flatten(1)
+        found = next(arguments[name] for name in self.media[modality][1] if arguments.get(name) is not None)
+        return found.flatten(1)  # type: ignore[no-any-return]
 
     def read_layers(self, model: Any, modality: str, arguments: dict[str, Any]) -> tuple[int, ...]:
         """Indices of the encoder layers whose outputs the features are read from (0-based).
