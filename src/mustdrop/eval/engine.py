@@ -80,11 +80,11 @@ class Engine:
         pad_left(self.processor)
         mustdrop.patch(self.model, method, **knobs)
         self.method = method
-        self.clock = Clock(self.model, self.device)
+        self.times = StageTimes(self.model, self.device)
 
     def close(self) -> None:
         """Leave the model as it was before, for the next engine."""
-        self.clock.close()
+        self.times.close()
         mustdrop.unpatch(self.model)
 
     def identity(self) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class Engine:
         options = copy.deepcopy(self.model.generation_config)
         options.update(do_sample=False, num_beams=1, max_new_tokens=limit, max_length=None, repetition_penalty=1.0)
         options.update(temperature=None, top_p=None, top_k=None, pad_token_id=self.processor.tokenizer.pad_token_id)
-        self.clock.start()
+        self.times.start()
         output: Any = None
         short = ""
         try:
@@ -144,7 +144,7 @@ class Engine:
         except torch.OutOfMemoryError as error:
             short = str(error).partition(". ")[0]
         finally:
-            vision, first, whole = self.clock.stop()
+            vision, first, whole = self.times.stop()
         if output is None:  # outside of `except`: the error would hold the tensors that took the memory
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -175,7 +175,7 @@ class Engine:
         return int(peak) if os.uname().sysname == "Darwin" else int(peak) * 1024
 
 
-class Clock:
+class StageTimes:
     """Seconds in the vision tower, to the first token, and in all, of one call of `generate`."""
 
     def __init__(self, model: Any, device: torch.device) -> None:
