@@ -15,7 +15,7 @@ from mustdrop.eval.data_files import Folder
 from mustdrop.eval.engine import Engine, device_of
 from mustdrop.eval.journal import digest
 from mustdrop.eval.prompts import Prompter, check_template, prompter
-from mustdrop.eval.result import DataInfo, PromptInfo
+from mustdrop.eval.result_parts import DataInfo, PromptInfo
 from mustdrop.eval.settings import Settings
 from mustdrop.extras import install
 from mustdrop.loading import check_dtype

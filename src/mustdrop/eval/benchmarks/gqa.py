@@ -20,7 +20,6 @@ from mustdrop.eval.benchmark import (
 )
 from mustdrop.eval.data_files import Folder
 from mustdrop.eval.media import Picture
-from mustdrop.eval.result import Failure
 
 _OPEN = "query"  # questions of this structure have open answers, all others are yes/no or a choice
 
@@ -56,7 +55,7 @@ class GQA(Benchmark):
             truth = truths.get(str(row["question_id"]))
             if not isinstance(truth, dict) or "answer" not in truth:
                 reason = f"{annotations.name} has no answer to this question"
-                folder.broken.append(Failure(name=str(row["question_id"]), reason=reason))
+                folder.reject(row["question_id"], reason)
                 continue
             kind = "open" if truth.get("types", {}).get("structural") == _OPEN else "binary"
             image = Picture(images / row["image"])

@@ -20,7 +20,6 @@ from mustdrop.eval.benchmark import (
 )
 from mustdrop.eval.data_files import Folder, Row
 from mustdrop.eval.media import Picture
-from mustdrop.eval.result import Failure
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
@@ -80,7 +79,7 @@ class MME(Benchmark):
                 {"file": file},
             )
             if item.truth is None:
-                folder.broken.append(Failure(name=str(item.id), reason=f"{release} has no truth for this question"))
+                folder.reject(item.id, f"{release} has no truth for this question")
             else:
                 found.append(item)
         return found

@@ -11,7 +11,6 @@ from mustdrop.errors import ConfigError, did_you_mean
 from mustdrop.eval.benchmark import Answer, Benchmark, Item, Source, percent, write_answers, write_json
 from mustdrop.eval.data_files import Folder
 from mustdrop.eval.media import Picture
-from mustdrop.eval.result import Failure
 
 _ASKED = "Please provide the bounding box coordinate of the region this sentence describes: {}"
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
@@ -85,7 +84,7 @@ class RefCOCO(Benchmark):
                 size = float(row["width"]), float(row["height"])
             except (TypeError, ValueError):
                 reason = f"bbox should be four numbers, width and height one each; got {row['bbox']!r}"
-                folder.broken.append(Failure(name=f"{file.name} {row['image']}", reason=reason))
+                folder.reject(f"{file.name} {row['image']}", reason)
                 continue
             asked = _ASKED.format(row["sent"])
             truth = (left, top, right, bottom), size, source.coordinates

@@ -21,7 +21,6 @@ from mustdrop.eval.benchmark import (
 )
 from mustdrop.eval.data_files import Folder, Row
 from mustdrop.eval.media import Picture
-from mustdrop.eval.result import Failure
 
 LETTERS = "ABCDE"
 _IMAGE = "<image>"
@@ -74,13 +73,14 @@ class ScienceQA(Benchmark):
         for row in rows:
             item = self._item(row, problems.get(str(row["id"])), images)
             if isinstance(item, str):
-                folder.broken.append(Failure(name=str(row["id"]), reason=item))
+                folder.reject(row["id"], item)
             elif str(row["id"]) in wanted:
                 found.append(item)
         missing = wanted - {
             str(row["id"]) for row in folder.json(questions, list) if isinstance(row, dict) and "id" in row
         }
-        folder.broken += [Failure(name=name, reason=f"not in {questions.name}") for name in sorted(missing)]
+        for name in sorted(missing):
+            folder.reject(name, f"not in {questions.name}")
         return found
 
     def _item(self, row: Row, problem: Any, images: Path) -> Item | str:

@@ -7,7 +7,6 @@ from typing import ClassVar
 from mustdrop.eval.benchmark import QUESTION, SHORT, Columns, Item, Source
 from mustdrop.eval.data_files import Folder, Row
 from mustdrop.eval.media import Picture
-from mustdrop.eval.result import Failure
 from mustdrop.eval.soft_accuracy import SoftAccuracy
 
 _HINT = "Reference OCR token:"
@@ -51,7 +50,7 @@ class TextVQA(SoftAccuracy):
             truth = truths.get((row["question_id"], question_of(row["text"]) or ""))
             if truth is None:
                 reason = f"{annotations.name} has no such question about this picture"
-                folder.broken.append(Failure(name=f"{row['question_id']}: {row['text']!r}", reason=reason))
+                folder.reject(f"{row['question_id']}: {row['text']!r}", reason)
                 continue
             found.append(
                 Item(row["question_id"], row["text"], Picture(images / row["image"]), row["text"], tuple(truth))

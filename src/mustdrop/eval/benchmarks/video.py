@@ -13,7 +13,6 @@ from typing import ClassVar
 from mustdrop.eval.benchmark import Answer, Benchmark, Item, Source, percent, write_jsonl
 from mustdrop.eval.data_files import Folder
 from mustdrop.eval.media import VIDEO_ENDINGS, Clip
-from mustdrop.eval.result import Failure
 from mustdrop.eval.vqa import normalise
 
 
@@ -39,14 +38,13 @@ class VideoQA(Benchmark):
         by_id = {row["question_id"]: row for row in truths if isinstance(row, dict) and "question_id" in row}
         found = []
         for place, row in enumerate(rows):
-            broken = [Failure(name=f"{path.name} entry {place + 1}", reason="no video_name, question or question_id")]
             if not isinstance(row, dict) or not {"video_name", "question", "question_id"} <= set(row):
-                folder.broken += broken
+                folder.reject(f"{path.name} entry {place + 1}", "no video_name, question or question_id")
                 continue
             truth = by_id.get(row["question_id"]) or (truths[place] if place < len(truths) and not by_id else None)
             if not isinstance(truth, dict) or "answer" not in truth:
                 reason = f"{truths_path.name} has no answer to this question"
-                folder.broken.append(Failure(name=str(row["question_id"]), reason=reason))
+                folder.reject(row["question_id"], reason)
                 continue
             clip = Clip(self._video(videos, str(row["video_name"])), source.frames)
             found.append(Item(row["question_id"], row["question"], clip, row["question"], str(truth["answer"])))

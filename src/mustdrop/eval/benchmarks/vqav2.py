@@ -18,7 +18,6 @@ from mustdrop.eval.benchmark import (
 )
 from mustdrop.eval.data_files import Folder, Row
 from mustdrop.eval.media import Picture
-from mustdrop.eval.result import Failure
 from mustdrop.eval.soft_accuracy import SoftAccuracy
 from mustdrop.eval.vqa import normalise
 
@@ -68,7 +67,7 @@ class VQAv2(SoftAccuracy):
         for row in folder.objects(questions, rows, ("question_id", "image_id", "question")):
             if row["question_id"] not in truths:
                 reason = f"{annotations.name} has no answers to this question"
-                folder.broken.append(Failure(name=str(row["question_id"]), reason=reason))
+                folder.reject(row["question_id"], reason)
                 continue
             text = row["question"] + self.suffix
             image = Picture(images / f"COCO_val2014_{row['image_id']:012}.jpg")
