@@ -60,7 +60,7 @@ class Folder:
         )
 
     def reject(self, name: str | int, reason: str) -> None:
-        """Note a question that cannot be asked: it counts as failed.
+        """Note a question that cannot be asked; the result names it.
 
         Args:
             name: its id, or where it stands in its file.
