@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from mustdrop.clock import now
 from mustdrop.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
@@ -67,9 +67,7 @@ class Clock:
 
     def __call__(self) -> float:
         """Now."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return now(self.device)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -7,7 +7,7 @@ import torch
 
 import mustdrop
 from support.builders import LLAMA, batch
-from support.checks import TOLERANCE, distance, patched
+from support.masking_check import TOLERANCE, distance, patched
 
 
 @pytest.mark.parametrize("images", [(1,), (1, 2)], ids=str)

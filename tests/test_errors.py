@@ -12,7 +12,7 @@ import transformers
 import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner, errors
 from support.builders import LLAMA, SIGLIP, anatomy, answer, batch, clone, plain
-from support.checks import patched
+from support.masking_check import patched
 
 THRESHOLDS = PrefillPruner(global_threshold=0.02, individual_threshold=0.02)
 

@@ -16,7 +16,7 @@ import mustdrop
 from mustdrop import PrefillPruner, VisionStagePruner
 from mustdrop.rules.dual_attention import dual_filter, dual_statistics
 from support.builders import answer
-from support.checks import distance
+from support.masking_check import distance
 from support.oracle import CacheWatch
 
 HERE = Path(__file__).parent / "golden"

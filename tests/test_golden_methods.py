@@ -13,7 +13,7 @@ from mustdrop import kernels
 from mustdrop.pruners import recycling
 from mustdrop.rules import bipartite
 from support.builders import answer
-from support.checks import distance
+from support.masking_check import distance
 from support.oracle import CacheWatch
 from test_golden import inputs_of, plain_model, recorded
 

@@ -14,7 +14,7 @@ from mustdrop.adapters import registry
 from mustdrop.stages import missing
 from support import families
 from support.builders import LLAMA, SIGLIP, answer, batch
-from support.checks import distance, patched
+from support.masking_check import distance, patched
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,4 +1,4 @@
-"""Modules of the package do not import each other in circles when they are loaded."""
+"""Modules of the package do not import each other in circles when they are loaded; functions fit on a page."""
 
 from __future__ import annotations
 
@@ -60,3 +60,19 @@ def test_no_module_imports_itself_by_way_of_others():
         # a package whose __init__ hands out names of its modules is no circle of theirs
         graph[name] = {other for other in wanted & set(files) if other != name and not name.startswith(f"{other}.")}
     assert circles(graph) == []
+
+
+def body(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function after its arguments and its docstring."""
+    documented = ast.get_docstring(function) is not None and len(function.body) > 1
+    return (function.end_lineno or 0) - function.body[documented].lineno + 1
+
+
+def test_no_function_is_longer_than_a_page():
+    long = {
+        f"{name}.{node.name}": body(node)
+        for name, path in modules().items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and body(node) > 90
+    }
+    assert long == {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mustdrop.compare.paired import groups, mcnemar, paired
+from mustdrop.eval.report.paired import groups, mcnemar, paired
 
 
 @pytest.mark.parametrize(("gained", "lost"), [(0, 0), (1, 0), (5, 0), (3, 9), (40, 25), (700, 800), (8, 8)])

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from mustdrop import cli, compare, errors
-from mustdrop.compare.plot import draw
-from mustdrop.eval import questions
+from mustdrop import cli, errors
+from mustdrop.eval import questions, report
 from mustdrop.eval.published import rows
 from mustdrop.eval.questions import Told
+from mustdrop.eval.report.plot import draw
 from mustdrop.eval.result import EvalResult
 from test_cli import call
 
@@ -150,7 +150,7 @@ def test_without_an_unpruned_run_no_share_is_given_and_it_is_said(run, saved):
 )
 def test_other_set_ups_are_never_compared_and_what_differs_is_named(changes, told):
     other = made("mustdrop", 64, 1530.0, setup_sha256="b" * 64, **changes)
-    first, second = compare.group([made(), other])
+    first, second = report.group([made(), other])
     assert second.unpruned is None
     assert second.rows[0].retained is None
     assert "no unpruned run" in " ".join(second.notes)
@@ -160,22 +160,22 @@ def test_other_set_ups_are_never_compared_and_what_differs_is_named(changes, tol
 
 
 def test_one_benchmark_is_never_compared_with_another():
-    groups = compare.group([made(), made("mustdrop", 64, 50.0, benchmark="textvqa")])
+    groups = report.group([made(), made("mustdrop", 64, 50.0, benchmark="textvqa")])
     assert [group.unpruned is None for group in groups] == [False, True]
 
 
 def test_what_a_reader_must_know_is_noted():
-    (group,) = compare.group([made(score=1800.0), made(score=1790.0), made("mustdrop", 64, 900.0)])
+    (group,) = report.group([made(score=1800.0), made(score=1790.0), made("mustdrop", 64, 900.0)])
     assert "2 unpruned runs with different scores (1800.0, 1790.0)" in " ".join(group.notes)
     assert group.rows[-1].retained == 0.5
-    (group,) = compare.group([made(score=None), made("mustdrop", 64, None)])
+    (group,) = report.group([made(score=None), made("mustdrop", 64, None)])
     assert [row.retained for row in group.rows] == [None, None]
     assert "server" in " ".join(group.notes)
-    (group,) = compare.group([made(data__limit=10, data__asked=10)])
+    (group,) = report.group([made(data__limit=10, data__asked=10)])
     assert "--limit" in " ".join(group.notes)
     assert "10 of 2374 questions" in group.title
     failed = [{"name": "a.png/1", "reason": "broken"}]
-    (group,) = compare.group([made("mustdrop", 64, failed=failed, failed_share=0.05)])
+    (group,) = report.group([made("mustdrop", 64, failed=failed, failed_share=0.05)])
     assert "5.0% of the questions of 'mustdrop keep=64' failed and count as wrong: first a.png/1" in group.notes[-1]
 
 
@@ -233,24 +233,24 @@ def test_runs_are_compared_question_by_question(tmp_path, run):
 
 def test_answers_that_only_a_server_scores_are_compared_as_texts():
     plain, pruned = told([None] * 4, ["a", "b", "c", "d"]), told([None] * 4, ["a", "b", "c", "x"])
-    (group,) = compare.group([made(score=None), made("mustdrop", 64, None)], [plain, pruned])
+    (group,) = report.group([made(score=None), made("mustdrop", 64, None)], [plain, pruned])
     beside = group.rows[1].beside
     assert (beside.same, beside.apart, beside.divided) == (0.75, None, None)
     assert group.rows[1].abilities == {}
     other = told([None] * 3)
-    (group,) = compare.group([made(score=None), made("mustdrop", 64, None)], [plain, other])
+    (group,) = report.group([made(score=None), made("mustdrop", 64, None)], [plain, other])
     assert group.rows[1].beside is None  # other questions, for whatever reason
 
 
 def test_means_over_benchmarks_as_in_the_last_column_of_papers(run, saved):
     pope = {"benchmark": "pope", "title": "POPE", "setup_sha256": "b" * 64}
     results = [made(), made("mustdrop", 64, 1620.0), made(score=80.0, **pope), made("mustdrop", 64, 64.0, **pope)]
-    (mean,) = compare.averages(compare.group(results))
+    (mean,) = report.averages(report.group(results))
     assert (mean.model, mean.setting, mean.benchmarks) == (LLAVA, "mustdrop keep=64", ("mme", "pope"))
     assert mean.retained == pytest.approx(0.85)
     twice = made("mustdrop", 64, 60.0, **pope | {"setup_sha256": "9" * 64})
     plain = made(score=80.0, **pope | {"setup_sha256": "9" * 64})
-    assert compare.averages(compare.group([*results, plain, twice])) == []  # two set-ups of POPE: neither is right
+    assert report.averages(report.group([*results, plain, twice])) == []  # two set-ups of POPE: neither is right
     _, out, _ = run(saved(*results))
     assert "Mean over benchmarks" in out
     assert "85.0%" in out
@@ -279,7 +279,7 @@ def test_every_published_row_finds_its_place():
     for known in rows():
         keep = None if known.method == "none" else known.tokens
         run = made(known.method, keep, known.score, benchmark=known.benchmark, model__name=names[known.model])
-        (row,) = compare.group([run])[0].rows
+        (row,) = report.group([run])[0].rows
         assert row.published == known
 
 
@@ -289,7 +289,7 @@ def test_thresholds_and_shares_belong_to_the_published_budget_that_they_come_out
     by_data = made("mustdrop", None, 1700.0, knobs=thresholds, **near)
     shares = made("mustdrop", 1 / 9, 1600.0, knobs={"keep": 1 / 9}, tokens__reported=spread(63.5))
     between = made("mustdrop", None, 1650.0, knobs=thresholds, tokens__reported=spread(90.0))
-    (group,) = compare.group([made(), by_data, shares, between])
+    (group,) = report.group([made(), by_data, shares, between])
     found = {row.result.score: row.published and row.published.tokens for row in group.rows}
     assert found == {1800.0: 576, 1700.0: 192, 1600.0: 64, 1650.0: None}
     assert [note for note in group.notes if "individual_threshold" in note] == [
@@ -310,7 +310,7 @@ def test_plot(run, saved, tmp_path):
     assert code == 0
     assert (tmp_path / "new" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert "accuracy.png" in out
-    figure = draw(compare.group(compare.collect([folder]).values()), tmp_path / "a.svg")
+    figure = draw(report.group(report.collect([folder]).values()), tmp_path / "a.svg")
     (axes,) = figure.axes
     lines = {line.get_label(): list(line.get_xdata()) for line in axes.lines}
     assert lines["mustdrop"] == [192, 64]
@@ -342,9 +342,9 @@ def test_files_that_are_no_results(run, saved, tmp_path):
         assert code == cli.WRONG
         assert text in err
     with pytest.raises(errors.ConfigError, match="not a result"):
-        compare.collect([tmp_path / "broken.json"])
+        report.collect([tmp_path / "broken.json"])
     folder = saved(made(), made("mustdrop", 64))
-    assert len(compare.collect([folder, folder / "run0", folder / "run0" / "result.json"])) == 2  # each once
+    assert len(report.collect([folder, folder / "run0", folder / "run0" / "result.json"])) == 2  # each once
 
 
 def test_the_files_of_a_real_evaluation(run, monkeypatch, capsys, tmp_path):

@@ -20,7 +20,7 @@ import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner, patching
 from mustdrop.errors import NothingDroppedWarning, NotPatchedError
 from support.builders import IMAGE, LLAMA, MISTRAL, QWEN2, SIGLIP, VARIANTS, answer, batch, clone, plain
-from support.checks import patched
+from support.masking_check import patched
 
 ALL_THREE = {
     "vision": VisionStagePruner(),

@@ -14,7 +14,7 @@ from mustdrop import PrefillPruner
 from mustdrop.adapters import registry
 from mustdrop.errors import ConfigError, PictureError
 from support.builders import LLAMA, answer, batch
-from support.checks import patched
+from support.masking_check import patched
 from tests.families import build, fixture_of, inputs_of
 
 pytest.importorskip("matplotlib")

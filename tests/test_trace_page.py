@@ -19,7 +19,7 @@ from mustdrop.trace_page import Told
 from mustdrop.trace_view import coverage, rows_of
 from support import browser
 from support.builders import IMAGE, LLAMA, answer, batch, clone
-from support.checks import patched
+from support.masking_check import patched
 from test_cli import call
 from test_trace_drawing import family
 from tests.families import fixture_of

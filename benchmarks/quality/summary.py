@@ -14,7 +14,7 @@ from rich.table import Table
 from benchmarks.common import significant
 from benchmarks.quality.cells import Cell
 from benchmarks.quality.intervals import Array, difference, interval
-from mustdrop.compare.paired import groups, paired
+from mustdrop.eval.report.paired import groups, paired
 from mustdrop.registry import registry
 
 MEASURES = ("correct", "loglik", "kl", "agreement", "same")

@@ -8,7 +8,6 @@ are in `benchmarks/` of the repository.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -20,10 +19,9 @@ from transformers import StoppingCriteria
 
 import mustdrop
 from mustdrop.budget import Keep
+from mustdrop.clock import WARM_UP, now
 from mustdrop.provenance import provenance
 from mustdrop.registry import MethodLike, described
-
-WARM_UP = 2  # rounds that are run and forgotten
 
 
 @dataclass(frozen=True)
@@ -114,15 +112,15 @@ class _Watch(StoppingCriteria):
 
     def __init__(self, model: Any, new_tokens: int) -> None:
         self.model, self.new_tokens, self.seen = model, new_tokens, 0
-        self.start = self.first = self.last = _now(model)
+        self.start = self.first = self.last = now(model.device)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """After each token, for all rows."""
         self.seen += 1
         if self.seen == 1:
-            self.first = _now(self.model)
+            self.first = now(self.model.device)
         if self.seen == self.new_tokens:
-            self.last = _now(self.model)
+            self.last = now(self.model.device)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
@@ -145,14 +143,6 @@ def _measure(model: Any, inputs: Any, setting: Setting | None, new_tokens: int, 
 
 def _answer(new_tokens: int) -> dict[str, Any]:
     return {"do_sample": False, "num_beams": 1, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
-
-
-def _now(model: Any) -> float:
-    """Seconds, after everything that was queued on the device has finished."""
-    kind = model.device.type
-    if kind in ("cuda", "mps"):
-        getattr(torch, kind).synchronize()
-    return time.perf_counter()
 
 
 @torch.inference_mode()

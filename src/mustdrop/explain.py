@@ -11,7 +11,7 @@ import torch
 
 import mustdrop
 from mustdrop.budget import Keep, keep_text
-from mustdrop.eval.loading import takes
+from mustdrop.eval.batches import takes
 from mustdrop.eval.prompts import Prompter
 from mustdrop.loading import check_question
 from mustdrop.trace_page import Told

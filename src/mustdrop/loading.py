@@ -8,6 +8,7 @@ import torch
 
 from mustdrop.errors import ConfigError
 
+BUNDLED = "bundled"  # the name of the model that comes with this package
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -58,6 +59,15 @@ def check_question(processor: Any, question: str) -> None:
             )
 
 
+def pad_left(processor: Any) -> None:
+    """Let a processor pad prompts on the left, as generation needs, with the end token where it has none for that."""
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is not None:
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+
+
 def load_model(
     name: str, *, device: str | None = None, dtype: str = "auto", attention: str | None = None, **options: Any
 ) -> tuple[Any, Any]:
@@ -81,16 +91,14 @@ def load_model(
     from mustdrop.demo.model import CHECKPOINT
 
     check_dtype(dtype)
-    source = str(CHECKPOINT) if name == "bundled" else name
+    source = name
+    if name == BUNDLED:
+        source, options = str(CHECKPOINT), {**options, "local_files_only": True}
     if attention is not None:
         options = {**options, "attn_implementation": attention}
     target = None if options.get("device_map") else place(device)
     model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, **options)
-    shared = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
+    shared = {key: options[key] for key in ("revision", "trust_remote_code", "local_files_only") if key in options}
     processor = AutoProcessor.from_pretrained(source, **shared)
-    tokenizer = getattr(processor, "tokenizer", None)
-    if tokenizer is not None:
-        tokenizer.padding_side = "left"
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
+    pad_left(processor)
     return (model if target is None else model.to(target)).eval(), processor

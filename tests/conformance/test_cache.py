@@ -10,7 +10,7 @@ import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from mustdrop.errors import CacheStateError
 from support.builders import IMAGE, LLAMA, MISTRAL, QWEN2, answer, batch, plain, vision_positions
-from support.checks import patched
+from support.masking_check import patched
 
 THRESHOLDS = PrefillPruner(global_threshold=0.02, individual_threshold=0.02)
 

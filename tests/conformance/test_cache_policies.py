@@ -14,7 +14,7 @@ from mustdrop.errors import UnsupportedOptionError
 from mustdrop.method import find
 from mustdrop.pruners import AllRows, LastQuery, ObservationWindow
 from support.builders import IMAGE, LLAMA, MISTRAL, QWEN2, SIGLIP, answer, batch, clone, image, plain, row_alone
-from support.checks import TOLERANCE, assert_dropping_equals_masking, distance, merged_features, patched
+from support.masking_check import TOLERANCE, assert_dropping_equals_masking, distance, merged_features, patched
 from support.oracle import CacheWatch, Hidden, MaskedOracle, hidden_by
 from support.versions import BEAMS_MIX_IMAGES
 

@@ -17,7 +17,7 @@ from mustdrop.errors import NotPatchedError, UnsupportedOptionError
 from mustdrop.patching import unpatched
 from mustdrop.registry import registry, resolve
 from support.builders import IMAGE, LLAMA, answer, batch, clone, defaults, plain, vision_positions
-from support.checks import TOLERANCE, distance, patched
+from support.masking_check import TOLERANCE, distance, patched
 from support.oracle import MaskedOracle, hidden_by
 from support.versions import CACHE
 

@@ -12,8 +12,8 @@ from torch._dynamo.utils import counters
 
 import mustdrop
 from support.builders import LLAMA, answer, batch, clone
-from support.checks import TOLERANCE
 from support.edges import BUDGETED
+from support.masking_check import TOLERANCE
 from support.passes import differences, left
 
 #: Methods whose prompt's pass is not straight, and why.

@@ -15,7 +15,7 @@ from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from mustdrop.adapters import registry
 from mustdrop.errors import UnsupportedModelError, UnsupportedOptionError
 from mustdrop.runtime.vision.encoder import EncoderStage
-from support import eager_flex, fake_flash, families, following, hidden_patches, turns
+from support import attribution, conversations, eager_flex, fake_flash, families, hidden_patches
 from support.builders import answer
 from support.families import assert_dropping_equals_masking, batch, clone, fitting, plain
 
@@ -194,7 +194,7 @@ def test_static_cache(name, kind, record_property):
 @each
 def test_second_turn(name, kind):
     """The conversation goes on over the pruned cache."""
-    both = turns.compare_two_turns(name, kind, **fitting(name, ALL))
+    both = conversations.compare_two_turns(name, kind, **fitting(name, ALL))
     assert both.hidden.anything
     assert (both.ours.logits - both.oracle.logits).abs().max() <= 1e-5
     assert torch.equal(both.ours.sequences, both.oracle.sequences)
@@ -208,11 +208,11 @@ def test_new_picture_in_a_second_turn(name, kind):
         with families.Recorder(model) as seen_first:
             one = answer(model, first, 2)
         hidden = families.hidden_by(model, mustdrop.trace(model), first["input_ids"], cascade_of(name))
-        again = turns.with_a_new_picture(adapter, model, kind, one.sequences)
-        turns.skip_where_transformers_cannot_go_on(name, first, again)
+        again = conversations.with_a_new_picture(adapter, model, kind, one.sequences)
+        conversations.skip_where_transformers_cannot_go_on(name, first, again)
         with families.Recorder(model) as seen_second:
             ours = answer(model, again, 4, past_key_values=one.cache)
-        hidden = turns.hidden_in_two_turns(
+        hidden = conversations.hidden_in_two_turns(
             hidden, mustdrop.trace(model), model, again["input_ids"], one.sequences.shape[1], step=3
         )
         with families.FamilyOracle(oracle_model, hidden, seen_first.outputs) as oracle:
@@ -293,7 +293,7 @@ def test_trace_names_the_right_patches(name, kind):
     """Paint one patch of the picture and follow it through an encoder whose tokens do not talk to each other."""
     adapter, model = registry()[name], clone(name)
     for place in (0.1, 0.55, 0.95):
-        following.follow_a_patch(adapter, model, kind, place)
+        attribution.follow_a_patch(adapter, model, kind, place)
 
 
 @each

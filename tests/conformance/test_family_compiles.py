@@ -12,8 +12,8 @@ from torch._dynamo.utils import counters
 import mustdrop
 from mustdrop.adapters import registry
 from support import families
-from support.checks import TOLERANCE
 from support.edges import share
+from support.masking_check import TOLERANCE
 from support.passes import differences, left
 
 FAMILIES = [(name, kind) for name, adapter in registry().items() if adapter.available() for kind in adapter.media]

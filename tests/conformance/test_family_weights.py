@@ -14,10 +14,10 @@ from mustdrop.adapters import find, registry
 from mustdrop.cost import linear_flops
 from support import families
 from support.builders import answer
-from support.checks import assert_up_to_rounding, distance
+from support.fake_devices import CPU, FIRST, SECOND, THIRD, Places, eager_experts, spread
 from support.families import assert_dropping_equals_masking, batch, cast, clone, plain
+from support.masking_check import assert_up_to_rounding, distance
 from support.packed import PackedLinear, pack
-from support.places import CPU, FIRST, SECOND, THIRD, Places, eager_experts, spread
 
 FAMILIES = [(name, kind) for name, adapter in registry().items() if adapter.available() for kind in adapter.media]
 #: All tests of one family in a row: its model is built once.

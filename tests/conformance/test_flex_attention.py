@@ -17,9 +17,9 @@ from mustdrop.errors import UnsupportedOptionError
 from mustdrop.indices import PAD
 from mustdrop.runtime import masks_flex
 from mustdrop.runtime.masks import RowMap, physical_mask
-from support import eager_flex, families, turns
+from support import conversations, eager_flex, families
 from support.builders import LLAMA, MISTRAL, QWEN2, SIGLIP, answer, batch, clone, row_alone
-from support.checks import TOLERANCE, assert_dropping_equals_masking, compare, distance, patched
+from support.masking_check import TOLERANCE, assert_dropping_equals_masking, compare, distance, patched
 from support.versions import BEAMS_MIX_IMAGES
 
 FLEX = eager_flex.NAME
@@ -178,8 +178,8 @@ def test_a_familys_row_is_what_it_is_alone(name, kind):
 
 @each
 def test_a_familys_second_turn(name, kind):
-    turns.skip_where_backends_differ(name, kind, _flex_of(name))
-    both = turns.compare_two_turns(name, kind, FLEX, **families_setup(), decode=DecodeCachePruner())
+    conversations.skip_where_backends_differ(name, kind, _flex_of(name))
+    both = conversations.compare_two_turns(name, kind, FLEX, **families_setup(), decode=DecodeCachePruner())
     assert both.hidden.anything
     assert distance(both.ours.logits, both.oracle.logits) <= TOLERANCE
     assert torch.equal(both.ours.sequences, both.oracle.sequences)

@@ -24,7 +24,7 @@ from support.builders import (
     row_alone,
     vision_positions,
 )
-from support.checks import TOLERANCE, assert_dropping_equals_masking, distance, merged_features, patched
+from support.masking_check import TOLERANCE, assert_dropping_equals_masking, distance, merged_features, patched
 from support.oracle import Hidden, MaskedOracle, hidden_by
 from support.versions import BEAMS_MIX_IMAGES
 

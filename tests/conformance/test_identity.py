@@ -14,7 +14,7 @@ import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from mustdrop.errors import NotPatchedError
 from support.builders import LLAMA, QWEN2, SIGLIP, VARIANTS, anatomy, answer, batch, clone, fresh, plain
-from support.checks import distance, patched
+from support.masking_check import distance, patched
 
 pytestmark = pytest.mark.filterwarnings("ignore::mustdrop.errors.NothingDroppedWarning")
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from support.builders import LLAMA, MISTRAL, QWEN2, SIGLIP, answer, batch, plain, row_alone, vision_positions
-from support.checks import TOLERANCE, assert_dropping_equals_masking, distance, merged_features, patched
+from support.masking_check import TOLERANCE, assert_dropping_equals_masking, distance, merged_features, patched
 from support.oracle import MaskedOracle, hidden_by
 
 FLASH = "flash_attention_2"

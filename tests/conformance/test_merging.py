@@ -8,7 +8,7 @@ import torch
 import mustdrop
 from mustdrop import PrefillPruner, VisionStagePruner
 from support.builders import LLAMA, MISTRAL, QWEN2, SIGLIP, answer, batch, plain, row_alone
-from support.checks import TOLERANCE, distance, patched
+from support.masking_check import TOLERANCE, distance, patched
 from support.reference_tower import encode
 
 CASES = [

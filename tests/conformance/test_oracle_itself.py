@@ -7,7 +7,7 @@ import torch
 
 from support import fake_flash
 from support.builders import LLAMA, QWEN2, SIGLIP, VARIANTS, answer, batch, plain, vision_positions
-from support.checks import distance
+from support.masking_check import distance
 from support.oracle import CacheWatch, Hidden, MaskedOracle
 
 

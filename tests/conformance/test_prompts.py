@@ -23,7 +23,7 @@ from support.builders import (
     plain,
     row_alone,
 )
-from support.checks import TOLERANCE, assert_dropping_equals_masking, distance, merged_features, patched
+from support.masking_check import TOLERANCE, assert_dropping_equals_masking, distance, merged_features, patched
 from support.oracle import CacheWatch, Hidden, MaskedOracle, hidden_by
 
 THRESHOLDS = {"prefill": PrefillPruner(global_threshold=0.02, individual_threshold=0.02)}

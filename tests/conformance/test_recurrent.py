@@ -14,8 +14,8 @@ from mustdrop.adapters import registry
 from mustdrop.errors import CacheStateError
 from support.builders import answer
 from support.chats import answered_by_the_oracle, chat
+from support.conversations import continued
 from support.families import assert_dropping_equals_masking, batch, clone, plain
-from support.turns import continued
 
 FAMILIES = [
     (name, kind)

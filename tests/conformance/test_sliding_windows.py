@@ -23,8 +23,8 @@ from mustdrop.compat import spans
 from mustdrop.errors import CacheStateError, ConfigError, UnsupportedOptionError
 from support import fake_flash
 from support.builders import answer
+from support.conversations import continued, skip_where_transformers_cannot_go_on, with_a_new_picture
 from support.families import batch, clone, plain
-from support.turns import continued, skip_where_transformers_cannot_go_on, with_a_new_picture
 from support.versions import CACHE, RECORDS_PAST, TRANSFORMERS
 from tests.families import fixture_of
 

@@ -15,7 +15,7 @@ from mustdrop.errors import CacheStateError, UnsupportedOptionError
 from mustdrop.kv import PrunedStaticLayer
 from support import fake_flash
 from support.builders import LLAMA, MISTRAL, QWEN2, SIGLIP, answer, batch, clone, plain, row_alone
-from support.checks import TOLERANCE, assert_dropping_equals_masking, distance, patched
+from support.masking_check import TOLERANCE, assert_dropping_equals_masking, distance, patched
 from support.versions import BEAMS_MIX_IMAGES
 
 STATIC = {"cache_implementation": "static"}

@@ -11,7 +11,7 @@ from transformers import CompileConfig, StaticCache
 import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from support.builders import LLAMA, QWEN2, Variant, answer, batch, clone, plain
-from support.checks import TOLERANCE, distance, patched
+from support.masking_check import TOLERANCE, distance, patched
 
 CASCADE = {"prefill": PrefillPruner(keep=0.4), "decode": DecodeCachePruner()}
 THRESHOLDS = {"prefill": PrefillPruner(global_threshold=0.02, individual_threshold=0.02)}

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from eval import folders
 from mustdrop import cli as command
 from mustdrop.errors import MustDropError
-from mustdrop.eval import cli
+from mustdrop.eval import cli, progress
 from mustdrop.eval.result import EvalResult
 from mustdrop.eval.settings import Settings
 
@@ -155,7 +155,7 @@ def test_a_table_and_its_file(tmp_path):
 
 
 def test_a_log_file_gets_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "_EVERY", 0.0)
+    monkeypatch.setattr(progress, "_EVERY", 0.0)
     outcome = call("scenes", "--limit", 8, "--batch-size", 2, "--workers", 0, "--out", tmp_path / "run")
     assert "4 of 8, 0:00:" in outcome.stderr
     assert "left, right" in outcome.stderr

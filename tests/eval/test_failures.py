@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mustdrop.errors import BudgetError, ConfigError, MustDropError
-from mustdrop.eval import asking, cli, loading
+from mustdrop.eval import answer_loop, batches, cli
 from mustdrop.eval.engine import Engine
 from mustdrop.eval.media import Drawn
 from mustdrop.eval.run import evaluate
@@ -126,7 +126,7 @@ def test_a_failed_call_lets_go_of_its_tensors():
                 except KeyError:
                     raise RuntimeError(f"outside {type(big)}")  # noqa: B904
 
-    lines, error = asking._said(Ready, loading.Batch([3], {}))
+    lines, error = answer_loop._said(Ready, batches.Batch([3], {}))
     assert lines[0]["item"] == 3
     gc.collect()
     assert held[0]() is None
@@ -142,7 +142,7 @@ def test_what_no_question_survives_ends_the_run_and_leaves_no_failures_behind(fa
 
 
 def test_the_first_many_failing_end_the_run_early(fails, tmp_path, monkeypatch):
-    monkeypatch.setattr(asking, "HOPELESS", 4)
+    monkeypatch.setattr(answer_loop, "HOPELESS", 4)
     calls = fails(dict.fromkeys(range(99), TypeError("always")))
     with pytest.raises(TypeError, match="always"):
         evaluate(settings(tmp_path, limit=12, batch_size=2))
@@ -155,7 +155,7 @@ def test_a_few_that_all_fail_are_named(fails, tmp_path):
 
 
 def test_failures_of_a_resumed_run_are_failures(fails, tmp_path, monkeypatch):
-    monkeypatch.setattr(asking, "HOPELESS", 1)
+    monkeypatch.setattr(answer_loop, "HOPELESS", 1)
     calls = fails({5: BudgetError("this one")})
     assert len(evaluate(settings(tmp_path)).failed) == 1
     calls.clear()
@@ -181,7 +181,7 @@ def test_an_interruption_says_how_to_go_on(fails, tmp_path, capsys):
 
 
 def test_pictures_that_load_with_any_error_and_batches_that_the_processor_refuses(tmp_path, monkeypatch):
-    load, make, count = Drawn.load, loading.Inputs._batch, []
+    load, make, count = Drawn.load, batches.Inputs._batch, []
 
     def broken(self, upright=True):
         count.append(upright)
@@ -195,7 +195,7 @@ def test_pictures_that_load_with_any_error_and_batches_that_the_processor_refuse
         return make(self, media, failed)
 
     monkeypatch.setattr(Drawn, "load", broken)
-    monkeypatch.setattr(loading.Inputs, "_batch", alone)
+    monkeypatch.setattr(batches.Inputs, "_batch", alone)
     result = evaluate(settings(tmp_path, limit=3, upright=False))
     assert not any(count)
     assert [failure.reason for failure in result.failed] == ["cannot be loaded: MemoryError: a picture of 10 GB"]
@@ -207,6 +207,6 @@ def test_a_loading_process_that_dies_is_said_in_a_line(monkeypatch):
         raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
         yield
 
-    monkeypatch.setattr(loading, "DataLoader", died)
+    monkeypatch.setattr(batches, "DataLoader", died)
     with pytest.raises(MustDropError, match="a loading process died"):
-        list(loading.batches(None, [[0]], 0))
+        list(batches.batches(None, [[0]], 0))

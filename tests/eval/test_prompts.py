@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlavaConfig, LlavaNextConfig, Qwen2Config
 from eval import folders
 from mustdrop.demo.model import load
 from mustdrop.errors import BudgetError, ConfigError
+from mustdrop.eval.batches import Inputs, plan
 from mustdrop.eval.benchmark import Item
-from mustdrop.eval.loading import Inputs, plan
 from mustdrop.eval.media import Drawn, Picture
 from mustdrop.eval.prompts import Prompter, prompter
 from mustdrop.eval.published import published, rows

@@ -8,7 +8,7 @@ import torch
 import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner, errors
 from support.builders import LLAMA, answer, batch, clone, plain
-from support.checks import assert_dropping_equals_masking, patched
+from support.masking_check import assert_dropping_equals_masking, patched
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")

@@ -14,8 +14,8 @@ from transformers import DynamicCache
 import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from support.builders import IMAGE, LLAMA, SIGLIP, answer, batch, clone
-from support.checks import distance
-from support.places import CPU, FIRST, SECOND, THIRD, Places, put
+from support.fake_devices import CPU, FIRST, SECOND, THIRD, Places, put
+from support.masking_check import distance
 from support.versions import tower_body
 
 hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")

@@ -14,7 +14,7 @@ import torch
 import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from support.builders import LLAMA, SIGLIP, answer, batch, clone, plain
-from support.checks import assert_masking_up_to_rounding, distance
+from support.masking_check import assert_masking_up_to_rounding, distance
 
 TOLERANCES = {torch.bfloat16: 0.06, torch.float16: 0.01}
 TYPES = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)

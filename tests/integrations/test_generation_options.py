@@ -19,7 +19,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner, errors
 from support.builders import IMAGE, LLAMA, answer, batch, clone, plain
-from support.checks import TOLERANCE, assert_dropping_equals_masking, distance, merged_features, patched
+from support.masking_check import TOLERANCE, assert_dropping_equals_masking, distance, merged_features, patched
 from support.oracle import MaskedOracle, hidden_by
 
 MERGING = {"vision": VisionStagePruner(window=3), "prefill": PrefillPruner(keep=1 / 3), "decode": DecodeCachePruner()}

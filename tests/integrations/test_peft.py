@@ -11,7 +11,7 @@ from mustdrop.adapters import find
 from mustdrop.cost import linear_flops
 from support import families
 from support.builders import LLAMA, anatomy, answer, batch, clone, plain
-from support.checks import TOLERANCE, assert_dropping_equals_masking, distance
+from support.masking_check import TOLERANCE, assert_dropping_equals_masking, distance
 from support.oracle import MaskedOracle, hidden_by
 from support.versions import peft_fits
 

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from support.builders import IMAGE, LLAMA, QWEN2, answer, batch, clone, image, plain
-from support.checks import TOLERANCE, distance, merged_features, patched
+from support.masking_check import TOLERANCE, distance, merged_features, patched
 from support.oracle import Hidden, MaskedOracle, hidden_by
 
 MERGING = {"vision": VisionStagePruner(window=3), "prefill": PrefillPruner(keep=1 / 3), "decode": DecodeCachePruner()}

@@ -23,7 +23,7 @@ from mustdrop.demo.model import CHECKPOINT, load, prompt
 from mustdrop.demo.scenes import SceneMaker
 from support import families
 from support.builders import IMAGE, LLAMA, SIGLIP, Variant, answer, batch, clone, plain
-from support.checks import TOLERANCE, assert_masking_up_to_rounding, distance, patched
+from support.masking_check import TOLERANCE, assert_masking_up_to_rounding, distance, patched
 from support.oracle import MaskedOracle, hidden_by
 from support.packed import PackedLinear, for_awq, pack, packed_copy
 

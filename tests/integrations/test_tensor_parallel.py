@@ -9,7 +9,7 @@ import mustdrop
 from mustdrop import errors
 from support import two_processes
 from support.builders import LLAMA, answer, batch, clone, plain
-from support.checks import TOLERANCE, distance
+from support.masking_check import TOLERANCE, distance
 from support.two_processes import CASES, PROCESSES, ROWS, SPLIT_ENCODER, VARIED, measure
 from support.versions import SPLITS_INTO_DTENSORS
 

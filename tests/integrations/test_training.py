@@ -9,7 +9,7 @@ import transformers
 import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner, errors
 from support.builders import IMAGE, LLAMA, SIGLIP, anatomy, batch, clone
-from support.checks import TOLERANCE, distance, merged_features, patched
+from support.masking_check import TOLERANCE, distance, merged_features, patched
 from support.oracle import MaskedOracle, hidden_by
 
 SETUPS = {

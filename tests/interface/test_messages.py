@@ -19,8 +19,8 @@ from mustdrop.cli.common import budget
 from mustdrop.demo.model import load
 from mustdrop.runtime.plan import plan_row
 from support.builders import answer, batch, clone, plain
-from support.checks import distance
 from support.families import plain as plain_family
+from support.masking_check import distance
 
 # ------------------------------------------------------------------------------------------------- what wraps a model
 

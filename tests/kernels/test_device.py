@@ -11,7 +11,7 @@ import mustdrop
 from kernels import checks, checks_choices, checks_merging, checks_tokens
 from mustdrop.kernels import dispatch
 from support.builders import LLAMA, SIGLIP, answer, batch
-from support.checks import distance, patched
+from support.masking_check import distance, patched
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytest.importorskip("triton")

@@ -18,7 +18,7 @@ from mustdrop import PrefillPruner, errors, kernels
 from mustdrop.kernels import dispatch, reference, reference_tokens
 from mustdrop.selection import Selection
 from support.builders import LLAMA, answer, batch
-from support.checks import patched
+from support.masking_check import patched
 
 
 def arguments():

@@ -15,7 +15,7 @@ from mustdrop.rules.layer_budgets import proportional
 from mustdrop.rules.smoothing import neighbour_mean
 from mustdrop.runtime.language import cache_policy
 from support.builders import IMAGE, LLAMA, QWEN2, answer, batch, plain, row_alone
-from support.checks import patched
+from support.masking_check import patched
 
 ONES = torch.ones(1, 4, dtype=torch.bool)
 

@@ -11,7 +11,7 @@ from mustdrop.method import find
 from mustdrop.methods.dart import Duplication
 from mustdrop.pruners import Seen
 from support.builders import LLAMA, answer, batch, row_alone
-from support.checks import assert_dropping_equals_masking, patched
+from support.masking_check import assert_dropping_equals_masking, patched
 
 
 def seen(norms, angles, vision, text):

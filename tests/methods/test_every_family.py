@@ -23,7 +23,7 @@ import mustdrop
 import mustdrop.method
 from mustdrop.adapters import registry
 from mustdrop.errors import UnsupportedModelError
-from support import fake_flash, families, following, turns
+from support import attribution, conversations, fake_flash, families
 from support.builders import answer
 from support.edges import BUDGETED, refusal, share
 from support.families import assert_dropping_equals_masking, batch, clone
@@ -51,7 +51,7 @@ class Case:
 
     @property
     def turn(self) -> int:
-        """What its backend and its test are chosen by where these take turns."""
+        """What its backend and its test are chosen by where these take conversations."""
         return FAMILIES.index((self.name, self.kind)) + BUDGETED.index(self.method)
 
     @property
@@ -98,7 +98,7 @@ POSSIBLE = [
 ]
 CASES = [case for case in POSSIBLE if not case.refusal]
 REFUSED = [case for case in POSSIBLE if case.refusal]
-#: Tests besides the comparison with the oracle, in the order in which they take turns.
+#: Tests besides the comparison with the oracle, in the order in which they take conversations.
 FURTHER = (
     "test_keep_all_is_bit_identical",
     "test_padded_row_equals_single_row",
@@ -199,10 +199,10 @@ def test_trace_names_the_right_patches(case, flash):
     for either in (model, oracle):
         if "vision" not in adapter.lacks:
             tower = adapter.tower(either, case.kind)
-            following.hush((*tower.before, *tower.blocks))
-        following.hush(adapter.decoder_layers(either))
+            attribution.hush((*tower.before, *tower.blocks))
+        attribution.hush(adapter.decoder_layers(either))
     mustdrop.patch(model, **case.maskable)
-    following.follow_through_the_layers(adapter, model, oracle, case.kind)
+    attribution.follow_through_the_layers(adapter, model, oracle, case.kind)
 
 
 def test_beams(case, flash):
@@ -224,8 +224,8 @@ def expanded(case, options):
 
 def test_second_turn(case, flash):
     """The conversation goes on over the pruned cache."""
-    turns.skip_where_backends_differ(case.name, case.kind, case.unpatched)
-    both = turns.compare_two_turns(case.name, case.kind, case.attention, **case.maskable)
+    conversations.skip_where_backends_differ(case.name, case.kind, case.unpatched)
+    both = conversations.compare_two_turns(case.name, case.kind, case.attention, **case.maskable)
     assert both.hidden.anything
     assert (both.ours.logits - both.oracle.logits).abs().max() <= 1e-5
     assert torch.equal(both.ours.sequences, both.oracle.sequences)

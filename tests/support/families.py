@@ -30,8 +30,8 @@ from tests.families.base import Family
 
 from . import eager_flex, fake_flash
 from .builders import Answer, anatomy, answer
+from .fake_devices import eager_experts
 from .oracle import Beams, CacheWatch, Hidden, MaskedOracle, _gone
-from .places import eager_experts
 from .scorers import given
 from .shorter import ShorterOracle
 from .versions import BEAMS_MIX_IMAGES

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -79,27 +78,32 @@ class Tower:
         return (self.packed or self.padded) and not self.uncut
 
 
-class Adapter(ABC):
+class Adapter:
     """Where things are in one family. Adapters hold no state and name no method.
+
+    Few families need more than `name`, `classes` and a method or two; the last six attributes serve the families named.
 
     Attributes:
         name: the family's name, as `mustdrop.adapters()` lists it.
         classes: names of the Hugging Face classes it is for.
         media: kind of media -> (method of the base model, names of its main argument, config field of the token id).
-        additions: methods of the text model, called as method(hidden, mask, rows), that add `rows` to the hidden states
-            of the tokens in `mask` between decoder layers (DeepStack).
         refuses_flash: why the text model cannot be pruned with flash attention; empty if it can.
         token_types: name of the argument that marks the kind of each token (1 image, 2 video), or None.
-        added_features: fields of the features output that hold those rows, as a list of levels of features per medium.
-        features: field of the features output that holds what enters the language model.
-        after_features: modules of the base model that map what its features methods returned, and nothing else.
-        row_arguments: arguments of a decoder layer, beside its hidden states, masks and positions, that hold one entry
-            per token in dimension 1.
-        experts_of: "text" or "vision" -> name of a module in the decoder layers that only tokens of that kind run.
         since: oldest release of transformers in which the family passes its tests.
         cell_pixels: whether the pixels of each patch are known before a packed encoder runs (`pixels` gives them).
         fixed_pictures: why pictures cannot be resized once the processor has made pixels of them; empty if they can.
         lacks: stage that no model of the family can have ("vision", "prefill", "decode") -> why.
+        additions: (Qwen3-VL) methods of the text model, called as method(hidden, mask, rows), that add `rows` to the
+            hidden states of the tokens in `mask` between decoder layers (DeepStack).
+        added_features: (Qwen3-VL) fields of the features output that hold those rows, as a list of levels of features
+            per medium.
+        features: (Llama 4) field of the features output that holds what enters the language model.
+        after_features: (Llama 4) modules of the base model that map what its features methods returned, and nothing
+            else.
+        row_arguments: (Ernie 4.5 VL, Gemma 4) arguments of a decoder layer, beside its hidden states, masks and
+            positions, that hold one entry per token in dimension 1.
+        experts_of: (Ernie 4.5 VL) "text" or "vision" -> name of a module in the decoder layers that only tokens of that
+            kind run.
     """
 
     name: str
@@ -107,18 +111,18 @@ class Adapter(ABC):
     media: dict[str, tuple[str, tuple[str, ...], str]] = {  # noqa: RUF012 (a constant of the class)
         "image": ("get_image_features", ("pixel_values",), "image_token_id")
     }
-    additions: tuple[str, ...] = ()
-    added_features: tuple[str, ...] = ()
     refuses_flash: str = ""
     token_types: str | None = None
-    features: str = "pooler_output"
-    after_features: tuple[str, ...] = ()
-    row_arguments: tuple[str, ...] = ()
-    experts_of: dict[str, str] = {}  # noqa: RUF012 (a constant of the class)
     since: str = MINIMUM_TRANSFORMERS
     fixed_pictures: str = ""
     cell_pixels: bool = False
     lacks: dict[str, str] = {}  # noqa: RUF012 (a constant of the class)
+    additions: tuple[str, ...] = ()
+    added_features: tuple[str, ...] = ()
+    features: str = "pooler_output"
+    after_features: tuple[str, ...] = ()
+    row_arguments: tuple[str, ...] = ()
+    experts_of: dict[str, str] = {}  # noqa: RUF012 (a constant of the class)
 
     def available(self) -> bool:
         """Whether the installed transformers has this family, with a configuration that its own checks accept."""
@@ -133,17 +137,31 @@ class Adapter(ABC):
         except StrictDataclassError:  # early releases of some families declare fields with the wrong type
             return False
 
-    @abstractmethod
     def layouts(self, model: Any, modality: str, arguments: dict[str, Any]) -> list[Layout]:
         """Layout of each medium of one features call: one per entry of the features that the call returns.
+
+        By default every item of the encoder's batch (a picture, or a tile where the prompt counts tiles as pictures) is
+        a medium of its own, whose features are the squares of `pool` x `pool` patches.
 
         Args:
             model: the patched model.
             modality: key of `media`.
             arguments: the call's arguments by name.
         """
+        pool = self.pool(model, modality, arguments)
+        if pool is None:
+            raise NotImplementedError(f"{self.name}: its features lie on no squares of patches, so it needs `layouts`.")
+        rows, columns = self.encoder_grid(model, modality, arguments)
+        items = self.main_argument(modality, arguments).flatten(0, -4).shape[0]
+        grid = (1, rows // pool, columns // pool)
+        return [Layout.of_frames(grid, (rows, columns), i, pool=pool) for i in range(items)]
 
-    def check(self, model: Any) -> None:  # noqa: B027 (most families have nothing to look at)
+    def main_argument(self, modality: str, arguments: dict[str, Any]) -> Tensor:
+        """What a features call encodes, under whichever of its names it was given."""
+        found = (arguments[name] for name in self.media[modality][1] if arguments.get(name) is not None)
+        return next(found)  # type: ignore[no-any-return]
+
+    def check(self, model: Any) -> None:
         """Look whether this model of the family is one that the adapter is for.
 
         Raises:
@@ -207,7 +225,7 @@ class Adapter(ABC):
 
     def encoder_grid(self, model: Any, modality: str, arguments: dict[str, Any]) -> tuple[int, int]:
         """(rows, columns) of the patches of one item of a dense tower."""
-        pixels = next(arguments[name] for name in self.media[modality][1] if arguments.get(name) is not None)
+        pixels = self.main_argument(modality, arguments)
         config: Any = self.tower(model, modality).module.config
         sides = config.patch_size
         high, wide = sides if isinstance(sides, list | tuple) else (sides, sides)

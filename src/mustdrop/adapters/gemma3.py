@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 from mustdrop.adapters.base import Adapter
-from mustdrop.layout import Layout
 
 
 class Gemma3(Adapter):
@@ -19,14 +18,6 @@ class Gemma3(Adapter):
         "image blocks see both ways, which flash attention cannot express (the unpatched model is wrong with it too), "
         "and its sliding window would count what is left instead of positions"
     )
-
-    def layouts(self, model: Any, modality: str, arguments: dict[str, Any]) -> list[Layout]:
-        """A square grid of pooled patches per image."""
-        encoder_grid = self.encoder_grid(model, modality, arguments)
-        side = math.isqrt(model.config.mm_tokens_per_image)
-        pool = self.pool(model, modality, arguments)
-        images = range(len(arguments["pixel_values"]))
-        return [Layout.of_frames((1, side, side), encoder_grid, i, pool=pool) for i in images]
 
     def pool(self, model: Any, modality: str, arguments: dict[str, Any]) -> int:
         """Side of the average pooling."""

@@ -9,7 +9,6 @@ from typing import Any
 
 from mustdrop.adapters.base import Adapter, Tower
 from mustdrop.cost import linear_flops
-from mustdrop.layout import Layout
 
 
 class DeepseekVL(Adapter):
@@ -21,12 +20,6 @@ class DeepseekVL(Adapter):
     def tower(self, model: Any, modality: str = "image") -> Tower:
         """`model.model.vision_model`, without CLS."""
         return self.dense_tower(model.model.vision_model)
-
-    def layouts(self, model: Any, modality: str, arguments: dict[str, Any]) -> list[Layout]:
-        """A square grid per image."""
-        encoder_grid = self.encoder_grid(model, modality, arguments)
-        images = range(arguments["pixel_values"].flatten(0, -4).shape[0])
-        return [Layout.of_frames((1, *encoder_grid), encoder_grid, i) for i in images]
 
     def projector_flops(self, model: Any) -> int:
         """The aligner."""

@@ -113,11 +113,6 @@ def packed_tower(visual: Any) -> Tower:
     return Tower(visual, visual.blocks, packed=True, whole=whole, mergers=mergers, embeds=visual.patch_embed)
 
 
-def mergers(model: Any) -> nn.ModuleList:
-    """Everything that maps a packed tower's patches to features of the language model."""
-    return nn.ModuleList(_mergers(model.model.visual))
-
-
 def _mergers(visual: Any) -> tuple[nn.Module, ...]:
     lists = getattr(visual, "deepstack_merger_list", getattr(visual, "merger_list", []))
     return visual.merger, *lists

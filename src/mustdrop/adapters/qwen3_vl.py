@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mustdrop.adapters.qwen2_vl import Qwen2VL, mergers
+from torch import nn
+
+from mustdrop.adapters.qwen2_vl import Qwen2VL
 from mustdrop.cost import linear_flops
 
 
@@ -18,7 +20,7 @@ class Qwen3VL(Qwen2VL):
 
     def projector_flops(self, model: Any) -> int:
         """The merger, and one more for each level of DeepStack."""
-        return linear_flops(mergers(model))
+        return linear_flops(nn.ModuleList(self.tower(model).mergers))
 
 
 class Qwen3VLMoe(Qwen3VL):

@@ -12,70 +12,40 @@ from mustdrop.adapters.qwen3_vl import Qwen3VLMoe
 from mustdrop.cost import linear_flops
 
 
-class Qwen25Omni(Qwen25VL):
+class Thinker:
+    """Where a thinker's parts are; what it shares with a Qwen-VL comes from the class beside this one."""
+
+    since = "5.23"
+    token_types: str | None = None
+
+    def base(self, model: Any) -> nn.Module:
+        """The module that owns the towers: the base model, or before transformers 5.23 the thinker itself."""
+        owner: nn.Module = model.model if hasattr(model.model, "visual") else model
+        return owner
+
+    def text(self, model: Any) -> nn.Module:
+        """The text model: of the base model, or before transformers 5.23 the base model itself."""
+        module: nn.Module = getattr(model.model, "language_model", model.model)
+        return module
+
+    def tower(self, model: Any, modality: str = "image") -> Tower:
+        """One tower for images and videos."""
+        return packed_tower(self.base(model).visual)
+
+    def projector_flops(self, model: Any) -> int:
+        """The merger, and those of DeepStack where there are such."""
+        return linear_flops(nn.ModuleList(self.tower(model).mergers))
+
+
+class Qwen25Omni(Thinker, Qwen25VL):
     """`Qwen2_5OmniThinkerForConditionalGeneration`; of the whole model, patch `model.thinker`."""
 
     name = "qwen2_5_omni_thinker"
-    since = "5.23"
     classes = ("Qwen2_5OmniThinkerForConditionalGeneration",)
-    token_types: str | None = None
-
-    def base(self, model: Any) -> nn.Module:
-        """What owns the towers."""
-        module: nn.Module = seeing(model)
-        return module
-
-    def text(self, model: Any) -> nn.Module:
-        """The text model."""
-        module: nn.Module = reading(model)
-        return module
-
-    def tower(self, model: Any, modality: str = "image") -> Tower:
-        """One tower for images and videos."""
-        return packed_tower(seeing(model).visual)
-
-    def projector_flops(self, model: Any) -> int:
-        """The merger."""
-        return linear_flops(seeing(model).visual.merger)
 
 
-class Qwen3Omni(Qwen3VLMoe):
+class Qwen3Omni(Thinker, Qwen3VLMoe):
     """`Qwen3OmniMoeThinkerForConditionalGeneration`; of the whole model, patch `model.thinker`."""
 
     name = "qwen3_omni_moe_thinker"
-    since = "5.23"
     classes = ("Qwen3OmniMoeThinkerForConditionalGeneration",)
-    token_types: str | None = None
-
-    def base(self, model: Any) -> nn.Module:
-        """What owns the towers."""
-        module: nn.Module = seeing(model)
-        return module
-
-    def text(self, model: Any) -> nn.Module:
-        """The text model."""
-        module: nn.Module = reading(model)
-        return module
-
-    def tower(self, model: Any, modality: str = "image") -> Tower:
-        """One tower for images and videos."""
-        return packed_tower(seeing(model).visual)
-
-    def projector_flops(self, model: Any) -> int:
-        """The mergers."""
-        return linear_flops(nn.ModuleList([seeing(model).visual.merger, *merger_list(seeing(model).visual)]))
-
-
-def seeing(model: Any) -> Any:
-    """The module that owns the towers: the base model, or before transformers 5.23 the thinker itself."""
-    return model.model if hasattr(model.model, "visual") else model
-
-
-def reading(model: Any) -> Any:
-    """The text model."""
-    return getattr(model.model, "language_model", model.model)
-
-
-def merger_list(visual: Any) -> list[nn.Module]:
-    """The mergers of DeepStack, under either of their names."""
-    return list(getattr(visual, "deepstack_merger_list", None) or getattr(visual, "merger_list", []))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mustdrop.adapters.base import Adapter
 from mustdrop.adapters.llava import Llava
 from mustdrop.layout import Layout
 
@@ -19,9 +20,7 @@ class VipLlava(Llava):
 
     def layouts(self, model: Any, modality: str, arguments: dict[str, Any]) -> list[Layout]:
         """A square grid per image; the model has no setting that keeps the CLS row."""
-        side = self.encoder_grid(model, modality, arguments)[0]
-        images = range(len(arguments["pixel_values"]))
-        return [Layout.of_frames((1, side, side), (side, side), i) for i in images]
+        return Adapter.layouts(self, model, modality, arguments)
 
     def read_layers(self, model: Any, modality: str, arguments: dict[str, Any]) -> tuple[int, ...]:
         """All of the layers, whose outputs are put side by side."""

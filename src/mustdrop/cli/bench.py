@@ -11,7 +11,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from mustdrop.budget import keep_text
-from mustdrop.cli.common import budget, check_run, console, print_json, write_json
+from mustdrop.cli.common import budget, check_run, console, load_subject, print_json, write_json
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -53,7 +53,8 @@ def bench(
     """
     from transformers.utils import logging
 
-    from mustdrop.bench import WARM_UP, Setting, benchmark
+    from mustdrop.bench import Setting, benchmark
+    from mustdrop.clock import WARM_UP
     from mustdrop.loading import check_question
 
     methods, budgets = method or ["mustdrop"], [budget(text) for text in keep or BUDGETS]
@@ -61,7 +62,7 @@ def bench(
     logging.disable_progress_bar()
     settings = [Setting(name, number) for name in methods for number in budgets]
     picture = _picture(image)
-    subject, processor = _load(model, device, dtype)
+    subject, processor = load_subject(model, device, dtype)
     check_question(processor, question)
     inputs = _inputs(subject, processor, picture, question, batch)
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -83,16 +84,6 @@ def bench(
     _print(result)
     if out is not None:
         console.print(f"Wrote {out}.", markup=False)
-
-
-def _load(model: str | None, device: str | None, dtype: str) -> tuple[Any, Any]:
-    from mustdrop.demo.model import load
-    from mustdrop.loading import load_model, place
-
-    if model is not None:
-        return load_model(model, device=device, dtype=dtype)
-    bundled, processor = load()
-    return bundled.to(place(device)), processor
 
 
 def _picture(image: Path | None) -> Image.Image:

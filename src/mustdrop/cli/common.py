@@ -63,6 +63,21 @@ def check_run(methods: Sequence[str], budgets: Sequence[Keep], device: str | Non
     check_dtype(dtype)
 
 
+def load_subject(model: str | None, device: str | None, dtype: str) -> tuple[Any, Any]:
+    """The model of `--model` and its processor; without it the bundled one, whose weights are float32.
+
+    Raises:
+        ConfigError: a device or a type of weights that there is not.
+    """
+    from mustdrop.demo.model import load
+    from mustdrop.loading import load_model, place
+
+    if model is not None:
+        return load_model(model, device=device, dtype=dtype)
+    bundled, processor = load()
+    return bundled.to(place(device)), processor
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file; its folder is made where it is missing.
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import track
 
 from mustdrop.budget import Keep
-from mustdrop.cli.common import budget, check_run, console
+from mustdrop.cli.common import budget, check_run, console, load_subject
 from mustdrop.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def explain(
         raise ConfigError(f"--out {out} is a folder: give the name of a file to write, e.g. {out / 'kept.html'}.")
     prompt = _prompt(image or [], video, question, model, frames)
     logging.disable_progress_bar()
-    subject, processor = _load(model, device, dtype)
+    subject, processor = load_subject(model, device, dtype)
     wanted: list[Keep | None] = [*budgets] or [None]
     settings = [(name, number) for name in methods for number in wanted]
     steps = iter(track(range(len(settings)), "asking", console=Console(stderr=True), transient=True))
@@ -106,13 +106,3 @@ def _scene() -> Any:
     from mustdrop.demo.scenes import SceneMaker
 
     return Image.fromarray(SceneMaker("heldout", seed=SCENE).scene().image)
-
-
-def _load(model: str | None, device: str | None, dtype: str) -> tuple[Any, Any]:
-    from mustdrop.demo.model import load
-    from mustdrop.loading import load_model, place
-
-    if model is not None:
-        return load_model(model, device=device, dtype=dtype)
-    bundled, processor = load()
-    return bundled.to(place(device)), processor

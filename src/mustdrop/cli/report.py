@@ -33,15 +33,14 @@ def report(
 
         python -m mustdrop report runs --markdown > table.md
     """
-    from mustdrop import compare
-    from mustdrop.compare import render
+    from mustdrop.eval.report import averages, collect, group_files, render
 
     if json and markdown:
         raise typer.BadParameter("--json and --markdown exclude each other.")
-    groups = compare.group_files(compare.collect(results))
-    means = compare.averages(groups)
+    groups = group_files(collect(results))
+    means = averages(groups)
     if plot is not None:
-        from mustdrop.compare.plot import draw
+        from mustdrop.eval.report.plot import draw
 
         draw(groups, plot)
     if json:

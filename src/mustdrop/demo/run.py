@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from PIL import Image
 
 import mustdrop
+from mustdrop import clock
 from mustdrop.budget import Keep
 from mustdrop.errors import ConfigError, MustDropError
 from mustdrop.loading import check_question, load_model, place
@@ -190,27 +190,18 @@ def _prefill_ratio(subject: Subject, method: str, settings: dict[str, Any]) -> f
     """Median over alternating pairs of (patched time / unpatched time) for the whole prompt."""
     inputs = subject.inputs(subject.items[0])
 
-    def seconds() -> float:
-        _synchronize(subject.model)
-        start = time.perf_counter()
+    def once() -> None:
         with torch.inference_mode():
             subject.model(**inputs, logits_to_keep=1)
-        _synchronize(subject.model)
-        return time.perf_counter() - start
 
-    ratios = []
-    for pair in range(TIMED_PAIRS + 2):
-        plain = seconds()
+    def plain() -> float:
+        return clock.seconds(subject.model.device, once)
+
+    def pruned() -> float:
         with mustdrop.patched(subject.model, method, **settings):
-            pruned = seconds()
-        if pair >= 2:  # the first two warm up
-            ratios.append(pruned / plain)
-    return statistics.median(ratios)
+            return plain()
 
-
-def _synchronize(model: Any) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    return clock.median_ratio(TIMED_PAIRS, plain, pruned)
 
 
 def record(subject: Subject, rows: Sequence[Row]) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mustdrop.errors import ConfigError, DataFileError, did_you_mean
-from mustdrop.eval.files import GUIDE, Folder, Row
-from mustdrop.eval.media import Medium
+from mustdrop.eval.data_files import GUIDE, Folder, Row
+from mustdrop.eval.media import Column, Medium
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -21,6 +21,8 @@ LETTER_CN = "\n请直接回答选项字母。"
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 
 Columns = Mapping[str, tuple[str, ...]]
+#: The columns that most data sets of `datasets` have in common.
+QUESTION: Columns = {"image": ("image",), "text": ("question",), "truth": ("answer",)}
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ class Benchmark(ABC):
         requires: modules that writing the answers needs.
         abilities: category -> what its questions ask for, in words that benchmarks share.
         general: the same for questions of other categories.
-        columns: for `--dataset`: what a row is asked for -> names that the columns may have.
+        columns: for `--dataset`: what a row is asked for -> names that the columns may have; empty if there is none.
+        files_only: what is said to `--dataset` where there is none, after the name.
     """
 
     name: ClassVar[str]
@@ -112,6 +115,7 @@ class Benchmark(ABC):
     abilities: ClassVar[Mapping[str, str]] = {}
     general: ClassVar[str] = "general"
     columns: ClassVar[Columns] = {}
+    files_only: ClassVar[str] = "is read from its files: give --data, and leave --dataset out."
     guide: ClassVar[str] = GUIDE
 
     def place(self, source: Source) -> Folder:
@@ -140,9 +144,31 @@ class Benchmark(ABC):
             raise ConfigError(f"{self.name} has no split {source.split!r}. {did_you_mean(source.split, self.splits)}")
         return source.split
 
-    @abstractmethod
     def items(self, source: Source, folder: Folder) -> list[Item]:
-        """The questions in the order of their file, from the folder or from `source.rows`."""
+        """The questions in the order of their file, from the folder or from `source.rows`.
+
+        Raises:
+            ConfigError: `--dataset` was given, and the benchmark has no columns or misses one of them.
+            DataFileError: a file is missing or broken.
+        """
+        if source.rows is None:
+            return self.file_items(source, folder)
+        if not self.columns:
+            raise ConfigError(f"{self.name} {self.files_only}")
+        return [self.row_item(source, place, row) for place, row in enumerate(source.rows)]
+
+    @abstractmethod
+    def file_items(self, source: Source, folder: Folder) -> list[Item]:
+        """The questions from the files of the benchmark's guide; lines that cannot be read go to `folder.broken`."""
+
+    def row_item(self, source: Source, place: int, row: Row) -> Item:
+        """The question of one row of a data set: by default its text with the suffix, its picture and its truth."""
+        text = str(self.cell(row, "text")) + self.suffix
+        return Item(self.cell(row, "id"), text, self.row_picture(source, place, row), text, self.cell(row, "truth"))
+
+    def row_picture(self, source: Source, place: int, row: Row) -> Column:
+        """The picture of a row, which is decoded when it is asked for."""
+        return Column(source.rows, place, self.column(row, "image"))
 
     @abstractmethod
     def scores(self, answers: Sequence[Answer]) -> dict[str, float]:
@@ -165,9 +191,9 @@ class Benchmark(ABC):
         """How right one answer is, 0 to 1, for the progress display; None where only a server knows."""
         return None
 
-    @abstractmethod
     def write(self, answers: Sequence[Answer], out: Path, model: str) -> list[Path]:
-        """Write the files that the original scorer reads."""
+        """Write the files that the original scorer reads: by default LLaVA's answer file alone."""
+        return [write_answers(answers, out, model)]
 
     def column(self, row: Row, what: str) -> str:
         """The name of the column of a data set's row that holds `what`.

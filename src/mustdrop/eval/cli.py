@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
-from mustdrop.budget import keep_text, parse_keep
+from mustdrop.budget import parse_keep
 from mustdrop.errors import BudgetError, ConfigError
-from mustdrop.eval.benchmark import Answer, Item
 from mustdrop.eval.benchmarks import benchmarks
+from mustdrop.eval.output import acceptable, console, notes, print_groups, table
+from mustdrop.eval.progress import Bar
 from mustdrop.eval.result import RESULT, EvalResult
 from mustdrop.eval.settings import Settings
 
-if TYPE_CHECKING:
-    from mustdrop.eval.journal import Line
-    from mustdrop.eval.prepare import Prepared
-
 FAILED = 1  # exit code of a finished run of which too much failed
-_EVERY = 60.0  # seconds between two lines of progress where there is no terminal
-_SHOWN = 20  # failures that are printed; the result file has all
-
-console = Console()
-notes = Console(stderr=True)
 
 
 def evaluate(settings: Settings, watcher: Bar, *loaded: Any) -> EvalResult | None:
@@ -38,65 +25,6 @@ def evaluate(settings: Settings, watcher: Bar, *loaded: Any) -> EvalResult | Non
     from mustdrop.eval.run import evaluate
 
     return evaluate(settings, watcher, *loaded)
-
-
-class Bar:
-    """Progress on the error stream: questions, time left, accuracy so far and tokens kept so far."""
-
-    def __init__(self) -> None:
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[state]}"),
-            console=notes,
-        )
-        self.credits: list[float] = []
-        self.tokens: list[float] = []
-        self.failed = 0
-        self.told = time.monotonic()
-
-    def begin(self, ready: Prepared, total: int, answers: Sequence[tuple[Item, Line]]) -> None:
-        """Show the bar, with what was answered before."""
-        self.ready = ready
-        self.task = self.progress.add_task(ready.benchmark.title, total=total, state="")
-        self.progress.start()
-        self.answered(answers)
-
-    def end(self) -> None:
-        """Leave the bar as it is; nothing where none was shown."""
-        if self.progress.tasks:
-            self.progress.stop()
-
-    def answered(self, answers: Sequence[tuple[Item, Line]]) -> None:
-        """Move the bar."""
-        for item, line in answers:
-            if "failed" in line:
-                self.failed += 1
-                continue
-            credit = self.ready.benchmark.credit(Answer(item, line["text"]))
-            self.credits += [] if credit is None else [credit]
-            self.tokens += [line["equal"]] if line["total"] else []
-        self.progress.update(self.task, advance=len(answers), state=self.state())
-        if not notes.is_terminal and time.monotonic() - self.told > _EVERY:  # a log file gets a line now and then
-            self.told = time.monotonic()
-            task = self.progress.tasks[0]
-            left = "" if task.time_remaining is None else f", {timedelta(seconds=round(task.time_remaining))} left"
-            notes.print(f"{task.completed:.0f} of {task.total:.0f}{left}, {self.state()}", highlight=False)
-
-    def state(self) -> str:
-        """What is known so far."""
-        said = []
-        if self.credits:
-            said.append(f"right {sum(self.credits) / len(self.credits):.1%}")
-        if self.tokens:
-            said.append(f"equal tokens {sum(self.tokens) / len(self.tokens):.1f}")
-        if self.failed:
-            said.append(f"failed {self.failed}")
-        return ", ".join(said)
 
 
 def eval_command(
@@ -244,7 +172,7 @@ def eval_command(
     else:
         console.print(table(result))
         console.print(f"Wrote {settings.folder / RESULT} and {', '.join(result.answers)} beside it.", soft_wrap=True)
-    if not _acceptable(result, max_failed):
+    if not acceptable(result, max_failed):
         raise typer.Exit(FAILED)
 
 
@@ -280,72 +208,12 @@ def _several(settings: Settings, methods: list[str], budgets: list[Any], max_fai
             notes.print(f"{told}: cannot: {outcome.refused}", markup=False, highlight=False, soft_wrap=True)
         elif outcome.result is not None:
             results.append((outcome.settings.folder, outcome.result))
-            good &= _acceptable(outcome.result, max_failed)
+            good &= acceptable(outcome.result, max_failed)
     if as_json:
         typer.echo(json.dumps([result.model_dump(mode="json") for _, result in results], indent=1))
     elif results:
-        _print_groups(results)
+        print_groups(results)
     return good
-
-
-def _print_groups(results: Sequence[tuple[Path, EvalResult]]) -> None:
-    """The runs side by side, as `mustdrop report` shows them."""
-    from mustdrop import compare
-    from mustdrop.compare.render import show
-
-    show(compare.group_files({folder / RESULT: result for folder, result in results}), console)
-    for folder, _ in results:
-        console.print(f"Wrote {folder / RESULT}.", markup=False, highlight=False, soft_wrap=True)
-
-
-def _acceptable(result: EvalResult, most: float) -> bool:
-    """Name what failed; whether it is little enough."""
-    if not result.failed:
-        return True
-    notes.print(f"{len(result.failed)} failed ({result.failed_share:.2%}):", style="red")
-    for failure in result.failed[:_SHOWN]:
-        notes.print(f"  {failure.name}: {failure.reason}", markup=False, highlight=False, soft_wrap=True)
-    if len(result.failed) > _SHOWN:
-        notes.print(f"  and {len(result.failed) - _SHOWN} more: the result file names all.")
-    notes.print("Failed questions count as wrong. Once they are repaired, --retry-failed asks them again.")
-    return result.failed_share <= most
-
-
-def table(result: EvalResult) -> Table:
-    """A result for the terminal."""
-    keep = "" if result.keep is None else f" keep={keep_text(result.keep)}"
-    shown = Table(
-        title=f"{result.title}: {result.model.name}, {result.method}{keep}", title_justify="left", show_header=False
-    )
-    shown.add_column("what")
-    shown.add_column("value", overflow="fold")
-    headline = "scored by a server: upload the answers" if result.score is None else f"{result.score:.2f}"
-    shown.add_row(f"{result.headline} (of {result.headline_max:g})", headline, style="bold")
-    for name, score in result.scores.items():
-        if name != result.headline:
-            shown.add_row(f"  {name}", f"{score:.2f}")
-    shown.add_row("metric", result.metric)
-    shown.add_row("questions", f"{result.data.asked} of {result.data.questions}, failed {len(result.failed)}")
-    if result.tokens is not None:
-        equal, every = result.tokens.equal, result.tokens.total
-        shown.add_row(
-            "equal tokens",
-            f"{equal.mean:.2f} ± {equal.std:.2f} ({equal.min:.2f} to {equal.max:.2f}) of {every.mean:.1f}; counted as "
-            f"in the papers' tables {result.tokens.reported.mean:.2f}",
-        )
-    if result.cost is not None:
-        shown.add_row("FLOPs of the prompt", f"{result.cost.flops_ratio:.1%} of the unpruned model's")
-        shown.add_row("KV cache", f"{result.cost.kv_bytes / 1e6:.2f} MB, {result.cost.kv_ratio:.1%}")
-    if result.latency is not None:
-        step = "" if result.latency.decode_ms is None else f", each further one {result.latency.decode_ms:.2f} ms"
-        rows = f"calls of {result.latency.batch_size}"
-        shown.add_row("latency", f"first token {result.latency.prefill_ms:.1f} ms{step} (median, {rows})")
-    parts = ("data", "vision", "prefill", "decode", "other")
-    shares = ", ".join(f"{name} {getattr(result.time, name):.1%}" for name in parts)
-    shown.add_row("time", f"{result.time.seconds:.1f} s: {shares}")
-    shown.add_row("peak memory", f"{result.peak_memory_bytes / 1e9:.2f} GB")
-    shown.add_row("prompt", f"{result.prompt.template}, greedy, at most {result.prompt.max_new_tokens} tokens")
-    return shown
 
 
 def _pair(text: str) -> tuple[str, Any]:

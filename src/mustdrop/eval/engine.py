@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import copy
 import os
-import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 import mustdrop
+from mustdrop import clock
 from mustdrop.adapters import find as find_adapter
 from mustdrop.errors import ConfigError, MustDropError, UnsupportedModelError
+from mustdrop.eval.batches import Batch
 from mustdrop.eval.journal import digest
-from mustdrop.eval.loading import Batch
 from mustdrop.eval.processes import share
 from mustdrop.fidelity import lengths_of
-from mustdrop.loading import place
+from mustdrop.loading import BUNDLED, load_model, pad_left, place
 from mustdrop.registry import MethodLike
 from mustdrop.trace import Trace
-
-BUNDLED = "bundled"
 
 
 @dataclass
@@ -79,17 +77,14 @@ class Engine:
         self.device = device_of(device)
         self.model, self.processor = loaded or load(name, dtype, attention)
         self.model = self.model.to(self.device).eval()
-        tokenizer = self.processor.tokenizer
-        tokenizer.padding_side = "left"
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        pad_left(self.processor)
         mustdrop.patch(self.model, method, **knobs)
         self.method = method
-        self.clock = Clock(self.model, self.device)
+        self.times = StageTimes(self.model, self.device)
 
     def close(self) -> None:
         """Leave the model as it was before, for the next engine."""
-        self.clock.close()
+        self.times.close()
         mustdrop.unpatch(self.model)
 
     def identity(self) -> dict[str, Any]:
@@ -140,7 +135,7 @@ class Engine:
         options = copy.deepcopy(self.model.generation_config)
         options.update(do_sample=False, num_beams=1, max_new_tokens=limit, max_length=None, repetition_penalty=1.0)
         options.update(temperature=None, top_p=None, top_k=None, pad_token_id=self.processor.tokenizer.pad_token_id)
-        self.clock.start()
+        self.times.start()
         output: Any = None
         short = ""
         try:
@@ -149,7 +144,7 @@ class Engine:
         except torch.OutOfMemoryError as error:
             short = str(error).partition(". ")[0]
         finally:
-            vision, first, whole = self.clock.stop()
+            vision, first, whole = self.times.stop()
         if output is None:  # outside of `except`: the error would hold the tensors that took the memory
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -180,7 +175,7 @@ class Engine:
         return int(peak) if os.uname().sysname == "Darwin" else int(peak) * 1024
 
 
-class Clock:
+class StageTimes:
     """Seconds in the vision tower, to the first token, and in all, of one call of `generate`."""
 
     def __init__(self, model: Any, device: torch.device) -> None:
@@ -205,31 +200,25 @@ class Clock:
         for handle in self.handles:
             handle.remove()
 
-    def now(self) -> float:
-        """The time, when the device has done all that it was given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
     def start(self) -> None:
         """Begin a call."""
         self.vision, self.first = 0.0, 0.0
-        self.began = self.now()
+        self.began = clock.now(self.device)
 
     def stop(self) -> tuple[float, float, float]:
         """End a call: seconds of vision tower, to the first token, in all."""
-        whole = self.now() - self.began
+        whole = clock.now(self.device) - self.began
         return self.vision, self.first or whole, whole
 
     def _enter(self, *_: Any) -> None:
-        self.entered = self.now()
+        self.entered = clock.now(self.device)
 
     def _leave(self, *_: Any) -> None:
-        self.vision += self.now() - self.entered
+        self.vision += clock.now(self.device) - self.entered
 
     def _step(self, *_: Any) -> None:
         if not self.first:
-            self.first = self.now() - self.began
+            self.first = clock.now(self.device) - self.began
 
 
 def device_of(wanted: str) -> torch.device:
@@ -251,15 +240,9 @@ def load(name: str | None, dtype: str, attention: str | None) -> tuple[Any, Any]
     Raises:
         ConfigError: it cannot be loaded.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    from mustdrop.demo.model import CHECKPOINT
-
-    source: Any = CHECKPOINT if name is None else name
-    more = {} if attention is None else {"attn_implementation": attention}
+    source = BUNDLED if name is None else name
     try:
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, local_files_only=name is None, **more)
-        return model, AutoProcessor.from_pretrained(source, local_files_only=name is None)
+        return load_model(source, device="cpu", dtype=dtype, attention=attention)
     except MustDropError:
         raise
     except (OSError, ValueError, ImportError) as error:

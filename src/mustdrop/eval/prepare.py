@@ -11,11 +11,11 @@ from typing import Any
 from mustdrop.errors import ConfigError
 from mustdrop.eval.benchmark import Benchmark, Item, Source
 from mustdrop.eval.benchmarks import find
+from mustdrop.eval.data_files import Folder
 from mustdrop.eval.engine import Engine, device_of
-from mustdrop.eval.files import Folder
 from mustdrop.eval.journal import digest
 from mustdrop.eval.prompts import Prompter, check_template, prompter
-from mustdrop.eval.result import DataInfo, PromptInfo
+from mustdrop.eval.result_parts import DataInfo, PromptInfo
 from mustdrop.eval.settings import Settings
 from mustdrop.extras import install
 from mustdrop.loading import check_dtype
@@ -142,7 +142,7 @@ def _questions(settings: Settings, benchmark: Benchmark) -> tuple[list[Item], Da
     """The questions to ask, what the result says about them, and the folder with what was broken."""
     rows, split = None, ""
     if settings.dataset is not None:
-        from mustdrop.eval.rows import load_rows
+        from mustdrop.eval.dataset_rows import load_rows
 
         rows, split = load_rows(settings.dataset, settings.split)
     source = Source(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from mustdrop.eval.asking import ask_all
+from mustdrop.eval.answer_loop import ask_all
+from mustdrop.eval.batches import plan
 from mustdrop.eval.benchmark import Answer, Item
 from mustdrop.eval.journal import Journal, Line
-from mustdrop.eval.loading import plan
 from mustdrop.eval.prepare import Prepared, prepare
 from mustdrop.eval.processes import share
 from mustdrop.eval.questions import QUESTIONS, Told, write

@@ -10,10 +10,10 @@ from mustdrop.eval.benchmark import Answer
 from mustdrop.eval.engine import Engine
 from mustdrop.eval.journal import Line
 from mustdrop.eval.prepare import Prepared
-from mustdrop.eval.result import (
+from mustdrop.eval.result import EvalResult
+from mustdrop.eval.result_parts import (
     AnswerInfo,
     CostInfo,
-    EvalResult,
     Failure,
     LatencyInfo,
     ModelInfo,

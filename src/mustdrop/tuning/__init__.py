@@ -6,13 +6,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mustdrop.tuning.candidate import Candidate
     from mustdrop.tuning.goal import Goal
-    from mustdrop.tuning.result import Candidate, Tuning
+    from mustdrop.tuning.result import Tuning
     from mustdrop.tuning.search import KEEPS, tune
 
 __all__ = ["KEEPS", "Candidate", "Goal", "Tuning", "tune"]
 
-_HOMES = {"KEEPS": "search", "Candidate": "result", "Goal": "goal", "Tuning": "result", "tune": "search"}
+_HOMES = {"KEEPS": "search", "Candidate": "candidate", "Goal": "goal", "Tuning": "result", "tune": "search"}
 
 if not TYPE_CHECKING:  # torch is imported when a name is asked for: the command line starts without it
 

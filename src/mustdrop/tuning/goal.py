@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from mustdrop.errors import ConfigError
-
-if TYPE_CHECKING:
-    from mustdrop.tuning.result import Candidate
+from mustdrop.tuning.candidate import Candidate
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ from mustdrop.fidelity import Reference, measure, reference
 from mustdrop.method import Method, Recipe
 from mustdrop.patching import warn_of_one
 from mustdrop.registry import MethodLike, look_up, name_of, registry, resolve
+from mustdrop.tuning.candidate import Candidate
 from mustdrop.tuning.goal import Goal
-from mustdrop.tuning.result import Candidate, Tuning
+from mustdrop.tuning.result import Tuning
 from mustdrop.tuning.timing import prompt_share
 
 KEEPS: tuple[Keep, ...] = (0.75, 1 / 2, 1 / 3, 2 / 9, 1 / 6, 1 / 9, 1 / 18)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
+from mustdrop import clock
 from mustdrop.fidelity import respond
 from mustdrop.method import Method
 from mustdrop.patching import patched, unpatched
-
-WARM_UP = 2
 
 
 def prompt_share(model: Any, inputs: Mapping[str, Any], method: Method, pairs: int = 5) -> float:
@@ -29,22 +24,15 @@ def prompt_share(model: Any, inputs: Mapping[str, Any], method: Method, pairs: i
         pairs: how many runs of each are compared, after two that warm up.
     """
 
-    def seconds() -> float:
-        _synchronize(model)
-        start = time.perf_counter()
+    def answer() -> None:
         respond(model, inputs, 1)
-        _synchronize(model)
-        return time.perf_counter() - start
 
-    ratios = []
-    for _ in range(pairs + WARM_UP):
+    def plain() -> float:
         with unpatched(model):
-            plain = seconds()
+            return clock.seconds(model.device, answer)
+
+    def pruned() -> float:
         with patched(model, method):
-            ratios.append(seconds() / plain)
-    return statistics.median(ratios[WARM_UP:])
+            return clock.seconds(model.device, answer)
 
-
-def _synchronize(model: Any) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    return clock.median_ratio(pairs, plain, pruned)

@@ -6,10 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from mustdrop.eval.benchmark import SHORT, Answer, Benchmark, Columns, Item, Source, percent, write_answers, write_json
-from mustdrop.eval.files import Folder, Row
-from mustdrop.eval.media import Column, Picture
-from mustdrop.eval.result import Failure
+from mustdrop.eval.benchmark import (
+    QUESTION,
+    SHORT,
+    Answer,
+    Benchmark,
+    Columns,
+    Item,
+    Source,
+    percent,
+    write_answers,
+    write_json,
+)
+from mustdrop.eval.data_files import Folder
+from mustdrop.eval.media import Picture
 
 _OPEN = "query"  # questions of this structure have open answers, all others are yes/no or a choice
 
@@ -30,15 +40,11 @@ class GQA(Benchmark):
     metric = "exact match, test-dev balanced"
     columns: ClassVar[Columns] = {
         "id": ("question_id", "id", "questionId"),
-        "image": ("image",),
-        "text": ("question",),
-        "truth": ("answer",),
+        **QUESTION,
     }
 
-    def items(self, source: Source, folder: Folder) -> list[Item]:
-        """From LLaVA's questions, GQA's questions with their answers and GQA's pictures, or from rows."""
-        if source.rows is not None:
-            return [self._from_row(source, i, row) for i, row in enumerate(source.rows)]
+    def file_items(self, source: Source, folder: Folder) -> list[Item]:
+        """From LLaVA's questions, GQA's questions with their answers and GQA's pictures."""
         questions = folder.find("llava_gqa_testdev_balanced.jsonl", what="questions")
         names = [f"{place}testdev_balanced_questions.json" for place in ("data/", "data/questions1.2/", "")]
         annotations = folder.find(*names, what="truths")
@@ -49,7 +55,7 @@ class GQA(Benchmark):
             truth = truths.get(str(row["question_id"]))
             if not isinstance(truth, dict) or "answer" not in truth:
                 reason = f"{annotations.name} has no answer to this question"
-                folder.broken.append(Failure(name=str(row["question_id"]), reason=reason))
+                folder.reject(row["question_id"], reason)
                 continue
             kind = "open" if truth.get("types", {}).get("structural") == _OPEN else "binary"
             image = Picture(images / row["image"])
@@ -64,11 +70,6 @@ class GQA(Benchmark):
                 )
             )
         return found
-
-    def _from_row(self, source: Source, i: int, row: Row) -> Item:
-        text = str(self.cell(row, "text")) + self.suffix
-        image = Column(source.rows, i, self.column(row, "image"))
-        return Item(self.cell(row, "id"), text, image, text, self.cell(row, "truth"))
 
     def credit(self, answer: Answer) -> float:
         """Whether the answer is the expected word."""

@@ -6,8 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mustdrop.eval.benchmark import LETTER, LETTER_CN, Answer, Benchmark, Columns, Item, Source, percent, write_answers
-from mustdrop.eval.files import Folder, Row
+from mustdrop.eval.benchmark import (
+    LETTER,
+    LETTER_CN,
+    QUESTION,
+    Answer,
+    Benchmark,
+    Columns,
+    Item,
+    Source,
+    percent,
+    write_answers,
+)
+from mustdrop.eval.data_files import Folder, Row
 from mustdrop.eval.media import Column, Encoded
 
 _LETTERS = "ABCD"
@@ -59,21 +70,20 @@ class MMBench(Benchmark):
     file: ClassVar[str] = "mmbench_dev_20230712"
     columns: ClassVar[Columns] = {
         "id": ("index",),
-        "image": ("image",),
-        "text": ("question",),
-        "truth": ("answer",),
+        **QUESTION,
         "hint": ("hint",),
         "category": ("category",),
     }
 
-    def items(self, source: Source, folder: Folder) -> list[Item]:
-        """From the table of the guide, or from rows."""
-        if source.rows is not None:
-            rows = enumerate(source.rows)
-            return [self._item(row, Column(source.rows, i, self.column(row, "image"))) for i, row in rows]
+    def file_items(self, source: Source, folder: Folder) -> list[Item]:
+        """From the table of the guide."""
         path = folder.find(f"{self.file}.tsv", what="questions with pictures")
         required = ("index", "question", "A", "B", "image")
         return [self._item(row, Encoded(row["image"])) for row in folder.tsv(path, required)]
+
+    def row_item(self, source: Source, place: int, row: Row) -> Item:
+        """The question of a row, which has the columns of the table."""
+        return self._item(row, self.row_picture(source, place, row))
 
     def _item(self, row: Row, medium: Encoded | Column) -> Item:
         options: list[str] = []

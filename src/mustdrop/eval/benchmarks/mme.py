@@ -6,10 +6,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from mustdrop.eval.benchmark import SHORT, Answer, Benchmark, Columns, Item, Source, by_category, percent, write_answers
-from mustdrop.eval.files import Folder, Row
-from mustdrop.eval.media import Column, Picture
-from mustdrop.eval.result import Failure
+from mustdrop.eval.benchmark import (
+    QUESTION,
+    SHORT,
+    Answer,
+    Benchmark,
+    Columns,
+    Item,
+    Source,
+    by_category,
+    percent,
+    write_answers,
+)
+from mustdrop.eval.data_files import Folder, Row
+from mustdrop.eval.media import Picture
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
@@ -47,16 +57,12 @@ class MME(Benchmark):
     abilities: ClassVar[Mapping[str, str]] = _ABILITY
     columns: ClassVar[Columns] = {
         "id": ("question_id",),
-        "image": ("image",),
-        "text": ("question",),
-        "truth": ("answer",),
+        **QUESTION,
         "category": ("category",),
     }
 
-    def items(self, source: Source, folder: Folder) -> list[Item]:
-        """From `llava_mme.jsonl` and the release's folder of categories, or from rows."""
-        if source.rows is not None:
-            return [self._from_row(source, i, row) for i, row in enumerate(source.rows)]
+    def file_items(self, source: Source, folder: Folder) -> list[Item]:
+        """From `llava_mme.jsonl` and the release's folder of categories."""
         questions = folder.find("llava_mme.jsonl", what="questions")
         release = folder.find(f"{_RELEASE}/MME_Benchmark", _RELEASE, folder=True, what="pictures and truths")
         truths = _truths(release)
@@ -73,18 +79,19 @@ class MME(Benchmark):
                 {"file": file},
             )
             if item.truth is None:
-                folder.broken.append(Failure(name=str(item.id), reason=f"{release} has no truth for this question"))
+                folder.reject(item.id, f"{release} has no truth for this question")
             else:
                 found.append(item)
         return found
 
-    def _from_row(self, source: Source, i: int, row: Row) -> Item:
+    def row_item(self, source: Source, place: int, row: Row) -> Item:
+        """The question of a row; ids are the names of the files."""
         text = str(self.cell(row, "text")).rstrip() + self.suffix
         name = str(self.cell(row, "id"))
         return Item(
             name,
             text,
-            Column(source.rows, i, self.column(row, "image")),
+            self.row_picture(source, place, row),
             text,
             str(self.cell(row, "truth")).lower(),
             str(self.cell(row, "category")),

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from mustdrop.eval.benchmark import Answer, Benchmark, Columns, Item, Source, write_answers, write_json
-from mustdrop.eval.files import Folder, Row
+from mustdrop.eval.benchmark import QUESTION, Answer, Benchmark, Columns, Item, Source, write_answers, write_json
+from mustdrop.eval.data_files import Folder, Row
 from mustdrop.eval.media import Column, Picture
 
 _FORMULAS = "HME100k"  # spaces do not count there, capitals do
@@ -46,17 +46,14 @@ class OCRBench(Benchmark):
     general = "reading"
     columns: ClassVar[Columns] = {
         "id": ("id", "question_id"),
-        "image": ("image",),
-        "text": ("question",),
+        **QUESTION,
         "truth": ("answer", "answers"),
         "category": ("question_type", "type"),
         "source": ("dataset", "dataset_name"),
     }
 
-    def items(self, source: Source, folder: Folder) -> list[Item]:
-        """From OCRBench's own file and pictures, or from rows."""
-        if source.rows is not None:
-            return [self._from_row(source, i, row) for i, row in enumerate(source.rows)]
+    def file_items(self, source: Source, folder: Folder) -> list[Item]:
+        """From OCRBench's own file and pictures."""
         path = folder.find("OCRBench.json", "OCRBench/OCRBench.json", what="questions and truths")
         images = folder.find("OCRBench_Images", "images", folder=True, what="pictures")
         required = ("dataset_name", "id", "image_path", "question", "answers", "type")
@@ -68,9 +65,10 @@ class OCRBench(Benchmark):
             for row in rows
         ]
 
-    def _from_row(self, source: Source, i: int, row: Row) -> Item:
-        image = Column(source.rows, i, self.column(row, "image"))
-        number = next((row[key] for key in self.columns["id"] if key in row), i)
+    def row_item(self, source: Source, place: int, row: Row) -> Item:
+        """The question of a row; without an id it has that of its place."""
+        image = self.row_picture(source, place, row)
+        number = next((row[key] for key in self.columns["id"] if key in row), place)
         return self._item(
             row, image, number, self.cell(row, "truth"), self.cell(row, "category"), self.cell(row, "source")
         )

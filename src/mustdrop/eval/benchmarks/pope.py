@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import ClassVar
 
 from mustdrop.errors import DataFileError
 from mustdrop.eval.benchmark import (
+    QUESTION,
     SHORT,
     Answer,
     Benchmark,
@@ -16,10 +16,9 @@ from mustdrop.eval.benchmark import (
     Source,
     by_category,
     percent,
-    write_answers,
 )
-from mustdrop.eval.files import Folder, Row
-from mustdrop.eval.media import Column, Picture
+from mustdrop.eval.data_files import Folder, Row
+from mustdrop.eval.media import Picture
 
 CATEGORIES = ("random", "popular", "adversarial")
 _PINNED = "https://github.com/AoiDragon/POPE/tree/e3e39262c85a6a83f26cf5094022a782cb0df58d/output/coco"
@@ -47,16 +46,12 @@ class POPE(Benchmark):
     general = "hallucination"
     columns: ClassVar[Columns] = {
         "id": ("question_id", "id"),
-        "image": ("image",),
-        "text": ("question",),
-        "truth": ("answer",),
+        **QUESTION,
         "category": ("category",),
     }
 
-    def items(self, source: Source, folder: Folder) -> list[Item]:
-        """From LLaVA's questions, POPE's `coco_pope_*.json` and COCO's val2014, or from rows."""
-        if source.rows is not None:
-            return [self._from_row(source, i, row) for i, row in enumerate(source.rows)]
+    def file_items(self, source: Source, folder: Folder) -> list[Item]:
+        """From LLaVA's questions, POPE's `coco_pope_*.json` and COCO's val2014."""
         questions = folder.find("llava_pope_test.jsonl", what="questions")
         images = folder.find("val2014", folder=True, what="pictures of COCO")
         rows = list(folder.jsonl(questions, ("question_id", "image", "text", "category")))
@@ -100,9 +95,10 @@ class POPE(Benchmark):
                     f"version of POPE. {folder.guide} names the right one: {_PINNED}"
                 )
 
-    def _from_row(self, source: Source, i: int, row: Row) -> Item:
+    def row_item(self, source: Source, place: int, row: Row) -> Item:
+        """The question of a row, with its category."""
         text = str(self.cell(row, "text")).strip() + self.suffix
-        image = Column(source.rows, i, self.column(row, "image"))
+        image = self.row_picture(source, place, row)
         truth, category = str(self.cell(row, "truth")).lower(), str(self.cell(row, "category"))
         return Item(self.cell(row, "id"), text, image, text, truth, category)
 
@@ -119,10 +115,6 @@ class POPE(Benchmark):
         for name in ("f1", "accuracy"):
             found[name] = sum(found[f"{category}/{name}"] for category in groups) / len(groups) if groups else 0.0
         return found
-
-    def write(self, answers: Sequence[Answer], out: Path, model: str) -> list[Path]:
-        """LLaVA's answer file, which its scorer reads."""
-        return [write_answers(answers, out, model)]
 
 
 def _said(answer: Answer) -> str:

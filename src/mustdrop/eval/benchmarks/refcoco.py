@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 
 from mustdrop.errors import ConfigError, did_you_mean
 from mustdrop.eval.benchmark import Answer, Benchmark, Item, Source, percent, write_answers, write_json
-from mustdrop.eval.files import Folder
+from mustdrop.eval.data_files import Folder
 from mustdrop.eval.media import Picture
-from mustdrop.eval.result import Failure
 
 _ASKED = "Please provide the bounding box coordinate of the region this sentence describes: {}"
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
@@ -68,14 +67,12 @@ class RefCOCO(Benchmark):
     general = "position"
     metric = "share of boxes with an intersection over union of at least 0.5"
 
-    def items(self, source: Source, folder: Folder) -> list[Item]:
+    def file_items(self, source: Source, folder: Folder) -> list[Item]:
         """From one line for each phrase: `image`, `sent`, `bbox` (left, top, right, bottom), `width`, `height`.
 
         Raises:
-            ConfigError: `--dataset` was given, or coordinates that there are not.
+            ConfigError: coordinates that there are not.
         """
-        if source.rows is not None:
-            raise ConfigError(f"{self.name} is read from its files: give --data, and leave --dataset out.")
         if source.coordinates not in (AUTO, *COORDINATES):
             known = (AUTO, *COORDINATES)
             raise ConfigError(f"--coordinates {source.coordinates}: {did_you_mean(source.coordinates, known)}")
@@ -87,7 +84,7 @@ class RefCOCO(Benchmark):
                 size = float(row["width"]), float(row["height"])
             except (TypeError, ValueError):
                 reason = f"bbox should be four numbers, width and height one each; got {row['bbox']!r}"
-                folder.broken.append(Failure(name=f"{file.name} {row['image']}", reason=reason))
+                folder.reject(f"{file.name} {row['image']}", reason)
                 continue
             asked = _ASKED.format(row["sent"])
             truth = (left, top, right, bottom), size, source.coordinates

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from mustdrop.errors import ConfigError
-from mustdrop.eval.benchmark import Answer, Benchmark, Item, Source, by_category, percent, write_answers
-from mustdrop.eval.files import Folder
+from mustdrop.eval.benchmark import Answer, Benchmark, Item, Source, by_category, percent
+from mustdrop.eval.data_files import Folder
 from mustdrop.eval.media import Drawn
 
 _SCENES = 400  # as many as the bundled model was measured on
@@ -22,18 +21,19 @@ class Scenes(Benchmark):
     section = ""
     splits = ("heldout", "selection", "train")
     max_new_tokens = 32
+    files_only = "are drawn, not read: leave --data and --dataset out."
     metric = "exact match, mean over eight types of questions"
 
-    def items(self, source: Source, folder: Folder) -> list[Item]:
+    def file_items(self, source: Source, folder: Folder) -> list[Item]:
         """Drawn here: the split and the seed decide everything.
 
         Raises:
-            ConfigError: `--data` or `--dataset` was given.
+            ConfigError: `--data` was given.
         """
         from mustdrop.demo.scenes import QUESTION_TYPES, SceneMaker
 
-        if source.rows is not None or source.data is not None:
-            raise ConfigError("scenes are drawn, not read: leave --data and --dataset out.")
+        if source.data is not None:
+            raise ConfigError(f"{self.name} {self.files_only}")
         maker = SceneMaker(self.split(source), source.seed)
         number = _SCENES * len(QUESTION_TYPES) if source.limit is None else source.limit
         found: list[Item] = []
@@ -61,7 +61,3 @@ class Scenes(Benchmark):
             name: percent([self.credit(answer) for answer in group]) for name, group in by_category(answers).items()
         }
         return found | {"accuracy": percent([self.credit(answer) for answer in answers])}
-
-    def write(self, answers: Sequence[Answer], out: Path, model: str) -> list[Path]:
-        """LLaVA's answer file."""
-        return [write_answers(answers, out, model)]

@@ -7,10 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mustdrop.eval.benchmark import LETTER, Answer, Benchmark, Columns, Item, Source, percent, write_answers, write_json
-from mustdrop.eval.files import Folder, Row
-from mustdrop.eval.media import Column, Picture
-from mustdrop.eval.result import Failure
+from mustdrop.eval.benchmark import (
+    LETTER,
+    QUESTION,
+    Answer,
+    Benchmark,
+    Columns,
+    Item,
+    Source,
+    percent,
+    write_answers,
+    write_json,
+)
+from mustdrop.eval.data_files import Folder, Row
+from mustdrop.eval.media import Picture
 
 LETTERS = "ABCDE"
 _IMAGE = "<image>"
@@ -45,17 +55,13 @@ class ScienceQA(Benchmark):
     general = "knowledge"
     columns: ClassVar[Columns] = {
         "id": ("id", "question_id", "pid"),
-        "image": ("image",),
-        "text": ("question",),
-        "truth": ("answer",),
+        **QUESTION,
         "choices": ("choices",),
         "hint": ("hint",),
     }
 
-    def items(self, source: Source, folder: Folder) -> list[Item]:
-        """From LLaVA's conversations and ScienceQA's problems, or from rows."""
-        if source.rows is not None:
-            return [self._from_row(source, i, row) for i, row in enumerate(source.rows)]
+    def file_items(self, source: Source, folder: Folder) -> list[Item]:
+        """From LLaVA's conversations and ScienceQA's problems."""
         split = self.split(source)
         questions = folder.find(f"llava_{split}_CQM-A.json", what="questions")
         problems = folder.json(folder.find("problems.json", what="truths"), dict)
@@ -67,13 +73,14 @@ class ScienceQA(Benchmark):
         for row in rows:
             item = self._item(row, problems.get(str(row["id"])), images)
             if isinstance(item, str):
-                folder.broken.append(Failure(name=str(row["id"]), reason=item))
+                folder.reject(row["id"], item)
             elif str(row["id"]) in wanted:
                 found.append(item)
         missing = wanted - {
             str(row["id"]) for row in folder.json(questions, list) if isinstance(row, dict) and "id" in row
         }
-        folder.broken += [Failure(name=name, reason=f"not in {questions.name}") for name in sorted(missing)]
+        for name in sorted(missing):
+            folder.reject(name, f"not in {questions.name}")
         return found
 
     def _item(self, row: Row, problem: Any, images: Path) -> Item | str:
@@ -90,13 +97,13 @@ class ScienceQA(Benchmark):
         choices = problem.get("choices", LETTERS)
         return Item(row["id"], text, medium, asked, LETTERS[int(problem["answer"])], extra={"choices": len(choices)})
 
-    def _from_row(self, source: Source, i: int, row: Row) -> Item:
+    def row_item(self, source: Source, place: int, row: Row) -> Item:
+        """The question of a row, as LLaVA words it; half of them have no picture."""
         lines = [f"({letter}) {choice}" for letter, choice in zip(LETTERS, self.cell(row, "choices"), strict=False)]
         context = f"Context: {self.cell(row, 'hint') or 'N/A'}"
         asked = "\n".join([context, f"Question: {self.cell(row, 'text')}", f"Options: {' '.join(lines)}"]) + self.suffix
-        name = self.column(row, "image")
-        medium = Column(source.rows, i, name) if row[name] is not None else None
-        number = next((row[key] for key in self.columns["id"] if key in row), i)
+        medium = None if self.cell(row, "image") is None else self.row_picture(source, place, row)
+        number = next((row[key] for key in self.columns["id"] if key in row), place)
         text = asked if medium is None else f"{_IMAGE}\n{asked}"
         return Item(number, text, medium, asked, LETTERS[int(self.cell(row, "truth"))], extra={"choices": len(lines)})
 

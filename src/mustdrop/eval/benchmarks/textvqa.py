@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import ClassVar
 
-from mustdrop.eval.benchmark import SHORT, Answer, Benchmark, Columns, Item, Source, percent, write_answers
-from mustdrop.eval.files import Folder, Row
-from mustdrop.eval.media import Column, Picture
-from mustdrop.eval.result import Failure
-from mustdrop.eval.vqa import soft_accuracy
+from mustdrop.eval.benchmark import QUESTION, SHORT, Columns, Item, Source
+from mustdrop.eval.data_files import Folder, Row
+from mustdrop.eval.media import Picture
+from mustdrop.eval.soft_accuracy import SoftAccuracy
 
 _HINT = "Reference OCR token:"
 
@@ -23,7 +20,7 @@ def question_of(prompt: str) -> str | None:
     return lines[0].lower() if len(lines) == 2 else None
 
 
-class TextVQA(Benchmark):
+class TextVQA(SoftAccuracy):
     """Soft accuracy against ten human answers."""
 
     name = "textvqa"
@@ -35,16 +32,13 @@ class TextVQA(Benchmark):
     general = "reading"
     columns: ClassVar[Columns] = {
         "id": ("image_id",),
-        "image": ("image",),
-        "text": ("question",),
+        **QUESTION,
         "truth": ("answers",),
         "tokens": ("ocr_tokens",),
     }
 
-    def items(self, source: Source, folder: Folder) -> list[Item]:
-        """From LLaVA's questions with OCR tokens and TextVQA's validation annotations, or from rows."""
-        if source.rows is not None:
-            return [self._from_row(source, i, row) for i, row in enumerate(source.rows)]
+    def file_items(self, source: Source, folder: Folder) -> list[Item]:
+        """From LLaVA's questions with OCR tokens and TextVQA's validation annotations."""
         questions = folder.find("llava_textvqa_val_v051_ocr.jsonl", what="questions")
         annotations = folder.find("TextVQA_0.5.1_val.json", what="truths")
         images = folder.find("train_images", "train_val_images/train_images", folder=True, what="pictures")
@@ -56,27 +50,16 @@ class TextVQA(Benchmark):
             truth = truths.get((row["question_id"], question_of(row["text"]) or ""))
             if truth is None:
                 reason = f"{annotations.name} has no such question about this picture"
-                folder.broken.append(Failure(name=f"{row['question_id']}: {row['text']!r}", reason=reason))
+                folder.reject(f"{row['question_id']}: {row['text']!r}", reason)
                 continue
             found.append(
                 Item(row["question_id"], row["text"], Picture(images / row["image"]), row["text"], tuple(truth))
             )
         return found
 
-    def _from_row(self, source: Source, i: int, row: Row) -> Item:
+    def row_item(self, source: Source, place: int, row: Row) -> Item:
+        """The question of a row with its OCR tokens."""
         tokens = ", ".join(self.cell(row, "tokens"))
         text = f"{self.cell(row, 'text')}\n{_HINT} {tokens}{self.suffix}"
-        image = Column(source.rows, i, self.column(row, "image"))
+        image = self.row_picture(source, place, row)
         return Item(self.cell(row, "id"), text, image, text, tuple(self.cell(row, "truth")))
-
-    def credit(self, answer: Answer) -> float:
-        """Soft accuracy of one answer."""
-        return 0.0 if answer.failed else soft_accuracy(answer.text, answer.item.truth)
-
-    def scores(self, answers: Sequence[Answer]) -> dict[str, float]:
-        """Mean soft accuracy in percent."""
-        return {"accuracy": percent([self.credit(answer) for answer in answers])}
-
-    def write(self, answers: Sequence[Answer], out: Path, model: str) -> list[Path]:
-        """LLaVA's answer file, which its scorer reads."""
-        return [write_answers(answers, out, model)]

@@ -10,11 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from mustdrop.errors import ConfigError
 from mustdrop.eval.benchmark import Answer, Benchmark, Item, Source, percent, write_jsonl
-from mustdrop.eval.files import Folder
+from mustdrop.eval.data_files import Folder
 from mustdrop.eval.media import VIDEO_ENDINGS, Clip
-from mustdrop.eval.result import Failure
 from mustdrop.eval.vqa import normalise
 
 
@@ -26,17 +24,12 @@ class VideoQA(Benchmark):
     max_new_tokens = 1024
     headline = "exact"
     metric = "exact match after VQA normalisation: not the judgement by GPT that papers report"
+    files_only = "reads Video-LLaVA's files (--data DIR), not a data set of `datasets`."
     videos: ClassVar[tuple[str, ...]] = ("videos",)
     prefix: ClassVar[str] = ""
 
-    def items(self, source: Source, folder: Folder) -> list[Item]:
-        """From `test_q.json`, `test_a.json` and the folder of videos.
-
-        Raises:
-            ConfigError: `--dataset` was given.
-        """
-        if source.rows is not None:
-            raise ConfigError(f"{self.name} reads Video-LLaVA's files (--data DIR), not a data set of `datasets`.")
+    def file_items(self, source: Source, folder: Folder) -> list[Item]:
+        """From `test_q.json`, `test_a.json` and the folder of videos."""
         path = folder.find("test_q.json", what="questions")
         truths_path = folder.find("test_a.json", what="truths")
         videos = folder.find(*self.videos, folder=True, what="videos")
@@ -45,14 +38,13 @@ class VideoQA(Benchmark):
         by_id = {row["question_id"]: row for row in truths if isinstance(row, dict) and "question_id" in row}
         found = []
         for place, row in enumerate(rows):
-            broken = [Failure(name=f"{path.name} entry {place + 1}", reason="no video_name, question or question_id")]
             if not isinstance(row, dict) or not {"video_name", "question", "question_id"} <= set(row):
-                folder.broken += broken
+                folder.reject(f"{path.name} entry {place + 1}", "no video_name, question or question_id")
                 continue
             truth = by_id.get(row["question_id"]) or (truths[place] if place < len(truths) and not by_id else None)
             if not isinstance(truth, dict) or "answer" not in truth:
                 reason = f"{truths_path.name} has no answer to this question"
-                folder.broken.append(Failure(name=str(row["question_id"]), reason=reason))
+                folder.reject(row["question_id"], reason)
                 continue
             clip = Clip(self._video(videos, str(row["video_name"])), source.frames)
             found.append(Item(row["question_id"], row["question"], clip, row["question"], str(truth["answer"])))

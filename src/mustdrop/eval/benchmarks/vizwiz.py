@@ -7,23 +7,23 @@ from pathlib import Path
 from typing import ClassVar
 
 from mustdrop.eval.benchmark import (
+    QUESTION,
     SHORT,
     UNANSWERABLE,
     Answer,
-    Benchmark,
     Columns,
     Item,
     Source,
-    percent,
     write_answers,
     write_json,
 )
-from mustdrop.eval.files import Folder, Row
-from mustdrop.eval.media import Column, Picture
-from mustdrop.eval.vqa import normalise, soft_accuracy
+from mustdrop.eval.data_files import Folder, Row
+from mustdrop.eval.media import Picture
+from mustdrop.eval.soft_accuracy import SoftAccuracy
+from mustdrop.eval.vqa import normalise
 
 
-class VizWiz(Benchmark):
+class VizWiz(SoftAccuracy):
     """Soft accuracy against ten human answers, "unanswerable" among them."""
 
     name = "vizwiz"
@@ -35,15 +35,12 @@ class VizWiz(Benchmark):
     metric = "soft accuracy after VQA normalisation (test is scored by EvalAI's server)"
     columns: ClassVar[Columns] = {
         "id": ("question_id", "image_id"),
-        "image": ("image",),
-        "text": ("question",),
+        **QUESTION,
         "truth": ("answers",),
     }
 
-    def items(self, source: Source, folder: Folder) -> list[Item]:
-        """From LLaVA's questions about the test pictures, from VizWiz' own `val.json`, or from rows."""
-        if source.rows is not None:
-            return [self._from_row(source, i, row) for i, row in enumerate(source.rows)]
+    def file_items(self, source: Source, folder: Folder) -> list[Item]:
+        """From LLaVA's questions about the test pictures, or from VizWiz' own `val.json`."""
         if self.split(source) == "val":
             return self._val(folder)
         questions = folder.find("llava_test.jsonl", what="questions")
@@ -70,23 +67,13 @@ class VizWiz(Benchmark):
             found.append(Item(row["image"], text, image, text, truth, extra={"file": row["image"]}))
         return found
 
-    def _from_row(self, source: Source, i: int, row: Row) -> Item:
+    def row_item(self, source: Source, place: int, row: Row) -> Item:
+        """The question of a row; test has no answers."""
         text = str(self.cell(row, "text")) + self.suffix
         number = str(self.cell(row, "id"))
         said = row.get("answers") or None
-        image = Column(source.rows, i, self.column(row, "image"))
+        image = self.row_picture(source, place, row)
         return Item(number, text, image, text, said and tuple(str(one) for one in said), extra={"file": number})
-
-    def credit(self, answer: Answer) -> float | None:
-        """Soft accuracy of one answer; None where only the server knows."""
-        if answer.item.truth is None:
-            return None
-        return 0.0 if answer.failed else soft_accuracy(answer.text, answer.item.truth)
-
-    def scores(self, answers: Sequence[Answer]) -> dict[str, float]:
-        """Mean soft accuracy; nothing where only the server can say."""
-        known = [credit for answer in answers if (credit := self.credit(answer)) is not None]
-        return {"accuracy": percent(known)} if known else {}
 
     def write(self, answers: Sequence[Answer], out: Path, model: str) -> list[Path]:
         """LLaVA's answer file, and the upload: one answer per picture, in the order of the file."""

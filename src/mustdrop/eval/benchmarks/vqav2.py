@@ -6,14 +6,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from mustdrop.eval.benchmark import SHORT, Answer, Benchmark, Columns, Item, Source, percent, write_answers, write_json
-from mustdrop.eval.files import Folder, Row
-from mustdrop.eval.media import Column, Picture
-from mustdrop.eval.result import Failure
-from mustdrop.eval.vqa import normalise, soft_accuracy
+from mustdrop.eval.benchmark import (
+    QUESTION,
+    SHORT,
+    Answer,
+    Columns,
+    Item,
+    Source,
+    write_answers,
+    write_json,
+)
+from mustdrop.eval.data_files import Folder, Row
+from mustdrop.eval.media import Picture
+from mustdrop.eval.soft_accuracy import SoftAccuracy
+from mustdrop.eval.vqa import normalise
 
 
-class VQAv2(Benchmark):
+class VQAv2(SoftAccuracy):
     """Soft accuracy against ten human answers."""
 
     name = "vqav2"
@@ -25,15 +34,12 @@ class VQAv2(Benchmark):
     metric = "soft accuracy after VQA normalisation (test-dev is scored by EvalAI's server)"
     columns: ClassVar[Columns] = {
         "id": ("question_id",),
-        "image": ("image",),
-        "text": ("question",),
+        **QUESTION,
         "truth": ("answers",),
     }
 
-    def items(self, source: Source, folder: Folder) -> list[Item]:
-        """From LLaVA's questions and COCO's test2015, from VQA's own val files and val2014, or from rows."""
-        if source.rows is not None:
-            return [self._from_row(source, i, row) for i, row in enumerate(source.rows)]
+    def file_items(self, source: Source, folder: Folder) -> list[Item]:
+        """From LLaVA's questions and COCO's test2015, or from VQA's own val files and val2014."""
         if self.split(source) == "val":
             return self._val(folder)
         questions = folder.find("llava_vqav2_mscoco_test-dev2015.jsonl", what="questions")
@@ -61,30 +67,20 @@ class VQAv2(Benchmark):
         for row in folder.objects(questions, rows, ("question_id", "image_id", "question")):
             if row["question_id"] not in truths:
                 reason = f"{annotations.name} has no answers to this question"
-                folder.broken.append(Failure(name=str(row["question_id"]), reason=reason))
+                folder.reject(row["question_id"], reason)
                 continue
             text = row["question"] + self.suffix
             image = Picture(images / f"COCO_val2014_{row['image_id']:012}.jpg")
             found.append(Item(row["question_id"], text, image, text, truths[row["question_id"]]))
         return found
 
-    def _from_row(self, source: Source, i: int, row: Row) -> Item:
+    def row_item(self, source: Source, place: int, row: Row) -> Item:
+        """The question of a row; test-dev has no answers."""
         text = str(self.cell(row, "text")) + self.suffix
-        image = Column(source.rows, i, self.column(row, "image"))
+        image = self.row_picture(source, place, row)
         said = row.get("answers") or None
         truth = said and tuple(str(one["answer"] if isinstance(one, dict) else one) for one in said)
         return Item(self.cell(row, "id"), text, image, text, truth)
-
-    def credit(self, answer: Answer) -> float | None:
-        """Soft accuracy of one answer; None where only the server knows."""
-        if answer.item.truth is None:
-            return None
-        return 0.0 if answer.failed else soft_accuracy(answer.text, answer.item.truth)
-
-    def scores(self, answers: Sequence[Answer]) -> dict[str, float]:
-        """Mean soft accuracy; nothing where only the server can say."""
-        known = [credit for answer in answers if (credit := self.credit(answer)) is not None]
-        return {"accuracy": percent(known)} if known else {}
 
     def write(self, answers: Sequence[Answer], out: Path, model: str) -> list[Path]:
         """LLaVA's answer file, and the upload: an answer to every question of the whole test set."""

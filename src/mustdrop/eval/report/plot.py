@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mustdrop import figures
-from mustdrop.compare.groups import UNPRUNED, Group, Row
 from mustdrop.errors import ConfigError
+from mustdrop.eval.report.groups import UNPRUNED, Group, Row
 from mustdrop.extras import need
 
 if TYPE_CHECKING:

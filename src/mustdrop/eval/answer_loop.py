@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from mustdrop.errors import MustDropError
+from mustdrop.eval.batches import Batch, Inputs, batches
 from mustdrop.eval.engine import Engine, Said
 from mustdrop.eval.journal import Line
-from mustdrop.eval.loading import Batch, Inputs, batches
 from mustdrop.eval.prepare import Prepared
 
 HOPELESS = 16  # so many questions may all fail at the start before the run ends

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mustdrop.errors import DataFileError
-from mustdrop.eval.result import Failure
+from mustdrop.eval.result_parts import Failure
 
 GUIDE = "https://github.com/haotian-liu/LLaVA/blob/main/docs/Evaluation.md"
 Row = dict[str, Any]
@@ -59,10 +59,14 @@ class Folder:
             f"Say where the data lie with --data DIR. {self.guide} describes where the {kind} comes from."
         )
 
-    def optional(self, *names: str) -> Path | None:
-        """Like `find` for a file that need not exist."""
-        paths = [root / name for name in names for root in self.roots]
-        return next((path for path in paths if path.is_file()), None)
+    def reject(self, name: str | int, reason: str) -> None:
+        """Note a question that cannot be asked; the result names it.
+
+        Args:
+            name: its id, or where it stands in its file.
+            reason: what is wrong with it.
+        """
+        self.broken.append(Failure(name=str(name), reason=reason))
 
     def text(self, path: Path) -> str:
         """A file's text; it is hashed.
@@ -107,11 +111,11 @@ class Folder:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                self.broken.append(Failure(name=name, reason=f"not JSON: {error}"))
+                self.reject(name, f"not JSON: {error}")
                 continue
             reason = lacks(row, required)
             if reason:
-                self.broken.append(Failure(name=name, reason=reason))
+                self.reject(name, reason)
             else:
                 yield row
 
@@ -120,7 +124,7 @@ class Folder:
         for number, row in enumerate(rows, 1):
             reason = lacks(row, required)
             if reason:
-                self.broken.append(Failure(name=f"{path.name} entry {number}", reason=reason))
+                self.reject(f"{path.name} entry {number}", reason)
             else:
                 yield row
 
@@ -139,7 +143,7 @@ class Folder:
             empty = [name for name in required if not row[name]]
             if empty or None in row:
                 reason = f"no {', '.join(empty)}" if empty else "more cells than columns"
-                self.broken.append(Failure(name=f"{path.name} row {number}", reason=reason))
+                self.reject(f"{path.name} row {number}", reason)
             else:
                 yield row
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from mustdrop.compare.groups import Group, group
 from mustdrop.errors import ConfigError
 from mustdrop.eval import questions
+from mustdrop.eval.report.groups import Group, group
 from mustdrop.eval.result import EvalResult
 
 NAME = "result.json"

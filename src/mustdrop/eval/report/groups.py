@@ -9,9 +9,9 @@ from itertools import zip_longest
 from typing import Any
 
 from mustdrop.budget import knob_text
-from mustdrop.compare.questions import BASELINES, DOWNSAMPLED, Beside, abilities, beside
 from mustdrop.eval.published import Published, published, rows
 from mustdrop.eval.questions import Told
+from mustdrop.eval.report.questions import BASELINES, DOWNSAMPLED, Beside, abilities, beside
 from mustdrop.eval.result import EvalResult
 
 UNPRUNED = "none"

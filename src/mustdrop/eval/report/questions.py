@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mustdrop.compare.paired import Groups, Paired, groups, paired
 from mustdrop.eval.questions import Told
+from mustdrop.eval.report.paired import Groups, Paired, groups, paired
 
 RIGHT = 0.5  # credit from which an answer counts as right: benchmarks with soft accuracy give less than one
 BASELINES = ("random", "uniform", "downsample")  # what the budget costs whoever chooses

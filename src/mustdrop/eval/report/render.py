@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mustdrop.compare.groups import Average, Group, Row
+from mustdrop.eval.report.groups import Average, Group, Row
 
 BESIDE = (
     "setting", "same answer", "gained", "lost", "McNemar p", "right where a smaller picture fails", "and where it does",
