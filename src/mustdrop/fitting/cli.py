@@ -137,7 +137,7 @@ def _items(
         return examples.read(samples, frames)[:limit]
     rows, assigned = None, split
     if dataset is not None:
-        from mustdrop.eval.rows import load_rows
+        from mustdrop.eval.dataset_rows import load_rows
 
         rows, assigned = load_rows(dataset, split)
     return examples.of_benchmark(str(benchmark), Source(data, rows, assigned, limit=limit, frames=frames))

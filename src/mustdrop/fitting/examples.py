@@ -10,7 +10,7 @@ from typing import Any
 
 from mustdrop.errors import ConfigError, PictureError
 from mustdrop.eval.benchmark import Item, Source
-from mustdrop.eval.loading import Inputs
+from mustdrop.eval.batches import Inputs
 from mustdrop.eval.media import Clip, Medium, Picture
 from mustdrop.eval.prompts import Prompter
 
