@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mustdrop.errors import ConfigError, PictureError
-from mustdrop.eval.benchmark import Item, Source
 from mustdrop.eval.batches import Inputs
+from mustdrop.eval.benchmark import Item, Source
 from mustdrop.eval.media import Clip, Medium, Picture
 from mustdrop.eval.prompts import Prompter
 
