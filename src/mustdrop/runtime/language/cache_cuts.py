@@ -120,7 +120,7 @@ def _chosen(decode: DecodeCachePruner, layers: list[Any], flags: Tensor, wanted:
     seen, alive, first = flags.expand(3, many, -1, -1).reshape(3, many * batch, n).unbind()
     given, queries = (_of_all([getattr(layer, name) for layer in layers], n) for name in ("attended", "queries"))
     score = answers.entries(decode.scorer, Received(given, queries), seen)
-    there = on(torch.from_numpy(np.array(wanted)), device)
+    there = on(torch.from_numpy(np.array(wanted, order="C")), device)
     index, _ = kernels.select(score, alive, there.view(-1), slots, first)
     index = index.view(many, batch, slots)
     if (wanted == slots).all():
