@@ -220,8 +220,8 @@ class PrunedStaticLayer(Slots, StaticLayer):
         room = [x for layer, own in pairs for x in _first(layer, own.keys.shape[2])]
         torch._foreach_copy_(room, [x for _, own in pairs for x in (own.keys, own.values)])
         by_number: dict[int, list[Tensor]] = {}
-        for layer, own in pairs:
-            by_number.setdefault(own.keys.shape[2], []).append(layer.cumulative_length)
+        for layer, _ in pairs:
+            by_number.setdefault(layer.logical, []).append(layer.cumulative_length)
         for number, counters in by_number.items():
             torch._foreach_zero_(counters)
             torch._foreach_add_(counters, number)
