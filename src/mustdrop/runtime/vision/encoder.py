@@ -190,7 +190,7 @@ class EncoderStage(Copied):
     def watched(self) -> list[int]:
         """Layers that something may be done before, or that may see other sequences than the layer before them."""
         every_layer = range(len(self.tower.blocks))
-        if self.tower.packed or self.inner is not None:
+        if self.tower.packed or self.tower.padded or self.inner is not None:
             return list(every_layer)
         pruner = self.pruner
         after = len(every_layer) if pruner is None or not self.merges else pruner.layer + 1
