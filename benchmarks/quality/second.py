@@ -111,7 +111,7 @@ def why() -> Sets:
     return {
         FIRST: first(),
         **{name: named(name) for name in ("mustdrop", "vcast", "vidcom2", "gleanvid", "tome")},
-        "merged behind the encoder, no filter": alone(merging),
+        "merged after the encoder, no filter": alone(merging),
         "selected as in vcast; filters as in mustdrop+": filtered(CurvedFrames(), score=own),
         "merged; the filters rank by attention": filtered(merging),
         "selected as in vcast; the filters rank by attention": filtered(CurvedFrames()),

@@ -16,7 +16,7 @@ class FasterVLM(Recipe):
         keep: tokens (int) or share of the prompt's vision tokens.
         importance: "attention" of the encoder; or in its place the likeness with the "question", what is "distinct"
             from the mean, the folder of a scorer, a module, or an `Importance` of your own. One that reads the features
-            of the language model moves the choice behind the projector.
+            of the language model moves the choice after the projector.
     """
 
     keep: Budget = DEFAULT_KEEP

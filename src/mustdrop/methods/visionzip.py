@@ -69,7 +69,7 @@ class VisionZip(Recipe):
         contextual: share of `keep` that is contextual.
         importance: "attention" of the encoder; or in its place the likeness with the "question", what is "distinct"
             from the mean, the folder of a scorer, a module, or an `Importance` of your own. One that reads the features
-            of the language model moves the choice behind the projector.
+            of the language model moves the choice after the projector.
     """
 
     keep: Budget = DEFAULT_KEEP

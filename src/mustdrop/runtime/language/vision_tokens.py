@@ -107,7 +107,7 @@ def counted(runtime: Runtime, device: torch.device, kinds: Tensor, mask: Tensor 
     marked = not runtime.method.marks or (media.shown.media and call is not None and call.marks and not call.unmarked)
     if not marked or (prefill is not None and not fixed_rows.counts_are_known(prefill, media.ends is not None)):
         return None
-    _look(runtime, media, torch.empty(0, device=device), call)
+    _look(runtime, media, torch.empty(0, dtype=torch.float32, device=device), call)
     return media
 
 
