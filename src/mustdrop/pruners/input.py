@@ -10,7 +10,6 @@ from torch import Tensor
 
 from mustdrop.pruners import answers
 from mustdrop.pruners.base import Settings
-from mustdrop.rules.prediction import unpredicted_media
 
 
 class InputRule(Settings):
@@ -57,6 +56,8 @@ class Predictable(InputRule):
 
     def choose(self, media: Sequence[Tensor]) -> list[Tensor]:
         """See `mustdrop.rules.prediction.unpredicted`."""
+        from mustdrop.rules.prediction import unpredicted_media  # of this rule alone
+
         return unpredicted_media(media, self.tolerance, self.metric, self.previous)
 
 

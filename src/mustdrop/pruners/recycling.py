@@ -7,7 +7,6 @@ from pydantic import Field
 from torch import Tensor
 
 from mustdrop.pruners.base import Settings
-from mustdrop.rules.clusters import density_peaks, tie_noise
 from mustdrop.selection import Selection
 
 
@@ -61,6 +60,8 @@ class Recycling(Settings):
         Returns:
             `Selection` over the n tokens, with `merge_into`.
         """
+        from mustdrop.rules.clusters import density_peaks, tie_noise  # of recycling alone
+
         batch, n = keep.shape
         rows, into = [], torch.full((batch, n), -1, dtype=torch.long, device=keep.device)
         for b in range(batch):

@@ -9,9 +9,7 @@ from pydantic import BeforeValidator
 from torch import nn
 
 from mustdrop.errors import ConfigError, did_you_mean
-from mustdrop.pruners import scorer
 from mustdrop.pruners.importance import Attention, Distinct, Importance, OfField, Question, Space
-from mustdrop.pruners.scored import Scored, loaded
 from mustdrop.pruners.vision_rules import Read, VisionRule
 
 Named = Literal["attention", "question", "distinct"]
@@ -32,6 +30,8 @@ def _taken(value: Any) -> Any:
                 f"importance={str(value)!r} is neither a name nor a folder with a scorer. "
                 f"{did_you_mean(str(value), _NAMED)}"
             )
+        from mustdrop.pruners import scorer  # files of weights: loaded where somebody has one
+
         scorer.sizes(value)
         return str(value)
     got = f"the class {value.__name__}: make an object of it" if isinstance(value, type) else repr(value)
@@ -54,11 +54,11 @@ def importance_of(given: Any, attention: Importance | None = None) -> Importance
     """
     if isinstance(given, Importance):
         return given
-    if isinstance(given, nn.Module):
-        return Scored(module=given)
-    if given == "attention" and attention is not None:
-        return attention
-    return _NAMED[given]() if given in _NAMED else loaded(given)
+    if not isinstance(given, nn.Module) and given in _NAMED:
+        return attention if given == "attention" and attention is not None else _NAMED[given]()
+    from mustdrop.pruners.scored import Scored, loaded  # modules: loaded where somebody has one
+
+    return Scored(module=given) if isinstance(given, nn.Module) else loaded(given)
 
 
 class WeighingRule(VisionRule):

@@ -15,7 +15,6 @@ from mustdrop.runtime.generate import GenerateWrapper
 from mustdrop.runtime.language.deepstack import AdditionWrapper
 from mustdrop.runtime.language.recurrent import RowByRow
 from mustdrop.runtime.language.stage import AttentionCapture, LayerHook
-from mustdrop.runtime.packed_hooks import PackedHooks
 from mustdrop.runtime.vision.block_merging import BlockMergingHooks
 from mustdrop.runtime.vision.encoder import (
     EncoderCapture,
@@ -26,6 +25,7 @@ from mustdrop.runtime.vision.encoder import (
     takes_mask,
 )
 from mustdrop.runtime.vision.features import FeaturesWrapper, MarksHook
+from mustdrop.runtime.vision.packed_hooks import PackedHooks
 from mustdrop.runtime.vision.picture_sizes import PicturesHook
 
 if TYPE_CHECKING:

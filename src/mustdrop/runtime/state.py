@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
     from mustdrop.runtime.language.cache_policy import LaterTokens, LayerReading
     from mustdrop.runtime.language.fixed_rows import FlatMarks
+    from mustdrop.runtime.language.prompt_media import PromptMedia
     from mustdrop.runtime.language.straight_pass import Straight
     from mustdrop.runtime.language.vision_tokens import VisionTokens
-    from mustdrop.runtime.prompt_media import PromptMedia
     from mustdrop.runtime.vision.encoder_run import EncoderRun
 
 _MANY = 1 << 20  # numbers that a trace may keep of what one filter read

@@ -15,8 +15,8 @@ from mustdrop.indices import HOST, on
 from mustdrop.pruners import TextScorer, answers
 from mustdrop.runtime.language import fixed_rows
 from mustdrop.runtime.language.fixed_rows import FixedRows
+from mustdrop.runtime.language.prompt_media import PromptMedia
 from mustdrop.runtime.plan import survivors_of
-from mustdrop.runtime.prompt_media import PromptMedia
 from mustdrop.runtime.state import Call, Marks
 
 if TYPE_CHECKING:
