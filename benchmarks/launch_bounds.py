@@ -23,91 +23,35 @@ LAUNCHES = {
 # A decode step waits for nothing and starts what the untouched model starts.
 FIGURES = ("launches", "host", "waits", "copies", "step_launches", "step_waits")
 UNTIL_THEN: dict[str, dict[str, dict[str, int]]] = {
-    "cdpruner": {
-        "static 1": {"step_launches": 3},
-        "static 8": {"step_launches": 3},
-    },
-    "dart": {
-        "growing 1": {"waits": 23},
-        "static 1": {"waits": 23, "step_launches": 2},
-        "growing 8": {"waits": 170},
-        "static 8": {"waits": 170, "step_launches": 2},
-    },
-    "divprune": {
-        "static 1": {"step_launches": 3},
-        "static 8": {"step_launches": 3},
-    },
     "downsample": {
-        "growing 1": {"host": 130, "waits": 3},
-        "static 1": {"host": 130, "waits": 3, "step_launches": 3},
-        "growing 8": {"host": 180, "waits": 10, "copies": 11},
-        "static 8": {"host": 180, "waits": 10, "copies": 11, "step_launches": 3},
-    },
-    "dycoke": {
-        "static 1": {"step_launches": 3},
-        "static 8": {"step_launches": 3},
-    },
-    "fastervlm": {
-        "static 1": {"step_launches": 3},
-        "static 8": {"step_launches": 3},
-    },
-    "fastv": {
-        "static 1": {"step_launches": 2},
-        "static 8": {"step_launches": 2},
+        "growing 1": {"host": 106, "waits": 2},
+        "static 1": {"host": 106, "waits": 2},
+        "growing 8": {"host": 150, "waits": 9, "copies": 10},
+        "static 8": {"host": 150, "waits": 9, "copies": 10},
     },
     "fastvid": {
         "growing 1": {"waits": 14},
-        "static 1": {"waits": 14, "step_launches": 3},
-        "growing 8": {"waits": 110},
-        "static 8": {"waits": 110, "step_launches": 3},
+        "static 1": {"waits": 14},
+        "growing 8": {"waits": 102},
+        "static 8": {"waits": 102},
     },
     "flashvid": {
         "growing 1": {"waits": 19},
-        "static 1": {"waits": 19, "step_launches": 4},
-        "growing 8": {"waits": 150},
-        "static 8": {"waits": 150, "step_launches": 4},
+        "static 1": {"waits": 19},
+        "growing 8": {"waits": 144},
+        "static 8": {"waits": 144},
     },
     "gleanvid": {
-        "growing 1": {"waits": 10},
-        "static 1": {"waits": 10, "step_launches": 3},
+        "growing 1": {"waits": 9},
+        "static 1": {"waits": 9},
         "growing 8": {"waits": 32},
-        "static 8": {"waits": 32, "step_launches": 3},
-    },
-    "h2o": {
-        "growing 1": {"launches": 84, "host": 120, "waits": 3},
-        "static 1": {"launches": 91, "host": 120, "waits": 3, "step_launches": 35},
-        "growing 8": {"launches": 87, "host": 130, "waits": 3},
-        "static 8": {"launches": 93, "host": 120, "waits": 3, "step_launches": 35},
-    },
-    "hiprune": {
-        "static 1": {"step_launches": 3},
-        "static 8": {"step_launches": 3},
+        "static 8": {"waits": 32},
     },
     "holov": {
-        "growing 1": {"waits": 4},
-        "static 1": {"waits": 4, "step_launches": 3},
-        "growing 8": {"waits": 4},
-        "static 8": {"waits": 4, "step_launches": 3},
-    },
-    "learned": {
-        "static 1": {"step_launches": 2},
-        "static 8": {"step_launches": 2},
-    },
-    "mmr": {
-        "static 1": {"step_launches": 3},
-        "static 8": {"step_launches": 3},
-    },
-    "mmtok": {
-        "static 1": {"step_launches": 3},
-        "static 8": {"step_launches": 3},
-    },
-    "mustdrop": {
-        "static 1": {"launches": 82, "step_launches": 4},
-        "static 8": {"launches": 83, "step_launches": 4},
-    },
-    "mustdrop+": {
-        "static 1": {"launches": 220, "step_launches": 4},
-        "static 8": {"launches": 230, "step_launches": 4},
+        "growing 1": {"waits": 3},
+        "static 1": {"waits": 3},
+        "growing 8": {"waits": 3},
+        "static 8": {"waits": 3},
     },
     "none": {
         "growing 1": {"launches": 2},
@@ -116,72 +60,22 @@ UNTIL_THEN: dict[str, dict[str, dict[str, int]]] = {
         "static 8": {"launches": 2},
     },
     "pooling": {
-        "growing 1": {"host": 120},
-        "static 1": {"host": 120, "step_launches": 3},
-        "growing 8": {"host": 120},
-        "static 8": {"host": 120, "step_launches": 3},
-    },
-    "prumerge": {
-        "static 1": {"step_launches": 3},
-        "static 8": {"step_launches": 3},
-    },
-    "pyramiddrop": {
-        "static 1": {"step_launches": 4},
-        "static 8": {"step_launches": 4},
-    },
-    "random": {
-        "static 1": {"step_launches": 3},
-        "static 8": {"step_launches": 3},
-    },
-    "scope": {
-        "static 1": {"step_launches": 3},
-        "static 8": {"step_launches": 3},
-    },
-    "snapkv": {
-        "growing 1": {"launches": 96, "host": 120, "waits": 3},
-        "static 1": {"launches": 110, "host": 120, "waits": 3, "step_launches": 35},
-        "growing 8": {"launches": 98, "host": 130, "waits": 3},
-        "static 8": {"launches": 110, "host": 120, "waits": 3, "step_launches": 35},
+        "growing 1": {"host": 99},
+        "static 1": {"host": 99},
+        "growing 8": {"host": 99},
+        "static 8": {"host": 99},
     },
     "sparsevlm": {
-        "growing 1": {"host": 150, "waits": 24, "copies": 35},
-        "static 1": {"host": 150, "waits": 24, "copies": 39, "step_launches": 4},
-        "growing 8": {"host": 220, "waits": 110, "copies": 35},
-        "static 8": {"host": 220, "waits": 110, "copies": 39, "step_launches": 4},
+        "growing 1": {"host": 122, "waits": 24, "copies": 35},
+        "static 1": {"host": 122, "waits": 24, "copies": 35},
+        "growing 8": {"host": 196, "waits": 104, "copies": 35},
+        "static 8": {"host": 196, "waits": 104, "copies": 35},
     },
     "tgvkv": {
-        "growing 1": {"launches": 150, "host": 240, "waits": 4},
-        "static 1": {"launches": 150, "host": 230, "waits": 4, "copies": 6, "step_launches": 35},
-        "growing 8": {"launches": 150, "host": 250, "waits": 4},
-        "static 8": {"launches": 150, "host": 240, "waits": 4, "copies": 6, "step_launches": 35},
-    },
-    "tome": {
-        "static 1": {"step_launches": 3},
-        "static 8": {"step_launches": 3},
-    },
-    "uniform": {
-        "static 1": {"step_launches": 3},
-        "static 8": {"step_launches": 3},
-    },
-    "vcast": {
-        "static 1": {"step_launches": 3},
-        "static 8": {"step_launches": 3},
-    },
-    "vidcom2": {
-        "static 1": {"step_launches": 3},
-        "static 8": {"step_launches": 3},
-    },
-    "visionzip": {
-        "static 1": {"step_launches": 3},
-        "static 8": {"launches": 67, "step_launches": 3},
-    },
-    "vispruner": {
-        "static 1": {"step_launches": 3},
-        "static 8": {"step_launches": 3},
-    },
-    "vscan": {
-        "static 1": {"step_launches": 4},
-        "static 8": {"step_launches": 4},
+        "growing 1": {"launches": 75, "host": 139, "waits": 2},
+        "static 1": {"host": 131, "waits": 2},
+        "growing 8": {"launches": 78, "host": 148, "waits": 2},
+        "static 8": {"host": 139, "waits": 2},
     },
 }  # fmt: skip
 
