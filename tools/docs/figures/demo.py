@@ -28,7 +28,7 @@ def main() -> None:
         trace = mustdrop.last_trace(subject.model)
     given, *stages = trace.draw(subject.items[0].image).axes
     titles = ["the picture\n", *(ax.get_title().removeprefix("after the ") for ax in stages)]
-    made = Figure(figsize=(6.2, 1.6), layout="constrained", facecolor="white")
+    made = Figure(figsize=(6.2, 1.75), layout="constrained", facecolor="white")
     for ax, title, panel in zip(made.subplots(1, len(titles)), titles, [given, *stages], strict=True):
         ax.imshow(panel.images[0].get_array())
         ax.set_title(title, fontsize=8.5)
