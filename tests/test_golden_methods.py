@@ -10,8 +10,7 @@ import torch
 
 import mustdrop
 from mustdrop import kernels
-from mustdrop.pruners import recycling
-from mustdrop.rules import bipartite
+from mustdrop.rules import bipartite, clusters
 from support.builders import answer
 from support.masking_check import distance
 from support.oracle import CacheWatch
@@ -56,7 +55,7 @@ SPARSE += [
 def test_sparsevlm(name, knobs, monkeypatch):
     record, sample = recorded(f"sparsevlm/{name}"), name.split("_")[1]
     noise = iter([record[f"L{layer}_noise"][0] for layer in (2, 6, 15, 19) if f"L{layer}_noise" in record])
-    monkeypatch.setattr(recycling, "tie_noise", lambda *_: next(noise))  # it decides between exact ties
+    monkeypatch.setattr(clusters, "tie_noise", lambda *_: next(noise))  # it decides between exact ties
     out, trace, lengths = run("sparsevlm", sample, **knobs)
     names = list(range(576))  # patches that stand for the tokens of a stage, in the released order
     for layer in (2, 6, 15, 19):

@@ -15,6 +15,7 @@ import pytest
 
 from eval import folders
 from mustdrop.errors import ConfigError
+from mustdrop.eval.journal import Journal
 from mustdrop.eval.processes import Share, share
 from mustdrop.eval.result import EvalResult
 from mustdrop.eval.run import evaluate
@@ -65,9 +66,14 @@ def lines(out):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_again_and_again(undisturbed, tmp_path):
-    """The processes are forks of this one, which spares them the imports."""
-    rng, kills, journal = random.Random(1), 0, tmp_path / "journal-0000.jsonl"
+def test_killed_again_and_again(undisturbed, tmp_path, monkeypatch):
+    """The processes are forks of this one, which spares them the imports.
+
+    Each is killed when it has written an eighth of the journal and a little. It pauses after each batch, so that it
+    cannot reach the end while a busy machine keeps this process waiting.
+    """
+    rng, journal = random.Random(1), tmp_path / "journal-0000.jsonl"
+    step = sum(map(size, undisturbed.glob("journal-*"))) // 8
     settings = Settings(
         "scenes", dtype="float32", knobs={"keep": 128}, limit=NUMBER, batch_size=2, workers=1, out=tmp_path
     )
@@ -75,19 +81,26 @@ def test_killed_again_and_again(undisturbed, tmp_path):
         child = os.fork()
         if child == 0:
             try:
+                monkeypatch.setattr(Journal, "write", slowly(Journal.write))
                 evaluate(settings)
             finally:
                 os._exit(0)  # nothing of pytest runs in here
-        before = size(journal)
+        enough = size(journal) + step + rng.randrange(step // 2)
         until = time.monotonic() + 60
-        while size(journal) < before + 900 and time.monotonic() < until:
-            time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.2))
+        while size(journal) < enough and time.monotonic() < until:
+            time.sleep(0.001)
         os.kill(child, signal.SIGKILL)
-        kills += os.waitpid(child, 0)[1] == signal.SIGKILL
-    assert kills >= 3
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
     evaluate(settings)
     same(tmp_path, undisturbed)
+
+
+def slowly(write):
+    def written(*args):
+        write(*args)
+        time.sleep(0.3)
+
+    return written
 
 
 def size(path):
