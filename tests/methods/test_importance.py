@@ -51,10 +51,33 @@ def folder(tmp_path):
 
 def test_the_rules_that_weigh_an_importance_are_these():
     assert sorted(WEIGHING) == WEIGHING
-    assert {"cdpruner", "fastervlm", "fastvid", "flashvid", "holov", "learned", "mmr", "mustdrop", "mustdrop+"} <= {
-        *WEIGHING
-    }
-    assert {"scope", "visionzip", "vispruner", "vscan"} <= {*WEIGHING}
+    one, two = "cdpruner fastervlm fastvid flashvid hiprune holov learned mmr", "mustdrop mustdrop+ prumerge scope"
+    assert [*one.split(), *two.split(), "visionzip", "vispruner", "vscan"] == WEIGHING
+
+
+def test_a_rule_that_reads_how_important_the_encoder_finds_a_patch_takes_another_importance():
+    """Attention of the encoder is the importance of the field; a rule that reads it without the knob is missed."""
+    for name, recipe in recipes().items():
+        vision = None if "importance" in recipe.model_fields else recipe().build().vision
+        read = () if vision is None or vision.rule is None else vision.rule.reads
+        assert not {one.what for one in read} & {"attention", "received", "joint_attention"}, name
+
+
+@pytest.mark.parametrize("method", ["hiprune", "prumerge"])
+def test_attention_by_its_name_is_the_paper_s(method):
+    assert find(method).vision.rule == find(method, importance="attention").vision.rule
+
+
+@pytest.mark.parametrize("knobs", [{"method": "hiprune", "alpha": 0}, {"method": "prumerge", "neighbours": 0}])
+def test_what_the_importance_ranks_highest_stays(knobs):
+    """Without anchors and without samples both keep the highest; the last slot of `prumerge` is the sum of the rest."""
+    model = clone("llava")
+    inputs = batch(registry()["llava"], model, (("image",),))
+    mustdrop.patch(model, keep=7, importance=LastOnes(), **knobs)
+    answer(model, inputs, 0)
+    kept = mustdrop.trace(model).kept(0).tolist()
+    assert kept[-6:] == [*range(30, 36)]
+    assert len(kept) == 7
 
 
 @pytest.mark.parametrize("given", ["module", "folder", "question", "own"])

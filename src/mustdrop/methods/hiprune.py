@@ -6,8 +6,10 @@ import torch
 from pydantic import Field
 
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Chosen, Features, Read, VisionRule, VisionStagePruner
+from mustdrop.pruners import Chosen, Features, Read, VisionStagePruner
 from mustdrop.pruners.base import Budget
+from mustdrop.pruners.importance import Attention, Importance
+from mustdrop.pruners.weighing import ImportanceKnob, WeighingRule, importance_of
 
 # The paper's encoder layers ("layer 9" and the one that features are read from), of the 23 that LLaVA runs.
 MIDDLE, DEEP, DEPTH = 8, 22, 23
@@ -15,25 +17,36 @@ MIDDLE, DEEP, DEPTH = 8, 22, 23
 CROSS = 5
 
 
-class AnchorsBuffersRegisters(VisionRule):
+class ReceivedDeep(Attention):
+    """What a patch receives in the deep layer, also where there is a CLS token."""
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        """See `Importance.reads`."""
+        return (Read(what="received", layer=DEEP, of=DEPTH),)
+
+
+class AnchorsBuffersRegisters(WeighingRule):
     """Anchors receive most in a middle layer, buffers lie beside them, registers receive most in a deep layer.
 
     Attributes:
+        importance: what registers are taken by; the paper's is what they receive in the deep layer.
         alpha: share of what stays that anchors and buffers may take, in [0, 1].
         layer: the middle layer, as for an encoder of 23 layers.
     """
 
+    importance: Importance = ReceivedDeep()
     alpha: float = Field(0.1, ge=0, le=1)
     layer: int = Field(MIDDLE, ge=0, lt=DEPTH)
 
     @property
     def reads(self) -> tuple[Read, ...]:
-        """What each patch receives in the middle and in the deep layer, also where there is a CLS token."""
-        return Read(what="received", layer=self.layer, of=DEPTH), Read(what="received", layer=DEEP, of=DEPTH)
+        """What each patch receives in the middle layer, also where there is a CLS token; what the importance reads."""
+        return tuple(dict.fromkeys((Read(what="received", layer=self.layer, of=DEPTH), *self.importance.reads)))
 
     def choose(self, seen: Features, count: int | None) -> Chosen:
         """See `VisionRule.choose`."""
-        middle, deep = (seen.of(read) for read in self.reads)
+        middle, deep = seen.of(self.reads[0]), self.importance.score(seen).float()
         assert count is not None
         anchors = min(round(count * self.alpha / CROSS), count // CROSS)
         anchor = middle.argsort(dim=1, descending=True, stable=True)[:, :anchors]
@@ -56,13 +69,18 @@ class HiPrune(Recipe):
         keep: tokens (int) or share of the prompt's vision tokens.
         alpha: share of `keep` that anchors and the buffers beside them may take.
         layer: encoder layer that names the anchors, as for an encoder of 23 layers; it is scaled to the model.
+        importance: what registers are taken by: the "attention" that they receive in a deep layer of the encoder; or in
+            its place the likeness with the "question", what is "distinct" from the mean, the folder of a scorer, a
+            module, or an `Importance` of your own. Anchors stay those of the middle layer; `alpha=0` leaves them out.
     """
 
     keep: Budget = DEFAULT_KEEP
     alpha: float = Field(0.1, ge=0, le=1)
     layer: int = Field(MIDDLE, ge=0, lt=DEPTH)
+    importance: ImportanceKnob = "attention"
 
     def build(self) -> Method:
         """Only the vision socket is filled."""
-        rule = AnchorsBuffersRegisters(alpha=self.alpha, layer=self.layer)
+        weighed = importance_of(self.importance, attention=ReceivedDeep())
+        rule = AnchorsBuffersRegisters(importance=weighed, alpha=self.alpha, layer=self.layer)
         return Method(vision=VisionStagePruner(window=None, key_share=0, keep=self.keep, score=rule))

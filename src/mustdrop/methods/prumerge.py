@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -10,14 +10,26 @@ from torch import Tensor
 
 from mustdrop.errors import ConfigError
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Chosen, Features, Read, VisionRule, VisionStagePruner
+from mustdrop.pruners import Chosen, Features, Read, VisionStagePruner
 from mustdrop.pruners.base import Budget, Compat
+from mustdrop.pruners.importance import Attention, Importance
+from mustdrop.pruners.weighing import EncoderWeighingRule, ImportanceKnob, importance_of
 
 
-class PruneAndMerge(VisionRule):
+class JointAttention(Attention):
+    """Attention of the last layer, whose heads are not told apart."""
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        """See `Importance.reads`."""
+        return (Read(what="joint_attention", layer=-1),)
+
+
+class PruneAndMerge(EncoderWeighingRule):
     """Kept features take in their nearest ones, weighted with attention; the last of them takes in all that goes.
 
     Attributes:
+        importance: what takes the place of the attention, in the ranking and in the weights.
         plus: whether evenly spaced features are kept beside the most attended ones.
         neighbours: features, kept ones included, that each kept feature takes in.
         ratio: share of the features that is kept by attention where nobody sets a number; None counts the outliers of
@@ -25,20 +37,20 @@ class PruneAndMerge(VisionRule):
         compat: "released" samples as the authors' code does, some features twice.
     """
 
-    space: ClassVar[Literal["encoder", "language"]] = "encoder"
+    importance: Importance = JointAttention()
     plus: bool = False
     neighbours: int = Field(32, ge=0)
     ratio: float | None = Field(None, gt=0, le=1)
     compat: Compat = "paper"
 
     @property
-    def reads(self) -> tuple[Read, ...]:
-        """Attention and keys of the last layer, whose heads are not told apart."""
-        return Read(what="joint_attention", layer=-1), Read(what="joint_keys", layer=-1)
+    def own_reads(self) -> tuple[Read, ...]:
+        """Keys of the last layer, whose heads are not told apart."""
+        return (Read(what="joint_keys", layer=-1),)
 
     def choose(self, seen: Features, count: int | None) -> Chosen:
         """See `VisionRule.choose`. One of `count` is the sum of what goes, weighted with attention."""
-        attention, keys = (seen.of(read) for read in self.reads)
+        attention, keys = self.importance.positive(seen), seen.of(self.own_reads[0])
         n = attention.shape[1]
         if count == 1:
             return Chosen.best(attention, 1)
@@ -140,6 +152,10 @@ class PruMerge(Recipe):
         plus: PruMerge+: evenly spaced features stay too.
         neighbours: features that each kept one takes in.
         compat: "released" has the features in the order of their attention, with new positions; it has no `keep`.
+        importance: "attention" of the encoder; or in its place the likeness with the "question", what is "distinct"
+            from the mean, the folder of a scorer, a module, or an `Importance` of your own, spread from 0 to 1 where
+            features are weighted with it. One that reads the features of the language model moves the choice after the
+            projector.
     """
 
     keep: Budget | None = None
@@ -148,6 +164,7 @@ class PruMerge(Recipe):
     plus: bool = False
     neighbours: int = Field(32, ge=0)
     compat: Compat = "paper"
+    importance: ImportanceKnob = "attention"
 
     def build(self) -> Method:
         """Only the vision socket is filled."""
@@ -161,7 +178,10 @@ class PruMerge(Recipe):
                 f'prumerge(compat="released") has no keep, because the authors\' code has none (got {self.keep}): '
                 "give ratio=, or nothing for the adaptive number."
             )
-        rule = PruneAndMerge(plus=self.plus, neighbours=self.neighbours, ratio=self.ratio, compat=self.compat)
+        weighed = importance_of(self.importance, attention=JointAttention())
+        rule = PruneAndMerge(
+            importance=weighed, plus=self.plus, neighbours=self.neighbours, ratio=self.ratio, compat=self.compat
+        )
         keep: Budget | Literal["rule"] = DEFAULT_KEEP if self.keep is None else self.keep
         if self.adaptive or self.ratio is not None or self.compat == "released":
             keep = "rule"
