@@ -48,12 +48,20 @@ def test_a_scorer_from_a_file_of_ones_own(mine, tmp_path):
     skipped = [line for line in done.output.splitlines() if "gone.png" in line]
     assert skipped
     assert "line 4" in done.output
+    assert "1 prompt was left out" in done.output
     again = run("--samples", mine, "--out", out, *FAST)
     assert again.exit_code == 0
     assert again.output.count("Ended: all steps are done") == 1
     other = run("--samples", mine, "--out", out, *FAST, "--seed", "1")
     assert isinstance(other.exception, ConfigError)
     assert "another fit: seed=0 (now 1)" in str(other.exception)
+
+
+def test_a_scorer_that_learned_nothing_says_so(mine, tmp_path):
+    done = run("--samples", mine, "--out", tmp_path / "scorer", *FAST, "--rate", "1e-12")
+    assert done.exit_code == 0, done.output
+    assert "the scorer is untrained" in done.output.replace("\n", " ")
+    assert "Wrote the scorer of step 0" in done.output
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,8 @@ def _bar(steps: int) -> Iterator[Any]:
     with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=notes, transient=True) as progress:
         task = progress.add_task("answering the held-out prompts", total=steps)
         told: list[float | None] = []
+        if not notes.is_terminal:  # the first line of a log: what comes before the first step takes a while
+            notes.print("answering the held-out prompts", highlight=False)
 
         def on_step(look: Look) -> None:
             said = "" if look.best is None else f"divergence {look.held:.4f}, best {look.best:.4f}"
@@ -174,7 +176,7 @@ def _bar(steps: int) -> Iterator[Any]:
         try:
             yield on_step
         except KeyboardInterrupt:
-            notes.print("Interrupted. The same command goes on from the last look.", highlight=False)
+            notes.print("Interrupted. The same command goes on from where it last wrote.", highlight=False)
             raise
 
 
@@ -193,11 +195,18 @@ def _report(fitted: Fitted, out: Path) -> None:
     console = Console()
     console.print(table)
     if fitted.skipped:
-        notes.print(f"{len(fitted.skipped)} prompts were left out:", style="red")
+        were = "prompt was" if len(fitted.skipped) == 1 else "prompts were"
+        notes.print(f"{len(fitted.skipped)} {were} left out:", style="red")
         for name, why in list(fitted.skipped.items())[:_SHOWN]:
             notes.print(f"  {name}: {why}", markup=False, highlight=False, soft_wrap=True)
         if len(fitted.skipped) > _SHOWN:
             notes.print(f"  and {len(fitted.skipped) - _SHOWN} more.")
+    if fitted.step == 0:
+        notes.print(
+            "No look was better than the one before training: the scorer is untrained, and ranks at random. "
+            "Give more prompts, more --steps, or another --rate, and another --out.",
+            style="red",
+        )
     console.print(
         f"Ended: {fitted.ended}. Wrote the scorer of step {fitted.step} to {out}. To use it:",
         markup=False,
