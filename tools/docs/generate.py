@@ -35,6 +35,7 @@ import method_cards
 import notebooks
 import peer_table
 import product_table
+import quality_aims
 import quality_pages_table
 import quality_table
 import serving_table
@@ -100,16 +101,18 @@ renderer("kernels-growth")(part(gpu_tables.growth, "kernels_cuda"))
 renderer("serving-cuda")(part(gpu_tables.serving, "serving_cuda"))
 renderer("peers-cuda")(part(peer_table.render, "peers_cuda"))
 renderer("evaluation")(part(evaluation_tables.scenes, "evaluation"))
-renderer("quality")(part(quality_table.overview, "quality"))
-renderer("quality-details")(part(quality_table.details, "quality"))
+for _name, _record in (("quality", "quality"), ("quality-pages", "quality_pages")):
+    renderer(_name)(part(quality_pages_table.overview, _record))
+    renderer(f"{_name}-abilities")(part(quality_pages_table.abilities, _record))
+    renderer(f"{_name}-beside")(part(quality_pages_table.beside, _record))
+    renderer(f"{_name}-against")(part(quality_pages_table.against, _record))
+    renderer(f"{_name}-details")(part(quality_table.details, _record))
 renderer("quality-types")(part(quality_table.types, "quality"))
-renderer("quality-differences")(part(quality_table.differences, "quality"))
-renderer("quality-plus")(part(quality_table.against_the_best, "quality"))
+renderer("quality-aims")(whole(quality_aims.render))
+renderer("quality-earlier")(part(quality_table.overview, "quality_earlier"))
+renderer("quality-plus")(part(quality_table.against_the_best, "quality_earlier"))
+renderer("quality-pages-earlier")(part(quality_pages_table.overview, "quality_pages_earlier"))
 renderer("quality-plus-first")(part(quality_table.against_the_best, "quality_first"))
-renderer("quality-pages")(part(quality_pages_table.overview, "quality_pages"))
-renderer("quality-pages-abilities")(part(quality_pages_table.abilities, "quality_pages"))
-renderer("quality-pages-beside")(part(quality_pages_table.beside, "quality_pages"))
-renderer("quality-pages-against")(part(quality_pages_table.against, "quality_pages"))
 renderer("quality-pages-types")(part(quality_pages_table.types, "quality_pages"))
 renderer("quality-inside")(part(quality_pages_table.inside, "quality_inside_pages"))
 renderer("quality-search")(part(quality_table.variants, "quality_search"))
@@ -124,7 +127,8 @@ renderer("plus2-pages")(part(quality_pages_table.overview, "quality_plus2_report
 renderer("plus2-pages-abilities")(part(quality_pages_table.abilities, "quality_plus2_reported_pages"))
 renderer("plus2-pages-against")(part(quality_pages_table.against, "quality_plus2_reported_pages"))
 renderer("quality-fixed")(whole(quality_table.fixed))
-renderer("quality-learned")(whole(learned_table.quality))
+renderer("quality-learned")(whole(learned_table.against))
+renderer("quality-learned-earlier")(whole(learned_table.earlier))
 renderer("scorers")(part(learned_table.scorers, "scorers"))
 renderer("quality-merging")(part(quality_table.variants, "quality_merging"))
 

@@ -10,6 +10,7 @@ import quality_table
 
 NAMES = {"scenes": "LLaVA, scenes", "pages": "Qwen3-VL, pages"}
 OWN = "learned"
+BESIDE = ("random", "uniform", "downsample", "divprune", "vcast", "mustdrop+")  # what it is compared with
 
 Table = Callable[..., str]
 Record = Mapping[str, Any]
@@ -60,8 +61,14 @@ def scorers(record: Record, table: Table) -> str:
     )
 
 
-def quality(results: Mapping[str, Record], table: Table) -> str:
-    """Accuracy on held-out questions of both models, beside methods that were not trained."""
+def against(results: Mapping[str, Record], table: Table) -> str:
+    """The scorer minus each other method in the reported run, on both models."""
+    names = {"quality": "Scenes", "quality_pages": "Pages"}
+    return "\n\n".join(f"{what}:\n\n{_against(results[name], table)}" for name, what in names.items())
+
+
+def earlier(results: Mapping[str, Record], table: Table) -> str:
+    """Accuracy on held-out questions of both models before, beside methods that were not trained."""
     parts = []
     for name, words in (("quality_learned", quality_table), ("quality_learned_pages", quality_pages_table)):
         record = results[name]
@@ -74,7 +81,7 @@ def _against(record: Record, table: Table) -> str:
     """The scorer minus each other method: difference, exact test, FLOPs."""
     lines = []
     for row in record["differences"]:
-        if row["reference"] != OWN or row["keep"] is None:
+        if row["reference"] != OWN or row["keep"] is None or row["method"] not in BESIDE:
             continue
         test = row["mcnemar"]
         gain = test["gained"] - test["lost"]

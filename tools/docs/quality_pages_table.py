@@ -1,4 +1,4 @@
-"""The tables of quality on pages, from benchmarks/results/quality_pages.json: the second bundled model."""
+"""The tables of quality on a bundled model, from benchmarks/results/quality.json and quality_pages.json."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ BASELINES = ("none", "random", "uniform", "downsample")  # stand first: what a b
 OWN = "mustdrop+"
 LEVEL = 0.05
 MARK = "\\*"
+#: Name of a model in its result file -> what it is called, and what it is asked about.
+ASKED = {"bundled": ("The bundled LLaVA", "scenes"), "pages": ("The bundled Qwen3-VL", "samples")}
 
 Table = Callable[..., str]
 Record = Mapping[str, Any]
@@ -21,11 +23,12 @@ def setting(record: Record) -> str:
     first = next(row for row in record["rows"] if "cannot" not in row)
     versions, commit = record["versions"], str(record["commit"])[:10] + (" (dirty tree)" if record["dirty"] else "")
     kind = "held-out" if record["split"] == "heldout" else f"**{record['split']}** (a pilot: not the reported run)"
+    name, things = ASKED[record["models"][0]]
     return (
-        f"The bundled Qwen3-VL, {first['questions']} questions about {first['scenes']} {kind} samples (seeds "
-        f"{', '.join(map(str, record['seeds']))}); intervals are 95 %, bootstrapped over samples. "
+        f"{name}, {first['questions']} questions about {first['scenes']} {kind} {things} (seeds "
+        f"{', '.join(map(str, record['seeds']))}); intervals are 95 %, bootstrapped over {things}. "
         f"{record['hardware']}, {record['threads']} threads, torch {versions['torch']}, transformers "
-        f"{versions['transformers']}, commit {commit}."
+        f"{versions['transformers']}, commit {commit}." + (f" {record['note']}" if "note" in record else "")
     )
 
 
@@ -34,7 +37,7 @@ def overview(record: Record, table: Table) -> str:
     rows = _rows(record)
     marks = {method: quality_table.trained_mark(record, method) for method in _methods(record)}
     lines = [[f"`{method}`{mark}", *_cells(rows, method, _budgets(record))] for method, mark in marks.items()]
-    body = setting(record) + "\n\n" + table(["method", "all", *_names(record)], lines)
+    body = setting(record) + "\n\n" + table(["method", "no budget", *_names(record)], lines)
     return body + quality_table.notes(lines) + _refusals(record)
 
 
@@ -47,7 +50,7 @@ def _cells(rows: Mapping[Any, Record], method: str, budgets: Sequence[float]) ->
         elif "cannot" in row:
             out.append("cannot")
         else:
-            out.append(_interval(row["correct"]) + (f" {MARK}" if _over(row) else ""))
+            out.append(_interval(row["correct"]) + (f" {MARK}" if over_budget(row) else ""))
     return out
 
 
@@ -80,8 +83,8 @@ def beside(record: Record, table: Table) -> str:
             answer = row["answer"]
             lines.append(
                 [
-                    f"`{method}`",
-                    "all" if keep is None else f"{keep:.0%}",
+                    f"`{method}`" + quality_table.trained_mark(record, method),
+                    "–" if keep is None else f"{keep:.0%}",
                     f"{row['same']['mean']:.3f}",
                     "" if test is None else f"{test['gained']} / {test['lost']}",
                     "" if test is None else f"{test['p']:.2g}",
@@ -117,7 +120,8 @@ def abilities(record: Record, table: Table) -> str:
             row = rows.get((method, keep))
             if row is not None and "cannot" not in row:
                 values = [f"{row['abilities'][name]['correct']['mean']:.2f}" for name in names]
-                lines.append([f"`{method}`", "all" if keep is None else f"{keep:.0%}", *values])
+                name = f"`{method}`" + quality_table.trained_mark(record, method)
+                lines.append([name, "–" if keep is None else f"{keep:.0%}", *values])
     return table(["method", "`keep`", *header], lines)
 
 
@@ -134,7 +138,7 @@ def against(record: Record, table: Table) -> str:
     rows = _rows(record)
     for row in record["differences"]:
         other = rows[row["method"], row["keep"]]
-        if row["reference"] != OWN or row["method"] == "none" or _over(other) or other.get("trained"):
+        if row["reference"] != OWN or row["method"] == "none" or over_budget(other) or other.get("trained"):
             continue
         test = row["mcnemar"]
         gain = test["gained"] - test["lost"]
@@ -204,7 +208,8 @@ def _names(record: Record) -> list[str]:
     return [f"{keep:.0%}" for keep in _budgets(record)]
 
 
-def _over(row: Record) -> bool:
+def over_budget(row: Record) -> bool:
+    """Whether the decoder processes more tokens than the budget: it is one of the cache alone."""
     return "cannot" not in row and row["keep"] is not None and row["equal_share"] > row["keep"] * 1.02
 
 

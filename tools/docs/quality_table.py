@@ -101,22 +101,6 @@ def types(record: Record, table: Table) -> str:
     return table(["method", "`keep`", *record["types"]], lines) + "\n\n" + note
 
 
-def differences(record: Record, table: Table) -> str:
-    """The reference methods minus the others, on the same scenes."""
-    lines = []
-    for row in record["differences"]:
-        apart = row["correct"]
-        verdict = "better" if apart["low"] > 0 else "worse" if apart["high"] < 0 else "no difference shown"
-        keep = "all" if row["keep"] is None else f"{row['keep']:.1%}"
-        lines.append(
-            [f"`{row['reference']}`", f"`{row['method']}`", keep, _interval(apart, sign="+"), verdict]
-            + [_interval(row[name], sign="+") for name in ("loglik", "kl")]
-            + [f"{row['cost']['flops']:+.1%}"]
-        )
-    header = ["method", "minus", "`keep`", "accuracy", "it is", "log-likelihood", "KL", "FLOPs"]
-    return table(header, lines) if lines else "This run compares no methods."
-
-
 def against_the_best(record: Record, table: Table) -> str:
     """mustdrop+ minus the method that is the best other one at each budget, by accuracy and by likelihood."""
     lines = []
@@ -156,7 +140,7 @@ def variants(record: Record, table: Table) -> str:
     lines = []
 
     def mean(rows: Sequence[Record], measure: str) -> float:
-        return sum(row[measure]["mean"] for row in rows) / len(rows)
+        return float(sum(row[measure]["mean"] for row in rows) / len(rows))
 
     for name, rows in sorted(whole.items(), key=lambda item: -mean(item[1], "loglik")):
         costs = " / ".join(f"{row['flops']:.0%}" for row in sorted(rows, key=lambda row: -row["keep"]))
@@ -178,7 +162,7 @@ def variants(record: Record, table: Table) -> str:
 
 def fixed(results: Mapping[str, Record], table: Table) -> str:
     """`mustdrop` before and after its counts were fixed: accuracy, and FLOPs of the prompt, at each budget."""
-    new, old = results["quality_fixed"], results["quality"]
+    new, old = results["quality_fixed"], results["quality_earlier"]
     lines = []
     for name, record in (("as measured above", old), ("as it is now: fixed counts", new)):
         rows = [row for row in record["rows"] if row["method"] == "mustdrop" and row["keep"] in _budgets(new)]

@@ -32,6 +32,9 @@ def curves(axes: Axes, record: Mapping[str, Any], cost: str) -> dict[str, list[t
     shown = {}
     for name in [*(name for name in listed if name not in SHOWN), *(name for name in SHOWN if name in listed)]:
         own = sorted((row for row in answered if row["method"] == name), key=lambda row: row[cost])
+        own = [row for row in own if row["equal_share"] <= row["keep"] * 1.02]  # others limit the cache alone
+        if not own:
+            continue
         x, score = [row[cost] for row in own], [row["correct"] for row in own]
         means = [s["mean"] for s in score]
         if name not in SHOWN:
@@ -41,10 +44,10 @@ def curves(axes: Axes, record: Mapping[str, Any], cost: str) -> dict[str, list[t
         low, high = [s["low"] for s in score], [s["high"] for s in score]
         axes.fill_between(x, low, high, color=PALETTE[name], alpha=0.12, lw=0)
         shown[name] = list(zip(x, means, strict=True))
-    (whole,) = [row["correct"]["mean"] for row in answered if row["keep"] is None]
+    whole = next(row["correct"]["mean"] for row in answered if row["method"] == "none")
     level(axes, whole, "all tokens")
     axes.set_xscale("log")
-    axes.set_ylim(0.15, 1.0)
+    axes.set_ylim(0, 1.04)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_ylabel("right answers")
     return shown
@@ -60,7 +63,7 @@ def draw(record: Mapping[str, Any], cost: str = "equal_tokens") -> Figure:
     made, axes = figure()
     shown = curves(axes, record, cost)
     questions = len(record["seeds"]) * record["scenes_per_seed"] * len(record["types"])
-    under = f"bundled model, {questions} questions about digits; bands: 95 % intervals; grey: the other methods"
+    under = f"bundled LLaVA, {questions} questions; bands: 95 % intervals; grey: other methods"
     if cost == "equal_tokens":
         budgets = sorted({round(row["equal_tokens"]) for row in record["rows"] if row["keep"] and "cannot" not in row})
         budgets = [number for number in budgets if number < TOTAL]

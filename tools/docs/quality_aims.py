@@ -1,0 +1,111 @@
+"""What was aimed at with `mustdrop+`, and what came out on both bundled models: a table and three verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from quality_pages_table import LEVEL, OWN, over_budget
+
+MODELS = {"quality": "scenes", "quality_pages": "pages"}  # result file -> what is asked
+SMALL = 0.12  # budgets up to this are the small ones
+QUARTER, WANTED = 0.25, 0.95  # on pages: this share of the unpruned accuracy, at this budget
+SAME = 1e-9
+
+Table = Callable[..., str]
+Record = Mapping[str, Any]
+
+
+def render(results: Mapping[str, Record], table: Table) -> str:
+    """For each model and budget the best other method at no more FLOPs, then each aim: met, or by how much not."""
+    lines, beaten, leads = [], [], []
+    for name, asked in MODELS.items():
+        for keep, own, rivals in _budgets(results[name]):
+            better = [row for row in rivals if _sign(row) < 0]
+            beaten += [f"{asked}, {keep:.0%}: {_against(row)}" for row in better]
+            if not rivals:
+                lines.append([asked, f"{keep:.0%}", _score(own), f"{own['flops']:.0%}", "none", *[""] * 3])
+                continue
+            best = _best(rivals)
+            if keep <= SMALL:
+                leads.append((f"{asked}, {keep:.0%}", best))
+            lines.append(
+                [
+                    *(asked, f"{keep:.0%}", _score(own), f"{own['flops']:.0%}", f"`{best['method']}`"),
+                    *(_points(best), _p(best), str(len(rivals))),
+                ]
+            )
+    header = ["model", "`keep`", "`mustdrop+`", "its FLOPs", "best other", "points apart", "McNemar p", "others"]
+    return table(header, lines) + "\n\n" + "\n".join([_never(beaten), _ahead(leads), _quarter(results)])
+
+
+def _budgets(record: Record) -> list[tuple[float, Record, list[Record]]]:
+    """(budget, row of mustdrop+, its differences from the others that take no more FLOPs), largest budget first."""
+    rows = {(row["method"], row["keep"]): row for row in record["rows"] if "cannot" not in row}
+    found: list[tuple[float, Record, list[Record]]] = []
+    for keep in sorted({keep for name, keep in rows if name == OWN}, reverse=True):
+        own = rows[OWN, keep]
+        rivals: list[Record] = [
+            {**row, "accuracy": rows[row["method"], keep]["correct"]["mean"]}
+            for row in record["differences"]
+            if (row["reference"], row["keep"]) == (OWN, keep) and _rival(rows[row["method"], keep], own)
+        ]
+        found.append((keep, own, rivals))
+    return found
+
+
+def _rival(row: Record, own: Record) -> bool:
+    """Whether a method is one that needs no training, keeps the budget, and takes no more FLOPs."""
+    return not row.get("trained") and not over_budget(row) and row["flops"] <= own["flops"] + SAME
+
+
+def _best(rivals: Sequence[Record]) -> Record:
+    return max(rivals, key=lambda row: (row["accuracy"], row["mcnemar"]["p"]))  # of equals, the one harder to beat
+
+
+def _sign(row: Record) -> int:
+    """1: mustdrop+ is significantly better; -1: it is worse; 0: no difference is shown."""
+    test = row["mcnemar"]
+    if test["p"] > LEVEL:
+        return 0
+    return 1 if test["gained"] > test["lost"] else -1
+
+
+def _never(beaten: Sequence[str]) -> str:
+    text = "- **No method better at equal or fewer FLOPs, at any budget, on both models** (exact McNemar, 5 %): "
+    return text + ("**met**." if not beaten else f"**missed**: {'; '.join(beaten)}.")
+
+
+def _ahead(leads: Sequence[tuple[str, Record]]) -> str:
+    """On one model at least, at both small budgets."""
+    text = "- **Significantly better than the best other at no more FLOPs, at 11 and 6 %, on one model at least**: "
+    names = [where.partition(",")[0] for where, row in leads if _sign(row) > 0]
+    met = any(names.count(model) == sum(where.startswith(model) for where, _ in leads) for model in names)
+    each = "; ".join(f"{where}: {_against(row)}" for where, row in leads)
+    return text + ("**met**" if met else "**missed**") + f". {each}."
+
+
+def _quarter(results: Mapping[str, Record]) -> str:
+    rows = results["quality_pages"]["rows"]
+    (whole,) = (row["correct"]["mean"] for row in rows if row["method"] == "none")
+    (own,) = (row["correct"]["mean"] for row in rows if (row["method"], row["keep"]) == (OWN, QUARTER))
+    return (
+        f"- **{WANTED:.0%} of the unpruned accuracy on pages, at a quarter of the tokens**: "
+        f"{'**met**' if own >= WANTED * whole else '**missed**'}: {own:.3f} of {whole:.3f} are {own / whole:.1%}."
+    )
+
+
+def _against(row: Record) -> str:
+    return f"{_points(row)} points against `{row['method']}`, p {_p(row)}"
+
+
+def _points(row: Record) -> str:
+    return f"{100 * row['correct']['mean']:+.1f}"
+
+
+def _p(row: Record) -> str:
+    return f"{row['mcnemar']['p']:.2g}"
+
+
+def _score(row: Record) -> str:
+    return f"{row['correct']['mean']:.3f}"
