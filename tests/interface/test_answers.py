@@ -36,7 +36,7 @@ def text_scorer(**answers):
 
         if "choose" in answers:
 
-            def choose(self, seen, count, pinned=None, importance=None):
+            def choose(self, seen, count, protected=None, importance=None):
                 return answers["choose"](seen, count)
 
     return {"prefill": PrefillPruner(keep=0.5, layers=(1,), score=Mine())}

@@ -51,11 +51,11 @@ def test_the_power_lies_between_diversity_and_the_ranking():
     assert chosen(AttendedAndDiverse(power=0), given, 2) == [[0, 2]]  # 0.36 against 1
 
 
-def test_pinned_tokens_stay_and_are_what_others_differ_from():
-    pinned = torch.zeros(1, 7, dtype=torch.bool)
-    pinned[0, [4, 5]] = True
-    assert chosen(AttendedAndDiverse(), seen(), 3, pinned=pinned) == [[0, 4, 5]]
-    assert chosen(AttendedAndDiverse(), seen(), 1, pinned=pinned, importance=torch.arange(7.0)[None]) == [[5]]
+def test_protected_tokens_stay_and_are_what_others_differ_from():
+    protected = torch.zeros(1, 7, dtype=torch.bool)
+    protected[0, [4, 5]] = True
+    assert chosen(AttendedAndDiverse(), seen(), 3, protected=protected) == [[0, 4, 5]]
+    assert chosen(AttendedAndDiverse(), seen(), 1, protected=protected, importance=torch.arange(7.0)[None]) == [[5]]
 
 
 def test_rows_are_chosen_from_alone():

@@ -37,8 +37,9 @@ LAYERS = (4, 12)
 # What the last filter leaves of what enters, by budget: searched at and below 1/9; above, as little as keeps the FLOPs
 # at those of merging alone (docs/quality.md).
 TAPER = ((1 / 9, 0.2), (2 / 9, 0.52), (1 / 3, 0.73), (1 / 2, 0.9))
-# A pinned token outweighs every other one: a quality is at most 1, and what a pick leaves unexplained is at least 1e-5.
-PINNED = 1e3
+# A protected token outweighs every other one: a quality is at most 1, and what a pick leaves unexplained is at
+# least 1e-5.
+PROTECTED = 1e3
 
 
 class AttendedAndDiverse(TextScorer):
@@ -62,7 +63,7 @@ class AttendedAndDiverse(TextScorer):
         return dual_score(dual_statistics(seen.attention, seen.alive))
 
     def choose(
-        self, seen: Seen, count: Tensor, pinned: Tensor | None = None, importance: Tensor | None = None
+        self, seen: Seen, count: Tensor, protected: Tensor | None = None, importance: Tensor | None = None
     ) -> Tensor:
         """See `TextScorer.choose`."""
         if seen.hidden is None:
@@ -70,12 +71,12 @@ class AttendedAndDiverse(TextScorer):
         score = self.score(seen)  # 0 where nothing is alive
         quality = (score / score.amax(1, keepdim=True).clamp(min=1e-30)).clamp(min=1e-6) ** self.power
         must = None
-        if pinned is not None:
-            must = keep_best(score, count, seen.alive & pinned, pinned, importance)
-            quality = quality.masked_fill(must, PINNED)
+        if protected is not None:
+            must = keep_best(score, count, seen.alive & protected, protected, importance)
+            quality = quality.masked_fill(must, PROTECTED)
         most = highest(count) if seen.most is None else seen.most
         picks = greedy_determinant(seen.hidden, quality, most, seen.alive, count)
-        # earlier picks rank higher; pinned tokens that others explain wholly stay all the same
+        # earlier picks rank higher; protected tokens that others explain wholly stay all the same
         n = score.shape[1]
         rank = torch.zeros(picks.shape[0], n + 1, dtype=torch.float32, device=score.device)
         order = constant(

@@ -70,14 +70,14 @@ def scores(scorer: TextScorer, seen: Seen) -> Tensor:
 
 
 def stays(
-    scorer: TextScorer, seen: Seen, count: Tensor, pinned: Tensor | None = None, importance: Tensor | None = None
+    scorer: TextScorer, seen: Seen, count: Tensor, protected: Tensor | None = None, importance: Tensor | None = None
 ) -> Tensor:
     """`TextScorer.choose`: (B, n) bool, `count` vision tokens of each row (all, where there are fewer).
 
     Raises:
         ConfigError: see `scores`.
     """
-    got = scorer.choose(seen, count, pinned, importance)
+    got = scorer.choose(seen, count, protected, importance)
     got = _tensor(scorer, "choose", got, "bool", seen.alive.shape, seen.alive.device)
     if _looks(scorer, "choose", got):
         wanted, kept = torch.minimum(count, seen.alive.sum(1)), (got & seen.alive).sum(1)

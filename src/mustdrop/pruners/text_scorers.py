@@ -73,17 +73,17 @@ class TextScorer(Settings):
         raise NotImplementedError
 
     def choose(
-        self, seen: Seen, count: Tensor, pinned: Tensor | None = None, importance: Tensor | None = None
+        self, seen: Seen, count: Tensor, protected: Tensor | None = None, importance: Tensor | None = None
     ) -> Tensor:
         """(B, n) bool, the `count` (B,) long vision tokens of each row that stay.
 
         Args:
             seen: what the layer knows.
             count: tokens to keep.
-            pinned: (B, n) bool, tokens that come before all others.
-            importance: (B, n), orders the pinned ones.
+            protected: (B, n) bool, tokens that come before all others.
+            importance: (B, n), orders the protected ones.
         """
-        return keep_best(answers.scores(self, seen), count, seen.alive, pinned, importance)
+        return keep_best(answers.scores(self, seen), count, seen.alive, protected, importance)
 
 
 class LastRow(TextScorer):

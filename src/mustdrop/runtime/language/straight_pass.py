@@ -272,7 +272,7 @@ class Straight:
             norm = getattr(self.runtime.text, "norm", None)
             features = (hidden if norm is None else norm(hidden)).detach().float()
         seen = Seen(self.attention, self.vision, choice.text, self.keys, features, choice.most)
-        stays = prefill.stays(seen, choice.count, pinned=self.protected, importance=self.importance)
+        stays = prefill.stays(seen, choice.count, protected=self.protected, importance=self.importance)
         return self._best(stays.float(), choice, None, None)
 
     def _best(

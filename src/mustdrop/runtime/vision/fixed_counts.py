@@ -149,7 +149,7 @@ def decide(
     choice: FeatureChoice | None,
     weigh: Weigher | None = None,
 ) -> tuple[Decided, FlatMarks]:
-    """Merge, select and pin; see `mustdrop.runtime.vision.marks.decide`.
+    """Merge, select and protect; see `mustdrop.runtime.vision.marks.decide`.
 
     Args:
         pruner: the vision stage.
@@ -194,19 +194,19 @@ def decide(
         if names is not None:
             order, local = names[0].flatten(), True
         into = None
-    pinned = _pins(pruner, layouts, importance, keep, counts)
+    protected = _protected(pruner, layouts, importance, keep, counts)
     zeros = constant(
         ("zeros", len(features)), device, lambda: torch.zeros(len(features), dtype=torch.float32, device=device)
     )
     nothing = _nothing(len(features), device)
-    flat = FlatMarks(keep, pinned, importance, counts.kept)
+    flat = FlatMarks(keep, protected, importance, counts.kept)
     marks, start = [], 0
     for layout in layouts:
         mine = slice(start, start + layout.size)
         marks.append(
             Marks(
                 keep[mine],
-                (nothing if pinned is None else pinned)[mine],
+                (nothing if protected is None else protected)[mine],
                 (zeros if importance is None else importance)[mine],
                 order[mine],
                 None if into is None else into[mine],
@@ -311,7 +311,7 @@ def _selected(
     return _joined(parts, layouts)
 
 
-def _pins(
+def _protected(
     pruner: VisionStagePruner, layouts: Sequence[Layout], importance: Tensor | None, keep: Tensor, counts: FeatureCounts
 ) -> Tensor | None:
     """(F,) bool, the key set; None if it is empty."""
@@ -323,12 +323,12 @@ def _pins(
         structural = _structural(layouts, group, keep.device)
         if structural is not None:
             picture = picture & ~structural
-        pins = []
+        protect = []
         for i in group:
             rows = layouts[i].size - layouts[i].in_picture  # they stay before all others
-            pins.append(pruner.pin_count(max(0, counts.kept[i] - rows)))
+            protect.append(pruner.protected_count(max(0, counts.kept[i] - rows)))
         score = _rows(importance, layouts, group, starts)
-        parts.append((group, kernels.select(score, picture, numbers(pins, keep.device), 0)[1]))
+        parts.append((group, kernels.select(score, picture, numbers(protect, keep.device), 0)[1]))
     return _joined(parts, layouts)
 
 

@@ -1,4 +1,4 @@
-"""From what the encoder saw to what becomes of each feature: which are merged, which stay, which are pinned."""
+"""From what the encoder saw to what becomes of each feature: which are merged, which stay, which are protected."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def decide(
     choice: FeatureChoice | None = None,
     weigh: Weigher | None = None,
 ) -> Decided:
-    """Merge, select and pin.
+    """Merge, select and protect.
 
     Args:
         pruner: the vision stage.
@@ -189,7 +189,7 @@ def _by_rule(
         marks.append(
             Marks(
                 alive=keep,
-                pinned=pruner.pins(importance[None, mine], picture[None])[0],
+                protected=pruner.protect(importance[None, mine], picture[None])[0],
                 importance=importance[mine],
                 order=order,
                 assignment=torch.where(into < 0, -1, into - start),
@@ -218,9 +218,9 @@ class _Group:
         alive = alive if self.gone is None else alive & ~self.gone
         seen = alive if self.shown is None else alive & self.shown
         count = self.most if pruner.selects and bool((seen.sum(1) > self.most).any()) else None
-        keep, pinned = pruner.select(importance, alive if count is None else seen, count, self.structural, self.ends)
+        keep, protected = pruner.select(importance, alive if count is None else seen, count, self.structural, self.ends)
         assignment = owner.masked_fill(~keep.gather(1, owner), -1)
-        rows = zip(keep, pinned, importance, owner, assignment, strict=True)
+        rows = zip(keep, protected, importance, owner, assignment, strict=True)
         return [Marks(*row) for row in rows]
 
 
