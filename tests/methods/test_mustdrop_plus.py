@@ -105,7 +105,7 @@ def test_layers_merge_as_before_and_the_rule_chooses_where_nothing_has_merged():
     features = Features.of_grid(torch.randn(1, 12, 4, generator=torch.Generator().manual_seed(1)), (3, 4), {})
     assert torch.equal(rule(features, 5).keep, CurvedFrames()(features, 5).keep)
     merged = replace(features, size=torch.arange(1.0, 13.0)[None])
-    assert torch.equal(rule(merged, 5).into, merging(merged, 5).into)
+    assert torch.equal(rule(merged, 5).merge_into, merging(merged, 5).merge_into)
 
 
 def composed(rule, keep):

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Chosen, Features, Importance, Read, VisionStagePruner
+from mustdrop.pruners import Features, Importance, Read, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
 from mustdrop.pruners.compared_features import STATES, compared
 from mustdrop.pruners.importance import Question
@@ -38,13 +38,13 @@ class ConditionalDeterminant(WeighingRule):
         """What the encoder hands over, if that is what is compared."""
         return STATES if self.geometry == "standardized" else ()
 
-    def choose(self, seen: Features, count: int | None) -> Chosen:
+    def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`."""
         assert count is not None
         quality = self.quality(self.importance.score(seen).float())
         values = compared(seen, self.geometry)
         quality = quality * distinctiveness(values, self.geometry)
-        return Chosen.picked(greedy_determinant(around_mean(values, self.geometry), quality, count))
+        return Selection.picked(greedy_determinant(around_mean(values, self.geometry), quality, count))
 
     def quality(self, relevant: Tensor) -> Tensor:
         """(B, N) positive, from relevances (B, N); equal ones where all relevances of a view are equal."""

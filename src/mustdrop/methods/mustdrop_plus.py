@@ -14,13 +14,13 @@ from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.methods.tome import SoftMatching
 from mustdrop.methods.vcast import CurvedFrames
 from mustdrop.pruners import (
-    Chosen,
     DecodeCachePruner,
     Features,
     InnerRule,
     PrefillPruner,
     Read,
     Seen,
+    Selection,
     TextScorer,
     VisionRule,
     VisionStagePruner,
@@ -127,7 +127,7 @@ class MergedOrChosen(InnerRule):
         """See `InnerRule.join_uneven`."""
         return self.matching.join_uneven(keys, numbers, lengths, protected)
 
-    def choose(self, seen: Features, count: int | None) -> Chosen:
+    def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`."""
         return (self.rule if seen.size is None else self.matching).choose(seen, count)
 

@@ -367,12 +367,12 @@ def choose(chooser: VisionSelector, features: Tensor, owner: Tensor | None, coun
             else:
                 choice.keep = choice.keep.index_fill(0, index.gather(1, chosen.keep).flatten(), True)
             choice.parts.append((index, chosen))
-    if owner is not None or any(chosen.into is not None for _, chosen in choice.parts):
+    if owner is not None or any(chosen.merge_into is not None for _, chosen in choice.parts):
         into = torch.where(choice.keep, index_of, -1)
         for index, chosen in choice.parts:
-            if chosen.into is not None:
+            if chosen.merge_into is not None:
                 kept_of = index.gather(1, chosen.keep)
-                own = torch.where(chosen.into < 0, -1, kept_of.gather(1, chosen.into.clamp(min=0)))
+                own = torch.where(chosen.merge_into < 0, -1, kept_of.gather(1, chosen.merge_into.clamp(min=0)))
                 into = into.scatter(0, index.flatten(), own.flatten())
         choice.into = into if owner is None else into[owner]
     return choice
