@@ -81,7 +81,7 @@ def first() -> Composition:
 
 
 def alone(rule: VisionRule) -> Composition:
-    """A rule behind the encoder that keeps what the budget allows; no filter."""
+    """A rule after the encoder that keeps what the budget allows; no filter."""
     return lambda keep: {"vision": VisionStagePruner(window=None, key_share=0, keep=keep, score=rule)}
 
 
@@ -92,7 +92,7 @@ def filtered(
     score: TextScorer | None = None,
     **vision: Any,
 ) -> Composition:
-    """A rule behind the encoder that lets in more than the budget, and filters that take the rest."""
+    """A rule after the encoder that lets in more than the budget, and filters that take the rest."""
 
     def stages(keep: float) -> Stages:
         return {

@@ -15,7 +15,7 @@ from mustdrop.demo.model import load, prompt
 from mustdrop.demo.scenes import SceneMaker
 from mustdrop.demo.tasks import TaskMaker
 from mustdrop.errors import ConfigError
-from mustdrop.methods.mustdrop_plus import TAPER, AttendedAndDiverse, MergedOrChosen
+from mustdrop.methods.mustdrop_plus import TAPER, AttendedAndDiverse, MergedOrSelected
 from mustdrop.methods.tome import SoftMatching
 from mustdrop.methods.vcast import CurvedFrames
 from mustdrop.pruners import Features, PrefillPruner, Seen
@@ -97,7 +97,7 @@ def test_no_layer_merges_more_than_half_by_share():
 
 
 def test_layers_merge_as_before_and_the_rule_chooses_where_nothing_has_merged():
-    rule, merging = MergedOrChosen(share=0.3), SoftMatching(share=0.3)
+    rule, merging = MergedOrSelected(share=0.3), SoftMatching(share=0.3)
     assert rule.amounts(576, 64, 23) == merging.amounts(576, 64, 23)
     keys = torch.randn(1, 2, 12, 4, generator=torch.Generator().manual_seed(0))
     for one, other in zip(rule.join(keys, 3, 1), merging.join(keys, 3, 1), strict=True):

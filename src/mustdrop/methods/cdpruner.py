@@ -22,7 +22,7 @@ class ConditionalDeterminant(WeighingRule):
     The relevance of a feature is its mean cosine with the words of the question, scaled to 0 ... 1 over the view.
 
     Attributes:
-        importance: what takes the place of the relevance, scaled likewise.
+        importance: what takes the place of the relevance, scaled as that is.
         theta: weight of relevance against diversity, in [0, 1): relevance r becomes exp(r theta / (2 (1 - theta))).
             None takes r as it is.
         geometry: how features are compared with each other. Except for "raw", relevance is multiplied with how distinct

@@ -88,15 +88,15 @@ class AttendedAndDiverse(TextScorer):
         return keep_best(rank, count, seen.alive, must)
 
 
-class MergedOrChosen(InnerRule):
-    """Tokens merge inside the encoder's layers and behind them; where the layers cannot, a rule chooses behind it.
+class MergedOrSelected(InnerRule):
+    """Tokens merge inside the encoder's layers and after them; where the layers cannot, a rule chooses after it.
 
     An encoder of packed patches, or one whose features are made of several patches, cannot merge in its layers. Merging
-    behind it blurs what it has read: the mean of two characters is neither of them.
+    after it blurs what it has read: the mean of two characters is neither of them.
 
     Attributes:
         share: largest share of its tokens that a layer merges, see `SoftMatching`.
-        rule: behind an encoder that has not merged; one that reads no question.
+        rule: after an encoder that has not merged; one that reads no question.
     """
 
     by_view: ClassVar[bool] = False
@@ -177,7 +177,7 @@ class MustDropPlus(Recipe):
 
     def build(self) -> Method:
         """Fill all three sockets."""
-        rule = MergedOrChosen(share=self.merge, weighs=self.proportional)
+        rule = MergedOrSelected(share=self.merge, weighs=self.proportional)
         score = rule if self.behind == "choose" else rule.matching
         return Method(
             vision=VisionStagePruner(

@@ -189,10 +189,10 @@ class PrefillPruner(Settings):
 
         Args:
             statistics: (B, 2, N) from `mustdrop.kernels.text_statistics`.
-            alive: as in a call, and so are the others.
-            count: likewise.
-            protected: likewise.
-            importance: likewise.
+            alive: (B, N) bool, candidates.
+            count: (B,) long or a number, tokens that stay.
+            protected: (B, N) bool, tokens that come before all others, or None.
+            importance: (B, N), orders the protected ones among themselves, or None.
 
         Returns:
             `Selection` over the N tokens, ascending.

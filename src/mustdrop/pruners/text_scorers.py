@@ -25,7 +25,7 @@ class Seen:
         alive: (B, n) bool, the vision tokens.
         text: (B, n) bool, the text rows that score; None outside a model.
         keys: (B, n, G * D) keys of the layer, heads side by side, if the scorer reads them.
-        hidden: (B, n, C) output of the layer behind the model's final norm, if the scorer reads it.
+        hidden: (B, n, C) output of the layer after the model's final norm, if the scorer reads it.
         most: vision tokens that any row keeps at most, where the host knows it; None: ask `count`.
     """
 

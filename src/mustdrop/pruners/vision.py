@@ -46,7 +46,7 @@ class VisionStagePruner(Settings):
         window: side of the merging windows in patches; None merges nothing. Where a feature is made of several patches
             (a 2x2 merger), the side counts features.
         temporal_window: adjacent frames of a video that a merging window spans; 1 merges within frames. Windows over
-            several frames merge behind the encoder, which sees frames one by one. An image is one frame.
+            several frames merge after the encoder, which sees frames one by one. An image is one frame.
         merge_count: how many windows merge. "budget": the most similar ones, as many as the budget allows, a share of
             them (`merge_share`) at most, which follows from the prompt's shape. "threshold": all whose similarity
             reaches `threshold`, as the paper has it, as far as the budget allows; so it is also without a budget, and
@@ -57,7 +57,7 @@ class VisionStagePruner(Settings):
         inside: whether windows merge inside the encoder, where it can run on fewer tokens; False merges the features
             that it gives, by how similar these are, and the encoder saves nothing.
         select_layer: encoder layer (0-based, negative counts from the end) after which the tokens that are not selected
-            leave an encoder of packed patches; what selects is read up to there. None: selected is behind the encoder.
+            leave an encoder of packed patches; what selects is read up to there. None: selected is after the encoder.
         key_share: share of the tokens that is protected (the paper's key set), in [0, 1].
         key_layer: encoder layer whose attention scores the tokens (negative counts from the end): the attention
             that the
@@ -111,11 +111,11 @@ class VisionStagePruner(Settings):
         if self.select_layer is not None and self.window is not None and not self.inside:
             raise ConfigError(
                 f"VisionStagePruner.select_layer={self.select_layer} selects inside the encoder, and inside=False "
-                "merges behind it: leave one out, or set window=None."
+                "merges after it: leave one out, or set window=None."
             )
         if self.key_importance != "attention" and (self.select_layer is not None or self.compat == "released"):
             raise ConfigError(
-                f"VisionStagePruner.key_importance={self.key_importance!r} reads features behind the encoder: leave "
+                f"VisionStagePruner.key_importance={self.key_importance!r} reads features after the encoder: leave "
                 f"out select_layer={self.select_layer}, which selects inside, and "
                 f'compat="released", which protects by attention.'
             )

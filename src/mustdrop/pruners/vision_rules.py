@@ -236,7 +236,7 @@ class InnerRule(VisionRule):
         Args:
             keys: as for `join`.
             numbers: (B,) long, tokens that go in each row: that many must, or half of those not protected, if fewer.
-            lengths: (B,) long, tokens of each row; what is behind is padding.
+            lengths: (B,) long, tokens of each row; what comes after them is padding.
             protected: as for `join`.
 
         Returns:

@@ -211,7 +211,7 @@ class PromptOnHost:
 
     Attributes:
         ids: (B, S) that were looked at, or a copy that is known to be one.
-        mask: (B, S) likewise, or what is made of it; None without one.
+        mask: (B, S) that was looked at, or what is made of it; None without one.
         kinds: (B, S) long, index of the modality that each position stands for, -1 for text. On the host.
         valid: (B, S) bool, tokens that the mask does not hide. On the host.
         whole: whether it hides none: then no mask says the same, and `generate` leaves it out.
@@ -328,7 +328,7 @@ class Forward:
         record: what the trace learns about this pass, None if it describes another one.
         attention: captured at the last filter layer: (B, T, n), or (B, 2, n), on its way to the host, where the pruner
             needs no more than the sum and the maximum over the text rows.
-        keys: (B, n, G * D) likewise, if the scorer reads them.
+        keys: (B, n, G * D) captured there too, if the scorer reads them.
         readings: per decoder layer, what rows of the prompt gave to the entries of its cache, where that ranks them.
         memo: masks and positions shared by layers of one layout.
         flash: whether the text model runs a flash-attention kernel.
@@ -417,7 +417,7 @@ class Local(threading.local):
         self.capture: object = None
         self.straight: Straight | None = None  # the pass through the text model that runs, where it runs straight
         self.coming: dict[str, Any] | None = None  # arguments of the base model, where the text model is compiled
-        self.dropped: Tensor | None = None  # rows of features that pass through a module behind `get_*_features`
+        self.dropped: Tensor | None = None  # rows of features that pass through a module after `get_*_features`
         self.inside = False
 
     def begin(self, make: Callable[[], Call]) -> Call:

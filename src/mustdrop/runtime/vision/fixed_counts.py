@@ -21,7 +21,7 @@ from mustdrop.pruners import VisionRule, VisionStagePruner
 from mustdrop.runtime.language.fixed_rows import FlatMarks
 from mustdrop.runtime.state import Marks
 from mustdrop.runtime.vision.encoder_run import EncoderRun
-from mustdrop.runtime.vision.marks import Decided, means
+from mustdrop.runtime.vision.marks import FeatureMarks, means
 from mustdrop.runtime.vision.selection import (
     FeatureChoice,
     VisionSelector,
@@ -148,7 +148,7 @@ def decide(
     chooser: VisionSelector | None,
     choice: FeatureChoice | None,
     weigh: Weigher | None = None,
-) -> tuple[Decided, FlatMarks]:
+) -> tuple[FeatureMarks, FlatMarks]:
     """Merge, select and protect; see `mustdrop.runtime.vision.marks.decide`.
 
     Args:
@@ -215,7 +215,7 @@ def decide(
         )
         start += layout.size
     whole = sum(counts.kept) == len(features)
-    decided = Decided(marks, owner if behind else None, None if written else choice, keep, whole)
+    decided = FeatureMarks(marks, owner if behind else None, None if written else choice, keep, whole)
     return decided, flat
 
 

@@ -27,7 +27,7 @@ from mustdrop.runtime.vision.selection import (
 
 
 @dataclass(frozen=True)
-class Decided:
+class FeatureMarks:
     """The marks of each medium, and how features become those that enter the language model.
 
     Attributes:
@@ -103,7 +103,7 @@ def decide(
     chooser: VisionSelector | None = None,
     choice: FeatureChoice | None = None,
     weigh: Weigher | None = None,
-) -> Decided:
+) -> FeatureMarks:
     """Merge, select and protect.
 
     Args:
@@ -155,9 +155,9 @@ def decide(
                 )
     done = [mark for mark in marks if mark is not None]
     if not behind:
-        return Decided(done, None)
+        return FeatureMarks(done, None)
     into = [mark.order + start for mark, start in zip(done, starts, strict=False)]
-    return Decided(done, torch.cat(into) if into else None)
+    return FeatureMarks(done, torch.cat(into) if into else None)
 
 
 def _by_rule(
@@ -169,7 +169,7 @@ def _by_rule(
     importance: Tensor,
     merge: Tensor | None,
     owner: Tensor,
-) -> Decided:
+) -> FeatureMarks:
     """Marks of what a rule chooses; the key set are the most important of what it keeps."""
     done = choice is not None
     if choice is None:
@@ -196,7 +196,7 @@ def _by_rule(
             )
         )
         start += layout.size
-    return Decided(marks, merge, None if done else choice)
+    return FeatureMarks(marks, merge, None if done else choice)
 
 
 @dataclass

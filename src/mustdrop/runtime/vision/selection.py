@@ -285,7 +285,7 @@ def patches_left(layouts: Sequence[Layout], most: Sequence[int], item: int) -> l
     """Patches that each item of the encoder's batch must have after merging, for its medium to have `most` features.
 
     Patches that become no feature (what a model cuts away from tiles) may stay unmerged, so they do not count. Items
-    that become no feature need none; those behind the last one that does are left out.
+    that become no feature need none; those after the last one that does are left out.
     """
     left: dict[int, int] = {}
     for layout, number in zip(layouts, most, strict=True):
