@@ -17,7 +17,7 @@ from mustdrop import kernels
 from mustdrop.constants import sent
 from mustdrop.indices import HOST, PAD, on
 from mustdrop.kv.cut import AT_ONCE, Cut
-from mustdrop.kv.slots import OnDevice
+from mustdrop.kv.on_device import OnDevice
 from mustdrop.pruners import DecodeCachePruner, Received, answers
 
 
