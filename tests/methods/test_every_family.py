@@ -3,7 +3,7 @@
 How much of the product runs is a matter of time, and ``--breadth`` says it:
 
 * ``turns`` (the default tests): every second pair of family and method, under one backend, in one further test, and
-  every fourth pair in the comparison with the masked reference. Backends and tests take turns over families and methods.
+  every fourth pair in the comparison with the masked reference. Backends and tests take turns over both.
 * ``more`` (`nox -s backends`): what the turns leave out of the comparison with the masked reference under every
   backend, and of every second other test, in turn, under one backend.
 * ``product`` (`nox -s product`): every test for every pair under every backend.
