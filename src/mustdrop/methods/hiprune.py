@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Chosen, Features, Read, VisionStagePruner
+from mustdrop.pruners import Features, Read, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
 from mustdrop.pruners.importance import Attention, Importance
 from mustdrop.pruners.weighing import ImportanceKnob, WeighingRule, importance_of
@@ -44,13 +44,13 @@ class AnchorsBuffersRegisters(WeighingRule):
         """What each patch receives in the middle layer, also where there is a CLS token; what the importance reads."""
         return tuple(dict.fromkeys((Read(what="received", layer=self.layer, of=DEPTH), *self.importance.reads)))
 
-    def choose(self, seen: Features, count: int | None) -> Chosen:
+    def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`."""
         middle, deep = seen.of(self.reads[0]), self.importance.score(seen).float()
         assert count is not None
         anchors = min(round(count * self.alpha / CROSS), count // CROSS)
         anchor = middle.argsort(dim=1, descending=True, stable=True)[:, :anchors]
-        return Chosen.best(deep.masked_fill(self._crosses(seen, anchor), torch.inf), count)
+        return Selection.best(deep.masked_fill(self._crosses(seen, anchor), torch.inf), count)
 
     def _crosses(self, seen: Features, anchor: torch.Tensor) -> torch.Tensor:
         """(B, N) bool, the anchors (B, A) and the features above, below, left and right of them in their frame."""
