@@ -64,7 +64,8 @@ def scorers(record: Record, table: Table) -> str:
 def against(results: Mapping[str, Record], table: Table) -> str:
     """The scorer minus each other method in the reported run, on both models."""
     names = {"quality": "Scenes", "quality_pages": "Pages"}
-    return "\n\n".join(f"{what}:\n\n{_against(results[name], table)}" for name, what in names.items())
+    found = {what: results[name] for name, what in names.items() if name in results}
+    return "\n\n".join(f"{what}:\n\n{_against(record, table)}" for what, record in found.items())
 
 
 def earlier(results: Mapping[str, Record], table: Table) -> str:

@@ -40,7 +40,7 @@ def card(name: str, results: Mapping[str, Mapping[str, Any]], table: Table) -> s
     parts = [" ".join(fact for fact in facts if fact)]
     if knobs:
         parts.append(table(("knob", "default", "meaning"), knobs))
-    measured = _measured(called.strip("'"), results.get("quality"), table)
+    measured = _measured(called.strip("'"), results.get("quality_earlier"), table)
     return "\n\n".join([*parts, *([measured] if measured else [])])
 
 

@@ -19,7 +19,7 @@ Record = Mapping[str, Any]
 def render(results: Mapping[str, Record], table: Table) -> str:
     """For each model and budget the best other method at no more FLOPs, then each aim: met, or by how much not."""
     lines, beaten, leads = [], [], []
-    for name, asked in MODELS.items():
+    for name, asked in ((n, a) for n, a in MODELS.items() if n in results):
         for keep, own, rivals in _budgets(results[name]):
             better = [row for row in rivals if _sign(row) < 0]
             beaten += [f"{asked}, {keep:.0%}: {_against(row)}" for row in better]
@@ -36,7 +36,11 @@ def render(results: Mapping[str, Record], table: Table) -> str:
                 ]
             )
     header = ["model", "`keep`", "`mustdrop+`", "its FLOPs", "best other", "points apart", "McNemar p", "others"]
-    return table(header, lines) + "\n\n" + "\n".join([_never(beaten), _ahead(leads), _quarter(results)])
+    return (
+        table(header, lines)
+        + "\n\n"
+        + "\n".join([_never(beaten, [MODELS[n] for n in MODELS if n in results]), _ahead(leads), _quarter(results)])
+    )
 
 
 def _budgets(record: Record) -> list[tuple[float, Record, list[Record]]]:
@@ -71,8 +75,9 @@ def _sign(row: Record) -> int:
     return 1 if test["gained"] > test["lost"] else -1
 
 
-def _never(beaten: Sequence[str]) -> str:
-    text = "- **No method better at equal or fewer FLOPs, at any budget, on both models** (exact McNemar, 5 %): "
+def _never(beaten: Sequence[str], asked: Sequence[str]) -> str:
+    on = "both models" if len(asked) == len(MODELS) else f"{asked[0]} (the other model's run is not whole yet)"
+    text = f"- **No method better at equal or fewer FLOPs, at any budget, on {on}** (exact McNemar, 5 %): "
     return text + ("**met**." if not beaten else f"**missed**: {'; '.join(beaten)}.")
 
 
