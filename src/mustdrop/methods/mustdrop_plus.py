@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -110,7 +111,7 @@ class MergedOrSelected(InnerRule):
         """What the rule reads."""
         return self.rule.reads
 
-    @property
+    @functools.cached_property
     def matching(self) -> SoftMatching:
         """What merges in the layers."""
         return SoftMatching(share=self.share, weighs=self.weighs)
