@@ -10,7 +10,6 @@ from collections.abc import Collection
 from typing import Literal, cast
 
 import torch
-from torch import Tensor
 
 from mustdrop.errors import ConfigError, UnsupportedOptionError
 

@@ -137,6 +137,6 @@ def _tensors(values: list[Any]) -> list[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             found.append(value)
-        elif isinstance(value, (list, tuple)):  # noqa: UP038 - a union is made anew in every call
+        elif isinstance(value, (list, tuple)):
             found += [part for part in value if isinstance(part, Tensor)]
     return found

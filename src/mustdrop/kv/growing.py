@@ -230,6 +230,8 @@ class PrunedLayer(Slots, DynamicLayer):
         if not self.slots:
             return None
         known = 0 if self.positions is None else self.positions.shape[1]
+        if known == self.slots and not extra:
+            return self.positions  # type: ignore[no-any-return]
         tail = torch.arange(self.logical - (self.slots - known), self.logical + extra, dtype=torch.long, device=HOST)
         tail = tail.expand(self.keys.shape[0], -1)
         return tail if self.positions is None else torch.cat([self.positions, tail], 1)

@@ -27,8 +27,8 @@ class TextGuided(CacheScorer):
         """(B, n) weighted sum over the text rows."""
         real = own >= 0
         among = attention.gather(2, own.clamp(min=0)[:, None].expand(-1, own.shape[1], -1))  # row i, column j
-        later = torch.ones_like(among[0]).tril() * (real[:, :, None] & real[:, None])  # i >= j
-        weight = (among * later).sum(1) / later.sum(1).clamp(min=1)
+        later = real.flip(1).cumsum(1).flip(1)  # rows i >= j that are no padding; those that are give nothing
+        weight = torch.where(real, among.tril().sum(1) / later, 0.0)
         weight = weight / weight.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         return (weight[:, :, None] * attention).sum(1)
 
