@@ -9,12 +9,13 @@ from pydantic import Field
 from torch import Tensor
 
 from mustdrop import kernels
+from mustdrop.constants import count_up, highest, numbers
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Features, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
 from mustdrop.pruners.weighing import ImportanceKnob, WeighingRule, importance_of
 from mustdrop.rules.clusters import density_peaks, tie_noise
-from mustdrop.rules.groups import best_in_groups, largest_remainder, sizes
+from mustdrop.rules.groups import best_in_groups, largest_remainder, share_of, sizes, the_rest
 from mustdrop.rules.segments import frame_means, segments, videos
 
 CONTEXT, CUT, FEWEST, STRIDE, OWN = 0.4, 0.9, 8, 4, 0.6
@@ -45,6 +46,11 @@ class SalientAndContext(WeighingRule):
     def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`. All frames have the same share; each grid of an image is a video of one frame."""
         assert count is not None
+        if not highest(seen.frame):
+            attention = self.importance.score(seen)
+            rows = zip(seen.values, attention, seen.frame, strict=True)
+            keep, into = map(torch.stack, zip(*(self._of_picture(*row, count) for row in rows), strict=True))
+            return Selection(keep, merge_into=into, blend=lambda values: blended(values, keep, into, self.own))
         means, size = frame_means(seen.values, seen.frame)
         parts = segments(means, videos(seen.frame, seen.first, size.shape[1]), self.cut, self.fewest)
         budget = largest_remainder(size, count, size)
@@ -52,6 +58,22 @@ class SalientAndContext(WeighingRule):
         rows = zip(seen.values, attention, seen.frame, parts, budget, strict=True)
         keep, into = map(torch.stack, zip(*(self._of_video(*row) for row in rows), strict=True))
         return Selection(keep, merge_into=into, blend=lambda values: blended(values, keep, into, self.own))
+
+    def _of_picture(self, values: Tensor, attention: Tensor, frame: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """As `_of_video`, of one frame: how many stay of which kind is known, so nothing waits for the device."""
+        device, context = frame.device, share_of(count, self.context)
+        own = count - context
+        keep = best_in_groups(attention[None], frame[None], numbers([own], device)[None], own)[0]
+        target = torch.full_like(frame, -1).scatter(0, keep, keep)
+        if context:
+            others = the_rest(keep, len(frame))
+            noise = None if self.seed is None else tie_noise(len(others), self.seed, device)
+            centres = others[density_peaks(values[others], context, noise, NEIGHBOURS)[0]]
+            _, place = kernels.best_match(values[others][None], values[centres][None])
+            target = target.scatter(0, others, centres[place[0]]).scatter(0, centres, centres)
+            keep = torch.cat([keep, centres]).sort().values
+        column = torch.full_like(frame, -1).scatter(0, keep, count_up(1, count, device)[0])
+        return keep, torch.where(target >= 0, column[target.clamp(min=0)], -1)
 
     def _of_video(
         self, values: Tensor, attention: Tensor, frame: Tensor, segment: Tensor, budget: Tensor
