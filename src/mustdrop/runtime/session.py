@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mustdrop.adapters.base import Adapter, Modality, Tower
-from mustdrop.compat import cache_of, require_supported_transformers
+from mustdrop.compat import cache_name, cache_of, require_supported_transformers
 from mustdrop.cost import EncoderCost, TextCost, linear_flops
 from mustdrop.errors import BudgetWarning, ConfigError, NothingDroppedWarning, UnsupportedModelError, warn
 from mustdrop.indices import HOST
@@ -43,6 +43,7 @@ class Runtime(Copied):
         self.model, self.adapter, self.method = model, adapter, method
         self.base = adapter.base(model)
         self.text: Any = adapter.text(model)
+        self.cache_name = cache_name(self.text)
         self.layers = adapter.decoder_layers(model)
         self.depth = len(self.layers)
         self.recurrent = frozenset(adapter.recurrent(model))
