@@ -2,8 +2,8 @@
 
 Six parts, each in a process of its own: `checks` (what every kernel must do, without pytest), `captured` (the prompt's
 pass plain and as one CUDA graph, and decode steps), `serving`, `kernels`, the tests marked `gpu` where pytest is
-installed, and `peers` where time is left. A part that takes too long is ended and the next one starts; each writes its own result file, and
-`gpu.json` says how each part ended.
+installed, and `peers` where time is left. A part that takes too long is ended and the next one starts; each writes its
+own result file, and `gpu.json` says how each part ended.
 
 Without a GPU the same command runs: the references take the place of the kernels, sizes are tiny, every result says so.
 """
