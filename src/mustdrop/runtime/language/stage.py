@@ -322,8 +322,9 @@ class TextStage(Copied):
         """Whether a layer may hold what comes without a copy. A static one that is whole hands out no room then."""
         if layer.lends:  # since an interrupt ended the pass that should have cut it
             layer.own()
-        fresh = isinstance(layer, kv.PrunedLayer | kv.PrunedStaticLayer) and not layer.is_initialized
-        if forward.start or i not in forward.lent or not fresh:
+        if forward.start or i not in forward.lent:
+            return False
+        if not isinstance(layer, kv.PrunedLayer | kv.PrunedStaticLayer) or layer.is_initialized:
             return False
         if isinstance(layer, kv.PrunedStaticLayer) and forward.rows is None:
             mask = kwargs.get("attention_mask")
