@@ -32,7 +32,7 @@ def _in_place_of(name: str) -> Callable[[F], F]:
 
 
 def _numbers(x: Tensor) -> np.ndarray:
-    return (x.detach() if x.requires_grad else x).numpy()  # type: ignore[no-any-return]
+    return (x.detach() if x.requires_grad else x).numpy()
 
 
 def _descending(key: np.ndarray) -> np.ndarray | None:
@@ -141,7 +141,7 @@ def greedy_determinant(
 def _nearest(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Of unit features (B, N, C), the most similar one at an odd place of each at an even place, and its cosine."""
     from_, to = x[:, ::2], x[:, 1::2].mT
-    step = matches_at_once(*from_.shape[:2], to.shape[2], x.shape[2])
+    step = matches_at_once(x.shape[0], from_.shape[1], to.shape[2], x.shape[2])
     found = [(from_[:, start : start + step] @ to).numpy() for start in range(0, from_.shape[1], step)]
     best, close = [part.argmax(2) for part in found], [part.max(2) for part in found]
     return (best[0], close[0]) if len(found) == 1 else (np.concatenate(best, 1), np.concatenate(close, 1))

@@ -46,6 +46,7 @@ OPERATIONS: dict[str, Operation] = {}
 _OWN = (Tensor, torch.nn.Parameter)
 _function_modes = torch._C._len_torch_function_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_profiled = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 
 
 def operation(
@@ -91,7 +92,7 @@ def operation(
 
 def _passes_by(tensors: list[Tensor]) -> bool:
     """Whether nobody is told of operations: no mode, no profiler, no tensor of a kind of its own."""
-    if _function_modes() or _dispatch_modes() or torch.autograd._profiler_enabled():
+    if _function_modes() or _dispatch_modes() or _profiled():
         return False
     return all(type(t) in _OWN for t in tensors)
 

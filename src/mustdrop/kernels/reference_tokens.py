@@ -183,7 +183,8 @@ def means(x: Tensor, goes: Tensor, slots: int, weight: Tensor | None) -> tuple[T
 def unit(x: Tensor) -> Tensor:
     """Features (..., C) of length 1, float32; those without a length stay 0."""
     x = x.float()
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / length.clamp_min(1e-12)
 
 
 def matches_at_once(batch: int, sources: int, targets: int, width: int) -> int:
@@ -195,7 +196,7 @@ def matches_at_once(batch: int, sources: int, targets: int, width: int) -> int:
 def nearest(a: Tensor, b: Tensor, there: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`best_match` in chunks; `there` (B, m) bool says which destinations exist."""
     to = unit(b).mT
-    step = matches_at_once(*a.shape[:2], b.shape[1], a.shape[2])
+    step = matches_at_once(a.shape[0], a.shape[1], b.shape[1], a.shape[2])
     best = []
     for start in range(0, a.shape[1], step):
         similar = unit(a[:, start : start + step]).matmul(to)
