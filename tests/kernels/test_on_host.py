@@ -66,6 +66,9 @@ def test_choices_and_merges(batch, n, width, dtype):
     for one in (x, alike):
         for limits in ((None, None), (candidates, None), (candidates, counts)):
             same("greedy_determinant", one, quality, count, *limits)
+            for weight, bonus in ((None, None), (quality, None), (quality, 1 - quality), (None, quality)):
+                same("farthest_first", one, count, *limits, weight, bonus, None)
+                same("farthest_first", one, count, *limits, weight, bonus, torch.full((batch,), n - 1))
         for number in (0, 1, n // 4, n):
             same("bipartite_slots", one, number, number % 2)
             same("bipartite_slots", heads, number, 1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mustdrop.kernels.operation import OPERATIONS
-from mustdrop.kernels.reference_choices import NO_VOLUME
+from mustdrop.kernels.reference_choices import HELD, NO_VOLUME
 from mustdrop.kernels.reference_tokens import matches_at_once, unit
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -100,6 +100,62 @@ def _key(score: Tensor, alive: Tensor, there: np.ndarray, gamma: float, alpha: f
     return np.maximum(share / np.float32(gamma), peak / np.float32(alpha))  # type: ignore[no-any-return]
 
 
+@_in_place_of("farthest_first")
+def farthest_first(
+    x: Tensor,
+    count: int,
+    candidates: Tensor | None = None,
+    counts: Tensor | None = None,
+    weight: Tensor | None = None,
+    bonus: Tensor | None = None,
+    first: Tensor | None = None,
+) -> Tensor:
+    """See `mustdrop.kernels.farthest_first`."""
+    batch, n = x.shape[:2]
+    if not count or not batch or n > HELD:
+        given = x, count, candidates, counts, weight, bonus, first
+        return OPERATIONS["farthest_first"].reference(*given)  # type: ignore[no-any-return]
+    x, rows = unit(x), np.arange(batch)
+    held = _numbers(x @ x.mT)
+    held[:, np.arange(n), np.arange(n)] = -np.inf
+    gone = None if candidates is None else ~_numbers(candidates)
+    factor, more = (None if t is None else _numbers(t.float()) for t in (weight, bonus))
+
+    def farthest(near: np.ndarray) -> np.ndarray:
+        if factor is None and more is None:
+            return (-near).argmax(1)
+        far = np.float32(1) - near
+        far = far if factor is None else factor * far
+        far = far if more is None else far + more
+        far[near == np.inf] = -np.inf
+        return far.argmax(1)
+
+    near = np.full((batch, n), -np.inf, dtype=np.float32)
+    if first is None:
+        near = held.max(2) if gone is None else np.where(gone[:, None], np.float32(-np.inf), held).max(2)
+    nearest = np.full((batch, n), -np.inf, dtype=np.float32)
+    if gone is not None:
+        near[gone] = nearest[gone] = np.inf
+    picks = np.empty((batch, count), dtype=np.int64)
+    picks[:, 0] = farthest(near) if first is None else _numbers(first)
+    for step in range(1, count):
+        pick = picks[:, step - 1]
+        nearest = np.maximum(nearest, held[rows, pick])
+        nearest[rows, pick] = np.inf
+        picks[:, step] = farthest(nearest)
+    return _ended(picks, candidates, counts)
+
+
+def _ended(picks: np.ndarray, candidates: Tensor | None, counts: Tensor | None) -> Tensor:
+    """-1 behind the last pick of each row."""
+    if candidates is not None or counts is not None:
+        ends = np.full(len(picks), picks.shape[1])
+        ends = ends if candidates is None else np.minimum(ends, _numbers(candidates).sum(1))
+        ends = ends if counts is None else np.minimum(ends, counts.cpu().numpy())
+        picks[np.arange(picks.shape[1]) >= ends[:, None]] = -1
+    return torch.from_numpy(picks)
+
+
 @_in_place_of("greedy_determinant")
 def greedy_determinant(
     x: Tensor, quality: Tensor, count: int, candidates: Tensor | None = None, counts: Tensor | None = None
@@ -131,11 +187,7 @@ def greedy_determinant(
         row = kept[:, step]
         row[:] = np.where(rest > least, similar / np.sqrt(np.maximum(rest, least)), nothing)
         left = left - row * row
-    if candidates is not None or counts is not None:
-        ends = np.full(batch, count) if candidates is None else np.minimum(count, _numbers(candidates).sum(1))
-        ends = ends if counts is None else np.minimum(ends, counts.cpu().numpy())
-        picks[np.arange(count) >= ends[:, None]] = -1
-    return torch.from_numpy(picks)
+    return _ended(picks, candidates, counts)
 
 
 def _nearest(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
