@@ -134,7 +134,8 @@ def give_cache(kwargs: dict[str, Any], cache: Any, name: str) -> None:
 
 def cache_name(module: nn.Module) -> str:
     """The name that the forward of `module` has for a cache. It is asked where nothing compiles."""
-    return _cache_name(type(module))
+    kind: Any = type(module)
+    return _cache_name(kind)
 
 
 @functools.cache

@@ -123,12 +123,12 @@ def farthest_first(
 
     def farthest(near: np.ndarray) -> np.ndarray:
         if factor is None and more is None:
-            return (-near).argmax(1)
+            return (-near).argmax(1)  # type: ignore[no-any-return]
         far = np.float32(1) - near
         far = far if factor is None else factor * far
         far = far if more is None else far + more
         far[near == np.inf] = -np.inf
-        return far.argmax(1)
+        return far.argmax(1)  # type: ignore[no-any-return]
 
     near = np.full((batch, n), -np.inf, dtype=np.float32)
     if first is None:

@@ -48,8 +48,8 @@ class SalientAndContext(WeighingRule):
         assert count is not None
         if not highest(seen.frame):
             attention = self.importance.score(seen)
-            rows = zip(seen.values, attention, seen.frame, strict=True)
-            keep, into = map(torch.stack, zip(*(self._of_picture(*row, count) for row in rows), strict=True))
+            pictures = [self._of_picture(*row, count) for row in zip(seen.values, attention, seen.frame, strict=True)]
+            keep, into = map(torch.stack, zip(*pictures, strict=True))
             return Selection(keep, merge_into=into, blend=lambda values: blended(values, keep, into, self.own))
         means, size = frame_means(seen.values, seen.frame)
         parts = segments(means, videos(seen.frame, seen.first, size.shape[1]), self.cut, self.fewest)

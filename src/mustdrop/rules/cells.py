@@ -66,12 +66,12 @@ def centres(place: Tensor, cell: Tensor) -> Tensor:
 def _runs(key: np.ndarray, number: int) -> np.ndarray:
     """(N,) long: distinct columns of `key` (k, N), in their order, cut into `number` runs of about equal length."""
     found, rank = np.unique(_columns(key), return_inverse=True)
-    return rank * number // len(found)  # type: ignore[no-any-return]
+    return rank * number // len(found)
 
 
 def _columns(key: np.ndarray) -> np.ndarray:
     """(N,) long, numbers that are equal and ordered as the columns of `key` (k, N) are."""
-    line = key[0]
+    line: np.ndarray = key[0]
     for more in key[1:]:
         line = line * (np.ptp(more) + 1) + more - more.min()
     return line
