@@ -152,6 +152,12 @@ def test_keys_of_caches_tell_all_settings_apart():
     assert settings.parse(given[0]).key("picture", None) != settings.parse(given[0]).key("other", None)
 
 
+def test_keys_of_caches_tell_versions_apart(monkeypatch):
+    before = settings.parse({"keep": 64}).key("picture", None)
+    monkeypatch.setattr(settings, "__version__", "999")
+    assert settings.parse({"keep": 64}).key("picture", None) != before
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '"divprune"', "divprune"])
 def test_the_variable_must_be_an_object(monkeypatch, text):
     monkeypatch.setenv(VARIABLE, text)
