@@ -71,6 +71,7 @@ def test_the_line_of_the_page_that_names_a_model_on_purpose(folder, monkeypatch)
         ({"enable_lora": True, "enable_tower_connector_lora": True}, "tower"),
         ({"compilation_config": {"cudagraph_mm_encoder": True}}, "cudagraph_mm_encoder"),
         ({"compilation_config": {"compile_mm_encoder": True}}, "compile_mm_encoder"),
+        ({"mm_encoder_tp_mode": "data", "tensor_parallel_size": 2}, "mm-encoder-tp-mode data"),
     ],
 )
 def test_options(folder, options, name):

@@ -36,10 +36,10 @@ ARCHITECTURES = {
 NOT_YET = {
     "InternVLChatModel": "its checkpoints need remote code; use one converted to InternVLForConditionalGeneration.",
     "PixtralForConditionalGeneration": "checkpoints in Mistral's own format have an encoder of their own in vLLM; use "
-    "one in the format of transformers (Mistral3ForConditionalGeneration).",
+    "one in the format of transformers (LlavaForConditionalGeneration or Mistral3ForConditionalGeneration).",
     **dict.fromkeys(
         ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"),
-        "this vLLM asks for a transformers below 5.20, and mustdrop prunes the model from 5.23 on, so that nothing could "
+        "this vLLM asks for a transformers below 5.20, and mustdrop prunes the model from 5.23 on, so that nothing can "
         "be compared; patch it in transformers.",
     ),
 }
