@@ -20,8 +20,8 @@ KEEP = 0.5
 METHODS = dict.fromkeys(("internvl", "idefics3", "smolvlm"), "fastervlm")
 FAMILIES = tuple(tiny.FAMILIES)
 # Tokens per step, of all requests together. It is also the size of the encoder's cache, into which the largest picture
-# must fit whole; Gemma's see both ways, so that they are not split.
-STEPS = {"gemma3": 1024, "idefics3": 256, "llava_next": 200, "llava_onevision": 200, "smolvlm": 256}
+# must fit whole.
+STEPS = {"idefics3": 256, "llava_next": 200, "llava_onevision": 200, "smolvlm": 256}
 
 
 def steps(family):
@@ -97,8 +97,6 @@ def test_tokens_are_those_of_transformers_also_from_the_prefix_cache(served):
 
 @pytest.mark.parametrize("kind", ["image", "video"])
 def test_a_step_that_ends_within_a_picture_or_video(served, kind):
-    if served.family == "gemma3":
-        pytest.skip("its images see both ways, so that vLLM does not split them")
     if kind == "video" and not tiny.FAMILIES[served.family][2]:
         pytest.skip(f"vLLM's {served.family} takes no videos")
     media = {"images": [tiny.picture(9, 2 * SIDE, SIDE)]}
