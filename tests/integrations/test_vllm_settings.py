@@ -114,7 +114,7 @@ def test_wrong_settings_raise_what_patch_raises(given, error):
     ("given", "text"),
     [
         ({"method": "mustdrop", "decode_keep": 8}, "decode_keep cannot be set"),
-        ({"method": "mustdrop", "inside": True}, "alone, behind the encoder, so that inside cannot be set"),
+        ({"method": "mustdrop", "inside": True}, "alone, after the encoder, so that inside cannot be set"),
         ({"method": "tome", "r": 4}, "give keep="),
         ({"method": "prumerge", "adaptive": True}, "give keep="),
         ({"method": "tome", "r": 4, "compat": "released"}, "numbers positions anew"),
