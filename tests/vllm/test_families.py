@@ -95,20 +95,18 @@ def test_tokens_are_those_of_transformers_also_from_the_prefix_cache(served):
     assert any(one.num_cached_tokens for one in answered)
 
 
-@pytest.mark.parametrize("kind", ["image", "video"])
-def test_a_step_that_ends_within_a_picture_or_video(served, kind):
-    if kind == "video" and not tiny.FAMILIES[served.family][2]:
-        pytest.skip(f"vLLM's {served.family} takes no videos")
-    media = {"images": [tiny.picture(9, 2 * SIDE, SIDE)]}
-    if kind == "video":
-        media = {"videos": [tiny.video(4, 4, 32, 48)]}
-    lead = " ".join(f"w{100 + i}" for i in range(steps(served.family) - 6))  # the step has six tokens more
-    one = Request("w21 w22", **media, lead=lead)
-    expected, _, kept = reference(served, one)
-    assert kept > 6
-    with ends_within_media(served.llm) as split:
-        assert engines.tokens(engines.answers(served.llm, served.family, [one])) == [expected]
-    assert split == {kind}
+def test_steps_that_end_within_a_picture_or_video(served):
+    media = {"image": {"images": [tiny.picture(9, 2 * SIDE, SIDE)]}}
+    if tiny.FAMILIES[served.family][2]:
+        media["video"] = {"videos": [tiny.video(4, 4, 32, 48)]}
+    for first, (kind, given) in enumerate(media.items(), 100):  # other words, none of which is in the prefix cache
+        lead = " ".join(f"w{first + i}" for i in range(steps(served.family) - 6))  # the step has six tokens more
+        one = Request("w21 w22", **given, lead=lead)
+        expected, _, kept = reference(served, one)
+        assert kept > 6
+        with ends_within_media(served.llm) as split:
+            assert engines.tokens(engines.answers(served.llm, served.family, [one])) == [expected]
+        assert split == {kind}
 
 
 def test_each_request_of_a_batch_may_keep_as_many_as_it_likes(served):
