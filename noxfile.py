@@ -230,7 +230,11 @@ def vlmevalkit(session: nox.Session) -> None:
 
 @nox.session
 def vllm(session: nox.Session) -> None:
-    """Serve tiny models of every family with vLLM on the CPU, one process per file (3.5 GB; more than half an hour)."""
+    """Serve tiny models of every family with vLLM on the CPU, one process per file.
+
+    3.5 GB, and on two busy cores 5 minutes to install and 53 to run: with it `.ci/run` would take longer than its 70
+    minutes, so that it is a session of its own.
+    """
     # num2words: SmolVLM's processor. Ray's extra `llm` would bring another vLLM.
     session.install(VLLM, "num2words", *map(str, EXTRAS["ray"]), *tools("pytest"))
     session.run("python", "tests/vllm/environment.py")
@@ -241,7 +245,7 @@ def vllm(session: nox.Session) -> None:
 
 @nox.session
 def ray(session: nox.Session) -> None:
-    """Ask a data set by Ray's workers, of which some are killed (one machine, two workers)."""
+    """Ask a data set by Ray's workers, of which some are killed (one machine, two workers; some 6 minutes)."""
     install(session, "-e", ".[ray]", *tools("pytest"))
     session.run("pytest", "tests/integrations/test_ray.py", *session.posargs, env=OFFLINE)
 
