@@ -50,8 +50,9 @@ def patch(
             one: then the model inside is patched.
         method: a method by name (`mustdrop.list_methods()`), a `Recipe` class or object, or a `Method`. Default:
             "mustdrop", unless one of the four pruners is given.
-        keep: equal-token budget: int (tokens) or share in (0, 1] of the prompt's vision tokens. It is the mean over the
-            decoder layers of the vision tokens that a layer processes; never exceeded. Default one third.
+        keep: average retained tokens per layer: int (tokens) or share in (0, 1] of the prompt's vision tokens. It is
+            the mean over the decoder layers of the vision tokens that a layer processes; never exceeded. Default one
+            third.
         vision: what happens in the vision encoder.
         prefill: what happens between decoder layers.
         decode: what happens to the KV cache.

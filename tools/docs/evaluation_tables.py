@@ -71,7 +71,7 @@ def scenes(record: Mapping[str, Any], table: Table) -> str:
         "method",
         "`keep`",
         "accuracy",
-        "equal tokens",
+        "tokens per layer",
         "FLOPs",
         "KV cache",
         "time in the model",

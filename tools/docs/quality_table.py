@@ -80,7 +80,7 @@ def details(record: Record, table: Table) -> str:
         quality = [_interval(row["correct"]), _interval(row["loglik"], 2), _interval(row["kl"])]
         costs = [f"{row['equal_tokens']:.1f}", f"{row['flops']:.1%}", f"{row['kv']:.1%}"]
         lines.append([name, keep, *quality, _interval(row["agreement"]), f"{row['same']['mean']:.3f}", *costs])
-    header = ["method", "`keep`", "accuracy", "log-likelihood", "KL", "agreement", "same answer", "equal tokens"]
+    header = ["method", "`keep`", "accuracy", "log-likelihood", "KL", "agreement", "same answer", "tokens per layer"]
     notes = "".join(f"\n{n}. {reason}" for n, reason in enumerate(reasons, 1))
     return table([*header, "FLOPs", "KV"], lines) + ("\n" + notes if notes else "")
 

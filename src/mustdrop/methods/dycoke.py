@@ -1,4 +1,4 @@
-"""DyCoke: of most frames, only what changed since a frame before (arXiv 2411.15024), its vision stage. For video."""
+"""DyCoke: what changed since earlier frames (arXiv 2411.15024), its vision stage. For video."""
 
 from __future__ import annotations
 

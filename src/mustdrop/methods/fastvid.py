@@ -1,4 +1,4 @@
-"""FastVID: attended features of each frame, and centres that the rest of a segment joins (2503.11187). For video."""
+"""FastVID: attention, density merging per segment (arXiv 2503.11187). For video."""
 
 from __future__ import annotations
 

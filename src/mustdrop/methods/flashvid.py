@@ -1,4 +1,4 @@
-"""FlashVID: attended, diverse features of each frame, trees of what stays alike (arXiv 2602.08024). For video."""
+"""FlashVID: attention, diversity, trees over time (arXiv 2602.08024). For video."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ class FlashVid(Recipe):
     """Choose and merge frame by frame, and filter once late in the language model by the last word's attention.
 
     Attributes:
-        keep: equal-token budget of both stages, int or share; the paper's is 0.25 and less.
+        keep: average retained tokens per layer of both stages, int or share; the paper's is 0.25 and less.
         diverse: share of a frame's budget that is chosen; what is left are clusters of the rest.
         like: cosine from which a feature joins one of the frame before.
         cut: cosine of two frames' means below which a segment ends.
