@@ -23,6 +23,8 @@ from sybil.parsers.rest import DocTestParser
 from transformers.image_utils import load_image
 
 import check_links
+import front
+import generate
 import mustdrop
 import mustdrop.kernels
 import mustdrop.pruners
@@ -80,6 +82,12 @@ def test_links_are_checked(text, problem, tmp_path):
     assert problem is None or problem in found[0]
 
 
+def test_an_idea_is_a_handful_of_words():
+    rows = re.findall(r"^\| `[^|]*` \| ([^|]*) \|", front.methods({}, generate.table), re.MULTILINE)
+    assert len(rows) > 30
+    assert [idea for idea in rows if len(idea.partition(";")[0].split()) > 6] == []
+
+
 def test_every_method_has_a_card():
     page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     for name in mustdrop.methods():
@@ -129,7 +137,9 @@ def test_every_tutorial_is_a_page_of_the_site_and_a_notebook():
 
 
 # What reads as English and is a word of this project alone; docs/glossary.md has the words of the field.
-OWN_WORDS = re.compile(r"\b(somebody|in one go|(its|their) kin|behind the (encoder|projector|layers?))\b")
+OWN_WORDS = re.compile(
+    r"\b(somebody|in one go|(its|their) kin|likewise|so many|told (by|of|to)|behind (the|it|them|features|encoders?))\b"
+)
 
 
 @pytest.mark.parametrize("path", check_links.documents(ROOT), ids=lambda path: str(Path(path).relative_to(ROOT)))

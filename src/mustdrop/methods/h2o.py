@@ -18,8 +18,8 @@ class H2O(Recipe):
     Attributes:
         keep: vision entries that stay in the cache of each layer: int, or share of the prompt's vision tokens. The
             layers still process all of them.
-        interval: entries leave only after so many decode steps, so that the attention of generated tokens adds to that
-            of the prompt; None: at the end of the prefill.
+        interval: decode steps after which entries leave, so that the attention of generated tokens adds to that of the
+            prompt; None: at the end of the prefill.
     """
 
     keep: Budget = DEFAULT_KEEP
