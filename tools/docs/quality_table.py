@@ -180,7 +180,7 @@ def fixed(results: Mapping[str, Record], table: Table) -> str:
     """`mustdrop` before and after its counts were fixed: accuracy, and FLOPs of the prompt, at each budget."""
     new, old = results["quality_fixed"], results["quality"]
     lines = []
-    for name, record in (("as measured above", old), ("as it is now: fixed counts", new)):
+    for name, record in (("as measured above", old), ("with fixed counts", new)):
         rows = [row for row in record["rows"] if row["method"] == "mustdrop" and row["keep"] in _budgets(new)]
         rows.sort(key=lambda row: -row["keep"])
         each = (" / ".join(f"{row[what]['mean']:.3f}" for row in rows) for what in ("correct", "loglik", "kl"))
