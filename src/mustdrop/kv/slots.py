@@ -219,7 +219,7 @@ class Slots:
 
     Attributes:
         keys: (B, G, slots or more, D), None before the first entry.
-        values: likewise.
+        values: (B, G, slots or more, D), None before the first entry.
         positions: (B, known or more) long, logical position of the first slots, PAD on padding; None while every slot
             holds the token of its own number.
         vision: (B, known) bool, which of the first slots hold vision tokens.
@@ -259,7 +259,7 @@ class Slots:
         self.arrival, self.padded, self.prepared, self.whole, self.lends = None, False, False, True, False
 
     def learn(self, arrival: Arrival, start: int) -> None:
-        """Note which pictures arrive behind `start` logical tokens; the layers share what is known."""
+        """Note which pictures arrive after `start` logical tokens; the layers share what is known."""
         if arrival.pictures is None:
             return
         known = self.pictures

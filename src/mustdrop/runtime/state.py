@@ -42,7 +42,7 @@ class Marks:
 
     Attributes:
         alive: features that enter the language model.
-        pinned: the key set.
+        protected: the key set.
         importance: encoder attention.
         order: sort key of an alive feature.
         assignment: index of the alive feature that each feature became part of, -1 where it is gone; None: that of its
@@ -51,7 +51,7 @@ class Marks:
     """
 
     alive: Tensor
-    pinned: Tensor
+    protected: Tensor
     importance: Tensor
     order: Tensor
     assignment: Tensor | None
@@ -59,15 +59,15 @@ class Marks:
 
     def to(self, device: torch.device | str) -> Marks:
         """The same on another device, with an assignment, and numbers from 0 on."""
-        alive, pinned, importance, order = (
-            x.to(device) for x in (self.alive, self.pinned, self.importance, self.order)
+        alive, protected, importance, order = (
+            x.to(device) for x in (self.alive, self.protected, self.importance, self.order)
         )
         order = order - self.first if self.first else order
         if self.assignment is None:
-            return Marks(alive, pinned, importance, order, order.masked_fill(~alive[order], -1))
+            return Marks(alive, protected, importance, order, order.masked_fill(~alive[order], -1))
         into = self.assignment.to(device)
         return Marks(
-            alive, pinned, importance, order, torch.where(into < 0, -1, into - self.first) if self.first else into
+            alive, protected, importance, order, torch.where(into < 0, -1, into - self.first) if self.first else into
         )
 
     @property
@@ -86,13 +86,13 @@ class Marks:
         n = sum(len(index) for index, _ in pairs)
         row = cls(
             alive=torch.ones(n, dtype=torch.bool, device="cpu"),
-            pinned=torch.zeros(n, dtype=torch.bool, device="cpu"),
+            protected=torch.zeros(n, dtype=torch.bool, device="cpu"),
             importance=torch.zeros(n, dtype=torch.float32, device="cpu"),
             order=torch.arange(n, dtype=torch.long, device="cpu"),
             assignment=torch.arange(n, dtype=torch.long, device="cpu"),
         )
         for index, mark in pairs:
-            row.alive[index], row.pinned[index] = mark.alive, mark.pinned
+            row.alive[index], row.protected[index] = mark.alive, mark.protected
             row.importance[index] = mark.importance.float()
             row.order[index] = index[mark.order]
             row.into[index] = torch.where(mark.into < 0, -1, index[mark.into.clamp(min=0)])
@@ -211,7 +211,7 @@ class PromptOnHost:
 
     Attributes:
         ids: (B, S) that were looked at, or a copy that is known to be one.
-        mask: (B, S) likewise, or what is made of it; None without one.
+        mask: (B, S) that was looked at, or what is made of it; None without one.
         kinds: (B, S) long, index of the modality that each position stands for, -1 for text. On the host.
         valid: (B, S) bool, tokens that the mask does not hide. On the host.
         whole: whether it hides none: then no mask says the same, and `generate` leaves it out.
@@ -328,7 +328,7 @@ class Forward:
         record: what the trace learns about this pass, None if it describes another one.
         attention: captured at the last filter layer: (B, T, n), or (B, 2, n), on its way to the host, where the pruner
             needs no more than the sum and the maximum over the text rows.
-        keys: (B, n, G * D) likewise, if the scorer reads them.
+        keys: (B, n, G * D) captured there too, if the scorer reads them.
         readings: per decoder layer, what rows of the prompt gave to the entries of its cache, where that ranks them.
         memo: masks and positions shared by layers of one layout.
         flash: whether the text model runs a flash-attention kernel.
@@ -417,7 +417,7 @@ class Local(threading.local):
         self.capture: object = None
         self.straight: Straight | None = None  # the pass through the text model that runs, where it runs straight
         self.coming: dict[str, Any] | None = None  # arguments of the base model, where the text model is compiled
-        self.dropped: Tensor | None = None  # rows of features that pass through a module behind `get_*_features`
+        self.dropped: Tensor | None = None  # rows of features that pass through a module after `get_*_features`
         self.inside = False
 
     def begin(self, make: Callable[[], Call]) -> Call:

@@ -140,7 +140,7 @@ class LlavaOnevision(ClipOrSiglip, LlavaOnevisionForConditionalGeneration):
         return found
 
     def mustdrop_projector(self) -> nn.Module | None:
-        """Images with many tiles are projected one by one: rules work behind it."""
+        """Images with many tiles are projected one by one: rules work after it."""
         return None
 
 

@@ -111,7 +111,7 @@ def _tables(values: list[Tensor]) -> np.ndarray:
 
 
 def _chosen(decode: DecodeCachePruner, layers: list[Any], flags: Tensor, wanted: np.ndarray, slots: int) -> Tensor:
-    """(L, B, slots) long, the entries that stay, ascending, -1 behind them.
+    """(L, B, slots) long, the entries that stay, ascending, -1 after them.
 
     `flags` (3, 1 or L, B, slots) are candidates, what can stay, and what stays before all else.
     """

@@ -48,7 +48,7 @@ class LayerHook:
 
     @classmethod
     def of(cls, stage: TextStage, index: int, layer: nn.Module) -> LayerHook:
-        """The hook of decoder layer `index`, with the names of its arguments behind the hidden states."""
+        """The hook of decoder layer `index`, with the names of its arguments after the hidden states."""
         return cls(stage, index, tuple(inspect.signature(type(layer).forward).parameters)[2:])
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
