@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from torch import nn
 
@@ -22,7 +22,9 @@ from mustdrop.registry import MethodLike, resolve
 from mustdrop.runtime.ledger import Ledger
 from mustdrop.runtime.plan import require_possible
 from mustdrop.runtime.session import Runtime
-from mustdrop.trace import Trace
+
+if TYPE_CHECKING:
+    from mustdrop.trace import Trace
 
 M = TypeVar("M", bound=nn.Module)
 
