@@ -33,7 +33,7 @@ BOUNDS = {
     "share_of_patch": 0.30,  # seconds of `mustdrop.patch` beyond theirs, as a share of theirs
     "seconds_of_help": 1.5,  # `mustdrop --help` beyond the bare interpreter
 }
-#: What the line of README.md installs beside the requirements of mustdrop: an extra, and what Qwen-VL's processors need.
+#: What the line of README.md installs beside mustdrop's requirements: an extra, and what Qwen-VL's processors need.
 EXTRA, BESIDE = "viz", ("torchvision",)
 PYTHON = (3, 11)
 LIBC = 34  # of manylinux_2_34
