@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mustdrop.cost import Compared
 from mustdrop.errors import ConfigError
-from mustdrop.runtime.state import FilterAttention, Marks, Medium
+from mustdrop.runtime.records import FilterAttention, Marks, Medium
 
 
 @dataclass(frozen=True, repr=False)

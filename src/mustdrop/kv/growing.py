@@ -13,7 +13,8 @@ from mustdrop.compat import crop_length, records_past
 from mustdrop.errors import CacheStateError
 from mustdrop.indices import HOST
 from mustdrop.kv.cut import Cut
-from mustdrop.kv.slots import Arrival, Held, Slots, Stored, reordering
+from mustdrop.kv.entries import Arrival, Held, Stored
+from mustdrop.kv.slots import Slots, reordering
 
 _SLIDE = 64  # tokens after which a sliding layer with gaps looks for entries that have left its window
 _KNOWN = ("positions", "vision", "attended", "queries")  # one entry per slot that is described

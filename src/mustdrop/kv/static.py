@@ -22,7 +22,9 @@ from transformers.cache_utils import StaticLayer
 from mustdrop.compat import eager, fixed_address
 from mustdrop.indices import HOST, PAD, on
 from mustdrop.kv.cut import Cut
-from mustdrop.kv.slots import Arrival, Held, OnDevice, Slots, Stored
+from mustdrop.kv.entries import Arrival, Held, Stored
+from mustdrop.kv.on_device import OnDevice
+from mustdrop.kv.slots import Slots
 
 
 class PrunedStaticLayer(Slots, StaticLayer):

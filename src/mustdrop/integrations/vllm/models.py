@@ -176,7 +176,7 @@ class InternVL(OneAxis, InternS1ForConditionalGeneration):
 
 
 class PixelShuffle(OneAxis):
-    """Idefics3 and its kin."""
+    """Idefics3 and families of that kind."""
 
     def mustdrop_tower(self, kind: str) -> Tower:
         """A SigLIP."""

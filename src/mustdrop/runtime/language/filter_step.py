@@ -19,7 +19,7 @@ from mustdrop.runtime.state import Forward
 from mustdrop.selection import Selection
 
 if TYPE_CHECKING:
-    from mustdrop.runtime.language.cache_policy import AttentionCall
+    from mustdrop.runtime.language.attention_call import AttentionCall
     from mustdrop.runtime.session import Runtime
 
 

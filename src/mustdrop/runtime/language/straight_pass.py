@@ -25,7 +25,7 @@ from mustdrop.pruners import PrefillPruner, Seen
 from mustdrop.pruners.prefill import needs_rows
 from mustdrop.runtime import attention_capture
 from mustdrop.runtime.language import filter_step
-from mustdrop.runtime.language.cache_policy import AttentionCall
+from mustdrop.runtime.language.attention_call import AttentionCall
 from mustdrop.runtime.language.fixed_rows import FixedRows, leaves_a_number
 from mustdrop.runtime.language.layer_arguments import position_axes
 from mustdrop.runtime.masks import RowMap, physical_mask

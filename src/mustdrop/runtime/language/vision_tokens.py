@@ -17,7 +17,8 @@ from mustdrop.runtime.language import fixed_rows
 from mustdrop.runtime.language.fixed_rows import FixedRows
 from mustdrop.runtime.language.prompt_media import PromptMedia
 from mustdrop.runtime.plan import survivors_of
-from mustdrop.runtime.state import Call, Marks
+from mustdrop.runtime.records import Marks
+from mustdrop.runtime.state import Call
 
 if TYPE_CHECKING:
     from mustdrop.runtime.session import Runtime

@@ -19,7 +19,7 @@ from mustdrop.constants import constant, count_up, every, numbers, sent
 from mustdrop.layout import Layout
 from mustdrop.pruners import VisionRule, VisionStagePruner
 from mustdrop.runtime.language.fixed_rows import FlatMarks
-from mustdrop.runtime.state import Marks
+from mustdrop.runtime.records import Marks
 from mustdrop.runtime.vision.encoder_run import EncoderRun
 from mustdrop.runtime.vision.marks import FeatureMarks, means
 from mustdrop.runtime.vision.selection import (

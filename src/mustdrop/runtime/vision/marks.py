@@ -13,7 +13,7 @@ from mustdrop.constants import where
 from mustdrop.indices import HOST, on
 from mustdrop.layout import Layout
 from mustdrop.pruners import VisionStagePruner
-from mustdrop.runtime.state import Marks
+from mustdrop.runtime.records import Marks
 from mustdrop.runtime.vision.encoder_run import EncoderRun
 from mustdrop.runtime.vision.selection import (
     FeatureChoice,

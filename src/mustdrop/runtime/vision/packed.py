@@ -1,6 +1,6 @@
 """Fewer patches inside a packed encoder: what leaves before a layer, and what follows the patches that are left.
 
-A packed encoder (Qwen-VL and its kin) has the patches of all pictures and frames in one sequence. Its layers take the
+A packed encoder (Qwen-VL and others) has the patches of all pictures and frames in one sequence. Its layers take the
 hidden states, the borders between pictures, frames or windows, and a rotary table with a row for each patch. When
 patches leave, all of these follow: so a patch keeps its position, and attends to what is left of its frame or window.
 
