@@ -105,9 +105,11 @@ def reference() -> dict[str, str]:
     Raises:
         SiteError: a public name without a docstring.
     """
+    face = package()
+    stages = [name for name in exported("pruners/__init__.py") if name not in face]  # a name has one page
     pages = {
-        "package": _page("The package", "`from mustdrop import ...`", package()),
-        "pruners": _page("Pruners", "`from mustdrop.pruners import ...`", exported("pruners/__init__.py")),
+        "package": _page("The package", "`from mustdrop import ...`", face),
+        "pruners": _page("Pruners", "`from mustdrop.pruners import ...`", stages),
         "kernels": _page("Kernels", "`from mustdrop.kernels import ...`", exported("kernels/__init__.py")),
         "errors": _page("Errors and warnings", "`from mustdrop.errors import ...`", defined("errors.py")),
         "trace": _page("Trace", "What `mustdrop.last_trace(model)` returns.", ["mustdrop.trace.Trace"]),

@@ -27,7 +27,7 @@ from mustdrop.runtime.language.vision_tokens import last_token, valid_tokens, wo
 from mustdrop.runtime.ledger import Ledger, now
 from mustdrop.runtime.plan import RowPlan, plan_row, plan_rows
 from mustdrop.runtime.state import Call, Local, PromptOnHost
-from mustdrop.runtime.vision import packed_steps, picture_sizes
+from mustdrop.runtime.vision import packed_steps
 from mustdrop.runtime.vision.encoder import EncoderStage
 from mustdrop.runtime.vision.encoder_run import EncoderRun
 
@@ -81,7 +81,7 @@ class Runtime(Copied):
         """
         pruner = self.method.vision
         found: dict[str, EncoderStage] = {}
-        picture_sizes.check(None if pruner is None else pruner.rule, self.adapter)
+        guards.pictures(None if pruner is None else pruner.rule, self.adapter)
         for modality in self.modalities:
             try:
                 tower = self.adapter.tower(self.model, modality.name)
