@@ -156,7 +156,7 @@ def demo(results: Results) -> str:
         budget = "all" if row["keep"] is None else row["keep"]
         equal = f"{row['equal_tokens']:.1f}"
         rows.append((f"`{row['method']}`", budget, right, equal, tokens, f"{row['flops']:.0%}", time, kv))
-    header = ("method", "`keep`", "right", "equal tokens", "per decoder layer", "FLOPs", "prefill time", "KV cache")
+    header = ("method", "`keep`", "right", "tokens per layer", "layer by layer", "FLOPs", "prefill time", "KV cache")
     return (
         f"Bundled model, {questions} questions about {record['scenes']} held-out scenes (seed {record['seed']}). "
         f"{record['hardware']}, {record['threads']} threads, {software}, commit {commit}. "

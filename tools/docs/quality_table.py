@@ -80,7 +80,7 @@ def details(record: Record, table: Table) -> str:
         quality = [_interval(row["correct"]), _interval(row["loglik"], 2), _interval(row["kl"])]
         costs = [f"{row['equal_tokens']:.1f}", f"{row['flops']:.1%}", f"{row['kv']:.1%}"]
         lines.append([name, keep, *quality, _interval(row["agreement"]), f"{row['same']['mean']:.3f}", *costs])
-    header = ["method", "`keep`", "accuracy", "log-likelihood", "KL", "agreement", "same answer", "equal tokens"]
+    header = ["method", "`keep`", "accuracy", "log-likelihood", "KL", "agreement", "same answer", "tokens per layer"]
     notes = "".join(f"\n{n}. {reason}" for n, reason in enumerate(reasons, 1))
     return table([*header, "FLOPs", "KV"], lines) + ("\n" + notes if notes else "")
 
@@ -180,7 +180,7 @@ def fixed(results: Mapping[str, Record], table: Table) -> str:
     """`mustdrop` before and after its counts were fixed: accuracy, and FLOPs of the prompt, at each budget."""
     new, old = results["quality_fixed"], results["quality"]
     lines = []
-    for name, record in (("as measured above", old), ("as it is now: fixed counts", new)):
+    for name, record in (("as measured above", old), ("with fixed counts", new)):
         rows = [row for row in record["rows"] if row["method"] == "mustdrop" and row["keep"] in _budgets(new)]
         rows.sort(key=lambda row: -row["keep"])
         each = (" / ".join(f"{row[what]['mean']:.3f}" for row in rows) for what in ("correct", "loglik", "kl"))
