@@ -158,9 +158,16 @@ def _check_static(case, said, turns):
 
 
 def _check_alone(case, said):
-    """A row is what it is alone, where that holds for the unpatched model."""
+    """A row is what it is alone, where that holds for the unpatched model.
+
+    A policy that reads decode steps begins anew when a picture comes, for all rows of the batch (how-it-works.md): it
+    is compared where this row has a picture in each turn that another has one in.
+    """
     row = len(case.rows[0]) - 1
     if not row or not any(own[row] for own in case.rows):
+        return
+    decode = case.stages.get("decode")
+    if decode is not None and decode.reads_steps and any(any(own) and not own[row] for own in case.rows):
         return
     model = plain(case.name, case.attention)
     whole = chat(model, case.turns(), STEPS).logits[row]
