@@ -36,7 +36,7 @@ def settings(keep: float) -> dict[str, dict[str, Any]]:
         "pixelprune": {"method": "pixelprune"},
         "mustdrop, windows merge inside": merging,
         "mustdrop, windows merge behind": {**merging, "inside": False},
-        "divprune, behind the encoder": {"method": "divprune", "keep": keep},
+        "divprune, after the encoder": {"method": "divprune", "keep": keep},
     }
 
 

@@ -39,7 +39,7 @@ class Layer(nn.Module):
 
 
 def encode(layers: nn.ModuleList, patches: Tensor, vision: VisionStagePruner, count: int) -> tuple[Tensor, ...]:
-    """(1, N, C) patches to the M that enter the decoder, whether each is pinned, and how important each is."""
+    """(1, N, C) patches to the M that enter the decoder, whether each is protected, and how important each is."""
     x = torch.cat([torch.zeros(1, 1, WIDTH), patches], 1)  # a CLS token in front
     importance = torch.zeros(1, 0)
     for i, layer in enumerate(layers):
@@ -48,12 +48,12 @@ def encode(layers: nn.ModuleList, patches: Tensor, vision: VisionStagePruner, co
             merged = vision.merge(x[:, 1:], GRID, at_least=torch.tensor([count]))
             x = torch.cat([x[:, :1], merged.apply(x[:, 1:])], 1)
         importance = probability[:, 0, 1:]  # what the CLS row gives to each patch
-    keep, pinned = vision.select(importance, merged.valid, torch.tensor([count]))
-    return x[:, 1:][:, keep[0]], pinned[:, keep[0]], importance[:, keep[0]]
+    keep, protected = vision.select(importance, merged.valid, torch.tensor([count]))
+    return x[:, 1:][:, keep[0]], protected[:, keep[0]], importance[:, keep[0]]
 
 
 def prefill(
-    layers: nn.ModuleList, image: Tensor, text: Tensor, pinned: Tensor, importance: Tensor, pruner: PrefillPruner
+    layers: nn.ModuleList, image: Tensor, text: Tensor, protected: Tensor, importance: Tensor, pruner: PrefillPruner
 ) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor], Tensor]:
     """Run the prompt. Returns the cache, per layer which of the M vision tokens it processed, and which are left."""
     x, cache, processed = torch.cat([image, text], 1), [], []
@@ -67,10 +67,10 @@ def prefill(
         if i in filters:  # text rows, vision columns
             n = len(alive)
             attention = probability[:, n:, :n]
-            chosen = pruner(attention, count=counts[filters.index(i)], pinned=pinned, importance=importance)
+            chosen = pruner(attention, count=counts[filters.index(i)], protected=protected, importance=importance)
             stay = chosen.keep[0]
             x = torch.cat([x[:, stay], x[:, n:]], 1)  # fewer rows from here on; each keeps its position
-            alive, pinned, importance = alive[stay], pinned[:, stay], importance[:, stay]
+            alive, protected, importance = alive[stay], protected[:, stay], importance[:, stay]
     return cache, processed, alive
 
 
@@ -125,16 +125,16 @@ def main() -> None:
 
     with torch.no_grad():
         vision = VisionStagePruner(window=3, threshold=0.8, layer=0)
-        image, pinned, importance = encode(encoder, patches, vision, count=96)
+        image, protected, importance = encode(encoder, patches, vision, count=96)
         pruner = PrefillPruner(keep=48)
-        cache, processed, alive = prefill(decoder, image, question, pinned, importance, pruner)
+        cache, processed, alive = prefill(decoder, image, question, protected, importance, pruner)
         policy = DecodeCachePruner(keep=8, interval=4)
         marks = cascade(cache, processed, alive, policy)
         totals = torch.tensor([patches.shape[1]])
         decode(decoder, torch.randn(1, 1, WIDTH), 9, cache, marks, totals, policy)
 
     lengths = [len(tokens) for tokens in processed]
-    print(f"{patches.shape[1]} patches, {image.shape[1]} enter the decoder, {int(pinned.sum())} of them pinned")
+    print(f"{patches.shape[1]} patches, {image.shape[1]} enter the decoder, {int(protected.sum())} of them protected")
     print("vision tokens per layer:", lengths, "mean:", sum(lengths) / len(lengths))
     print("vision entries in the cache at the end:", [int(vision.sum()) for vision in marks])
     assert 47 < sum(lengths) / len(lengths) <= 48

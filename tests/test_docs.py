@@ -121,15 +121,6 @@ def test_every_tutorial_is_a_page_of_the_site_and_a_notebook():
         assert words in tutorials
 
 
-# What reads as English and is a word of this project alone; docs/glossary.md has the words of the field.
-OWN_WORDS = re.compile(r"\b(somebody|in one go|(its|their) kin|behind the (encoder|projector|layers?))\b")
-
-
-@pytest.mark.parametrize("path", check_links.documents(ROOT), ids=lambda path: str(Path(path).relative_to(ROOT)))
-def test_pages_use_the_words_of_the_field(path):
-    assert OWN_WORDS.findall(Path(path).read_text(encoding="utf-8")) == []
-
-
 @pytest.mark.parametrize(
     ("link", "there", "here"),
     [

@@ -154,7 +154,7 @@ def test_the_stored_keys_and_values_are_the_recorded_ones():
 
 @pytest.mark.parametrize(("sample", "setting"), [("s0", "t64"), ("s1", "t64"), ("s1", "special_none")])
 def test_the_same_key_set(sample, setting):
-    """Under the highest thresholds everything goes that is not pinned, so what is left is the key set."""
+    """Under the highest thresholds everything goes that is not protected, so what is left is the key set."""
     model = patched_model(global_threshold=1.0, individual_threshold=1.0)
     answer(model, inputs_of(sample, setting), steps=0)
     trace = mustdrop.trace(model)

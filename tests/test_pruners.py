@@ -130,10 +130,10 @@ def test_the_key_set_is_the_top_share_of_what_is_selected(seed, n, share, data):
     importance = torch.rand(1, n, generator=torch.Generator().manual_seed(seed))
     count = data.draw(st.integers(1, n))
     pruner = VisionStagePruner(window=None, key_share=share)
-    keep, pinned = pruner.select(importance, torch.ones(1, n, dtype=torch.bool), torch.tensor([count]))
+    keep, protected = pruner.select(importance, torch.ones(1, n, dtype=torch.bool), torch.tensor([count]))
     ranked = importance[0].argsort(descending=True)
     assert set(keep[0].nonzero()[:, 0].tolist()) == set(ranked[:count].tolist())
-    assert set(pinned[0].nonzero()[:, 0].tolist()) == set(ranked[: math.ceil(share * count - 1e-9)].tolist())
+    assert set(protected[0].nonzero()[:, 0].tolist()) == set(ranked[: math.ceil(share * count - 1e-9)].tolist())
 
 
 def test_ties_go_to_the_lower_index():
@@ -168,9 +168,9 @@ def test_uniform_selection_is_spread_evenly(count):
 @pytest.mark.parametrize(("keep", "expected"), [(5, 5), (0.25, 9), (0.29, 10), (1.0, 36)])
 def test_the_vision_pruner_alone_meets_its_own_budget(keep, expected):
     x, importance = tokens_that_merge(3, 2, (6, 6)), torch.rand(2, 36)
-    selection, pinned = VisionStagePruner(window=None, keep=keep)(x, importance, (6, 6))
+    selection, protected = VisionStagePruner(window=None, keep=keep)(x, importance, (6, 6))
     assert selection.counts.tolist() == [expected] * 2
-    assert pinned.sum(1).tolist() == [math.ceil(0.08 * expected)] * 2
+    assert protected.sum(1).tolist() == [math.ceil(0.08 * expected)] * 2
 
 
 def test_a_share_is_not_lost_to_floating_point():
@@ -197,18 +197,18 @@ def test_merging_and_selecting_in_one_call_follows_every_token():
 
 @examples
 @given(seeds, st.integers(1, 3), st.integers(1, 6), st.integers(1, 30), st.floats(0, 1), st.floats(0, 1))
-def test_a_token_goes_only_if_global_and_individual_attention_are_low_and_it_is_not_pinned(
+def test_a_token_goes_only_if_global_and_individual_attention_are_low_and_it_is_not_protected(
     seed, batch, text, vision, gamma, alpha
 ):
     gamma, alpha = gamma**3, alpha**3
     attention = text_to_vision(seed, batch, text, vision)
-    pinned = torch.rand(batch, vision, generator=torch.Generator().manual_seed(seed)) < 0.1
+    protected = torch.rand(batch, vision, generator=torch.Generator().manual_seed(seed)) < 0.1
     pruner = PrefillPruner(global_threshold=gamma, individual_threshold=alpha)
-    stays = pruner(attention, pinned=pinned).mask(vision)
+    stays = pruner(attention, protected=protected).mask(vision)
     for row in range(batch):
         g, m = attention[row].double().sum(0), attention[row].double().amax(0)
         assume(((g / g.sum() - gamma).abs() > 1e-6).all() and ((m - alpha).abs() > 1e-6).all())
-        drop = (g < gamma * g.sum()) & (m < alpha) & ~pinned[row]
+        drop = (g < gamma * g.sum()) & (m < alpha) & ~protected[row]
         assert torch.equal(stays[row], ~drop)
 
 
@@ -237,18 +237,18 @@ def test_a_budget_ranks_the_way_the_and_rule_drops(seed, text, vision, ratio, cu
 
 @examples
 @given(seeds, st.integers(1, 4), st.integers(2, 25), st.integers(1, 25), st.integers(0, 10))
-def test_a_budget_keeps_that_many_and_pinned_tokens_first(seed, text, vision, count, n_pinned):
+def test_a_budget_keeps_that_many_and_protected_tokens_first(seed, text, vision, count, n_protected):
     attention = text_to_vision(seed, 1, text, vision)
     importance = torch.rand(1, vision, generator=torch.Generator().manual_seed(seed + 1))
-    pinned = torch.zeros(1, vision, dtype=torch.bool)
-    pinned[0, torch.randperm(vision, generator=torch.Generator().manual_seed(seed))[:n_pinned]] = True
-    selection = PrefillPruner(keep=1)(attention, count=count, pinned=pinned, importance=importance)
+    protected = torch.zeros(1, vision, dtype=torch.bool)
+    protected[0, torch.randperm(vision, generator=torch.Generator().manual_seed(seed))[:n_protected]] = True
+    selection = PrefillPruner(keep=1)(attention, count=count, protected=protected, importance=importance)
     kept = set(selection.keep[0, selection.valid[0]].tolist())
-    names = set(pinned[0].nonzero()[:, 0].tolist())
+    names = set(protected[0].nonzero()[:, 0].tolist())
     assert len(kept) == min(count, vision)
     if len(names) <= count:
         assert names <= kept
-    else:  # the most important pinned tokens stay
+    else:  # the most important protected tokens stay
         assert kept == set(sorted(names, key=lambda n: -importance[0, n].item())[:count])
     g, m = attention[0].sum(0), attention[0].amax(0)
     score = torch.maximum(g / g.sum(), m)

@@ -24,7 +24,7 @@ from mustdrop.methods.scope import AttendedCoverage
 from mustdrop.methods.tome import SoftMatching
 from mustdrop.methods.vcast import CurvedFrames
 from mustdrop.methods.vidcom2 import FrameUniqueness
-from mustdrop.pruners import Chosen, Features, InputPruner, TextScorer, VisionRule
+from mustdrop.pruners import Features, InputPruner, Selection, TextScorer, VisionRule
 from mustdrop.pruners.importance import Distinct
 from mustdrop.pruners.vision import Taper
 from mustdrop.rules.diversity import greedy_determinant
@@ -81,7 +81,7 @@ def first() -> Composition:
 
 
 def alone(rule: VisionRule) -> Composition:
-    """A rule behind the encoder that keeps what the budget allows; no filter."""
+    """A rule after the encoder that keeps what the budget allows; no filter."""
     return lambda keep: {"vision": VisionStagePruner(window=None, key_share=0, keep=keep, score=rule)}
 
 
@@ -92,7 +92,7 @@ def filtered(
     score: TextScorer | None = None,
     **vision: Any,
 ) -> Composition:
-    """A rule behind the encoder that lets in more than the budget, and filters that take the rest."""
+    """A rule after the encoder that lets in more than the budget, and filters that take the rest."""
 
     def stages(keep: float) -> Stages:
         return {
@@ -129,7 +129,7 @@ class StandsOut(VisionRule):
     by_view: ClassVar[bool] = False
     power: float = 1.0
 
-    def choose(self, seen: Features, count: int | None) -> Chosen:
+    def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`."""
         assert count is not None
         means, _ = frame_means(seen.values, seen.frame)
@@ -137,7 +137,7 @@ class StandsOut(VisionRule):
         unlike = 1 - torch.cosine_similarity(seen.values, own, dim=2)
         score = unlike + min_max_in_groups(seen.values.norm(dim=2), seen.frame, means.shape[1])
         quality = (score / score.amax(1, keepdim=True).clamp(min=1e-30)).clamp(min=1e-6) ** self.power
-        return Chosen.picked(greedy_determinant(seen.values - own, quality, count))
+        return Selection.picked(greedy_determinant(seen.values - own, quality, count))
 
 
 RULES: dict[str, VisionRule] = {

@@ -191,7 +191,7 @@ def ablations() -> dict[str, Callable[[float], Stages]]:
         "as many merge in each layer, as in tome": entered(score=SoftMatching()),
         "the filter ranks by dual attention": filtered(score=None),
         "the filter looks at diversity alone": filtered(score=AttendedAndDiverse(power=0)),
-        "8 % of the tokens are pinned": entered(key_share=0.08, score=SoftMatching(share=settings.merge)),
+        "8 % of the tokens are protected": entered(key_share=0.08, score=SoftMatching(share=settings.merge)),
         "the cache halves what is left": lambda keep: (
             _whole(keep) | {"decode": DecodeCachePruner(keep=keep / 2, interval=1)}
         ),

@@ -170,7 +170,7 @@ class Span:
 
     Attributes:
         size: tokens of a window, the query included, or of a chunk.
-        chunked: whether it is a chunk; the first one begins behind the padding on the left.
+        chunked: whether it is a chunk; the first one begins after the padding on the left.
     """
 
     size: int

@@ -50,12 +50,12 @@ class Layout:
 
     @functools.cached_property
     def patch_table(self) -> np.ndarray:
-        """`patches`, likewise."""
+        """`patches` as a table of numpy."""
         return table(self.patches)
 
     @functools.cached_property
     def gaps(self) -> np.ndarray:
-        """`structural`, likewise."""
+        """`structural` as a table of numpy."""
         return self.cell_table < 0
 
     @functools.cached_property

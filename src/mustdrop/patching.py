@@ -172,7 +172,7 @@ def _runtime(model: object) -> Runtime | None:
 
 
 def _former(model: object) -> Ledger | None:
-    """What became of the calls of a model that was patched, or of one that is wrapped likewise."""
+    """What became of the calls of a model that was patched, or of one that is wrapped in the same way."""
     for thing in (model, *(inner for _, inner in unwrapped(model))):
         found = _left.get(inside(thing)) if isinstance(thing, nn.Module) else None
         if found is not None:

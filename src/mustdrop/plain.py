@@ -20,7 +20,7 @@ from mustdrop.pruners import Read, VisionStagePruner
 from mustdrop.runtime.vision import attention
 from mustdrop.runtime.vision.encoder import layers_read
 from mustdrop.runtime.vision.encoder_run import EncoderRun
-from mustdrop.runtime.vision.marks import Decided, decide
+from mustdrop.runtime.vision.marks import FeatureMarks, decide
 from mustdrop.runtime.vision.selection import FeatureChoice, VisionSelector, Weigher
 
 
@@ -41,7 +41,7 @@ class Kept:
 class PlainStage:
     """A `VisionStagePruner` for an encoder that somebody else runs.
 
-    Windows merge behind the encoder, on the grid of features: nothing is taken out of a running encoder.
+    Windows merge after the encoder, on the grid of features: nothing is taken out of a running encoder.
 
     Attributes:
         pruner: what is done. Its `keep` is not looked at: every call says how many features stay.
@@ -84,7 +84,7 @@ class PlainStage:
             run: the pass.
             layer: number of the layer.
             q: (items, H, S, D) queries of all heads.
-            k: likewise, keys.
+            k: (items, H, S, D) keys of all heads.
             scaling: of the logits.
             borders: for a packed sequence, where its segments begin, and its length.
         """
@@ -145,7 +145,7 @@ class PlainStage:
         )
 
 
-def _kept(decided: Decided, values: Tensor, sizes: Sequence[int]) -> list[Kept]:
+def _kept(decided: FeatureMarks, values: Tensor, sizes: Sequence[int]) -> list[Kept]:
     """The rows that are alive, per medium."""
     found = []
     for mark, own in zip(decided.marks, torch.split(values, list(sizes)), strict=True):

@@ -1,13 +1,16 @@
-"""`Selection`: the one type that every rule returns. Dropping and merging are the same operation."""
+"""`Selection`: what every rule of every stage returns. Dropping and merging are the same operation."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from mustdrop import kernels
+from mustdrop.constants import every
+from mustdrop.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -15,16 +18,46 @@ class Selection:
     """Which tokens of a batch survive, and into which survivor each other token was merged.
 
     Attributes:
-        keep: (B, M) long, indices of the surviving tokens, ascending (the released order of MustDrop is the one
-            exception). Rows with fewer than M survivors are padded at the end; padding holds index 0.
-        valid: (B, M) bool, False on padding.
+        keep: (B, M) long, indices of the surviving tokens, each once, ascending; a rule of the vision stage may name
+            them in another order, which compat="released" hands on. Rows with fewer than M survivors are padded at the
+            end; padding holds index 0.
+        valid: (B, M) bool, False on padding; left out, there is none.
         merge_into: (B, N) long or None. The slot (column of `keep`) that token n became part of, -1 where it is gone.
             None means that nothing was merged: tokens that are not kept are gone.
+        blend: (B, N, C) -> (B, M, C), the values of the survivors, in the order of `keep`. It must be linear in the
+            tokens, because it is applied to whichever states the model goes on with. None: the means of what was
+            merged, here in `apply`; the vision stage of a model leaves the values as they are.
+        score: (B, N) what `best` ranked by, for whoever checks the selection.
     """
 
     keep: Tensor
-    valid: Tensor
+    valid: Tensor = None  # type: ignore[assignment]  # never None afterwards
     merge_into: Tensor | None = None
+    blend: Callable[[Tensor], Tensor] | None = None
+    score: Tensor | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """No padding unless something was said of it."""
+        if self.valid is None and isinstance(self.keep, Tensor):
+            object.__setattr__(self, "valid", every(tuple(self.keep.shape), self.keep.device))
+
+    @classmethod
+    def best(cls, score: Tensor, count: int) -> Selection:
+        """The `count` highest of `score` (B, N), ascending by index; ties go to the lower index."""
+        if score.ndim != 2:
+            raise ConfigError(f"Selection.best ranks scores (B, N), got a tensor of shape {tuple(score.shape)}.")
+        order = score.argsort(dim=1, descending=True, stable=True)[:, :count]
+        return cls(order.sort(1).values, score=score)
+
+    @classmethod
+    def picked(cls, picks: Tensor) -> Selection:
+        """The tokens `picks` (B, M), ascending by index."""
+        return cls(picks.sort(1).values)
+
+    @classmethod
+    def merged(cls, keep: Tensor, into: Tensor, weight: Tensor | None = None) -> Selection:
+        """Survivors `keep` (B, M) that become the mean of what joins them as `into` (B, N) says, by `weight` (B, N)."""
+        return cls(keep, None, into, lambda x: kernels.merge_tokens(x, into, keep.shape[1], weight))  # type: ignore[arg-type]
 
     @classmethod
     def from_mask(cls, alive: Tensor, order: Tensor | None = None) -> Selection:
@@ -48,7 +81,7 @@ class Selection:
     def to(self, device: torch.device) -> Selection:
         """The same on another device."""
         into = None if self.merge_into is None else self.merge_into.to(device)
-        return Selection(self.keep.to(device), self.valid.to(device), into)
+        return replace(self, keep=self.keep.to(device), valid=self.valid.to(device), merge_into=into)
 
     def mask(self, n: int) -> Tensor:
         """(B, n) bool, True at surviving tokens."""
@@ -64,8 +97,10 @@ class Selection:
         return out.scatter_(1, self.keep.masked_fill(~self.valid, n), slot)[:, :n]
 
     def apply(self, x: Tensor) -> Tensor:
-        """Survivors of `x` (B, N, C) as (B, M, C): gathered, or the mean of what was merged. Padding is zero."""
-        if self.merge_into is None:
+        """Survivors of `x` (B, N, C) as (B, M, C): gathered, means of what was merged, or blended. Padding is zero."""
+        if self.blend is not None:
+            out = self.blend(x)
+        elif self.merge_into is None:
             out = x.gather(1, self.keep[..., None].expand(-1, -1, x.shape[-1]))
         else:
             out = kernels.merge_tokens(x, self.merge_into, self.keep.shape[1])

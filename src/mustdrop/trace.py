@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mustdrop.cost import Compared
 from mustdrop.errors import ConfigError
-from mustdrop.runtime.state import FilterAttention, Marks, Medium
+from mustdrop.runtime.records import FilterAttention, Marks, Medium
 
 
 @dataclass(frozen=True, repr=False)
@@ -114,12 +114,12 @@ class Trace:
         place = key.argsort(stable=True).argsort(stable=True)
         return torch.where(mark.into < 0, -1, place[mark.into.clamp(min=0)])
 
-    def pinned(self, sample: int = 0) -> Tensor:
+    def protected(self, sample: int = 0) -> Tensor:
         """(k,) long, original indices of the key set, ascending."""
         self._check(0, sample)
         if not self._marks:
             return torch.zeros(0, dtype=torch.long, device="cpu")
-        return self._marks[sample].pinned.nonzero()[:, 0]
+        return self._marks[sample].protected.nonzero()[:, 0]
 
     def attention(self, sample: int = 0) -> dict[int, Tensor]:
         """Attention of the prompt's words to each vision token, where a filter read it.
@@ -174,7 +174,7 @@ class Trace:
             "kv_pictures": [own.tolist() for own in self.kv_pictures],
             "kept": [[self.kept(layer, b).tolist() for b in batch] for layer in range(len(self._alive))],
             "assignment": [self.assignment(b).tolist() for b in batch],
-            "pinned": [self.pinned(b).tolist() for b in batch],
+            "protected": [self.protected(b).tolist() for b in batch],
             "flops": self.flops.to_dict(),
             "kv_bytes": self.kv_bytes.to_dict(),
         }

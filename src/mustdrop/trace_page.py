@@ -140,7 +140,7 @@ def _method(told: Told) -> dict[str, Any]:
         "alive": alive,
         "at": at,
         "owner": owners(trace, sample).tolist(),
-        "protected": trace.pinned(sample).tolist(),
+        "protected": trace.protected(sample).tolist(),
         "heat": [{"name": name, "values": _scaled(values)} for name, values in [*ranked, *heard]],
         "tokens": trace.tokens[:, sample].tolist(),
         "entries": trace.kv_lengths[:, sample].tolist(),

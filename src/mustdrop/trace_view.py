@@ -18,7 +18,7 @@ from mustdrop.errors import ConfigError
 from mustdrop.pictures import frames_of, is_array, read_picture
 
 if TYPE_CHECKING:
-    from mustdrop.runtime.state import Medium
+    from mustdrop.runtime.records import Medium
     from mustdrop.trace import Trace
 
 

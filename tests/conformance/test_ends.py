@@ -106,9 +106,9 @@ def test_the_end_has_its_part_of_the_budget_of_two_kinds(name, keep, breadth):
 
 
 class Newest(PrefillPruner):
-    """A pruner of somebody's own that knows nothing of pinned tokens: it keeps the first ones."""
+    """A pruner of somebody's own that knows nothing of protected tokens: it keeps the first ones."""
 
-    def __call__(self, attention, alive=None, *, count=None, pinned=None, importance=None):
+    def __call__(self, attention, alive=None, *, count=None, protected=None, importance=None):
         place = alive.cumsum(1)
         return mustdrop.Selection.from_mask(alive & (place <= count[:, None]))
 

@@ -84,7 +84,7 @@ def test_selection_keeps_the_tokens_with_the_most_encoder_attention(variant, win
 
 @pytest.mark.parametrize(("share", "window"), [(0.08, 3), (0.3, None), (0.2, 2)])
 @pytest.mark.parametrize("variant", [LLAMA, SIGLIP], ids=str)
-def test_pinned_tokens_survive_every_filter(variant, share, window):
+def test_protected_tokens_survive_every_filter(variant, share, window):
     inputs = batch(variant, seed=3)
     model = patched(
         variant,

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 import mustdrop
-from mustdrop import DecodeCachePruner, PrefillPruner, Selection, VisionStagePruner, errors
+from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner, errors
 from mustdrop.pruners import (
     CacheScorer,
-    Chosen,
     InnerRule,
     ObservationWindow,
     Read,
     Received,
     Seen,
+    Selection,
     TextScorer,
     VisionRule,
     answers,
@@ -36,7 +36,7 @@ def text_scorer(**answers):
 
         if "choose" in answers:
 
-            def choose(self, seen, count, pinned=None, importance=None):
+            def choose(self, seen, count, protected=None, importance=None):
                 return answers["choose"](seen, count)
 
     return {"prefill": PrefillPruner(keep=0.5, layers=(1,), score=Mine())}
@@ -59,7 +59,7 @@ def inner_rule(**answers):
             return answers.get("join", _last_ones_join)(keys, number)
 
         def choose(self, seen, count):
-            return Chosen.best(seen.values.mean(2), count)
+            return Selection.best(seen.values.mean(2), count)
 
     return {"vision": VisionStagePruner(window=None, key_share=0, keep=0.5, score=Mine())}
 
@@ -99,8 +99,8 @@ GOOD = {
     "rubbish_on_text": text_scorer(score=lambda seen: seen.attention.mean(1).masked_fill(~seen.alive, NAN)),
     "choose": text_scorer(choose=lambda s, n: s.alive & (s.alive.cumsum(1) <= n[:, None])),
     "raters": text_scorer(raters=lambda text: text & (text.cumsum(1) > 1)),
-    "rule": vision_rule(lambda s, n: Chosen.best(s.values.mean(2), n)),
-    "rule_out_of_order": vision_rule(lambda s, n: Chosen(_first(s, n).flip(1))),
+    "rule": vision_rule(lambda s, n: Selection.best(s.values.mean(2), n)),
+    "rule_out_of_order": vision_rule(lambda s, n: Selection(_first(s, n).flip(1))),
     "inner": inner_rule(),
     "cache": cache_scorer(),
     "gather": cache_scorer(gather=lambda attention: attention.amax(1)),
@@ -130,31 +130,34 @@ BAD = {
     "raters_float": (text_scorer(raters=lambda text: text.float()), f"raters: {BOOL}"),
     "raters_short": (text_scorer(raters=lambda text: text[:, :-1]), f"raters: {BOOL}"),
     "raters_vision": (text_scorer(raters=torch.ones_like), "raters names tokens that are not among the text"),
-    "rule_tensor": (vision_rule(lambda s, n: s.values.mean(2)), "choose returned a tensor.*expected a Chosen"),
-    "rule_none": (vision_rule(lambda s, n: None), "choose returned None.*expected a Chosen"),
-    "best_of_scalar": (vision_rule(lambda s, n: Chosen.best(s.values.mean(), n)), r"choose: Chosen\.best ranks"),
-    "best_of_column": (vision_rule(lambda s, n: Chosen.best(s.values.mean(2)[:, :1], n)), f"score.*{FLOAT}"),
-    "best_of_nan": (vision_rule(lambda s, n: Chosen.best(s.values.mean(2) * NAN, n)), "expected finite"),
-    "too_few": (vision_rule(lambda s, n: Chosen.best(s.values.mean(2), n - 1)), "asked for 18 of 36.*returned 17"),
-    "keep_flat": (vision_rule(lambda s, n: Chosen(torch.arange(n))), rf"Chosen\.keep: {LONG}"),
-    "keep_int32": (vision_rule(lambda s, n: Chosen(_first(s, n).int())), rf"Chosen\.keep: {LONG}.*int32"),
-    "keep_outside": (vision_rule(lambda s, n: Chosen(_first(s, n) + 30)), r"Chosen\.keep: expected features 0 to 35"),
-    "keep_twice": (vision_rule(lambda s, n: Chosen(_first(s, n) // 2)), "each once"),
+    "rule_tensor": (vision_rule(lambda s, n: s.values.mean(2)), "choose returned a tensor.*expected a Selection"),
+    "rule_none": (vision_rule(lambda s, n: None), "choose returned None.*expected a Selection"),
+    "best_of_scalar": (vision_rule(lambda s, n: Selection.best(s.values.mean(), n)), r"choose: Selection\.best ranks"),
+    "best_of_column": (vision_rule(lambda s, n: Selection.best(s.values.mean(2)[:, :1], n)), f"score.*{FLOAT}"),
+    "best_of_nan": (vision_rule(lambda s, n: Selection.best(s.values.mean(2) * NAN, n)), "expected finite"),
+    "too_few": (vision_rule(lambda s, n: Selection.best(s.values.mean(2), n - 1)), "asked for 18 of 36.*returned 17"),
+    "keep_flat": (vision_rule(lambda s, n: Selection(torch.arange(n))), rf"Selection\.keep: {LONG}"),
+    "keep_int32": (vision_rule(lambda s, n: Selection(_first(s, n).int())), rf"Selection\.keep: {LONG}.*int32"),
+    "keep_outside": (
+        vision_rule(lambda s, n: Selection(_first(s, n) + 30)),
+        r"\.keep: expected features 0 to 35",
+    ),
+    "keep_twice": (vision_rule(lambda s, n: Selection(_first(s, n) // 2)), "each once"),
     "into_short": (
-        vision_rule(lambda s, n: Chosen(_first(s, n), _first(s, n))),
-        rf"Chosen\.into: {LONG}",
+        vision_rule(lambda s, n: Selection(_first(s, n), merge_into=_first(s, n))),
+        rf"Selection\.merge_into: {LONG}",
     ),
     "into_outside": (
-        vision_rule(lambda s, n: Chosen(_first(s, n), _first(s, 36))),
-        r"Chosen\.into: expected columns 0 to 17",
+        vision_rule(lambda s, n: Selection(_first(s, n), merge_into=_first(s, 36))),
+        r"Selection\.merge_into: expected columns 0 to 17",
     ),
     "blend_all": (
-        vision_rule(lambda s, n: Chosen(_first(s, n), blend=lambda x: x)),
-        r"Chosen\.blend: expected a float tensor of shape \(\d+, 18, \d+\)",
+        vision_rule(lambda s, n: Selection(_first(s, n), blend=lambda x: x)),
+        r"Selection\.blend: expected a float tensor of shape \(\d+, 18, \d+\)",
     ),
     "blend_nan": (
-        vision_rule(lambda s, n: Chosen(_first(s, n), blend=lambda x: x[:, :18] * NAN)),
-        r"Chosen\.blend: expected finite",
+        vision_rule(lambda s, n: Selection(_first(s, n), blend=lambda x: x[:, :18] * NAN)),
+        r"Selection\.blend: expected finite",
     ),
     "amounts_short": (inner_rule(amounts=lambda layers: [1]), "amounts: expected 3 ints"),
     "amounts_all": (inner_rule(amounts=lambda layers: [36] + [0] * (layers - 1)), "together less than the 36 patches"),

@@ -13,7 +13,7 @@ from mustdrop.methods.tgvkv import TextGuided
 from mustdrop.pruners import AllRows, LastQuery, ObservationWindow, Received
 from mustdrop.rules.layer_budgets import proportional
 from mustdrop.rules.smoothing import neighbour_mean
-from mustdrop.runtime.language import cache_policy
+from mustdrop.runtime.language import attention_call
 from support.builders import IMAGE, LLAMA, QWEN2, answer, batch, plain, row_alone
 from support.masking_check import patched
 
@@ -217,14 +217,14 @@ def test_rows_are_read_in_parts_with_the_same_result(monkeypatch):
     inputs, model = batch(LLAMA, (1, 2), seed=6), patched(LLAMA, "eager", method="h2o", keep=0.3)
     whole = answer(model, inputs, steps=2)
     sizes = []
-    real = cache_policy.kernels.text_statistics
+    real = attention_call.kernels.text_statistics
 
     def watched(q, k, rows, *rest):
         sizes.append(rows.shape[1] * k.shape[2])
         return real(q, k, rows, *rest)
 
-    monkeypatch.setattr(cache_policy.kernels, "text_statistics", watched)
-    monkeypatch.setattr(cache_policy, "AT_ONCE", 1000)
+    monkeypatch.setattr(attention_call.kernels, "text_statistics", watched)
+    monkeypatch.setattr(attention_call, "AT_ONCE", 1000)
     parts = answer(model, inputs, steps=2)
     assert torch.equal(whole.logits, parts.logits)
     assert len(sizes) > LLAMA.n_layers

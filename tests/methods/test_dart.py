@@ -70,13 +70,13 @@ def test_equal_norms_and_equal_angles_go_to_the_lower_index():
     assert chosen(Duplication(image_pivots=1, text_pivots=1), flat, 2) == [0, 1]
 
 
-def test_pinned_tokens_stay_before_all_pivots():
-    pinned = torch.zeros(1, 8, dtype=torch.bool)
-    pinned[0, [2, 3]] = True
+def test_protected_tokens_stay_before_all_pivots():
+    protected = torch.zeros(1, 8, dtype=torch.bool)
+    protected[0, [2, 3]] = True
     scorer = Duplication(image_pivots=1, text_pivots=0)
-    assert chosen(scorer, CASE, 4, pinned=pinned) == [1, 2, 3, 5]
+    assert chosen(scorer, CASE, 4, protected=protected) == [1, 2, 3, 5]
     importance = torch.tensor([[0.0, 0, 1, 2, 0, 0, 0, 0]])
-    assert chosen(scorer, CASE, 1, pinned=pinned, importance=importance) == [3]
+    assert chosen(scorer, CASE, 1, protected=protected, importance=importance) == [3]
 
 
 @pytest.mark.parametrize("count", range(1, 37))

@@ -2,11 +2,10 @@
 
 How much of the product runs is a matter of time, and ``--breadth`` says it:
 
-* ``turns`` (the default tests): every pair of family and method, under one backend, in one further test, and every
-  second pair in the comparison with the masked oracle. Backends and tests take turns, so that each meets every family
-  and every method.
-* ``more`` (`nox -s backends`): what the turns leave out of the comparison with the oracle under every backend, and of
-  every second other test, in turn, under one backend.
+* ``turns`` (the default tests): every second pair of family and method, under one backend, in one further test, and
+  every fourth pair in the comparison with the masked reference. Backends and tests take turns over both.
+* ``more`` (`nox -s backends`): what the turns leave out of the comparison with the masked reference under every
+  backend, and of every second other test, in turn, under one backend.
 * ``product`` (`nox -s product`): every test for every pair under every backend.
 """
 
@@ -98,7 +97,7 @@ POSSIBLE = [
 ]
 CASES = [case for case in POSSIBLE if not case.refusal]
 REFUSED = [case for case in POSSIBLE if case.refusal]
-#: Tests besides the comparison with the oracle, in the order in which they take conversations.
+#: Tests besides the comparison with the masked reference, in the order in which they take conversations.
 FURTHER = (
     "test_keep_all_is_bit_identical",
     "test_padded_row_equals_single_row",
@@ -122,9 +121,11 @@ def runs(case, test, breadth):
     """Whether a test runs for a case."""
     known = backends_of(case.name)
     its_backend = case.attention == known[case.turn % len(known)]
-    apart = (FURTHER.index(test) - case.turn // len(known)) % len(FURTHER) if test in FURTHER else 0
-    # the comparison with the oracle is most of the time: `backends` has the other half
-    in_turn = its_backend and (apart == 0 if test in FURTHER else case.turn // len(known) % 2 == 0)
+    turn = case.turn // len(known)
+    apart = (FURTHER.index(test) - turn) % len(FURTHER) if test in FURTHER else 0
+    # the comparison with the masked reference is most of the time: `backends` has the rest
+    due = apart == 0 and turn // len(FURTHER) % 2 == 0 if test in FURTHER else turn % 4 == 0
+    in_turn = its_backend and due
     if breadth == "more":
         return not in_turn and (test not in FURTHER or (its_backend and apart % 2 == 0))
     return breadth == "product" or in_turn
@@ -216,7 +217,7 @@ def test_sampling(case, flash):
 
 
 def expanded(case, options):
-    """Several answers per prompt, those of the masked oracle."""
+    """Several answers per prompt, those of the masked reference."""
     families.skip_where_transformers_fails(case.name, case.kind, **options)
     rows = families.for_beams(case.name, case.kind)
     assert_dropping_equals_masking(case.name, rows, case.attention, steps=4, generation=options, **case.maskable)

@@ -31,7 +31,7 @@ def test_an_anchor_brings_its_neighbours_and_registers_fill_up():
     # 4 x 4; the anchor 5 has neighbours 1, 4, 6 and 9
     chosen = rule(seen(rule, attention(1, 16, 5), attention(1, 16, 5, 6, 15, 0), (4, 4)), 7)
     assert chosen.keep.tolist() == [[0, 1, 4, 5, 6, 9, 15]]
-    assert chosen.into is None
+    assert chosen.merge_into is None
     assert chosen.blend is None
 
 

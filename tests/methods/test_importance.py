@@ -89,7 +89,7 @@ def test_the_key_set_is_the_most_important():
     answer(model, inputs, 0)
     trace = mustdrop.trace(model)
     assert trace.kept(0).tolist() == [*range(16, 36)]
-    assert trace.pinned(0).tolist() == [*range(32, 36)]
+    assert trace.protected(0).tolist() == [*range(32, 36)]
     assert not vision.needs_attention
     assert vision.reads == ()
     with pytest.raises(ConfigError, match="reads features behind the encoder"):
@@ -101,12 +101,12 @@ def test_where_nothing_waits_and_where_the_host_looks_the_choice_is_the_same():
     model = mustdrop.patch(clone("llava"), "mustdrop", keep=0.5, window=None, importance=LastOnes(), key_share=0.5)
     inputs = batch(registry()["llava"], model, (("image",),))
     answer(model, inputs, 0)
-    pinned = mustdrop.trace(model).pinned(0)
+    protected = mustdrop.trace(model).protected(0)
     masked = dict(inputs, attention_mask=inputs["attention_mask"].clone())
     place = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[0, 0]
     masked["attention_mask"][0, place] = 0  # the host looks where a mask hides a part of a picture
     answer(model, masked, 0)
-    assert mustdrop.trace(model).pinned(0)[-9:].tolist() == pinned[-9:].tolist() == [*range(27, 36)]
+    assert mustdrop.trace(model).protected(0)[-9:].tolist() == protected[-9:].tolist() == [*range(27, 36)]
 
 
 # -- folders ----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from mustdrop.demo.model import load, prompt
 from mustdrop.demo.scenes import SceneMaker
 from mustdrop.demo.tasks import TaskMaker
 from mustdrop.errors import ConfigError
-from mustdrop.methods.mustdrop_plus import TAPER, AttendedAndDiverse, MergedOrChosen
+from mustdrop.methods.mustdrop_plus import TAPER, AttendedAndDiverse, MergedOrSelected
 from mustdrop.methods.tome import SoftMatching
 from mustdrop.methods.vcast import CurvedFrames
 from mustdrop.pruners import Features, PrefillPruner, Seen
@@ -51,11 +51,11 @@ def test_the_power_lies_between_diversity_and_the_ranking():
     assert chosen(AttendedAndDiverse(power=0), given, 2) == [[0, 2]]  # 0.36 against 1
 
 
-def test_pinned_tokens_stay_and_are_what_others_differ_from():
-    pinned = torch.zeros(1, 7, dtype=torch.bool)
-    pinned[0, [4, 5]] = True
-    assert chosen(AttendedAndDiverse(), seen(), 3, pinned=pinned) == [[0, 4, 5]]
-    assert chosen(AttendedAndDiverse(), seen(), 1, pinned=pinned, importance=torch.arange(7.0)[None]) == [[5]]
+def test_protected_tokens_stay_and_are_what_others_differ_from():
+    protected = torch.zeros(1, 7, dtype=torch.bool)
+    protected[0, [4, 5]] = True
+    assert chosen(AttendedAndDiverse(), seen(), 3, protected=protected) == [[0, 4, 5]]
+    assert chosen(AttendedAndDiverse(), seen(), 1, protected=protected, importance=torch.arange(7.0)[None]) == [[5]]
 
 
 def test_rows_are_chosen_from_alone():
@@ -97,7 +97,7 @@ def test_no_layer_merges_more_than_half_by_share():
 
 
 def test_layers_merge_as_before_and_the_rule_chooses_where_nothing_has_merged():
-    rule, merging = MergedOrChosen(share=0.3), SoftMatching(share=0.3)
+    rule, merging = MergedOrSelected(share=0.3), SoftMatching(share=0.3)
     assert rule.amounts(576, 64, 23) == merging.amounts(576, 64, 23)
     keys = torch.randn(1, 2, 12, 4, generator=torch.Generator().manual_seed(0))
     for one, other in zip(rule.join(keys, 3, 1), merging.join(keys, 3, 1), strict=True):
@@ -105,7 +105,7 @@ def test_layers_merge_as_before_and_the_rule_chooses_where_nothing_has_merged():
     features = Features.of_grid(torch.randn(1, 12, 4, generator=torch.Generator().manual_seed(1)), (3, 4), {})
     assert torch.equal(rule(features, 5).keep, CurvedFrames()(features, 5).keep)
     merged = replace(features, size=torch.arange(1.0, 13.0)[None])
-    assert torch.equal(rule(merged, 5).into, merging(merged, 5).into)
+    assert torch.equal(rule(merged, 5).merge_into, merging(merged, 5).merge_into)
 
 
 def composed(rule, keep):

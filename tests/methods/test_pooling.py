@@ -79,7 +79,7 @@ def test_a_video_pooled_to_fewer_tokens_than_frames_loses_none():
     values = torch.randn(1, 36, 3)
     chosen = AveragePooling()(Features.of_grid(values, (4, 3, 3), {}), 2)
     torch.testing.assert_close(chosen.blend(values)[0], values.view(2, 18, 3).mean(1))
-    assert chosen.into.min() >= 0
+    assert chosen.merge_into.min() >= 0
 
 
 def test_media_of_different_shapes_share_a_batch():
@@ -87,8 +87,8 @@ def test_media_of_different_shapes_share_a_batch():
     place = torch.stack([wide, tall])
     seen = Features(torch.randn(2, 12, 3), *place.unbind(1))
     chosen = AveragePooling()(seen, 3)
-    assert chosen.into[0].tolist() == [0, 0, 1, 1, 2, 2] * 2
-    assert chosen.into[1].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert chosen.merge_into[0].tolist() == [0, 0, 1, 1, 2, 2] * 2
+    assert chosen.merge_into[1].tolist() == [0] * 4 + [1] * 4 + [2] * 4
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,8 @@ def test_every_count_is_met_exactly_and_features_are_kept_once(rule):
         keep = chosen.keep[0].tolist()
         assert len(set(keep)) == count
         assert keep == sorted(keep)
-        if chosen.into is not None:
-            assert chosen.into[0, chosen.keep[0]].tolist() == list(range(count))
+        if chosen.merge_into is not None:
+            assert chosen.merge_into[0, chosen.keep[0]].tolist() == list(range(count))
 
 
 @each
@@ -69,8 +69,8 @@ def test_videos_of_a_batch_do_not_mix(rule):
         alone = Features.of_grid(values[i : i + 1], (4, 3, 4), {r: v[i : i + 1] for r, v in both.read.items()})
         one = rule(alone, 17)
         assert torch.equal(one.keep[0], together.keep[i])
-        if one.into is not None:
-            assert torch.equal(one.into[0], together.into[i])
+        if one.merge_into is not None:
+            assert torch.equal(one.merge_into[0], together.merge_into[i])
 
 
 @each
@@ -298,7 +298,7 @@ def test_what_stays_alike_over_time_becomes_one_mean():
     x = (torch.eye(6)[None].repeat(3, 1, 1) + 0.01 * random(3, 6, 6)).flatten(0, 1)[None]
     chosen = rule(seen_of(rule, x, (3, 2, 3)), 6)
     assert chosen.keep[0].tolist() == list(range(6))
-    assert chosen.into[0].tolist() == list(range(6)) * 3
+    assert chosen.merge_into[0].tolist() == list(range(6)) * 3
     torch.testing.assert_close(chosen.blend(x)[0], x[0].view(3, 6, 6).mean(0))
 
 
@@ -307,7 +307,7 @@ def test_nothing_joins_over_the_end_of_a_segment_and_enough_trees_are_left():
     rule = DiverseAndTrees(diverse=0.0, fewest=3)
     chosen = rule(seen_of(rule, x, (3, 2, 3)), 17)
     assert chosen.keep.unique().numel() == 17
-    for into, index in zip(chosen.into[0].tolist(), range(18), strict=True):
+    for into, index in zip(chosen.merge_into[0].tolist(), range(18), strict=True):
         assert into < 0 or int(chosen.keep[0, into]) // 6 == index // 6  # joined in its own frame
     alike = DiverseAndTrees(diverse=0.0, fewest=1)
     assert alike(seen_of(alike, x, (3, 2, 3)), 10).keep.unique().numel() == 10  # though all could join
@@ -363,7 +363,7 @@ def test_contexts_of_fastvid_lie_in_every_fourth_frame_from_the_end():
     x = video(9, seed=2)
     chosen = rule(seen_of(rule, x, (9, 3, 4)), 18)
     assert set((chosen.keep[0] // 12).tolist()) == {0, 4, 8}
-    assert chosen.into[0].min() == 0  # everything joins something
+    assert chosen.merge_into[0].min() == 0  # everything joins something
     many = rule(seen_of(rule, x, (9, 3, 4)), 90)  # more than these frames have
     assert many.keep.unique().numel() == 90
 

@@ -25,7 +25,7 @@ def test_dominant_tokens_stay_and_the_others_join_the_target_that_their_keys_res
     chosen = rule(seen(rule), 4)
     assert chosen.keep.tolist() == [[2, 5, 0, 4]]  # in raster order, then the contextual ones
     # 1 and 6 resemble 0, 3 and 7 resemble 4
-    assert chosen.into.tolist() == [[2, 2, 0, 3, 3, 1, 2, 3]]
+    assert chosen.merge_into.tolist() == [[2, 2, 0, 3, 3, 1, 2, 3]]
 
 
 def test_a_contextual_token_is_its_own_value_plus_the_mean_of_those_that_join_it():
@@ -39,8 +39,8 @@ def test_a_target_that_nothing_joins_keeps_its_value():
     rule = DominantAndContextual(contextual=0.25)
     chosen = rule(seen(rule), 7)  # five dominant ones; 0 and 1 and 3 are left, two of them targets
     assert chosen.keep.tolist() == [[2, 4, 5, 6, 7, 0, 1]]
-    assert chosen.into[0, 3] in (5, 6)
-    joined = int(chosen.into[0, 3]) - 5
+    assert chosen.merge_into[0, 3] in (5, 6)
+    joined = int(chosen.merge_into[0, 3]) - 5
     expected = [[4.0], [16], [32], [64], [128], [1], [2]]
     expected[5 + joined] = [expected[5 + joined][0] + 8]
     assert chosen.blend(VALUES).tolist() == [expected]
@@ -50,7 +50,7 @@ def test_without_contextual_tokens_it_is_a_ranking():
     rule = DominantAndContextual(contextual=0)
     chosen = rule(seen(rule), 3)
     assert chosen.keep.tolist() == [[2, 5, 7]]
-    assert chosen.into is None
+    assert chosen.merge_into is None
     assert chosen.blend is None
 
 
@@ -67,5 +67,5 @@ def test_the_published_split(count, contextual):
     others = torch.ones(576, dtype=torch.bool)
     others[dominant] = False
     assert attention[dominant].min() > attention[others].max()
-    assert torch.equal(chosen.into[0, dominant], torch.arange(count - contextual))
-    assert (chosen.into >= 0).all()  # everything is part of something
+    assert torch.equal(chosen.merge_into[0, dominant], torch.arange(count - contextual))
+    assert (chosen.merge_into >= 0).all()  # everything is part of something

@@ -30,7 +30,7 @@ def test_half_by_windows_half_by_the_picture_and_the_rest_joins():
     chosen = rule(grid(rule, shallow, deep, values, (2, 4)), 4)
     # 5 and 6 are their windows' best; of the others 0 and 7 lead by the deep layer
     assert chosen.keep.tolist() == [[0, 5, 6, 7]]
-    assert chosen.into.tolist() == [[0, 2, 2, 2, 0, 1, 2, 3]]
+    assert chosen.merge_into.tolist() == [[0, 2, 2, 2, 0, 1, 2, 3]]
     assert chosen.blend(values).tolist() == [[[1, 0], [5, 5], [0, 1.5], [-1, 1]]]
 
 

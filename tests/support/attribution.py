@@ -255,5 +255,5 @@ class Blends:
     def _choose(self, *args: Any) -> Any:
         chosen = self.before(self.rule, *args)
         self.any |= chosen.blend is not None
-        self.more_than_named |= chosen.blend is not None and chosen.into is None
+        self.more_than_named |= chosen.blend is not None and chosen.merge_into is None
         return chosen

@@ -1,4 +1,4 @@
-"""Aya Vision and Command A Vision: SigLIP over square tiles, pixel shuffle behind it, sliding-window Cohere layers."""
+"""Aya Vision and Command A Vision: SigLIP over square tiles, pixel shuffle after it, sliding-window Cohere layers."""
 
 from __future__ import annotations
 

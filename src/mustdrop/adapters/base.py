@@ -39,16 +39,16 @@ class Tower:
         module: the encoder.
         blocks: its transformer layers, in order.
         prefix: tokens before the patches of each item (1 with a CLS token, 0 without).
-        suffix: tokens after the patches of each item; such towers merge behind the encoder only (`pool` is None).
+        suffix: tokens after the patches of each item; such towers merge after the encoder only (`pool` is None).
         has_cls: whether the first prefix token, or without a prefix the last suffix token, attends like a CLS token.
         packed: whether the patches of all items lie in one sequence without a batch dimension (or with one of size 1).
             Its layers take borders or a mask, and rotary positions: they can run on some of the patches.
         padded: whether items lie side by side, padded to the longest, and the layers take nothing of the grid but a row
             for each patch (positions, rotary tables, masks): they can run on some of the patches of each item.
         uncut: why the layers of a packed tower cannot run on some of the patches; empty if they can. Then tokens merge
-            behind the encoder, not in it.
+            after the encoder, not in it.
         mergers: modules of a packed tower that map the patches of its cells, which follow one another, to a row each.
-            They run on the cells that are left. Without any, all patches are there again behind the layers.
+            They run on the cells that are left. Without any, all patches are there again after the layers.
         halves: names of the second norm and the MLP of a layer that computes x + mlp(norm(x)) after its attention; None
             where layers are made otherwise.
         whole: layers whose patches see their whole frame, where all others see a window of it; empty if all do.
@@ -234,7 +234,7 @@ class Adapter:
     def pool(self, model: Any, modality: str, arguments: dict[str, Any]) -> int | None:
         """Side of the square of patches that makes one feature.
 
-        None where features do not lie on squares of patches (resampling): tokens then merge behind the encoder.
+        None where features do not lie on squares of patches (resampling): tokens then merge after the encoder.
         """
         return 1
 

@@ -1,4 +1,4 @@
-"""Gemma 3: average pooling behind SigLIP, image blocks that see both ways, sliding-window layers."""
+"""Gemma 3: average pooling after SigLIP, image blocks that see both ways, sliding-window layers."""
 
 from __future__ import annotations
 

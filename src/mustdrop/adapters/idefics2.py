@@ -12,7 +12,7 @@ from mustdrop.adapters.idefics3 import Idefics3
 from mustdrop.cost import linear_flops
 from mustdrop.layout import Layout
 
-#: Why there is no vision stage behind a resampler.
+#: Why there is no vision stage after a resampler.
 RESAMPLED = "its features are learned queries that read the whole image, so they lie on no grid of patches."
 
 

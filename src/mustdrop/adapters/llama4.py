@@ -1,4 +1,4 @@
-"""Llama 4: square tiles, CLS behind the patches, decoder layers that see their own chunk of the prompt only.
+"""Llama 4: square tiles, CLS after the patches, decoder layers that see their own chunk of the prompt only.
 
 The layers without rotary embeddings scale queries by their place in the rows that are there, once a prompt is longer
 than `floor_scale` (8192). Rows that were dropped would shift these places, so such prompts are refused.
@@ -46,7 +46,7 @@ class Llama4(Adapter):
         return [Layout.of_frames(grid, (side, side), i, pool=pool) for i in range(len(arguments["pixel_values"]))]
 
     def pool(self, model: Any, modality: str, arguments: dict[str, Any]) -> int | None:
-        """None: tokens merge behind the encoder."""
+        """None: tokens merge after the encoder."""
         return None
 
     def projector_flops(self, model: Any) -> int:

@@ -1,4 +1,4 @@
-"""LLaVA-1.5 and its kin: CLIP or SigLIP tower, two-layer projector, any Llama-like text model."""
+"""LLaVA-1.5 and families of that kind: CLIP or SigLIP tower, two-layer projector, any Llama-like text model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MiniCPM-V 4.6, 4.7 and MiniCPM-OCR: patches are joined 2 x 2 within the encoder and behind it, before Qwen3.5."""
+"""MiniCPM-V 4.6, 4.7 and MiniCPM-OCR: patches are joined 2 x 2 within the encoder and after it, before Qwen3.5."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class MiniCPMV46(Adapter):
         return packed_frames([[1, rows // joined, columns // joined] for rows, columns in sizes.tolist()], side)
 
     def projector_flops(self, model: Any) -> int:
-        """What joins patches within the encoder, and the merger behind it."""
+        """What joins patches within the encoder, and the merger after it."""
         joining, merger = model.model.vision_tower.vit_merger, model.model.merger
         inside = 0
         if _joined(model) > 1:
@@ -64,7 +64,7 @@ def _joined(model: Any, mode: str | None = None) -> int:
 
 
 class MiniCPMOcr(MiniCPMV46):
-    """`MiniCPMOcrForConditionalGeneration`; patches are joined behind the encoder only."""
+    """`MiniCPMOcrForConditionalGeneration`; patches are joined after the encoder only."""
 
     name = "minicpm_ocr"
     classes = ("MiniCPMOcrForConditionalGeneration",)

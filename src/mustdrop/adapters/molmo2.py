@@ -46,7 +46,7 @@ class Molmo2(Adapter):
         return found
 
     def pool(self, model: Any, modality: str, arguments: dict[str, Any]) -> int | None:
-        """None: crops overlap, so tokens merge behind the encoder."""
+        """None: crops overlap, so tokens merge after the encoder."""
         return None
 
     def read_layers(self, model: Any, modality: str, arguments: dict[str, Any]) -> tuple[int, ...]:
@@ -55,5 +55,5 @@ class Molmo2(Adapter):
         return tuple(int(k) % depth for k in model.config.adapter_config.vision_feature_layer)
 
     def read_layer(self, model: Any, modality: str, arguments: dict[str, Any]) -> int:
-        """The last: tokens merge behind the encoder, where all layers have run."""
+        """The last: tokens merge after the encoder, where all layers have run."""
         return max(self.read_layers(model, modality, arguments))

@@ -13,7 +13,7 @@ def load_rows(name: str, split: str | None) -> tuple[Any, str]:
     """The rows of one split with their pictures left encoded, for the loading processes to decode, and its name.
 
     Args:
-        name: hub id, with `:config` behind it where the data set has several; a folder written by `save_to_disk`; or a
+        name: hub id, with `:config` after it where the data set has several; a folder written by `save_to_disk`; or a
             folder of files that `datasets` can read.
         split: name of the split; None takes "test", "validation" or the only one.
 

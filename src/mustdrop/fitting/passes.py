@@ -33,7 +33,7 @@ class Prompt:
         features: per picture (N, C) float, features that enter the language model; rows that stand for no part of the
             picture are left out, as the vision stage always lets them in.
         places: per picture (N,) long, where these lie in the sequence.
-        question: (1, C) float, mean embedding of the words behind the last picture.
+        question: (1, C) float, mean embedding of the words after the last picture.
         length: tokens of prompt and answer.
         entering: arguments of the text model.
     """
@@ -201,7 +201,7 @@ def _hooked(*pairs: tuple[Any, Callable[..., Any]]) -> Iterator[None]:
 
 
 def _followed(inputs: Mapping[str, Any], answer: Tensor) -> dict[str, Any]:
-    """The inputs with an answer (1, T) behind the prompt; what marks tokens of the prompt marks these as text."""
+    """The inputs with an answer (1, T) after the prompt; what marks tokens of the prompt marks these as text."""
     shape = inputs["input_ids"].shape
     out = dict(inputs)
     for name, value in inputs.items():

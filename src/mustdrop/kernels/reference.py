@@ -92,14 +92,14 @@ def text_statistics(
     Source: the global and the individual attention of MustDrop (arXiv 2411.10803).
 
     Args:
-        q: and all others: see `row_probabilities`.
-        k: likewise.
-        rows: likewise.
-        visible: likewise.
-        scaling: likewise.
-        bias: likewise.
-        softcap: likewise.
-        first: likewise.
+        q: (B, H, Q, D) queries, as of `row_probabilities`.
+        k: (B, G, K, D) keys.
+        rows: the query rows that are read, as of `row_probabilities`.
+        visible: which keys each of them sees, as of `row_probabilities`.
+        scaling: factor of the products of queries and keys.
+        bias: what is added to these, or None.
+        softcap: bound of tanh-capped products, or None.
+        first: the first key that is asked for; those before it count in the denominator alone.
 
     Returns:
         (B, 2, K - first) float32: sum and maximum per key; zero where there are no rows.
@@ -127,14 +127,14 @@ def text_sums(
     """Sum over query rows of what `row_probabilities` gives, in parts that add up to it: a launch less per layer.
 
     Args:
-        q: and all others: see `row_probabilities`.
-        k: likewise.
-        rows: likewise.
-        visible: likewise.
-        scaling: likewise.
-        bias: likewise.
-        softcap: likewise.
-        first: likewise.
+        q: (B, H, Q, D) queries, as of `row_probabilities`.
+        k: (B, G, K, D) keys.
+        rows: the query rows that are read, as of `row_probabilities`.
+        visible: which keys each of them sees, as of `row_probabilities`.
+        scaling: factor of the products of queries and keys.
+        bias: what is added to these, or None.
+        softcap: bound of tanh-capped products, or None.
+        first: the first key that is asked for; those before it count in the denominator alone.
 
     Returns:
         (B, P, K - first) float32. Part p is what the p-th of P equal shares of the heads adds to the mean over all

@@ -238,7 +238,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def _ended(picks: Tensor, candidates: Tensor | None, counts: Tensor | None) -> Tensor:
-    """-1 behind the last pick of each row."""
+    """-1 after the last pick of each row."""
     if candidates is None and counts is None:
         return picks
     last = picks.new_full((picks.shape[0],), picks.shape[1])

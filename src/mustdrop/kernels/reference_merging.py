@@ -41,7 +41,7 @@ def bipartite_slots(
         number: tokens that go, in every row.
         protected: tokens at the front that neither go nor are merged into: 0 or 1.
         numbers: (B,) long, tokens that go in each row, in place of `number`; with `lengths`.
-        lengths: (B,) long, tokens of each row; those behind are padding.
+        lengths: (B,) long, tokens of each row; those after them are padding.
 
     Returns:
         (B, N) long, slot of each token, -1 on padding. Among destinations as similar, and among sources as close, the

@@ -52,7 +52,7 @@ def select(
         rest: whether all that is not alive does, in place of `others`.
 
     Returns:
-        (index, stays): (B, M) long, ascending, behind as many -1 as a row has fewer; and (B, N) bool.
+        (index, stays): (B, M) long, ascending, after as many -1 as a row has fewer; and (B, N) bool.
     """
     if score.ndim == 3:
         total, peak = score.float().masked_fill(~alive[:, None], 0).unbind(1)

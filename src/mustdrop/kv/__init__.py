@@ -14,8 +14,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 
 from mustdrop.compat import LinearAttentionLayer, cache_of, dynamic_cache
 from mustdrop.errors import CacheStateError, UnsupportedOptionError
+from mustdrop.kv.entries import Arrival, Held, Stored
 from mustdrop.kv.growing import PrunedLayer
-from mustdrop.kv.slots import Arrival, Held, Slots, Stored
+from mustdrop.kv.slots import Slots
 from mustdrop.kv.state import PrunedState
 from mustdrop.kv.static import PrunedStaticLayer
 

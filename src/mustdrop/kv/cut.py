@@ -14,7 +14,7 @@ from mustdrop.indices import PAD, has_padding, on, pack, take
 if TYPE_CHECKING:
     from mustdrop.kv import Slots
 
-AT_ONCE = 1 << 28  # bytes of cache that are cut in one go
+AT_ONCE = 1 << 28  # bytes of cache that are cut at once
 
 
 @dataclass(frozen=True)

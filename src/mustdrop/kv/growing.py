@@ -13,7 +13,8 @@ from mustdrop.compat import crop_length, records_past
 from mustdrop.errors import CacheStateError
 from mustdrop.indices import HOST
 from mustdrop.kv.cut import Cut
-from mustdrop.kv.slots import Arrival, Held, Slots, Stored, reordering
+from mustdrop.kv.entries import Arrival, Held, Stored
+from mustdrop.kv.slots import Slots, reordering
 
 _SLIDE = 64  # tokens after which a sliding layer with gaps looks for entries that have left its window
 _KNOWN = ("positions", "vision", "attended", "queries")  # one entry per slot that is described
@@ -91,7 +92,7 @@ class PrunedLayer(Slots, DynamicLayer):
         return keys[:, :, -shown:], values[:, :, -shown:]
 
     def _append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store entries behind the others; the first ones are copied, and not appended to an empty tensor."""
+        """Store entries after the others; the first ones are copied, and not appended to an empty tensor."""
         if self.is_initialized:
             return super().update(keys, values)
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
@@ -99,7 +100,7 @@ class PrunedLayer(Slots, DynamicLayer):
         return self.keys, self.values
 
     def _note(self, arrival: Arrival) -> None:
-        """What arrives, behind what is known of the slots."""
+        """What arrives, after what is known of the slots."""
         if not self.slots:
             (self._positions, self._vision), self.totals = arrival.noted, arrival.totals
         else:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,190 +11,10 @@ from torch import Tensor
 
 from mustdrop import kernels
 from mustdrop.errors import CacheStateError
-from mustdrop.indices import HOST, PAD, on, take
+from mustdrop.indices import HOST, on, take
 from mustdrop.kv.cut import Cut
-
-
-class OnDevice:
-    """A tensor that describes slots and lies on a device: the host asks for it once, if ever somebody must know.
-
-    A prompt whose counts are known beforehand is cut without the host, and most of what follows needs no more than
-    whether there is such a description.
-    """
-
-    def __init__(self, there: Tensor, whole: OnDevice | None = None, at: int = 0) -> None:
-        """`there` may be the first columns of row `at` of a `whole`, which comes over once for all its parts."""
-        self.there, self.whole, self.at = there, whole, at
-
-    @classmethod
-    def of(cls, there: Tensor) -> OnDevice:
-        """The one that stands for a tensor, so that layers which share the tensor share what the host learned."""
-        known: OnDevice | None = getattr(there, "_away", None)
-        if known is None:
-            known = there._away = cls(there)  # type: ignore[attr-defined]
-        return known
-
-    @classmethod
-    def parts(cls, whole: Tensor, widths: Sequence[int]) -> list[Tensor]:
-        """The first columns of each row of `whole` (L, B, n); layers that are given them share what the host learns."""
-        rows = [row[:, :width] for row, width in zip(whole.unbind(), widths, strict=True)]
-        if whole.device != HOST:
-            all_of_it = cls(whole)
-            for i, row in enumerate(rows):
-                row._away = cls(row, all_of_it, i)  # type: ignore[attr-defined]
-        return rows
-
-    @functools.cached_property
-    def here(self) -> Tensor:
-        """The tensor on the host (waits for its device)."""
-        return self.there.to(HOST) if self.whole is None else self.whole.here[self.at][:, : self.there.shape[1]]
-
-    @property
-    def shape(self) -> torch.Size:
-        """Of the tensor."""
-        return self.there.shape
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> OnDevice:
-        return OnDevice(self.there.clone())
-
-    def __reduce__(self) -> Any:
-        return OnDevice, (self.there,)
-
-
-def at_home(x: Tensor | OnDevice | None) -> Tensor | None:
-    """A description on the host."""
-    return x.here if isinstance(x, OnDevice) else x
-
-
-class _Description:
-    """An attribute of a layer that is read on the host, wherever the tensor was that was set."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = "_" + name
-
-    def __get__(self, layer: Any, owner: type) -> Any:
-        return at_home(getattr(layer, self.name))
-
-    def __set__(self, layer: Any, value: Tensor | OnDevice | None) -> None:
-        layer.__dict__[self.name] = _wherever(value)
-
-
-def _wherever(value: Tensor | OnDevice | None) -> Tensor | OnDevice | None:
-    """What a layer notes of a tensor: itself on the host, what stands for it elsewhere."""
-    return OnDevice.of(value) if isinstance(value, Tensor) and value.device != HOST else value
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """What the next `update` of a layer brings.
-
-    Attributes:
-        positions: (B, n) long, logical position of each new entry, PAD on padding.
-        vision: (B, n) bool, which of them are vision tokens.
-        totals: (B,) long, vision tokens of the chunk, dropped ones included.
-        advance: logical tokens that the chunk stands for (n plus what was dropped).
-        whole: whether the new entries are all tokens of the chunk, in order.
-        memo: what layers with the same entries derive from them.
-        pictures: (B, advance) long, which picture of the chunk each token belongs to, -1 for text; None where nobody
-            asks for that.
-    """
-
-    positions: Tensor
-    vision: Tensor
-    totals: Tensor
-    advance: int
-    whole: bool
-    pictures: Tensor | None = None
-    memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
-
-    @functools.cached_property
-    def noted(self) -> tuple[Tensor | OnDevice | None, Tensor | OnDevice | None]:
-        """`positions` and `vision` as a layer without entries notes them."""
-        return _wherever(self.positions), _wherever(self.vision)
-
-
-@dataclass(frozen=True, eq=False)
-class Stored:
-    """What a cache layer stores at one moment, without the keys and values: what comes later changes nothing in it.
-
-    Attributes:
-        positions: (B, known or more) long, logical position of the first slots, PAD on padding; None: each slot holds
-            the token of its own number.
-        slots: entries, or (1,) long: the logical length of a static cache, which only the device may know.
-        dropped: logical tokens that have no slot.
-        batch: B.
-        pictures: see `Slots`.
-    """
-
-    positions: Tensor | OnDevice | None
-    slots: int | Tensor
-    dropped: int
-    batch: int
-    pictures: Tensor | None = None
-
-    def says(
-        self,
-        positions: Tensor | OnDevice | None,
-        slots: int | Tensor,
-        dropped: int,
-        batch: int,
-        pictures: Tensor | None,
-    ) -> bool:
-        """Whether these are its attributes."""
-        if self.positions is not positions or self.pictures is not pictures:
-            return False
-        alike = slots is self.slots if isinstance(slots, Tensor) else slots == self.slots
-        return bool(alike) and (self.dropped, self.batch) == (dropped, batch)
-
-    @functools.cached_property
-    def number(self) -> int:
-        """Entries per row, padding included."""
-        return int(self.slots) - self.dropped if isinstance(self.slots, Tensor) else self.slots
-
-    @property
-    def logical(self) -> int:
-        """Logical length."""
-        return self.number + self.dropped
-
-    @property
-    def key(self) -> tuple[int, int]:
-        """Equal for layers that store entries of the same positions. Both must be there while it is used."""
-        tail_only = self.positions is None or not self.positions.shape[1]
-        return (0 if tail_only else id(self.positions), self.number)
-
-    @functools.cached_property
-    def places(self) -> Tensor | None:
-        """(B, slots) long, logical position per slot, PAD on padding; None without slots."""
-        n, end = self.number, self.logical
-        if not n:
-            return None
-        positions = at_home(self.positions)
-        known = 0 if positions is None else min(n, positions.shape[1])
-        tail = torch.arange(end - (n - known), end, dtype=torch.long, device=HOST).expand(self.batch, -1)
-        return tail if positions is None else torch.cat([positions[:, :known], tail], 1)
-
-    def lengths(self, start: int, valid: Tensor) -> Tensor:
-        """(B,) long, stored entries per row without padding.
-
-        `valid` (B, q) marks real tokens of the chunk at `start`.
-        """
-        positions = self.places
-        if positions is None:
-            return torch.zeros(valid.shape[0], dtype=torch.long, device=HOST)
-        real = positions != PAD
-        inside = (positions >= start) & (positions < start + valid.shape[1])
-        if positions.shape[0] == valid.shape[0]:
-            real &= ~inside | take(valid, (positions - start).clamp(0, valid.shape[1] - 1), 1)
-        return real.sum(1)
-
-    def held(self, start: int, marks: Tensor) -> Tensor:
-        """(B,) long, stored entries per row that are marked; `marks` (B, q) covers the chunk at `start`."""
-        positions = self.places
-        if positions is None:
-            return torch.zeros(marks.shape[0], dtype=torch.long, device=HOST)
-        inside = (positions >= start) & (positions < start + marks.shape[1])
-        marks = marks.repeat_interleave(positions.shape[0] // marks.shape[0], 0)
-        return (inside & take(marks, (positions - start).clamp(0, marks.shape[1] - 1), 1)).sum(1)
+from mustdrop.kv.entries import Arrival, Stored
+from mustdrop.kv.on_device import Description, OnDevice
 
 
 class _Reordering(threading.local):
@@ -219,7 +37,7 @@ class Slots:
 
     Attributes:
         keys: (B, G, slots or more, D), None before the first entry.
-        values: likewise.
+        values: (B, G, slots or more, D), None before the first entry.
         positions: (B, known or more) long, logical position of the first slots, PAD on padding; None while every slot
             holds the token of its own number.
         vision: (B, known) bool, which of the first slots hold vision tokens.
@@ -238,8 +56,8 @@ class Slots:
 
     keys: Any
     values: Any
-    positions: Any = _Description()
-    vision: Any = _Description()
+    positions: Any = Description()
+    vision: Any = Description()
     # a layer that nothing is known of holds none of this: a new cache has as many as the model has layers
     _positions: Tensor | OnDevice | None = None
     _vision: Tensor | OnDevice | None = None
@@ -259,7 +77,7 @@ class Slots:
         self.arrival, self.padded, self.prepared, self.whole, self.lends = None, False, False, True, False
 
     def learn(self, arrival: Arrival, start: int) -> None:
-        """Note which pictures arrive behind `start` logical tokens; the layers share what is known."""
+        """Note which pictures arrive after `start` logical tokens; the layers share what is known."""
         if arrival.pictures is None:
             return
         known = self.pictures
@@ -427,22 +245,3 @@ class Slots:
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, select(value))
-
-
-@dataclass(frozen=True)
-class Held:
-    """What a pass of the prompt has left for one layer of the caller's cache.
-
-    Attributes:
-        layer: holds the entries.
-        positions: (B, n) long, logical position of each, PAD on padding.
-        vision: (B, n) bool, which of them are vision tokens.
-        padded: whether `positions` holds PAD.
-        whole: whether they are all tokens of the prompt, in order.
-    """
-
-    layer: Any
-    positions: Tensor
-    vision: Tensor
-    padded: bool
-    whole: bool

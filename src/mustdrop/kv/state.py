@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from mustdrop.compat import LinearAttentionLayer
-from mustdrop.kv.slots import Held, Slots, Stored
+from mustdrop.kv.entries import Held, Stored
+from mustdrop.kv.slots import Slots
 
 
 class PrunedState(Slots, LinearAttentionLayer):  # type: ignore[misc]  # older transformers have none

@@ -22,7 +22,9 @@ from transformers.cache_utils import StaticLayer
 from mustdrop.compat import eager, fixed_address
 from mustdrop.indices import HOST, PAD, on
 from mustdrop.kv.cut import Cut
-from mustdrop.kv.slots import Arrival, Held, OnDevice, Slots, Stored
+from mustdrop.kv.entries import Arrival, Held, Stored
+from mustdrop.kv.on_device import OnDevice
+from mustdrop.kv.slots import Slots
 
 
 class PrunedStaticLayer(Slots, StaticLayer):
@@ -90,7 +92,7 @@ class PrunedStaticLayer(Slots, StaticLayer):
         return self._follow(key_states, value_states) if self.dropped else super().update(key_states, value_states)
 
     def _follow(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Write entries behind those that are filled, as the counter on the device says."""
+        """Write entries after those that are filled, as the counter on the device says."""
         many, device = key_states.shape[2], self.cumulative_length.device
         place = torch.arange(-self.dropped, many - self.dropped, dtype=torch.long, device=device)
         place = place + self.cumulative_length
@@ -150,7 +152,7 @@ class PrunedStaticLayer(Slots, StaticLayer):
         """The mask over slots, of one over logical positions that hides none but those to come.
 
         The last slots hold tokens that follow one another, and those before hold tokens that are always seen: so it is
-        what comes behind as many columns as there are tokens without a slot. `mask` is (B or 1, 1, queries, keys).
+        what comes after as many columns as there are tokens without a slot. `mask` is (B or 1, 1, queries, keys).
         """
         return mask[..., self.dropped : self.dropped + self.keys.shape[2]]
 
@@ -163,7 +165,7 @@ class PrunedStaticLayer(Slots, StaticLayer):
         first = 0 if known is None else known.shape[1]
         if known is not None and first >= slots + extra:
             return cast(Tensor, known[:, : slots + extra])
-        dropped = 0 if known is None else self.dropped  # tokens behind those that are known follow one another
+        dropped = 0 if known is None else self.dropped  # tokens after those that are known follow one another
         tail = torch.arange(first + dropped, slots + extra + dropped, dtype=torch.long, device=HOST)
         tail = tail.expand(self.keys.shape[0], -1)
         return tail if known is None else torch.cat([known, tail], 1)

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Chosen, Features, Importance, Read, VisionStagePruner
+from mustdrop.pruners import Features, Importance, Read, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
 from mustdrop.pruners.compared_features import STATES, compared
 from mustdrop.pruners.importance import Question
@@ -22,7 +22,7 @@ class ConditionalDeterminant(WeighingRule):
     The relevance of a feature is its mean cosine with the words of the question, scaled to 0 ... 1 over the view.
 
     Attributes:
-        importance: what takes the place of the relevance, scaled likewise.
+        importance: what takes the place of the relevance, scaled as that is.
         theta: weight of relevance against diversity, in [0, 1): relevance r becomes exp(r theta / (2 (1 - theta))).
             None takes r as it is.
         geometry: how features are compared with each other. Except for "raw", relevance is multiplied with how distinct
@@ -38,13 +38,13 @@ class ConditionalDeterminant(WeighingRule):
         """What the encoder hands over, if that is what is compared."""
         return STATES if self.geometry == "standardized" else ()
 
-    def choose(self, seen: Features, count: int | None) -> Chosen:
+    def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`."""
         assert count is not None
         quality = self.quality(self.importance.score(seen).float())
         values = compared(seen, self.geometry)
         quality = quality * distinctiveness(values, self.geometry)
-        return Chosen.picked(greedy_determinant(around_mean(values, self.geometry), quality, count))
+        return Selection.picked(greedy_determinant(around_mean(values, self.geometry), quality, count))
 
     def quality(self, relevant: Tensor) -> Tensor:
         """(B, N) positive, from relevances (B, N); equal ones where all relevances of a view are equal."""

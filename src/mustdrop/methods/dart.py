@@ -39,15 +39,15 @@ class Duplication(TextScorer):
         return self.image_pivots + self.text_pivots
 
     def choose(
-        self, seen: Seen, count: Tensor, pinned: Tensor | None = None, importance: Tensor | None = None
+        self, seen: Seen, count: Tensor, protected: Tensor | None = None, importance: Tensor | None = None
     ) -> Tensor:
         """See `TextScorer.choose`."""
         if seen.keys is None or seen.hidden is None:
             raise ConfigError("DART compares keys and hidden states: call filter() with Seen(keys=..., hidden=...).")
         norm, unit = seen.keys.float().abs().sum(2), F.normalize(seen.hidden.float(), dim=2)
         first = keep_best(norm, torch.full_like(count, self.image_pivots), seen.alive)
-        stay = first if pinned is None else first | (pinned & seen.alive)
-        stay = keep_best(norm, count, stay, pinned, importance)
+        stay = first if protected is None else first | (protected & seen.alive)
+        stay = keep_best(norm, count, stay, protected, importance)
         text = torch.zeros_like(seen.alive) if seen.text is None else seen.text & ~seen.alive
         rated = keep_best(norm, torch.full_like(count, self.text_pivots), text)
         falling = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Chosen, Features, Read, VisionRule, VisionStagePruner
+from mustdrop.pruners import Features, Read, Selection, VisionRule, VisionStagePruner
 from mustdrop.pruners.base import Budget
 from mustdrop.pruners.compared_features import STATES, compared
 from mustdrop.rules.diversity import farthest_first
@@ -28,16 +28,16 @@ class MaxMinDiversity(VisionRule):
         """What the encoder hands over, if that is what is compared."""
         return STATES if self.geometry == "standardized" else ()
 
-    def choose(self, seen: Features, count: int | None) -> Chosen:
+    def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`."""
         assert count is not None
         values = compared(seen, self.geometry)
         if self.geometry == "raw":
-            return Chosen.picked(farthest_first(values, count))
+            return Selection.picked(farthest_first(values, count))
         distinct = distinctiveness(values, self.geometry)
         centred = around_mean(values, self.geometry)
         first = farthest_first(centred, 1)[:, 0]
-        return Chosen.picked(farthest_first(centred, count, weight=distinct, first=first))
+        return Selection.picked(farthest_first(centred, count, weight=distinct, first=first))
 
 
 class DivPrune(Recipe):

@@ -11,7 +11,7 @@ from torch import Tensor
 from mustdrop.constants import highest, on_host
 from mustdrop.errors import ConfigError
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Chosen, Features, VisionRule, VisionStagePruner
+from mustdrop.pruners import Features, Selection, VisionRule, VisionStagePruner
 from mustdrop.pruners.base import Budget
 from mustdrop.rules.baselines import uniform_scores
 from mustdrop.rules.groups import rank_in_group, sizes
@@ -46,7 +46,7 @@ class TemporalPruning(VisionRule):
             raise ConfigError(f"group={group}: expected a power of two (2, 4, 8, ...), because groups are halved.")
         return group
 
-    def choose(self, seen: Features, count: int | None) -> Chosen:
+    def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`. Thinned frames keep equally many."""
         assert count is not None
         number = seen.frame if seen.first is None else seen.frame - seen.first
@@ -60,7 +60,7 @@ class TemporalPruning(VisionRule):
         last = on_host(seen.frame) - (0 if seen.first is None else on_host(seen.first))
         group = self.groups(number, count, int(last.max()))[:, None]
         whole = (group > 0) & (number % group.clamp(min=1) == 0)
-        return Chosen.best(-((rank + 0.5) / size).masked_fill(whole, 0), count)
+        return Selection.best(-((rank + 0.5) / size).masked_fill(whole, 0), count)
 
     def groups(self, number: Tensor, count: int, last: int) -> Tensor:
         """(B,) long, frames per whole frame; 0 where the budget is too small for any.

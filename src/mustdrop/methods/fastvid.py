@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mustdrop import kernels
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Chosen, Features, VisionStagePruner
+from mustdrop.pruners import Features, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
 from mustdrop.pruners.weighing import ImportanceKnob, WeighingRule, importance_of
 from mustdrop.rules.clusters import density_peaks, tie_noise
@@ -42,7 +42,7 @@ class SalientAndContext(WeighingRule):
     own: float = Field(OWN, ge=0, le=1)
     seed: int | None = None
 
-    def choose(self, seen: Features, count: int | None) -> Chosen:
+    def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`. All frames have the same share; each grid of an image is a video of one frame."""
         assert count is not None
         means, size = frame_means(seen.values, seen.frame)
@@ -51,7 +51,7 @@ class SalientAndContext(WeighingRule):
         attention = self.importance.score(seen)
         rows = zip(seen.values, attention, seen.frame, parts, budget, strict=True)
         keep, into = map(torch.stack, zip(*(self._of_video(*row) for row in rows), strict=True))
-        return Chosen(keep, into, lambda values: blended(values, keep, into, self.own))
+        return Selection(keep, merge_into=into, blend=lambda values: blended(values, keep, into, self.own))
 
     def _of_video(
         self, values: Tensor, attention: Tensor, frame: Tensor, segment: Tensor, budget: Tensor

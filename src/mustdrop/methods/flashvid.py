@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mustdrop import kernels
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Chosen, Features, LastRow, PrefillPruner, Read, VisionStagePruner
+from mustdrop.pruners import Features, LastRow, PrefillPruner, Read, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
 from mustdrop.pruners.compared_features import LAST
 from mustdrop.pruners.importance import Attention, Importance
@@ -56,7 +56,7 @@ class DiverseAndTrees(WeighingRule):
     fewest: int = Field(FEWEST, ge=1)
     seed: int | None = None
 
-    def choose(self, seen: Features, count: int | None) -> Chosen:
+    def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`. All frames have the same share; each grid of an image is a video of one frame."""
         assert count is not None
         means, size = frame_means(seen.values, seen.frame)
@@ -65,7 +65,7 @@ class DiverseAndTrees(WeighingRule):
         attention = self.importance.positive(seen)
         rows = zip(seen.values, attention, seen.frame, parts, budget, strict=True)
         keep, into, weight = map(torch.stack, zip(*(self._of_video(*row) for row in rows), strict=True))
-        return Chosen.merged(keep, into, weight)
+        return Selection.merged(keep, into, weight)
 
     def _of_video(
         self, values: Tensor, attention: Tensor, frame: Tensor, segment: Tensor, budget: Tensor

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mustdrop import kernels
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Chosen, Features, VisionRule, VisionStagePruner
+from mustdrop.pruners import Features, Selection, VisionRule, VisionStagePruner
 from mustdrop.pruners.base import Budget
 from mustdrop.rules.groups import largest_remainder, sizes, spread, windows
 from mustdrop.rules.scaling import min_max
@@ -32,7 +32,7 @@ class NovelAndLocal(VisionRule):
 
     by_view: ClassVar[bool] = False
 
-    def choose(self, seen: Features, count: int | None) -> Chosen:
+    def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`. Each grid of an image is a video of one frame."""
         assert count is not None
         values = debiased(seen.values)
@@ -47,7 +47,7 @@ class NovelAndLocal(VisionRule):
             seen.values, spread(means, seen.frame), dim=2
         )
         local = torch.nn.functional.softplus(SHARPNESS * closer) / SHARPNESS
-        return Chosen(torch.stack([_picks(*row) for row in zip(values, local, seen.frame, budget, strict=True)]))
+        return Selection(torch.stack([_picks(*row) for row in zip(values, local, seen.frame, budget, strict=True)]))
 
     def added(self, values: Tensor, seen: Features, own: Tensor, cell: Tensor) -> Tensor:
         """(B, F), what the squares of each frame add to those at the same places of all earlier frames of the video.

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Chosen, Features, Read, VisionRule, VisionStagePruner
+from mustdrop.pruners import Features, Read, Selection, VisionRule, VisionStagePruner
 from mustdrop.pruners.base import Budget
 
 # The paper's encoder layers ("layer 9" and the one that features are read from), of the 23 that LLaVA runs.
@@ -31,13 +31,13 @@ class AnchorsBuffersRegisters(VisionRule):
         """What each patch receives in the middle and in the deep layer, also where there is a CLS token."""
         return Read(what="received", layer=self.layer, of=DEPTH), Read(what="received", layer=DEEP, of=DEPTH)
 
-    def choose(self, seen: Features, count: int | None) -> Chosen:
+    def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`."""
         middle, deep = (seen.of(read) for read in self.reads)
         assert count is not None
         anchors = min(round(count * self.alpha / CROSS), count // CROSS)
         anchor = middle.argsort(dim=1, descending=True, stable=True)[:, :anchors]
-        return Chosen.best(deep.masked_fill(self._crosses(seen, anchor), torch.inf), count)
+        return Selection.best(deep.masked_fill(self._crosses(seen, anchor), torch.inf), count)
 
     def _crosses(self, seen: Features, anchor: torch.Tensor) -> torch.Tensor:
         """(B, N) bool, the anchors (B, A) and the features above, below, left and right of them in their frame."""

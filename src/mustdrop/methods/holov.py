@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mustdrop.constants import numbers
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Chosen, Features, VisionStagePruner
+from mustdrop.pruners import Features, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
 from mustdrop.pruners.weighing import ImportanceKnob, WeighingRule, importance_of
 from mustdrop.rules.diversity import unit
@@ -32,7 +32,7 @@ class CropsByContext(WeighingRule):
     crops: int | None = Field(None, ge=1)
     weight: float = Field(WEIGHT, ge=0)
 
-    def choose(self, seen: Features, count: int | None) -> Chosen:
+    def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`. What a full crop cannot take goes to the others."""
         assert count is not None
         attention = self.importance.positive(seen)
@@ -48,7 +48,7 @@ class CropsByContext(WeighingRule):
         scale = given.mean(1, keepdim=True) / varied.mean(1, keepdim=True).clamp(min=1e-12)
         worth = given + self.weight * varied * scale
         budget = largest_remainder(worth, count, size.expand(len(worth), -1))
-        return Chosen(best_in_groups(attention, crop.expand_as(attention), budget, count))
+        return Selection(best_in_groups(attention, crop.expand_as(attention), budget, count))
 
     def crops_of(self, features: int, count: int) -> int:
         """How many crops a view is cut into."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mustdrop import kernels
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Chosen, Features, VisionStagePruner
+from mustdrop.pruners import Features, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
 from mustdrop.pruners.scored import FromModel
 from mustdrop.pruners.weighing import ImportanceKnob, WeighingRule, importance_of
@@ -29,7 +29,7 @@ class Important(WeighingRule):
     by_view: ClassVar[bool] = False
     coverage: float | None = Field(None, ge=0)
 
-    def choose(self, seen: Features, count: int | None) -> Chosen:
+    def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`."""
         assert count is not None
         power = self.coverage
@@ -38,7 +38,7 @@ class Important(WeighingRule):
         return choice(seen.values, self.importance.score(seen).float(), count, power)
 
 
-def choice(values: Tensor, score: Tensor, count: int, coverage: float) -> Chosen:
+def choice(values: Tensor, score: Tensor, count: int, coverage: float) -> Selection:
     """The `count` features (B, N, C) with the highest score (B, N), or that cover most in proportion to it.
 
     Args:
@@ -48,9 +48,11 @@ def choice(values: Tensor, score: Tensor, count: int, coverage: float) -> Chosen
         coverage: exponent of the score, spread from 0 to 1, beside the coverage that a pick adds; 0 ranks.
     """
     if not coverage:
-        return Chosen.best(score, count)
+        return Selection.best(score, count)
     directions = unit(values)
-    return Chosen.picked(kernels.greedy_coverage(directions @ directions.mT, count, quality=min_max(score) ** coverage))
+    return Selection.picked(
+        kernels.greedy_coverage(directions @ directions.mT, count, quality=min_max(score) ** coverage)
+    )
 
 
 class Learned(Recipe):

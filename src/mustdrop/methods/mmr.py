@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Chosen, Features, Read, VisionStagePruner
+from mustdrop.pruners import Features, Read, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
 from mustdrop.pruners.compared_features import STATES, compared
 from mustdrop.pruners.weighing import ImportanceKnob, WeighingRule, importance_of
@@ -37,7 +37,7 @@ class MarginalRelevance(WeighingRule):
         """What leaves the encoder, if that is compared."""
         return STATES if self.geometry == "standardized" else ()
 
-    def choose(self, seen: Features, count: int | None) -> Chosen:
+    def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`."""
         assert count is not None
         values = compared(seen, self.geometry)
@@ -49,7 +49,7 @@ class MarginalRelevance(WeighingRule):
             bonus=self.balance * worth,
             first=worth.argmax(1),
         )
-        return Chosen.picked(picks)
+        return Selection.picked(picks)
 
 
 class MMR(Recipe):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mustdrop import kernels
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Chosen, Features, Read, VisionRule, VisionStagePruner
+from mustdrop.pruners import Features, Read, Selection, VisionRule, VisionStagePruner
 from mustdrop.pruners.base import Budget
 from mustdrop.pruners.compared_features import STATES
 from mustdrop.pruners.importance import check_question
@@ -42,7 +42,7 @@ class TwoCoverages(VisionRule):
         """What leaves the encoder."""
         return STATES
 
-    def choose(self, seen: Features, count: int | None) -> Chosen:
+    def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`."""
         assert count is not None
         check_question(seen.values, seen.question)
@@ -50,7 +50,7 @@ class TwoCoverages(VisionRule):
         picture = (states @ states.mT / self.vision_temperature).softmax(2) * (self.alpha / states.shape[1])
         rows = torch.cat([self._words(seen), picture], 1)
         # picks do not depend on a common factor, and sums of shares of thousands of features are small
-        return Chosen.picked(kernels.greedy_coverage(rows * rows.shape[2], count))
+        return Selection.picked(kernels.greedy_coverage(rows * rows.shape[2], count))
 
     def _words(self, seen: Features) -> Tensor:
         """(B, T, N) what each word spreads over the features; rows of 0 where a view has fewer words."""

@@ -29,14 +29,14 @@ class MustDrop(Recipe):
             given.
         merge_share: share of the windows that "budget" merges at most.
         threshold: similarity from which a window merges.
-        key_share: share of pinned tokens.
-        importance: what they are pinned by: "attention" of the encoder; or in its place the likeness with the
+        key_share: share of protected tokens.
+        importance: what they are protected by: "attention" of the encoder; or in its place the likeness with the
             "question", what is "distinct" from the mean, the folder of a scorer, a module, or an `Importance` of your
             own.
         inside: whether windows also merge inside an encoder of packed patches, which then runs on fewer; False merges
             the features that it gives.
         select_layer: encoder layer after which the tokens that cannot enter under the budget leave an encoder of packed
-            patches; its attention also says which are pinned. None: they leave after it.
+            patches; its attention also says which are protected. None: they leave after it.
         decode_keep: vision entries per layer that stay in the cache while decoding; None keeps all after the cut.
         interval: decode steps between two evictions.
         old_pictures: entries per layer that remain of each picture of a chat once a later turn has brought a newer one.

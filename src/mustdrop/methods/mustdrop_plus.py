@@ -14,13 +14,13 @@ from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.methods.tome import SoftMatching
 from mustdrop.methods.vcast import CurvedFrames
 from mustdrop.pruners import (
-    Chosen,
     DecodeCachePruner,
     Features,
     InnerRule,
     PrefillPruner,
     Read,
     Seen,
+    Selection,
     TextScorer,
     VisionRule,
     VisionStagePruner,
@@ -37,8 +37,9 @@ LAYERS = (4, 12)
 # What the last filter leaves of what enters, by budget: searched at and below 1/9; above, as little as keeps the FLOPs
 # at those of merging alone (docs/quality.md).
 TAPER = ((1 / 9, 0.2), (2 / 9, 0.52), (1 / 3, 0.73), (1 / 2, 0.9))
-# A pinned token outweighs every other one: a quality is at most 1, and what a pick leaves unexplained is at least 1e-5.
-PINNED = 1e3
+# A protected token outweighs every other one: a quality is at most 1, and what a pick leaves unexplained is at
+# least 1e-5.
+PROTECTED = 1e3
 
 
 class AttendedAndDiverse(TextScorer):
@@ -62,7 +63,7 @@ class AttendedAndDiverse(TextScorer):
         return dual_score(dual_statistics(seen.attention, seen.alive))
 
     def choose(
-        self, seen: Seen, count: Tensor, pinned: Tensor | None = None, importance: Tensor | None = None
+        self, seen: Seen, count: Tensor, protected: Tensor | None = None, importance: Tensor | None = None
     ) -> Tensor:
         """See `TextScorer.choose`."""
         if seen.hidden is None:
@@ -70,12 +71,12 @@ class AttendedAndDiverse(TextScorer):
         score = self.score(seen)  # 0 where nothing is alive
         quality = (score / score.amax(1, keepdim=True).clamp(min=1e-30)).clamp(min=1e-6) ** self.power
         must = None
-        if pinned is not None:
-            must = keep_best(score, count, seen.alive & pinned, pinned, importance)
-            quality = quality.masked_fill(must, PINNED)
+        if protected is not None:
+            must = keep_best(score, count, seen.alive & protected, protected, importance)
+            quality = quality.masked_fill(must, PROTECTED)
         most = highest(count) if seen.most is None else seen.most
         picks = greedy_determinant(seen.hidden, quality, most, seen.alive, count)
-        # earlier picks rank higher; pinned tokens that others explain wholly stay all the same
+        # earlier picks rank higher; protected tokens that others explain wholly stay all the same
         n = score.shape[1]
         rank = torch.zeros(picks.shape[0], n + 1, dtype=torch.float32, device=score.device)
         order = constant(
@@ -87,15 +88,15 @@ class AttendedAndDiverse(TextScorer):
         return keep_best(rank, count, seen.alive, must)
 
 
-class MergedOrChosen(InnerRule):
-    """Tokens merge inside the encoder's layers and behind them; where the layers cannot, a rule chooses behind it.
+class MergedOrSelected(InnerRule):
+    """Tokens merge inside the encoder's layers and after them; where the layers cannot, a rule chooses after it.
 
     An encoder of packed patches, or one whose features are made of several patches, cannot merge in its layers. Merging
-    behind it blurs what it has read: the mean of two characters is neither of them.
+    after it blurs what it has read: the mean of two characters is neither of them.
 
     Attributes:
         share: largest share of its tokens that a layer merges, see `SoftMatching`.
-        rule: behind an encoder that has not merged; one that reads no question.
+        rule: after an encoder that has not merged; one that reads no question.
     """
 
     by_view: ClassVar[bool] = False
@@ -126,7 +127,7 @@ class MergedOrChosen(InnerRule):
         """See `InnerRule.join_uneven`."""
         return self.matching.join_uneven(keys, numbers, lengths, protected)
 
-    def choose(self, seen: Features, count: int | None) -> Chosen:
+    def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`."""
         return (self.rule if seen.size is None else self.matching).choose(seen, count)
 
@@ -176,7 +177,7 @@ class MustDropPlus(Recipe):
 
     def build(self) -> Method:
         """Fill all three sockets."""
-        rule = MergedOrChosen(share=self.merge, weighs=self.proportional)
+        rule = MergedOrSelected(share=self.merge, weighs=self.proportional)
         score = rule if self.behind == "choose" else rule.matching
         return Method(
             vision=VisionStagePruner(

@@ -9,7 +9,7 @@ import torch
 
 from mustdrop.constants import on_host
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Chosen, Features, VisionRule, VisionStagePruner
+from mustdrop.pruners import Features, Selection, VisionRule, VisionStagePruner
 from mustdrop.pruners.base import Budget
 from mustdrop.rules.cells import centres, square_cells
 
@@ -19,7 +19,7 @@ class AveragePooling(VisionRule):
 
     by_view: ClassVar[bool] = False
 
-    def choose(self, seen: Features, count: int | None) -> Chosen:
+    def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`. What has the same shape is cut once."""
         assert count is not None
         place = torch.from_numpy(np.stack([on_host(x) for x in (seen.frame, seen.row, seen.column)], 1))
@@ -28,7 +28,7 @@ class AveragePooling(VisionRule):
         cells = [square_cells(one, count) for one in shapes]
         names = torch.stack([centres(*pair) for pair in zip(shapes, cells, strict=True)])
         device = seen.values.device
-        return Chosen.merged(names[shape].to(device), torch.stack(cells)[shape].to(device))
+        return Selection.merged(names[shape].to(device), torch.stack(cells)[shape].to(device))
 
 
 class Pooling(Recipe):

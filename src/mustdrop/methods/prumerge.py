@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mustdrop.errors import ConfigError
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Chosen, Features, Read, VisionRule, VisionStagePruner
+from mustdrop.pruners import Features, Read, Selection, VisionRule, VisionStagePruner
 from mustdrop.pruners.base import Budget, Compat
 
 
@@ -36,17 +36,17 @@ class PruneAndMerge(VisionRule):
         """Attention and keys of the last layer, whose heads are not told apart."""
         return Read(what="joint_attention", layer=-1), Read(what="joint_keys", layer=-1)
 
-    def choose(self, seen: Features, count: int | None) -> Chosen:
+    def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`. One of `count` is the sum of what goes, weighted with attention."""
         attention, keys = (seen.of(read) for read in self.reads)
         n = attention.shape[1]
         if count == 1:
-            return Chosen.best(attention, 1)
+            return Selection.best(attention, 1)
         ranked = attention.argsort(dim=1, descending=True, stable=True)
         top, sampled = self._amounts(attention, count)
         names = torch.cat([ranked[:, :top], self._samples(ranked, top, sampled, n)], 1)
         if names.shape[1] >= n:
-            return Chosen(ranked.sort(1).values)
+            return Selection(ranked.sort(1).values)
         kept = torch.zeros_like(attention, dtype=torch.bool).scatter(1, names, True)
         others = kept.long().argsort(dim=1, stable=True)  # those that are kept come last
         slots, gone = names, others[:, : n - names.shape[1]]
@@ -56,7 +56,7 @@ class PruneAndMerge(VisionRule):
         spare = gone.gather(1, weight.argmax(1, keepdim=True))  # the most attended names what takes in all that goes
         last = torch.zeros_like(attention).scatter(1, gone, weight)
         weights = torch.cat([self._near(names, gone, keys, attention), last[:, None]], 1)
-        return Chosen(torch.cat([slots, spare], 1), None, lambda values: weights.to(values) @ values)
+        return Selection(torch.cat([slots, spare], 1), blend=lambda values: weights.to(values) @ values)
 
     @staticmethod
     def _named_twice(names: Tensor, top: int, others: Tensor) -> tuple[Tensor, Tensor]:

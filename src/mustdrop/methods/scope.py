@@ -6,7 +6,7 @@ from pydantic import Field
 
 from mustdrop import kernels
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Chosen, Features, Read, VisionStagePruner
+from mustdrop.pruners import Features, Read, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
 from mustdrop.pruners.compared_features import STATES, compared
 from mustdrop.pruners.weighing import ImportanceKnob, WeighingRule, importance_of
@@ -33,7 +33,7 @@ class AttendedCoverage(WeighingRule):
         """What leaves the encoder, if that is compared."""
         return STATES if self.geometry == "standardized" else ()
 
-    def choose(self, seen: Features, count: int | None) -> Chosen:
+    def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`."""
         assert count is not None
         values = compared(seen, self.geometry)
@@ -42,7 +42,7 @@ class AttendedCoverage(WeighingRule):
         share = attention / attention.amax(1, keepdim=True).clamp(min=1e-30)
         quality = share**self.alpha * distinctiveness(values, self.geometry)
         directions = unit(around_mean(values, self.geometry))
-        return Chosen.picked(kernels.greedy_coverage(directions @ directions.mT, count, quality=quality))
+        return Selection.picked(kernels.greedy_coverage(directions @ directions.mT, count, quality=quality))
 
 
 class Scope(Recipe):

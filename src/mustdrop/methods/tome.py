@@ -11,7 +11,7 @@ from torch import Tensor
 from mustdrop import kernels
 from mustdrop.errors import ConfigError
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Chosen, Features, InnerRule, VisionStagePruner
+from mustdrop.pruners import Features, InnerRule, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget, Compat
 from mustdrop.rules import bipartite
 
@@ -52,7 +52,7 @@ class SoftMatching(InnerRule):
         """See `InnerRule.join_uneven`."""
         return kernels.bipartite_slots(keys, 0, protected, numbers, lengths)
 
-    def choose(self, seen: Features, count: int | None) -> Chosen:
+    def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`: what the layers left is matched again, as often as it takes."""
         values, size, names = seen.values, seen.size, None
         moves: list[Tensor] = []
@@ -62,7 +62,7 @@ class SoftMatching(InnerRule):
             moves.append(into)
         if names is None:
             names = torch.arange(values.shape[1], dtype=torch.long, device=values.device).expand(values.shape[:2])
-        return Chosen.merged(names, kernels.followed(moves) if moves else names, seen.size)
+        return Selection.merged(names, kernels.followed(moves) if moves else names, seen.size)
 
 
 class ToMe(Recipe):

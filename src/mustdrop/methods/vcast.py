@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Chosen, Features, VisionRule, VisionStagePruner
+from mustdrop.pruners import Features, Selection, VisionRule, VisionStagePruner
 from mustdrop.pruners.base import Budget
 from mustdrop.rules.groups import best_in_groups, largest_remainder, spread
 from mustdrop.rules.scaling import min_max_in_groups
@@ -28,7 +28,7 @@ class CurvedFrames(VisionRule):
     by_view: ClassVar[bool] = False
     temperature: float = Field(TEMPERATURE, gt=0)
 
-    def choose(self, seen: Features, count: int | None) -> Chosen:
+    def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`. Each grid of an image is a video of one frame."""
         assert count is not None
         means, size = frame_means(seen.values, seen.frame)
@@ -37,7 +37,7 @@ class CurvedFrames(VisionRule):
         budget = largest_remainder(weight, count, size, least=1)
         unlike = 1 - torch.cosine_similarity(seen.values, spread(means, seen.frame), dim=2)
         length = min_max_in_groups(seen.values.norm(dim=2), seen.frame, means.shape[1])
-        return Chosen(best_in_groups(unlike + length, seen.frame, budget, count))
+        return Selection(best_in_groups(unlike + length, seen.frame, budget, count))
 
 
 def curvature(means: Tensor, video: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mustdrop import kernels
 from mustdrop.constants import highest
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Chosen, Features, VisionRule, VisionStagePruner
+from mustdrop.pruners import Features, Selection, VisionRule, VisionStagePruner
 from mustdrop.pruners.base import Budget
 from mustdrop.rules.groups import rank_in_group, sizes
 
@@ -32,7 +32,7 @@ class FrameUniqueness(VisionRule):
     temperature: float = Field(TEMPERATURE, gt=0)
     channels: float = Field(0.5, gt=0, le=1)
 
-    def choose(self, seen: Features, count: int | None) -> Chosen:
+    def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`. Each grid of an image counts as a frame."""
         assert count is not None
         values, frame = self._steady(seen.values), seen.frame
@@ -44,7 +44,7 @@ class FrameUniqueness(VisionRule):
         usual = kernels.merge_tokens(of_video[..., None], frame, frames)[..., 0]
         room = self.weights(-usual, size) * size
         rank = rank_in_group(-(of_video + of_frame), frame)
-        return Chosen.best(_turns(rank, room.gather(1, frame)), count)
+        return Selection.best(_turns(rank, room.gather(1, frame)), count)
 
     def weights(self, uniqueness: Tensor, size: Tensor) -> Tensor:
         """How many tokens a frame gets, compared with the mean frame.

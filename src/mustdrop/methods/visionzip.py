@@ -7,7 +7,7 @@ from pydantic import Field
 
 from mustdrop import kernels
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Chosen, Features, Read, VisionStagePruner
+from mustdrop.pruners import Features, Read, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
 from mustdrop.pruners.compared_features import LAST
 from mustdrop.pruners.weighing import EncoderWeighingRule, ImportanceKnob, importance_of
@@ -31,7 +31,7 @@ class DominantAndContextual(EncoderWeighingRule):
         """Keys of the layer that features are read from (in LLaVA, 22 of the 23 that it runs)."""
         return (Read(what="keys", **LAST),)
 
-    def choose(self, seen: Features, count: int | None) -> Chosen:
+    def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`. A contextual token is its own value plus the mean of those that join it."""
         attention, keys = self.importance.score(seen), seen.of(self.own_reads[0])
         batch, n = attention.shape
@@ -40,7 +40,7 @@ class DominantAndContextual(EncoderWeighingRule):
         ranked = attention.argsort(dim=1, descending=True, stable=True)
         dominant = ranked[:, : count - targets].sort(1).values
         if not targets:
-            return Chosen(dominant)
+            return Selection(dominant)
         rest = ranked[:, count - targets :].sort(1).values
         step = rest.shape[1] // targets
         target = torch.arange(0, step * targets, step, dtype=torch.long, device=rest.device)
@@ -58,7 +58,7 @@ class DominantAndContextual(EncoderWeighingRule):
             own = values.gather(1, torch.cat([dominant, centre], 1)[..., None].expand(-1, -1, values.shape[2]))
             return own + kernels.merge_tokens(values, joined, count)
 
-        return Chosen(torch.cat([dominant, centre], 1), into, blend)
+        return Selection(torch.cat([dominant, centre], 1), merge_into=into, blend=blend)
 
 
 class VisionZip(Recipe):

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Chosen, Features, Read, VisionStagePruner
+from mustdrop.pruners import Features, Read, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
 from mustdrop.pruners.compared_features import STATES, compared
 from mustdrop.pruners.weighing import EncoderWeighingRule, ImportanceKnob, importance_of
@@ -33,7 +33,7 @@ class ImportantAndDiverse(EncoderWeighingRule):
         """What leaves the encoder, if that is compared."""
         return STATES if self.geometry == "standardized" else ()
 
-    def choose(self, seen: Features, count: int | None) -> Chosen:
+    def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`."""
         assert count is not None
         attention, values = self.importance.score(seen), compared(seen, self.geometry)
@@ -43,7 +43,7 @@ class ImportantAndDiverse(EncoderWeighingRule):
         # a hair above the product: 0.29 * 100 is 28.999999999999996 in floating point and must be 29
         top = int(count * self.important + 1e-9)
         diverse = without_duplicates(around_mean(values, self.geometry), ranked[:, top:], count - top)
-        return Chosen(torch.cat([ranked[:, :top], diverse], 1).sort(1).values)
+        return Selection(torch.cat([ranked[:, :top], diverse], 1).sort(1).values)
 
 
 class VisPruner(Recipe):

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from mustdrop import kernels
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Chosen, Features, LastRow, PrefillPruner, Read, VisionStagePruner
+from mustdrop.pruners import Features, LastRow, PrefillPruner, Read, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
 from mustdrop.pruners.weighing import ImportanceKnob, WeighingRule, importance_of
 from mustdrop.rules.groups import rank_in_group, windows
@@ -43,7 +43,7 @@ class TwoScans(WeighingRule):
         """Attention of the shallow layer, and what the importance reads."""
         return tuple(dict.fromkeys((Read(layer=self.layer, of=DEPTH), *self.importance.reads)))
 
-    def choose(self, seen: Features, count: int | None) -> Chosen:
+    def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`. What does not divide by the windows goes to those with the strongest candidates."""
         shallow, deep = seen.of(self.reads[0]), self.importance.score(seen).float()
         assert count is not None
@@ -56,7 +56,7 @@ class TwoScans(WeighingRule):
         kept.scatter_(1, local, True)
         everywhere = deep.masked_fill(kept, torch.inf).argsort(dim=1, descending=True, stable=True)
         keep = everywhere[:, :count].sort(1).values
-        return Chosen.merged(keep, nearest(seen.values, keep))
+        return Selection.merged(keep, nearest(seen.values, keep))
 
 
 def nearest(values: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:

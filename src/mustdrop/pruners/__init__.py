@@ -8,12 +8,12 @@ from mustdrop.pruners.prefill import PrefillPruner
 from mustdrop.pruners.recycling import Recycling
 from mustdrop.pruners.text_scorers import LastRow, MeanOverText, Raters, Seen, TextScorer
 from mustdrop.pruners.vision import VisionStagePruner
-from mustdrop.pruners.vision_rules import Chosen, Features, InnerRule, PictureRule, Read, VisionRule
+from mustdrop.pruners.vision_rules import Features, InnerRule, PictureRule, Read, VisionRule
+from mustdrop.selection import Selection
 
 __all__ = [
     "AllRows",
     "CacheScorer",
-    "Chosen",
     "DecodeCachePruner",
     "Features",
     "GeneratedRows",
@@ -33,6 +33,7 @@ __all__ = [
     "Received",
     "Recycling",
     "Seen",
+    "Selection",
     "TextScorer",
     "VisionRule",
     "VisionStagePruner",

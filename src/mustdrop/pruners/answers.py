@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from mustdrop.pruners.cache_scorers import CacheScorer, Received
     from mustdrop.pruners.input import InputRule
     from mustdrop.pruners.text_scorers import Seen, TextScorer
-    from mustdrop.pruners.vision_rules import Chosen, Features, InnerRule, VisionRule
+    from mustdrop.pruners.vision_rules import Features, InnerRule, VisionRule
+    from mustdrop.selection import Selection
 
 Kind = Literal["float", "long", "bool"]
 
@@ -70,14 +71,14 @@ def scores(scorer: TextScorer, seen: Seen) -> Tensor:
 
 
 def stays(
-    scorer: TextScorer, seen: Seen, count: Tensor, pinned: Tensor | None = None, importance: Tensor | None = None
+    scorer: TextScorer, seen: Seen, count: Tensor, protected: Tensor | None = None, importance: Tensor | None = None
 ) -> Tensor:
     """`TextScorer.choose`: (B, n) bool, `count` vision tokens of each row (all, where there are fewer).
 
     Raises:
         ConfigError: see `scores`.
     """
-    got = scorer.choose(seen, count, pinned, importance)
+    got = scorer.choose(seen, count, protected, importance)
     got = _tensor(scorer, "choose", got, "bool", seen.alive.shape, seen.alive.device)
     if _looks(scorer, "choose", got):
         wanted, kept = torch.minimum(count, seen.alive.sum(1)), (got & seen.alive).sum(1)
@@ -107,34 +108,34 @@ def raters(scorer: TextScorer, embeds: Tensor, vision: Tensor, text: Tensor) -> 
 # -- vision stage -----------------------------------------------------------------------------------------------------
 
 
-def features(rule: VisionRule, seen: Features, count: int | None) -> Chosen:
-    """`VisionRule.choose`: a `Chosen` of `count` different features of each view.
+def features(rule: VisionRule, seen: Features, count: int | None) -> Selection:
+    """`VisionRule.choose`: a `Selection` of `count` different features of each view.
 
     Raises:
         ConfigError: see `scores`.
     """
-    from mustdrop.pruners.vision_rules import Chosen
+    from mustdrop.selection import Selection
 
     b, n = seen.values.shape[:2]
     try:
         got: Any = rule.choose(seen, count)
     except ConfigError as error:
         raise ConfigError(f"{_name(rule)}.choose: {error}") from error
-    if not isinstance(got, Chosen):
+    if not isinstance(got, Selection):
         raise ConfigError(
-            f"{_name(rule)}.choose returned {_shown(got)}, expected a Chosen: Chosen.best(score, count) for scores "
-            f"(B, N), here {(b, n)}, or Chosen(keep) for indices (B, count)."
+            f"{_name(rule)}.choose returned {_shown(got)}, expected a Selection: Selection.best(score, count) for "
+            f"scores (B, N), here {(b, n)}, or Selection(keep) for indices (B, count)."
         )
     if got.score is not None:
-        _tensor(rule, "choose, score of Chosen.best", got.score, "float", (b, n), None)
-        _finite(rule, "choose, score of Chosen.best", got.score, None, seen.values)
+        _tensor(rule, "choose, score of Selection.best", got.score, "float", (b, n), None)
+        _finite(rule, "choose, score of Selection.best", got.score, None, seen.values)
     keep: Any = got.keep
     m = int(keep.shape[1]) if isinstance(keep, Tensor) and keep.ndim == 2 else -1
     if count is not None and m not in (-1, count):
         raise ConfigError(f"{_name(rule)}.choose was asked for {count} of {n} features and returned {m}.")
-    _tensor(rule, "choose, Chosen.keep", keep, "long", (b, m if count is None else count), seen.values.device)
-    if got.into is not None:
-        _tensor(rule, "choose, Chosen.into", got.into, "long", (b, n), seen.values.device)
+    _tensor(rule, "choose, Selection.keep", keep, "long", (b, m if count is None else count), seen.values.device)
+    if got.merge_into is not None:
+        _tensor(rule, "choose, Selection.merge_into", got.merge_into, "long", (b, n), seen.values.device)
     if _looks(rule, "choose", keep):
         _indices(rule, got, n, m)
     if got.blend is None or _ours(rule):
@@ -153,23 +154,24 @@ def module_scores(module: torch.nn.Module, got: Any, values: Tensor) -> Tensor:
     return score
 
 
-def _indices(rule: VisionRule, got: Chosen, n: int, m: int) -> None:
+def _indices(rule: VisionRule, got: Selection, n: int, m: int) -> None:
     ordered = got.keep.sort(1).values
     _require(
         bool(((got.keep >= 0) & (got.keep < n)).all()) and not bool((ordered[:, 1:] == ordered[:, :-1]).any()),
-        f"{_name(rule)}.choose, Chosen.keep: expected features 0 to {n - 1}, each once, got {_some(got.keep)}.",
+        f"{_name(rule)}.choose, Selection.keep: expected features 0 to {n - 1}, each once, got {_some(got.keep)}.",
     )
     _require(
-        got.into is None or bool(((got.into >= -1) & (got.into < m)).all()),
-        f"{_name(rule)}.choose, Chosen.into: expected columns 0 to {m - 1} of keep, or -1 where a feature is gone.",
+        got.merge_into is None or bool(((got.merge_into >= -1) & (got.merge_into < m)).all()),
+        f"{_name(rule)}.choose, Selection.merge_into: expected columns 0 to {m - 1} of keep, or -1 where a feature "
+        "is gone.",
     )
 
 
 def _blending(rule: VisionRule, blend: Callable[[Tensor], Tensor], m: int) -> Callable[[Tensor], Tensor]:
     def checked(values: Tensor) -> Tensor:
         shape = (values.shape[0], m, values.shape[2])
-        made = _tensor(rule, "choose, Chosen.blend", blend(values), "float", shape, values.device)
-        _finite(rule, "choose, Chosen.blend", made, None, values)
+        made = _tensor(rule, "choose, Selection.blend", blend(values), "float", shape, values.device)
+        _finite(rule, "choose, Selection.blend", made, None, values)
         return made
 
     return checked

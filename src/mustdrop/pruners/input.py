@@ -64,7 +64,7 @@ class Predictable(InputRule):
 class InputPruner(Settings):
     """Cells of a picture that need not be encoded do not enter the encoder; the rest keep their positions.
 
-    It has no budget: the picture decides. Budgets of the stages behind it count the tokens of the whole picture.
+    It has no budget: the picture decides. Budgets of the stages after it count the tokens of the whole picture.
 
     Attributes:
         rule: which cells enter.

@@ -26,7 +26,7 @@ class PrefillPruner(Settings):
     """Dual-attention filtering between decoder layers.
 
     A vision token goes only if its global attention (sum over the text tokens) and its individual attention (maximum
-    over them) are both low, and it is not pinned. How many go is set in one of three ways: a budget (`keep`),
+    over them) are both low, and it is not protected. How many go is set in one of three ways: a budget (`keep`),
     thresholds,
     or the rank rule (`scale`, `bias`).
 
@@ -143,7 +143,7 @@ class PrefillPruner(Settings):
         alive: Tensor | None = None,
         *,
         count: Tensor | int | None = None,
-        pinned: Tensor | None = None,
+        protected: Tensor | None = None,
         importance: Tensor | None = None,
     ) -> Selection:
         """Choose the vision tokens that stay after one filter layer.
@@ -153,8 +153,8 @@ class PrefillPruner(Settings):
             alive: (B, N) bool, candidates; all if None.
             count: tokens to keep, (B,) long or one int for all rows: `counts(...)[k]` at the k-th filter. Needed
                 with `keep`.
-            pinned: (B, N) bool, tokens that are not dropped (unless `count` is smaller than their number).
-            importance: (B, N), orders pinned tokens among themselves.
+            protected: (B, N) bool, tokens that are not dropped (unless `count` is smaller than their number).
+            importance: (B, N), orders protected tokens among themselves.
 
         Returns:
             `Selection` over the N tokens, ascending.
@@ -168,7 +168,7 @@ class PrefillPruner(Settings):
             )
         if alive is None:
             alive = attention.new_ones(attention.shape[0], attention.shape[2], dtype=torch.bool)
-        return self.filter(Seen(attention, alive), count=count, pinned=pinned, importance=importance)
+        return self.filter(Seen(attention, alive), count=count, protected=protected, importance=importance)
 
     @property
     def needs_rows(self) -> bool:
@@ -182,17 +182,17 @@ class PrefillPruner(Settings):
         alive: Tensor,
         *,
         count: Tensor | int | None = None,
-        pinned: Tensor | None = None,
+        protected: Tensor | None = None,
         importance: Tensor | None = None,
     ) -> Selection:
         """What a call with the whole attention chooses, from its sum and maximum over the text tokens.
 
         Args:
             statistics: (B, 2, N) from `mustdrop.kernels.text_statistics`.
-            alive: as in a call, and so are the others.
-            count: likewise.
-            pinned: likewise.
-            importance: likewise.
+            alive: (B, N) bool, candidates.
+            count: (B,) long or a number, tokens that stay.
+            protected: (B, N) bool, tokens that come before all others, or None.
+            importance: (B, N), orders the protected ones among themselves, or None.
 
         Returns:
             `Selection` over the N tokens, ascending.
@@ -206,29 +206,29 @@ class PrefillPruner(Settings):
                 "PrefillPruner with the rank rule, a scorer or recycling needs the attention of every text token: "
                 "call it."
             )
-        return self._dual(shares(statistics, alive), alive, count, pinned, importance)
+        return self._dual(shares(statistics, alive), alive, count, protected, importance)
 
     def _dual(
         self,
         statistics: tuple[Tensor, Tensor],
         alive: Tensor,
         count: Tensor | int | None,
-        pinned: Tensor | None,
+        protected: Tensor | None,
         importance: Tensor | None,
     ) -> Selection:
         """Dual attention, by thresholds or by a count."""
         if self.keep is None and self.survivors is None and not self.rank:
             stay = dual_filter(statistics, alive, self.global_threshold or 0.0, self.individual_threshold or 0.0)
-            return Selection.from_mask(stay if pinned is None else stay | (pinned & alive))
+            return Selection.from_mask(stay if protected is None else stay | (protected & alive))
         score = dual_score(statistics, self.global_threshold or 1.0, self.individual_threshold or 1.0)
-        return Selection.from_mask(keep_best(score, _wanted(count, alive), alive, pinned, importance))
+        return Selection.from_mask(keep_best(score, _wanted(count, alive), alive, protected, importance))
 
     def filter(
         self,
         seen: Seen,
         *,
         count: Tensor | int | None = None,
-        pinned: Tensor | None = None,
+        protected: Tensor | None = None,
         importance: Tensor | None = None,
     ) -> Selection:
         """As the call, with all that a scorer may read.
@@ -236,7 +236,7 @@ class PrefillPruner(Settings):
         Args:
             seen: what the layer knows; `hidden` is needed with `recycle`.
             count: see the call.
-            pinned: see the call.
+            protected: see the call.
             importance: see the call.
 
         Returns:
@@ -248,30 +248,30 @@ class PrefillPruner(Settings):
         if self.rank:
             count = rank_counts(seen.attention, seen.alive, 1.0 if self.scale is None else self.scale, self.bias or 0.0)
         if self.score is None and self.recycle is None:
-            return self._dual(dual_statistics(seen.attention, seen.alive), seen.alive, count, pinned, importance)
+            return self._dual(dual_statistics(seen.attention, seen.alive), seen.alive, count, protected, importance)
         wanted = _wanted(count, seen.alive)
         if self.recycle is None:
-            return Selection.from_mask(self.stays(seen, wanted, pinned=pinned, importance=importance))
-        return self._recycled(seen, wanted, pinned, importance)
+            return Selection.from_mask(self.stays(seen, wanted, protected=protected, importance=importance))
+        return self._recycled(seen, wanted, protected, importance)
 
     def stays(
-        self, seen: Seen, count: Tensor, *, pinned: Tensor | None = None, importance: Tensor | None = None
+        self, seen: Seen, count: Tensor, *, protected: Tensor | None = None, importance: Tensor | None = None
     ) -> Tensor:
         """(B, n) bool, the vision tokens that stay where `count` (B,) of each row do; arguments as for `filter`."""
         if self.score is not None:
-            return answers.stays(self.score, seen, count=count, pinned=pinned, importance=importance)
-        return keep_best(self._score(seen), count, seen.alive, pinned, importance)
+            return answers.stays(self.score, seen, count=count, protected=protected, importance=importance)
+        return keep_best(self._score(seen), count, seen.alive, protected, importance)
 
     def _score(self, seen: Seen) -> Tensor:
         """(B, n) dual attention."""
         statistics = dual_statistics(seen.attention, seen.alive)
         return dual_score(statistics, self.global_threshold or 1.0, self.individual_threshold or 1.0)
 
-    def _recycled(self, seen: Seen, wanted: Tensor, pinned: Tensor | None, importance: Tensor | None) -> Selection:
+    def _recycled(self, seen: Seen, wanted: Tensor, protected: Tensor | None, importance: Tensor | None) -> Selection:
         """What stays, and clusters of what does not."""
         if self.recycle is None or seen.hidden is None:
             raise ConfigError("PrefillPruner(recycle=...) clusters hidden states: call filter() with Seen(hidden=...).")
-        alive, choose = seen.alive, partial(self.stays, seen, pinned=pinned, importance=importance)
+        alive, choose = seen.alive, partial(self.stays, seen, protected=protected, importance=importance)
         score = self._score(seen) if self.score is None else answers.scores(self.score, seen)
         kept = wanted
         if self.keep is not None:

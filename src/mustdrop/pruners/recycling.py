@@ -55,7 +55,7 @@ class Recycling(Settings):
             alive: (B, n) bool, candidates.
             score: (B, n), orders the dropped ones.
             hidden: (B, n, C), what is clustered.
-            released: clusters come behind the other survivors, in the order in which their centres were found.
+            released: clusters come after the other survivors, in the order in which their centres were found.
 
         Returns:
             `Selection` over the n tokens, with `merge_into`.

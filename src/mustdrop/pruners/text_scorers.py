@@ -25,7 +25,7 @@ class Seen:
         alive: (B, n) bool, the vision tokens.
         text: (B, n) bool, the text rows that score; None outside a model.
         keys: (B, n, G * D) keys of the layer, heads side by side, if the scorer reads them.
-        hidden: (B, n, C) output of the layer behind the model's final norm, if the scorer reads it.
+        hidden: (B, n, C) output of the layer after the model's final norm, if the scorer reads it.
         most: vision tokens that any row keeps at most, where the host knows it; None: ask `count`.
     """
 
@@ -73,17 +73,17 @@ class TextScorer(Settings):
         raise NotImplementedError
 
     def choose(
-        self, seen: Seen, count: Tensor, pinned: Tensor | None = None, importance: Tensor | None = None
+        self, seen: Seen, count: Tensor, protected: Tensor | None = None, importance: Tensor | None = None
     ) -> Tensor:
         """(B, n) bool, the `count` (B,) long vision tokens of each row that stay.
 
         Args:
             seen: what the layer knows.
             count: tokens to keep.
-            pinned: (B, n) bool, tokens that come before all others.
-            importance: (B, n), orders the pinned ones.
+            protected: (B, n) bool, tokens that come before all others.
+            importance: (B, n), orders the protected ones.
         """
-        return keep_best(answers.scores(self, seen), count, seen.alive, pinned, importance)
+        return keep_best(answers.scores(self, seen), count, seen.alive, protected, importance)
 
 
 class LastRow(TextScorer):

@@ -1,6 +1,6 @@
 """Vision stage.
 
-Merge similar neighbours inside the encoder, pin what the encoder finds critical, select to a budget.
+Merge similar neighbours inside the encoder, protect what the encoder finds critical, select to a budget.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Taper = Share | Annotated[tuple[tuple[Share, Share], ...], Field(min_length=1)]
 
 
 class VisionStagePruner(Settings):
-    """Local spatial merging, key-set pinning and selection inside the vision encoder.
+    """Local spatial merging, a protected key set, and selection inside the vision encoder.
 
     Source: MustDrop (arXiv 2411.10803), vision encoding stage; defaults are those of the released code.
 
@@ -46,7 +46,7 @@ class VisionStagePruner(Settings):
         window: side of the merging windows in patches; None merges nothing. Where a feature is made of several patches
             (a 2x2 merger), the side counts features.
         temporal_window: adjacent frames of a video that a merging window spans; 1 merges within frames. Windows over
-            several frames merge behind the encoder, which sees frames one by one. An image is one frame.
+            several frames merge after the encoder, which sees frames one by one. An image is one frame.
         merge_count: how many windows merge. "budget": the most similar ones, as many as the budget allows, a share of
             them (`merge_share`) at most, which follows from the prompt's shape. "threshold": all whose similarity
             reaches `threshold`, as the paper has it, as far as the budget allows; so it is also without a budget, and
@@ -57,14 +57,14 @@ class VisionStagePruner(Settings):
         inside: whether windows merge inside the encoder, where it can run on fewer tokens; False merges the features
             that it gives, by how similar these are, and the encoder saves nothing.
         select_layer: encoder layer (0-based, negative counts from the end) after which the tokens that are not selected
-            leave an encoder of packed patches; what selects is read up to there. None: selected is behind the encoder.
-        key_share: share of the tokens that is pinned (the paper's key set), in [0, 1].
+            leave an encoder of packed patches; what selects is read up to there. None: selected is after the encoder.
+        key_share: share of the tokens that is protected (the paper's key set), in [0, 1].
         key_layer: encoder layer whose attention scores the tokens (negative counts from the end): the attention
             that the
             CLS token gives or, in an encoder without CLS, the mean attention that a token receives.
-        key_importance: what pins, and what score="attention" selects by: "attention", that of `key_layer`; or in its
-            place the likeness with the "question", what is "distinct" from the mean, the folder of a scorer, a module,
-            or an `Importance`, each of the features behind the encoder.
+        key_importance: what protects, and what score="attention" selects by: "attention", that of `key_layer`; or in
+            its place the likeness with the "question", what is "distinct" from the mean, the folder of a scorer, a
+            module, or an `Importance`, each of the features after the encoder.
         keep: tokens that enter the language model at most: int, share of the prompt's vision tokens, "auto" (as many as
             the prefill budget can use; no limit where the prefill stage has no budget), or "rule" (`score` decides).
         taper: with keep="auto", share of the tokens that enter which the last filter of the prefill leaves, in (0, 1];
@@ -111,13 +111,13 @@ class VisionStagePruner(Settings):
         if self.select_layer is not None and self.window is not None and not self.inside:
             raise ConfigError(
                 f"VisionStagePruner.select_layer={self.select_layer} selects inside the encoder, and inside=False "
-                "merges behind it: leave one out, or set window=None."
+                "merges after it: leave one out, or set window=None."
             )
         if self.key_importance != "attention" and (self.select_layer is not None or self.compat == "released"):
             raise ConfigError(
-                f"VisionStagePruner.key_importance={self.key_importance!r} reads features behind the encoder: leave "
+                f"VisionStagePruner.key_importance={self.key_importance!r} reads features after the encoder: leave "
                 f"out select_layer={self.select_layer}, which selects inside, and "
-                f'compat="released", which pins by attention.'
+                f'compat="released", which protects by attention.'
             )
         if self.compat == "released" and self.keep != "auto" and self.rule is None:
             raise ConfigError(
@@ -149,12 +149,12 @@ class VisionStagePruner(Settings):
 
     @property
     def needs_attention(self) -> bool:
-        """Whether encoder attention has to be read: for pinning or for selecting by it."""
+        """Whether encoder attention has to be read: for protecting or for selecting by it."""
         return self._ranks and self.key_importance == "attention"
 
     @property
     def weighs(self) -> Importance | None:
-        """What pins and selects in place of the encoder's attention; None: nothing does."""
+        """What protects and selects in place of the encoder's attention; None: nothing does."""
         return importance_of(self.key_importance) if self._ranks and self.key_importance != "attention" else None
 
     @property
@@ -178,7 +178,7 @@ class VisionStagePruner(Settings):
 
     @property
     def importance(self) -> Read:
-        """The encoder attention that pins, and that score="attention" selects by."""
+        """The encoder attention that protects, and that score="attention" selects by."""
         return Read(layer=self.key_layer)
 
     @property
@@ -278,32 +278,32 @@ class VisionStagePruner(Settings):
         structural: Tensor | None = None,
         ends: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Select to a budget and pin the key set.
+        """Select to a budget and protect the key set.
 
         Args:
             importance: (B, N) encoder attention per token.
             alive: (B, N) bool, tokens that exist (not padding, not merged away).
             count: (B,) long, tokens to keep; None keeps all.
             structural: (B, N) bool, tokens that stand for no part of the picture (line breaks): they stay before all
-                others, and are never pinned.
+                others, and are never protected.
             ends: (B, N) bool, tokens that end a prompt and predict what follows: they stay before the structural ones.
 
         Returns:
-            (keep, pinned), both (B, N) bool; pinned is a subset of keep.
+            (keep, protected), both (B, N) bool; protected is a subset of keep.
         """
         keep, first = alive, torch.zeros_like(alive) if structural is None else structural
         if count is not None:
             rank = torch.zeros_like(alive, dtype=torch.float32) if ends is None else ends.float()
             keep = keep_best(self.scores(importance), count, alive, first | (rank > 0), rank)
-        return keep, self.pins(importance, keep & ~first)
+        return keep, self.protect(importance, keep & ~first)
 
-    def pins(self, importance: Tensor, picture: Tensor) -> Tensor:
+    def protect(self, importance: Tensor, picture: Tensor) -> Tensor:
         """(B, N) bool, the key set among the features `picture` (B, N) that stay and are part of the picture."""
-        # a hair below the product: 0.08 * 450 is 36.000000000000004 in floating point and must pin 36
+        # a hair below the product: 0.08 * 450 is 36.000000000000004 in floating point and must protect 36
         share = torch.ceil(picture.sum(1) * self.key_share - 1e-9).long()
         return keep_best(importance, share, picture)
 
-    def pin_count(self, picture: int) -> int:
+    def protected_count(self, picture: int) -> int:
         """How many of so many features of a picture are the key set."""
         return math.ceil(picture * self.key_share - 1e-9)
 
@@ -320,7 +320,7 @@ class VisionStagePruner(Settings):
     def __call__(
         self, features: Tensor, importance: Tensor, grid: tuple[int, ...], count: Tensor | None = None
     ) -> tuple[Selection, Tensor]:
-        """Merge, select and pin in one step, for a stack of your own that does all at one point.
+        """Merge, select and protect in one step, for a stack of your own that does all at one point.
 
         Args:
             features: (B, N, C) patches in raster order.
@@ -329,7 +329,7 @@ class VisionStagePruner(Settings):
             count: (B,) long, tokens to keep; None keeps what merging leaves. `self.keep` is used if it is a number.
 
         Returns:
-            (selection, pinned): the survivors of the N patches, and (B, M) bool, True on the pinned ones.
+            (selection, protected): the survivors of the N patches, and (B, M) bool, True on the protected ones.
         """
         total = features.shape[1]
         if self.rule is not None:
@@ -342,10 +342,10 @@ class VisionStagePruner(Settings):
             count = torch.full((features.shape[0],), tokens, dtype=torch.long, device=features.device)
         merged = self.merge(features, grid, at_least=count)
         alive = merged.mask(total)
-        keep, pinned = self.select(importance, alive, count)
+        keep, protected = self.select(importance, alive, count)
         slots = Selection.from_mask(keep) if self.compat == "paper" else Selection(merged.keep, merged.valid)
         inherited = slots.assignment(total)
         if merged.merge_into is not None:
             owner = merged.keep.gather(1, merged.merge_into.clamp(min=0))
             inherited = inherited.gather(1, owner)
-        return Selection(slots.keep, slots.valid, inherited), pinned.gather(1, slots.keep) & slots.valid
+        return Selection(slots.keep, slots.valid, inherited), protected.gather(1, slots.keep) & slots.valid

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -10,10 +10,10 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from mustdrop import kernels
 from mustdrop.errors import ConfigError
 from mustdrop.pruners import answers
 from mustdrop.pruners.base import Settings
+from mustdrop.selection import Selection
 
 
 class Read(Settings):
@@ -112,43 +112,6 @@ class Features:
         return self.read[read].to(self.values.device)
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """What a vision rule keeps of B views of N features.
-
-    Attributes:
-        keep: (B, M) long, the features that stay, each once, in any order (compat="released" hands them on in it).
-        into: (B, N) long or None, column of `keep` that each feature became part of, -1 where it is gone. None: those
-            that are not kept are gone.
-        blend: (B, N, C) -> (B, M, C), new values of the kept features, in the order of `keep`. It must be linear in the
-            features, because it is applied to whichever states the model goes on with. None leaves them as they are.
-        score: (B, N) what `best` ranked by, for whoever checks the choice.
-    """
-
-    keep: Tensor
-    into: Tensor | None = None
-    blend: Callable[[Tensor], Tensor] | None = None
-    score: Tensor | None = field(default=None, repr=False, compare=False)
-
-    @classmethod
-    def best(cls, score: Tensor, count: int) -> Chosen:
-        """The `count` highest of `score` (B, N), ascending by index; ties go to the lower index."""
-        if score.ndim != 2:
-            raise ConfigError(f"Chosen.best ranks scores (B, N), got a tensor of shape {tuple(score.shape)}.")
-        order = score.argsort(dim=1, descending=True, stable=True)[:, :count]
-        return cls(order.sort(1).values, score=score)
-
-    @classmethod
-    def picked(cls, picks: Tensor) -> Chosen:
-        """The features `picks` (B, M), ascending by index."""
-        return cls(picks.sort(1).values)
-
-    @classmethod
-    def merged(cls, keep: Tensor, into: Tensor, weight: Tensor | None = None) -> Chosen:
-        """Kept features (B, M) that become the mean of what joins them, weighted with `weight` (B, N)."""
-        return cls(keep, into, lambda x: kernels.merge_tokens(x, into, keep.shape[1], weight))
-
-
 class VisionRule(Settings):
     """Base of the rules of the vision stage: subclass, and write `choose`.
 
@@ -179,7 +142,7 @@ class VisionRule(Settings):
         """What is read from the encoder."""
         return ()
 
-    def choose(self, seen: Features, count: int | None) -> Chosen:
+    def choose(self, seen: Features, count: int | None) -> Selection:
         """Choose `count` of the features of each view, 0 < count < N.
 
         Args:
@@ -193,7 +156,7 @@ class VisionRule(Settings):
         """The rule for one model: `patch` asks for it. Itself, unless something of it comes with the model."""
         return self
 
-    def __call__(self, seen: Features, count: int | None = None) -> Chosen:
+    def __call__(self, seen: Features, count: int | None = None) -> Selection:
         """`choose`, after a look at the numbers.
 
         Raises:
@@ -203,7 +166,7 @@ class VisionRule(Settings):
         if count is not None and not 0 < count <= n:
             raise ConfigError(f"{type(self).__name__}: expected 1 to {n} features to keep, got count={count}.")
         if count == n:
-            return Chosen(torch.arange(n, dtype=torch.long, device=seen.values.device).expand(len(seen.values), -1))
+            return Selection(torch.arange(n, dtype=torch.long, device=seen.values.device).expand(len(seen.values), -1))
         return answers.features(self, seen, count)
 
 
@@ -273,7 +236,7 @@ class InnerRule(VisionRule):
         Args:
             keys: as for `join`.
             numbers: (B,) long, tokens that go in each row: that many must, or half of those not protected, if fewer.
-            lengths: (B,) long, tokens of each row; what is behind is padding.
+            lengths: (B,) long, tokens of each row; what comes after them is padding.
             protected: as for `join`.
 
         Returns:

@@ -61,5 +61,5 @@ def linear_amounts(number: int, slope: float, layers: int) -> list[int]:
 
 
 def of_list(numbers: Sequence[int], layers: int) -> list[int]:
-    """The numbers, with zeros for the layers behind them."""
+    """The numbers, with zeros for the layers after them."""
     return [*numbers[:layers], *[0] * (layers - len(numbers))]

@@ -26,7 +26,7 @@ def keep_best(
     score: Tensor,
     count: Tensor,
     alive: Tensor,
-    pinned: Tensor | None = None,
+    protected: Tensor | None = None,
     importance: Tensor | None = None,
 ) -> Tensor:
     """Mask of the `count` best alive tokens of each row.
@@ -35,13 +35,13 @@ def keep_best(
         score: (B, N), higher stays.
         count: (B,) long, tokens to keep; rows with fewer alive tokens keep all of them.
         alive: (B, N) bool, candidates.
-        pinned: (B, N) bool, tokens that come before all others. If there are more than `count`, the most
+        protected: (B, N) bool, tokens that come before all others. If there are more than `count`, the most
             important stay.
-        importance: (B, N), orders the pinned tokens among themselves; `score` if None.
+        importance: (B, N), orders the protected tokens among themselves; `score` if None.
 
     Returns:
         (B, N) bool.
     """
     if score.device.type == "cpu":  # there the call of an operation costs as much as what it does
-        return _SELECT(score, alive, count, 0, pinned, importance)[1]  # type: ignore[no-any-return]
-    return kernels.select(score, alive, count, 0, pinned, importance)[1]
+        return _SELECT(score, alive, count, 0, protected, importance)[1]  # type: ignore[no-any-return]
+    return kernels.select(score, alive, count, 0, protected, importance)[1]

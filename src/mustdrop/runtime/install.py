@@ -93,7 +93,9 @@ class Installation:
             if i in runtime.recurrent:
                 self._override(layer, "forward", RowByRow(runtime.local, i, layer.forward))
         for i in range(runtime.depth) if decode is not None and decode.reads_layers else runtime.filters:
-            self._tap(runtime, runtime.layers[i], ("text", i), AttentionCapture(stage, i), f"decoder layer {i}")
+            self._hook_attention(
+                runtime, runtime.layers[i], ("text", i), AttentionCapture(stage, i), f"decoder layer {i}"
+            )
 
     def _encoder(self, runtime: Runtime, stage: EncoderStage) -> None:
         """Before each encoder layer; where a vision stage is set, also what it reads, masks and gives back."""
@@ -120,7 +122,9 @@ class Installation:
         for i in stage.stated:
             self.handles.append(tower.blocks[i].register_forward_hook(StatesHook(stage, i)))
         for i in stage.tapped:
-            self._tap(runtime, tower.blocks[i], (stage.key, i), EncoderCapture(stage, i), f"encoder layer {i}")
+            self._hook_attention(
+                runtime, tower.blocks[i], (stage.key, i), EncoderCapture(stage, i), f"encoder layer {i}"
+            )
 
     def _methods(self, runtime: Runtime) -> None:
         """In place of what encodes media, of what is done to its features, and of `generate`."""
@@ -139,7 +143,7 @@ class Installation:
         if hasattr(runtime.model, "generate"):
             self._override(runtime.model, "generate", GenerateWrapper(runtime, cast(Any, runtime.model).generate))
 
-    def _tap(self, runtime: Runtime, block: nn.Module, key: object, capture: Any, what: str) -> None:
+    def _hook_attention(self, runtime: Runtime, block: nn.Module, key: object, capture: Any, what: str) -> None:
         attention = attention_capture.attention_of(block)
         if attention is None:
             raise UnsupportedModelError(

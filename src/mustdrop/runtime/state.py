@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,187 +22,17 @@ from mustdrop.indices import PAD, Sent, on, take
 from mustdrop.kernels.dispatch import current_log, fresh_log, log_to
 from mustdrop.layout import Layout
 from mustdrop.runtime.plan import RowPlan
+from mustdrop.runtime.records import Marks, Prefill
 
 if TYPE_CHECKING:
     from types import FrameType
 
-    from mustdrop.runtime.language.cache_policy import LaterTokens, LayerReading
+    from mustdrop.runtime.language.cache_policy import LayerReading
     from mustdrop.runtime.language.fixed_rows import FlatMarks
-    from mustdrop.runtime.language.prompt_media import PromptMedia
+    from mustdrop.runtime.language.later_tokens import LaterTokens
     from mustdrop.runtime.language.straight_pass import Straight
     from mustdrop.runtime.language.vision_tokens import VisionTokens
     from mustdrop.runtime.vision.encoder_run import EncoderRun
-
-_MANY = 1 << 20  # numbers that a trace may keep of what one filter read
-
-
-@dataclass
-class Marks:
-    """What the vision stage decided, all (N,) over features in order: those of one medium, or of a whole prompt.
-
-    Attributes:
-        alive: features that enter the language model.
-        pinned: the key set.
-        importance: encoder attention.
-        order: sort key of an alive feature.
-        assignment: index of the alive feature that each feature became part of, -1 where it is gone; None: that of its
-            `order`, if it is alive.
-        first: number of the first feature in `order` and `assignment`.
-    """
-
-    alive: Tensor
-    pinned: Tensor
-    importance: Tensor
-    order: Tensor
-    assignment: Tensor | None
-    first: int = 0
-
-    def to(self, device: torch.device | str) -> Marks:
-        """The same on another device, with an assignment, and numbers from 0 on."""
-        alive, pinned, importance, order = (
-            x.to(device) for x in (self.alive, self.pinned, self.importance, self.order)
-        )
-        order = order - self.first if self.first else order
-        if self.assignment is None:
-            return Marks(alive, pinned, importance, order, order.masked_fill(~alive[order], -1))
-        into = self.assignment.to(device)
-        return Marks(
-            alive, pinned, importance, order, torch.where(into < 0, -1, into - self.first) if self.first else into
-        )
-
-    @property
-    def into(self) -> Tensor:
-        """`assignment`, as `to` has made it."""
-        assert self.assignment is not None, "marks that were not moved to the host"
-        return self.assignment
-
-    @classmethod
-    def of_prompt(cls, media: Sequence[Medium], marks: Sequence[Marks]) -> Marks:
-        """Over the vision tokens of a prompt, on the host, from those of its media."""
-        pairs = [(medium.index, mark.to("cpu")) for medium, mark in zip(media, marks, strict=True)]
-        if len(pairs) == 1:  # its features are all the vision tokens of the prompt, in their order
-            mark = pairs[0][1]
-            return replace(mark, importance=mark.importance.float())
-        n = sum(len(index) for index, _ in pairs)
-        row = cls(
-            alive=torch.ones(n, dtype=torch.bool, device="cpu"),
-            pinned=torch.zeros(n, dtype=torch.bool, device="cpu"),
-            importance=torch.zeros(n, dtype=torch.float32, device="cpu"),
-            order=torch.arange(n, dtype=torch.long, device="cpu"),
-            assignment=torch.arange(n, dtype=torch.long, device="cpu"),
-        )
-        for index, mark in pairs:
-            row.alive[index], row.pinned[index] = mark.alive, mark.pinned
-            row.importance[index] = mark.importance.float()
-            row.order[index] = index[mark.order]
-            row.into[index] = torch.where(mark.into < 0, -1, index[mark.into.clamp(min=0)])
-        return row
-
-
-@dataclass(frozen=True, eq=False)
-class Medium:
-    """One image or video of a prompt.
-
-    Attributes:
-        kind: "image" or "video".
-        layout: how its features lie.
-        place: (N,) place of each feature among the vision tokens of the prompt.
-    """
-
-    kind: str
-    layout: Layout
-    place: np.ndarray
-
-    @functools.cached_property
-    def index(self) -> Tensor:
-        """(N,) long, `place`."""
-        return torch.from_numpy(self.place)
-
-
-@dataclass(frozen=True, eq=False)
-class FilterAttention:
-    """Attention that a filter read, kept as it came: see `Prefill.hear`."""
-
-    layer: int
-    attention: Tensor | Sent
-    rows: Tensor | None
-
-    def of(self, vision: Tensor, sample: int) -> Tensor:
-        """(N,) float, the sum over the words for each vision token of a prompt; NaN where it did not come that far.
-
-        Args:
-            vision: (B, q) bool, the vision tokens of the chunk.
-            sample: the prompt.
-        """
-        if isinstance(self.attention, Sent):
-            given = self.attention.received()[sample, 0].float()
-        else:
-            given = self.attention[sample].sum(0).float().cpu()
-        seen = vision[sample].cpu()
-        if self.rows is None:
-            return given[seen]
-        logical = torch.full((len(seen) + 1,), torch.nan, dtype=torch.float32, device="cpu")
-        logical[self.rows[sample].cpu()] = given  # PAD is -1: one place too many, cut off
-        return logical[:-1][seen]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the event of a device, which no other process has."""
-        sent = isinstance(self.attention, Sent)
-        return {**vars(self), "attention": Sent(self.attention.received()) if sent else self.attention}  # type: ignore[union-attr]
-
-
-@dataclass
-class Prefill:
-    """Record of the prompt's pass, for the trace. Rows are batch rows of that pass.
-
-    Attributes:
-        vision: (B, q) bool, vision tokens, those that the attention mask hides too.
-        start: logical tokens that the cache held before.
-        rows: per decoder layer and once more for the end, (B, n) logical row indices inside the chunk (None = all
-            of them).
-        valid: (B, q) bool, tokens that the attention mask does not hide.
-        past: per decoder layer, entries that its cache held before.
-        scored: (decoder layer, rows whose attention was read there: the most of any sample), once per reader.
-        heard: what each filter read.
-        own: per row, what the vision stage decided over its vision tokens, where the host looked at that.
-        shown: the media of each row, None without any.
-    """
-
-    vision: Tensor
-    start: int
-    valid: Tensor
-    rows: list[Tensor | None] = field(default_factory=list)
-    past: list[int] = field(default_factory=list)
-    scored: list[tuple[int, int]] = field(default_factory=list)
-    heard: list[FilterAttention] = field(default_factory=list)
-    own: list[Marks] = field(default_factory=list)
-    shown: PromptMedia | None = None
-
-    @property
-    def media(self) -> list[list[Medium]]:
-        """Per row, its media in the order of the prompt; empty if the encoder did not run."""
-        return [] if self.shown is None else self.shown.media
-
-    def of_prompts(self) -> list[Marks]:
-        """Per row, what the vision stage decided over its vision tokens, on the host; empty without one."""
-        if self.own:
-            return [mark.to("cpu") for mark in self.own]
-        return [] if self.shown is None else self.shown.spread()
-
-    def hear(self, layer: int, attention: Tensor | Sent, rows: Tensor | None) -> None:
-        """Keep for the trace what a filter read, as it is: nothing is computed before somebody asks for it.
-
-        Args:
-            layer: decoder layer.
-            attention: (B, R, n) of the rows that score, or (B, 2, n), their sum and maximum on the way to the host.
-            rows: (B, n) chunk index of each token, None if all are there.
-        """
-        if isinstance(attention, Tensor):
-            if attention.requires_grad:
-                attention = attention.detach()
-            if attention.numel() > _MANY:  # a trace is small
-                attention = attention.sum(1, keepdim=True)
-        self.heard.append(FilterAttention(layer, attention, rows))
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,7 +41,7 @@ class PromptOnHost:
 
     Attributes:
         ids: (B, S) that were looked at, or a copy that is known to be one.
-        mask: (B, S) likewise, or what is made of it; None without one.
+        mask: (B, S) that was looked at, or what is made of it; None without one.
         kinds: (B, S) long, index of the modality that each position stands for, -1 for text. On the host.
         valid: (B, S) bool, tokens that the mask does not hide. On the host.
         whole: whether it hides none: then no mask says the same, and `generate` leaves it out.
@@ -328,7 +158,7 @@ class Forward:
         record: what the trace learns about this pass, None if it describes another one.
         attention: captured at the last filter layer: (B, T, n), or (B, 2, n), on its way to the host, where the pruner
             needs no more than the sum and the maximum over the text rows.
-        keys: (B, n, G * D) likewise, if the scorer reads them.
+        keys: (B, n, G * D) captured there too, if the scorer reads them.
         readings: per decoder layer, what rows of the prompt gave to the entries of its cache, where that ranks them.
         memo: masks and positions shared by layers of one layout.
         flash: whether the text model runs a flash-attention kernel.
@@ -417,7 +247,7 @@ class Local(threading.local):
         self.capture: object = None
         self.straight: Straight | None = None  # the pass through the text model that runs, where it runs straight
         self.coming: dict[str, Any] | None = None  # arguments of the base model, where the text model is compiled
-        self.dropped: Tensor | None = None  # rows of features that pass through a module behind `get_*_features`
+        self.dropped: Tensor | None = None  # rows of features that pass through a module after `get_*_features`
         self.inside = False
 
     def begin(self, make: Callable[[], Call]) -> Call:

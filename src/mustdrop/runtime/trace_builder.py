@@ -14,7 +14,8 @@ from mustdrop import kv
 from mustdrop.cost import Compared, EncoderCost, TextCost, total
 from mustdrop.indices import PAD, take
 from mustdrop.runtime.language import old_pictures
-from mustdrop.runtime.state import Call, Prefill
+from mustdrop.runtime.records import Prefill
+from mustdrop.runtime.state import Call
 from mustdrop.trace import Trace
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from mustdrop.eval.data_files import Folder, Row
 from mustdrop.eval.media import Picture
 
 CATEGORIES = ("random", "popular", "adversarial")
-_PINNED = "https://github.com/AoiDragon/POPE/tree/e3e39262c85a6a83f26cf5094022a782cb0df58d/output/coco"
+_FIXED_COMMIT = "https://github.com/AoiDragon/POPE/tree/e3e39262c85a6a83f26cf5094022a782cb0df58d/output/coco"
 
 
 def parse(text: str) -> str:
@@ -78,7 +78,7 @@ class POPE(Benchmark):
         if len(folder.broken) > before or not rows:
             raise DataFileError(
                 f"{path} is broken ({folder.broken[-1].name if folder.broken else 'empty'}), and labels go by place. "
-                f"Get it again: {_PINNED}"
+                f"Get it again: {_FIXED_COMMIT}"
             )
         keys = {(row["image"], row["text"]): row["label"] for row in rows if "image" in row and "text" in row}
         return [row["label"] for row in rows], keys
@@ -92,7 +92,7 @@ class POPE(Benchmark):
             if asked != len(lines):
                 raise DataFileError(
                     f"coco_pope_{category}.json has {len(lines)} labels for {asked} questions: it is of another "
-                    f"version of POPE. {folder.guide} names the right one: {_PINNED}"
+                    f"version of POPE. {folder.guide} names the right one: {_FIXED_COMMIT}"
                 )
 
     def row_item(self, source: Source, place: int, row: Row) -> Item:

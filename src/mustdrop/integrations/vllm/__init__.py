@@ -1,4 +1,4 @@
-"""vLLM: drops vision tokens behind the encoder, before the language model sees them, without a fork.
+"""vLLM: drops vision tokens after the encoder, before the language model sees them, without a fork.
 
 vLLM finds `register` by the entry point in its group `vllm.general_plugins`, and calls it in each of its processes. So
 this module imports nothing but the standard library, and calling it again changes nothing.

@@ -24,7 +24,7 @@ BASE = 256
 class PrunedModel:
     """Mixed into a model class of vLLM (first); the subclasses here know the positions, those in `models` the tower.
 
-    A row carries its place behind its features: the offset from the first token of its image or video, in each axis of
+    A row carries its place after its features: the offset from the first token of its image or video, in each axis of
     positions. vLLM strips these columns and writes the positions before the language model runs.
 
     Attributes:
@@ -61,7 +61,7 @@ class PrunedModel:
         raise NotImplementedError
 
     def mustdrop_last(self, kind: str) -> int:
-        """The encoder layer that features are read from: vLLM loads no layer behind it."""
+        """The encoder layer that features are read from: vLLM loads no layer after it."""
         return len(self.mustdrop_tower(kind).blocks) - 1
 
     def mustdrop_projector(self) -> nn.Module | None:
@@ -85,7 +85,7 @@ class PrunedModel:
     # -- what the runner calls ------------------------------------------------------------------------------------
 
     def embed_multimodal(self, **kwargs: Any) -> list[Tensor]:
-        """Rows of each image or video: features that stay, text between them, and behind each its place."""
+        """Rows of each image or video: features that stay, text between them, and after each its place."""
         announced = [Announced.of(data) for data in kwargs.pop(FIELD)]
         kind = announced[0].kind
         stage = self._mustdrop_stage(kind)
@@ -140,7 +140,7 @@ class OneAxis(PrunedModel):
     """Models whose tokens have one position each, in the order of the prompt.
 
     The runner keeps three rows of positions, of which the text model sees the first. For a row of an image or video the
-    second has the position of its first token, and the third is -1 less the one behind its last token.
+    second has the position of its first token, and the third is -1 less the one after its last token.
     """
 
     mustdrop_axes = 1

@@ -140,7 +140,7 @@ class LlavaOnevision(ClipOrSiglip, LlavaOnevisionForConditionalGeneration):
         return found
 
     def mustdrop_projector(self) -> nn.Module | None:
-        """Images with many tiles are projected one by one: rules work behind it."""
+        """Images with many tiles are projected one by one: rules work after it."""
         return None
 
 
@@ -176,7 +176,7 @@ class InternVL(OneAxis, InternS1ForConditionalGeneration):
 
 
 class PixelShuffle(OneAxis):
-    """Idefics3 and its kin."""
+    """Idefics3 and families of that kind."""
 
     def mustdrop_tower(self, kind: str) -> Tower:
         """A SigLIP."""

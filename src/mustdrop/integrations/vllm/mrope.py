@@ -18,7 +18,7 @@ from mustdrop.integrations.vllm.versions import Version
 class ThreeAxes(PrunedModel):
     """Positions are those that vLLM's own code, which agrees with transformers, gives to the whole prompt.
 
-    vLLM's repair of positions behind its own video pruning is not used: it puts text after a portrait image too early.
+    vLLM's repair of positions after its own video pruning is not used: it puts text after a portrait image too early.
     """
 
     mustdrop_axes = 3

@@ -21,7 +21,7 @@ from mustdrop.pruners.scored import FromModel
 
 REQUEST = "mustdrop_keep"  # in a request's `mm_processor_kwargs`
 
-# Stages of this method can work alone; these are the knobs of its vision stage, as far as it works behind an encoder.
+# Stages of this method can work alone; these are the knobs of its vision stage, as far as it works after an encoder.
 ALONE = {"mustdrop": ("keep", "window", "merge", "merge_share", "threshold", "key_share")}
 
 # What to take in place of a method that cannot work here.
@@ -128,7 +128,7 @@ def asked(value: object) -> Keep:
 
 
 def _vision_stage(method: Method, knobs: Mapping[str, Any]) -> VisionStagePruner:
-    """The part of a method that works behind an encoder."""
+    """The part of a method that works after an encoder."""
     if not method.drops:
         raise UnsupportedOptionError(
             f"{method.name} drops nothing, and a server that drops nothing needs no method: unset {VARIABLE}, or name "
@@ -139,7 +139,7 @@ def _vision_stage(method: Method, knobs: Mapping[str, Any]) -> VisionStagePruner
         others = [knob for knob in knobs if knob not in own]
         if others:
             raise UnsupportedOptionError(
-                f"a server runs the vision stage of {method.name} alone, behind the encoder, so that "
+                f"a server runs the vision stage of {method.name} alone, after the encoder, so that "
                 f"{', '.join(others)} cannot be set: leave them out. Its knobs here are {', '.join(own)}."
             )
         settings = dict(method.vision) | {"keep": method.prefill.keep, "inside": False}
@@ -155,7 +155,7 @@ def _vision_stage(method: Method, knobs: Mapping[str, Any]) -> VisionStagePruner
 
 
 def _obstacle(method: Method) -> str | None:
-    """Why a method cannot work behind an encoder."""
+    """Why a method cannot work after an encoder."""
     if method.input is not None:
         return "leaves patches out before the encoder runs"
     if method.prefill is not None:

@@ -10,7 +10,7 @@ from typing import Any
 class V032:
     """vLLM 0.32.
 
-    Its runner keeps positions per request for models with M-RoPE only, and lets a model change them behind the encoder
+    Its runner keeps positions per request for models with M-RoPE only, and lets a model change them after the encoder
     only where video pruning is on. Both are said by configuration fields:
 
     * `mrope_section` on the outer configuration: the text model has a configuration of its own, so its rotary embedding
@@ -27,7 +27,7 @@ class V032:
 
     @classmethod
     def keep_positions(cls, model_config: Any) -> None:
-        """Have the runner ask the model for positions, before and behind the encoder."""
+        """Have the runner ask the model for positions, before and after the encoder."""
         if not model_config.uses_mrope:
             model_config.hf_config.mrope_section = [1, 1, 1]
         model_config.multimodal_config.video_pruning_rate = cls.SWITCH

@@ -66,7 +66,7 @@ class Watch:
     def __enter__(self) -> Watch:
         self.run = self.stage.start()
         for layer in self.stage.reads:
-            hook = _Tap(self, layer)
+            hook = _AttentionHook(self, layer)
             module = attention_of(self.stage.tower.blocks[layer])
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         if self.projector is not None and self.stage.early:
@@ -83,7 +83,7 @@ class Watch:
         features = args[0]
         flat = features.flatten(0, -2)
         patches = torch.from_numpy(stacked(self.layouts))
-        if patches.shape[1] > 1 or int(patches.max()) >= len(flat):  # resampled features: the rule is asked behind
+        if patches.shape[1] > 1 or int(patches.max()) >= len(flat):  # resampled features: the rule is asked afterwards
             return None
         places = patches[:, 0].to(flat.device)
         rows = flat[places.clamp(min=0)]
@@ -98,7 +98,7 @@ class Watch:
 
 
 @dataclass
-class _Tap:
+class _AttentionHook:
     """Pre-hook of the attention of one encoder layer."""
 
     watch: Watch

@@ -17,7 +17,7 @@ from mustdrop import kernels
 from mustdrop.constants import sent
 from mustdrop.indices import HOST, PAD, on
 from mustdrop.kv.cut import AT_ONCE, Cut
-from mustdrop.kv.slots import OnDevice
+from mustdrop.kv.on_device import OnDevice
 from mustdrop.pruners import DecodeCachePruner, Received, answers
 
 
@@ -111,15 +111,15 @@ def _tables(values: list[Tensor]) -> np.ndarray:
 
 
 def _chosen(decode: DecodeCachePruner, layers: list[Any], flags: Tensor, wanted: np.ndarray, slots: int) -> Tensor:
-    """(L, B, slots) long, the entries that stay, ascending, -1 behind them.
+    """(L, B, slots) long, the entries that stay, ascending, -1 after them.
 
     `flags` (3, 1 or L, B, slots) are candidates, what can stay, and what stays before all else.
     """
     many, batch = wanted.shape
     device, n = layers[0].keys.device, layers[0].slots
     seen, alive, first = flags.expand(3, many, -1, -1).reshape(3, many * batch, n).unbind()
-    given, queries = (_of_all([getattr(layer, name) for layer in layers], n) for name in ("attended", "queries"))
-    score = answers.entries(decode.scorer, Received(given, queries), seen)
+    given, queries = [[getattr(layer, name) for layer in layers] for name in ("attended", "queries")]
+    score = answers.entries(decode.scorer, Received(_of_all(given, n), _of_all(queries, n)), seen)
     there = on(torch.from_numpy(np.array(wanted, order="C")), device)
     index, _ = kernels.select(score, alive, there.view(-1), slots, first)
     index = index.view(many, batch, slots)

@@ -19,7 +19,7 @@ from mustdrop.runtime.state import Forward
 from mustdrop.selection import Selection
 
 if TYPE_CHECKING:
-    from mustdrop.runtime.language.cache_policy import AttentionCall
+    from mustdrop.runtime.language.attention_call import AttentionCall
     from mustdrop.runtime.session import Runtime
 
 
@@ -128,8 +128,8 @@ def kept(
         return rows.select(attention.tensor, wanted, gamma, alpha)
     here = attention.device
     known, count = seen(runtime, prefill, forward, media, hidden, attention), numbers(wanted, here)
-    pinned, importance = (None if x is None else on(x, here) for x in (rows.protected, rows.importance))
-    return rows.among(prefill.stays(known, count, pinned=pinned, importance=importance), wanted)
+    protected, importance = (None if x is None else on(x, here) for x in (rows.protected, rows.importance))
+    return rows.among(prefill.stays(known, count, protected=protected, importance=importance), wanted)
 
 
 def with_ends(selection: Selection, ends: Tensor, counted: bool) -> Selection:
@@ -162,7 +162,7 @@ def _chosen(
     vision = forward.current(media.vision)
     options: dict[str, Any] = {
         "count": None if media.counts is None else torch.tensor(media.counts[k], dtype=torch.long, device=HOST),
-        "pinned": None if media.pinned is None else forward.current(media.pinned),
+        "protected": None if media.protected is None else forward.current(media.protected),
         "importance": None if media.importance is None else take(media.importance, forward.index, 1),
     }
     if isinstance(attention, Sent):

@@ -133,7 +133,7 @@ class FixedRows:
         """The rows of media at which the host has looked, on `device`: it knows now how many of them are left."""
         vision, valid = media.vision.numpy(), media.valid.numpy()
         alive, raters = media.alive.numpy() & vision, media.raters.numpy()
-        own, rest = [None if x is None else on(x, device) for x in (media.pinned, media.importance)]
+        own, rest = [None if x is None else on(x, device) for x in (media.protected, media.importance)]
         is_text = valid & ~vision
         return cls(
             sent(vision, device),
@@ -286,13 +286,13 @@ class FlatMarks:
 
     Attributes:
         alive: (F,) bool.
-        pinned: (F,) bool, or None where the key set is empty.
+        protected: (F,) bool, or None where the key set is empty.
         importance: (F,) float32, or None where nothing reads it.
         counts: per medium, features that stay.
     """
 
     alive: Tensor
-    pinned: Tensor | None
+    protected: Tensor | None
     importance: Tensor | None
     counts: list[int]
 
@@ -312,7 +312,7 @@ class FlatMarks:
 
         alive = torch.cat([on(part.alive, device) for part in parts])
         counts = [n for part in parts for n in part.counts]
-        return cls(alive, together("pinned", torch.bool), together("importance", torch.float32), counts)
+        return cls(alive, together("protected", torch.bool), together("importance", torch.float32), counts)
 
 
 def entering(flat: FlatMarks, feature_of: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -325,8 +325,8 @@ def entering(flat: FlatMarks, feature_of: Tensor) -> tuple[Tensor, Tensor | None
     Returns:
         (alive, protected, importance): bool, bool, float32; False where there is no vision token.
     """
-    known = [on(x, feature_of.device)[None] for x in (flat.alive, flat.pinned, flat.importance) if x is not None]
+    known = [on(x, feature_of.device)[None] for x in (flat.alive, flat.protected, flat.importance) if x is not None]
     made = iter(kernels.gather_rows(known, feature_of, zero=True))
     alive = next(made)
-    pinned = None if flat.pinned is None else next(made)
-    return alive, pinned, None if flat.importance is None else next(made)
+    protected = None if flat.protected is None else next(made)
+    return alive, protected, None if flat.importance is None else next(made)

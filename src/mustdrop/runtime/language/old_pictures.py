@@ -18,7 +18,7 @@ from mustdrop.pruners import CacheScorer, DecodeCachePruner, Received, answers
 from mustdrop.rules.ranking import keep_best
 
 if TYPE_CHECKING:
-    from mustdrop.runtime.language.cache_policy import LaterTokens
+    from mustdrop.runtime.language.later_tokens import LaterTokens
     from mustdrop.runtime.language.vision_tokens import VisionTokens
     from mustdrop.runtime.state import Forward
 

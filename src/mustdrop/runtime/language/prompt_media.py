@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mustdrop.layout import Layout
-from mustdrop.runtime.state import Call, Marks, Medium
+from mustdrop.runtime.records import Marks, Medium
+from mustdrop.runtime.state import Call
 
 
 @dataclass(frozen=True, eq=False)

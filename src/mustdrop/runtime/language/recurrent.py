@@ -43,7 +43,7 @@ class RowByRow:
         self.local, self.index, self.function = local, index, function
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's output (B, n, C); zeros where rows are padding behind a state that has begun."""
+        """The layer's output (B, n, C); zeros where rows are padding after a state that has begun."""
         straight = self.local.straight is not None  # it begins all states
         if straight or compiled_step(self.local, (hidden, *args), kwargs) or not self._ragged(kwargs):
             return self.function(hidden, *args, **kwargs)
@@ -51,7 +51,7 @@ class RowByRow:
 
     @eager
     def _ragged(self, kwargs: dict[str, Any]) -> bool:
-        """Whether rows are padded behind a state that has begun."""
+        """Whether rows are padded after a state that has begun."""
         forward, cache = self.local.forward, cache_of(kwargs)
         if forward is None or forward.rows is None or not forward.padded or cache is None:
             return False

@@ -24,13 +24,15 @@ from mustdrop.runtime.compile import engine
 from mustdrop.runtime.compile.decode_steps import compiled_step, outside_steps
 from mustdrop.runtime.copied import Copied
 from mustdrop.runtime.language import cache_policy, filter_step, old_pictures, vision_tokens
-from mustdrop.runtime.language.cache_policy import AttentionCall, LaterTokens
+from mustdrop.runtime.language.attention_call import AttentionCall
 from mustdrop.runtime.language.fixed_rows import FixedRows
+from mustdrop.runtime.language.later_tokens import LaterTokens
 from mustdrop.runtime.language.layer_arguments import LayerArguments, arrival
 from mustdrop.runtime.language.straight_pass import columns
 from mustdrop.runtime.language.vision_tokens import VisionTokens
 from mustdrop.runtime.masks_flex import Mask
-from mustdrop.runtime.state import Call, Forward, Prefill
+from mustdrop.runtime.records import Prefill
+from mustdrop.runtime.state import Call, Forward
 
 if TYPE_CHECKING:
     from mustdrop.runtime.session import Runtime
@@ -48,7 +50,7 @@ class LayerHook:
 
     @classmethod
     def of(cls, stage: TextStage, index: int, layer: nn.Module) -> LayerHook:
-        """The hook of decoder layer `index`, with the names of its arguments behind the hidden states."""
+        """The hook of decoder layer `index`, with the names of its arguments after the hidden states."""
         return cls(stage, index, tuple(inspect.signature(type(layer).forward).parameters)[2:])
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

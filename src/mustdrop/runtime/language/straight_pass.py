@@ -25,7 +25,7 @@ from mustdrop.pruners import PrefillPruner, Seen
 from mustdrop.pruners.prefill import needs_rows
 from mustdrop.runtime import attention_capture
 from mustdrop.runtime.language import filter_step
-from mustdrop.runtime.language.cache_policy import AttentionCall
+from mustdrop.runtime.language.attention_call import AttentionCall
 from mustdrop.runtime.language.fixed_rows import FixedRows, leaves_a_number
 from mustdrop.runtime.language.layer_arguments import position_axes
 from mustdrop.runtime.masks import RowMap, physical_mask
@@ -86,7 +86,7 @@ class Straight:
         vision: (B, n) bool, which of the current rows are vision tokens.
         alive: (B, S) bool, those of all tokens that the vision stage left; None where it left all.
         protected: see `FixedRows`.
-        importance: likewise.
+        importance: see `FixedRows`.
         others: (B, S) bool, tokens that are neither vision tokens nor padding.
         padding: (B, S) bool, padding; None without any.
         rows: (B, n) long, chunk index of each row, PAD on padding; None while all are there.
@@ -95,7 +95,7 @@ class Straight:
         wanted: what `local.capture` would hold: whose attention is read next.
         entry: (B, M) long, the rows that enter the first layer, once they are chosen.
         attention: what was read for the next choice.
-        keys: likewise, where the scorer reads them.
+        keys: what was read of the keys for it, where the scorer reads them.
         layout: of the rows that are left; None while all are there.
         inner: the cache of the pass; None without one.
         left: whether the pass has ended.
@@ -272,7 +272,7 @@ class Straight:
             norm = getattr(self.runtime.text, "norm", None)
             features = (hidden if norm is None else norm(hidden)).detach().float()
         seen = Seen(self.attention, self.vision, choice.text, self.keys, features, choice.most)
-        stays = prefill.stays(seen, choice.count, pinned=self.protected, importance=self.importance)
+        stays = prefill.stays(seen, choice.count, protected=self.protected, importance=self.importance)
         return self._best(stays.float(), choice, None, None)
 
     def _best(

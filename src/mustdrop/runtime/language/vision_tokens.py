@@ -17,7 +17,8 @@ from mustdrop.runtime.language import fixed_rows
 from mustdrop.runtime.language.fixed_rows import FixedRows
 from mustdrop.runtime.language.prompt_media import PromptMedia
 from mustdrop.runtime.plan import survivors_of
-from mustdrop.runtime.state import Call, Marks
+from mustdrop.runtime.records import Marks
+from mustdrop.runtime.state import Call
 
 if TYPE_CHECKING:
     from mustdrop.runtime.session import Runtime
@@ -42,7 +43,7 @@ class VisionTokens:
         shown: the media of each row.
         alive: bool, all but the vision tokens that the vision stage dropped. On the device with `fixed`.
         ends: bool, vision tokens that end their prompts: they predict what follows, so they stay; None without such.
-        pinned: bool, the key set and the ends, or None.
+        protected: bool, the key set and the ends, or None.
         importance: float, encoder attention, or None.
         order: long, sort key of the rows where they are reordered (compat="released"), or None.
         counts: survivors per filter and row, or None where the data decide. Empty for a filter that keeps everything in
@@ -64,7 +65,7 @@ class VisionTokens:
     shown: PromptMedia
     alive: Tensor
     ends: Tensor | None = None
-    pinned: Tensor | None = None
+    protected: Tensor | None = None
     importance: Tensor | None = None
     order: Tensor | None = None
     counts: list[list[int]] | None = None
@@ -283,7 +284,7 @@ def _prompt(valid: np.ndarray, call: Call | None) -> np.ndarray:
 def _pin_the_end(media: VisionTokens, end: Tensor) -> None:
     """Where a prompt ends with a vision token, that token predicts what follows: it stays, before all others."""
     nothing = torch.zeros_like(end)
-    media.pinned = end | (nothing if media.pinned is None else media.pinned)
+    media.protected = end | (nothing if media.protected is None else media.protected)
     media.importance = (nothing.float() if media.importance is None else media.importance).masked_fill(end, torch.inf)
 
 
@@ -299,7 +300,7 @@ def _raters(vision: np.ndarray, valid: np.ndarray) -> np.ndarray:
 
 def _spread_marks(media: VisionTokens, reorder: bool) -> None:
     """Write the marks of each row to the positions of its vision tokens."""
-    media.pinned = torch.zeros_like(media.vision)
+    media.protected = torch.zeros_like(media.vision)
     media.importance = torch.zeros(media.vision.shape, dtype=torch.float32, device=HOST)
     if reorder:
         media.order = torch.arange(media.vision.shape[1], dtype=torch.long, device=HOST).repeat(len(media.vision), 1)
@@ -307,10 +308,10 @@ def _spread_marks(media: VisionTokens, reorder: bool) -> None:
         place = media.places[b].nonzero()[:, 0]
         seen = media.valid[b, place] if media.padded else None
         if seen is not None and not bool(seen.all()):  # what the mask hides does not enter, whatever became of it
-            row.alive, row.pinned = row.alive & seen, row.pinned & seen
+            row.alive, row.protected = row.alive & seen, row.protected & seen
             there = (row.into >= 0) & row.alive[row.into.clamp(min=0)] & seen
             row.assignment = row.into.masked_fill(~there, -1)
-        media.pinned[b, place], media.importance[b, place] = row.pinned, row.importance
+        media.protected[b, place], media.importance[b, place] = row.protected, row.importance
         if media.order is not None:
             media.order[b, place] = place[row.order]
 

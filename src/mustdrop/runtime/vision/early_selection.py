@@ -18,7 +18,7 @@ from mustdrop.runtime.vision.selection import FeatureChoice, VisionSelector, own
 class EarlySelection:
     """Asks the rule as the features leave the encoder.
 
-    Where a feature is not one patch of the encoder's only batch, nothing happens: the rule is asked behind.
+    Where a feature is not one patch of the encoder's only batch, nothing happens: the rule is asked afterwards.
 
     Attributes:
         chooser: asks the rule.

@@ -227,7 +227,7 @@ class EncoderStage(Copied):
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Merge on the way into the layer after `layer`; mask padding in all later ones.
 
-        Arm the tap where something is read. So many `layers` see the same sequences.
+        Arm the attention hook where something is read. The next `layers` layers see the same sequences.
         """
         run: EncoderRun | None = self.local.encoder
         if run is None:
@@ -240,7 +240,7 @@ class EncoderStage(Copied):
         if index in self.compared or (run.inside is not None and index <= self.last):
             self.local.capture = (self.key, index)
         if index == 0 and run.inside is not None and masks_flex.hides(_given_mask(args, kwargs)):
-            run.inside = None  # padding must not merge with patches: the rule is asked behind
+            run.inside = None  # padding must not merge with patches: the rule is asked afterwards
         if not run.item and not self.tower.packed and args[0].ndim == 3:
             run.item = args[0].shape[1] - self.tower.prefix - self.tower.suffix
         follows = None

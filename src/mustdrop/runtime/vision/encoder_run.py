@@ -26,7 +26,7 @@ class EncoderRun:
         grid: (rows, columns) of the patches of one item where windows merge inside the encoder, else None.
         pool: patches per side of a feature.
         at_least: (items,) long, patches that merging must leave, or None.
-        windows: per item, how many windows merge, where that is known beforehand; those behind the last one merge none.
+        windows: per item, how many windows merge, where that is known beforehand; those after the last one merge none.
         even: whether windows have merged, as many in every item: none has padding.
         merged: what merging decided.
         names: (items, patches) long, the patch that names the window of each, and which of them name themselves; where

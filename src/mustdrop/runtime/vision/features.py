@@ -26,7 +26,7 @@ from mustdrop.runtime.vision.early_selection import EarlySelection
 from mustdrop.runtime.vision.encoder import EncoderStage
 from mustdrop.runtime.vision.encoder_run import EncoderRun
 from mustdrop.runtime.vision.fixed_counts import FeatureCounts
-from mustdrop.runtime.vision.marks import Decided, decide, must_remain
+from mustdrop.runtime.vision.marks import FeatureMarks, decide, must_remain
 from mustdrop.runtime.vision.picture_sizes import SmallerPictures
 from mustdrop.runtime.vision.selection import FeatureChoice, VisionSelector, Weigher, patches_left, stacked
 
@@ -115,7 +115,7 @@ class FeaturesWrapper:
         pruner = stage.pruner or _KEEPS_ALL
         weigh = self._weigher(pruner, run, layouts, call if of_call else None, owners)
 
-        def decide_on(flat: Tensor, choice: FeatureChoice | None = None) -> Decided:
+        def decide_on(flat: Tensor, choice: FeatureChoice | None = None) -> FeatureMarks:
             return decide(pruner, run, layouts, flat, least, most, ends, shown, chooser, choice, weigh)
 
         steps = packed_steps.PackedSteps(stage, run, layouts, least, decide_on)

@@ -19,9 +19,9 @@ from mustdrop.constants import constant, count_up, every, numbers, sent
 from mustdrop.layout import Layout
 from mustdrop.pruners import VisionRule, VisionStagePruner
 from mustdrop.runtime.language.fixed_rows import FlatMarks
-from mustdrop.runtime.state import Marks
+from mustdrop.runtime.records import Marks
 from mustdrop.runtime.vision.encoder_run import EncoderRun
-from mustdrop.runtime.vision.marks import Decided, means
+from mustdrop.runtime.vision.marks import FeatureMarks, means
 from mustdrop.runtime.vision.selection import (
     FeatureChoice,
     VisionSelector,
@@ -148,8 +148,8 @@ def decide(
     chooser: VisionSelector | None,
     choice: FeatureChoice | None,
     weigh: Weigher | None = None,
-) -> tuple[Decided, FlatMarks]:
-    """Merge, select and pin; see `mustdrop.runtime.vision.marks.decide`.
+) -> tuple[FeatureMarks, FlatMarks]:
+    """Merge, select and protect; see `mustdrop.runtime.vision.marks.decide`.
 
     Args:
         pruner: the vision stage.
@@ -194,19 +194,19 @@ def decide(
         if names is not None:
             order, local = names[0].flatten(), True
         into = None
-    pinned = _pins(pruner, layouts, importance, keep, counts)
+    protected = _protected(pruner, layouts, importance, keep, counts)
     zeros = constant(
         ("zeros", len(features)), device, lambda: torch.zeros(len(features), dtype=torch.float32, device=device)
     )
     nothing = _nothing(len(features), device)
-    flat = FlatMarks(keep, pinned, importance, counts.kept)
+    flat = FlatMarks(keep, protected, importance, counts.kept)
     marks, start = [], 0
     for layout in layouts:
         mine = slice(start, start + layout.size)
         marks.append(
             Marks(
                 keep[mine],
-                (nothing if pinned is None else pinned)[mine],
+                (nothing if protected is None else protected)[mine],
                 (zeros if importance is None else importance)[mine],
                 order[mine],
                 None if into is None else into[mine],
@@ -215,7 +215,7 @@ def decide(
         )
         start += layout.size
     whole = sum(counts.kept) == len(features)
-    decided = Decided(marks, owner if behind else None, None if written else choice, keep, whole)
+    decided = FeatureMarks(marks, owner if behind else None, None if written else choice, keep, whole)
     return decided, flat
 
 
@@ -311,7 +311,7 @@ def _selected(
     return _joined(parts, layouts)
 
 
-def _pins(
+def _protected(
     pruner: VisionStagePruner, layouts: Sequence[Layout], importance: Tensor | None, keep: Tensor, counts: FeatureCounts
 ) -> Tensor | None:
     """(F,) bool, the key set; None if it is empty."""
@@ -323,12 +323,12 @@ def _pins(
         structural = _structural(layouts, group, keep.device)
         if structural is not None:
             picture = picture & ~structural
-        pins = []
+        protect = []
         for i in group:
             rows = layouts[i].size - layouts[i].in_picture  # they stay before all others
-            pins.append(pruner.pin_count(max(0, counts.kept[i] - rows)))
+            protect.append(pruner.protected_count(max(0, counts.kept[i] - rows)))
         score = _rows(importance, layouts, group, starts)
-        parts.append((group, kernels.select(score, picture, numbers(pins, keep.device), 0)[1]))
+        parts.append((group, kernels.select(score, picture, numbers(protect, keep.device), 0)[1]))
     return _joined(parts, layouts)
 
 
@@ -367,12 +367,12 @@ def choose(chooser: VisionSelector, features: Tensor, owner: Tensor | None, coun
             else:
                 choice.keep = choice.keep.index_fill(0, index.gather(1, chosen.keep).flatten(), True)
             choice.parts.append((index, chosen))
-    if owner is not None or any(chosen.into is not None for _, chosen in choice.parts):
+    if owner is not None or any(chosen.merge_into is not None for _, chosen in choice.parts):
         into = torch.where(choice.keep, index_of, -1)
         for index, chosen in choice.parts:
-            if chosen.into is not None:
+            if chosen.merge_into is not None:
                 kept_of = index.gather(1, chosen.keep)
-                own = torch.where(chosen.into < 0, -1, kept_of.gather(1, chosen.into.clamp(min=0)))
+                own = torch.where(chosen.merge_into < 0, -1, kept_of.gather(1, chosen.merge_into.clamp(min=0)))
                 into = into.scatter(0, index.flatten(), own.flatten())
         choice.into = into if owner is None else into[owner]
     return choice

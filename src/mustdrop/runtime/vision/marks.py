@@ -1,4 +1,4 @@
-"""From what the encoder saw to what becomes of each feature: which are merged, which stay, which are pinned."""
+"""From what the encoder saw to what becomes of each feature: which are merged, which stay, which are protected."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mustdrop.constants import where
 from mustdrop.indices import HOST, on
 from mustdrop.layout import Layout
 from mustdrop.pruners import VisionStagePruner
-from mustdrop.runtime.state import Marks
+from mustdrop.runtime.records import Marks
 from mustdrop.runtime.vision.encoder_run import EncoderRun
 from mustdrop.runtime.vision.selection import (
     FeatureChoice,
@@ -27,7 +27,7 @@ from mustdrop.runtime.vision.selection import (
 
 
 @dataclass(frozen=True)
-class Decided:
+class FeatureMarks:
     """The marks of each medium, and how features become those that enter the language model.
 
     Attributes:
@@ -103,8 +103,8 @@ def decide(
     chooser: VisionSelector | None = None,
     choice: FeatureChoice | None = None,
     weigh: Weigher | None = None,
-) -> Decided:
-    """Merge, select and pin.
+) -> FeatureMarks:
+    """Merge, select and protect.
 
     Args:
         pruner: the vision stage.
@@ -155,9 +155,9 @@ def decide(
                 )
     done = [mark for mark in marks if mark is not None]
     if not behind:
-        return Decided(done, None)
+        return FeatureMarks(done, None)
     into = [mark.order + start for mark, start in zip(done, starts, strict=False)]
-    return Decided(done, torch.cat(into) if into else None)
+    return FeatureMarks(done, torch.cat(into) if into else None)
 
 
 def _by_rule(
@@ -169,7 +169,7 @@ def _by_rule(
     importance: Tensor,
     merge: Tensor | None,
     owner: Tensor,
-) -> Decided:
+) -> FeatureMarks:
     """Marks of what a rule chooses; the key set are the most important of what it keeps."""
     done = choice is not None
     if choice is None:
@@ -189,14 +189,14 @@ def _by_rule(
         marks.append(
             Marks(
                 alive=keep,
-                pinned=pruner.pins(importance[None, mine], picture[None])[0],
+                protected=pruner.protect(importance[None, mine], picture[None])[0],
                 importance=importance[mine],
                 order=order,
                 assignment=torch.where(into < 0, -1, into - start),
             )
         )
         start += layout.size
-    return Decided(marks, merge, None if done else choice)
+    return FeatureMarks(marks, merge, None if done else choice)
 
 
 @dataclass
@@ -218,9 +218,9 @@ class _Group:
         alive = alive if self.gone is None else alive & ~self.gone
         seen = alive if self.shown is None else alive & self.shown
         count = self.most if pruner.selects and bool((seen.sum(1) > self.most).any()) else None
-        keep, pinned = pruner.select(importance, alive if count is None else seen, count, self.structural, self.ends)
+        keep, protected = pruner.select(importance, alive if count is None else seen, count, self.structural, self.ends)
         assignment = owner.masked_fill(~keep.gather(1, owner), -1)
-        rows = zip(keep, pinned, importance, owner, assignment, strict=True)
+        rows = zip(keep, protected, importance, owner, assignment, strict=True)
         return [Marks(*row) for row in rows]
 
 

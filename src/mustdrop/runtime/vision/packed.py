@@ -1,14 +1,14 @@
 """Fewer patches inside a packed encoder: what leaves before a layer, and what follows the patches that are left.
 
-A packed encoder (Qwen-VL and its kin) has the patches of all pictures and frames in one sequence. Its layers take the
+A packed encoder (Qwen-VL and others) has the patches of all pictures and frames in one sequence. Its layers take the
 hidden states, the borders between pictures, frames or windows, and a rotary table with a row for each patch. When
 patches leave, all of these follow: so a patch keeps its position, and attends to what is left of its frame or window.
 
-Patches leave in cells, the patches that one feature is made of, so the merger behind the layers still sees whole
+Patches leave in cells, the patches that one feature is made of, so the merger after the layers still sees whole
 cells. A merged cell takes the place, and the positions, of the cell that names its window; each of its patches is the
 mean of the patches at its place in the window's cells.
 
-Mergers that take cell after cell run on those that are left; where the model arranges patches by picture behind the
+Mergers that take cell after cell run on those that are left; where the model arranges patches by picture after the
 layers, the last of these gives the sequence its full length back. In both cases rows of what is gone hold zeros there,
 and the marks in the features say so (`runtime/vision/marks.py`).
 """
@@ -43,7 +43,7 @@ class Packed:
         rows: (M,) long, patches that are left, ascending; None: all.
         into: (N,) long, slot among `rows` of what each patch became part of, -1 where it is gone; None: all are left.
         spread: number of rows that there were at some time -> `into` of that time.
-        skipped: modules behind the layers, with how many cells fewer each ran on.
+        skipped: modules after the layers, with how many cells fewer each ran on.
     """
 
     cells: Tensor

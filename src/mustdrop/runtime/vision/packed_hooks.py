@@ -1,4 +1,4 @@
-"""Hooks before and behind the layers of an encoder that runs on some of its patches: see `runtime/vision/packed.py`."""
+"""Hooks before and after the layers of an encoder that runs on some of its patches: see `runtime/vision/packed.py`."""
 
 from __future__ import annotations
 

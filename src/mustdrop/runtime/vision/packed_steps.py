@@ -17,7 +17,7 @@ from mustdrop.layout import Layout
 from mustdrop.pruners import InputPruner, VisionStagePruner
 from mustdrop.runtime.attention_capture import implementation_of
 from mustdrop.runtime.vision.encoder_run import EncoderRun
-from mustdrop.runtime.vision.marks import Decided, merge_behind
+from mustdrop.runtime.vision.marks import FeatureMarks, merge_behind
 from mustdrop.runtime.vision.packed import Decision, Packed
 from mustdrop.runtime.vision.padded import Padded
 
@@ -68,7 +68,7 @@ def check_layers(pruner: VisionStagePruner, tower: Tower, last: int, read: Seque
         why = tower.uncut or "its encoder takes whole pictures, one beside the other."
         raise UnsupportedModelError(
             f"VisionStagePruner.select_layer={layer}: tokens cannot leave this encoder on the way: {why} Leave it out: "
-            "then they leave behind it."
+            "then they leave after it."
         )
     if not -depth <= layer < depth:
         raise ConfigError(
@@ -146,8 +146,8 @@ class PackedSteps:
     run: EncoderRun
     layouts: Sequence[Layout]
     least: Sequence[int]
-    decide: Callable[[Tensor], Decided]
-    decided: Decided | None = None
+    decide: Callable[[Tensor], FeatureMarks]
+    decided: FeatureMarks | None = None
 
     def prepare(self, cells: Tensor, pixel_rows: Tensor | None = None) -> None:
         """Set up what leaves; nothing if nothing does.

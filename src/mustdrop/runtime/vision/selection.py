@@ -15,7 +15,7 @@ from mustdrop.constants import host_table, sent
 from mustdrop.errors import MustDropError
 from mustdrop.indices import on
 from mustdrop.layout import Layout
-from mustdrop.pruners import Chosen, Features, Importance, Read, VisionRule
+from mustdrop.pruners import Features, Importance, Read, Selection, VisionRule
 from mustdrop.runtime.vision.encoder_run import EncoderRun
 
 
@@ -33,7 +33,7 @@ class FeatureChoice:
     keep: Tensor
     into: Tensor | None
     order: Tensor
-    parts: list[tuple[Tensor, Chosen]] = field(default_factory=list)
+    parts: list[tuple[Tensor, Selection]] = field(default_factory=list)
 
     def blend(self, features: Tensor) -> Tensor:
         """Features (F, C) with the rule's values in the rows that stay."""
@@ -175,10 +175,10 @@ class VisionSelector:
         choice.keep[kept.flatten()] = True
         choice.order[kept.flatten()] = kept.sort(1).values.flatten()
         assert choice.into is not None  # as it is made here
-        if chosen.into is None:
+        if chosen.merge_into is None:
             choice.into[kept.flatten()] = kept.flatten()
         else:
-            choice.into[index] = torch.where(chosen.into < 0, -1, kept.gather(1, chosen.into.clamp(min=0)))
+            choice.into[index] = torch.where(chosen.merge_into < 0, -1, kept.gather(1, chosen.merge_into.clamp(min=0)))
         choice.parts.append((index, chosen))
 
     def ask(
@@ -189,7 +189,7 @@ class VisionSelector:
         index: Tensor,
         count: int | None,
         whole: bool = False,
-    ) -> Chosen:
+    ) -> Selection:
         """The rule's choice from views of equal length.
 
         Args:
@@ -285,7 +285,7 @@ def patches_left(layouts: Sequence[Layout], most: Sequence[int], item: int) -> l
     """Patches that each item of the encoder's batch must have after merging, for its medium to have `most` features.
 
     Patches that become no feature (what a model cuts away from tiles) may stay unmerged, so they do not count. Items
-    that become no feature need none; those behind the last one that does are left out.
+    that become no feature need none; those after the last one that does are left out.
     """
     left: dict[int, int] = {}
     for layout, number in zip(layouts, most, strict=True):
