@@ -33,6 +33,7 @@ import launch_table
 import learned_table
 import method_cards
 import notebooks
+import packed_table
 import peer_table
 import product_table
 import quality_pages_table
@@ -127,6 +128,8 @@ renderer("quality-fixed")(whole(quality_table.fixed))
 renderer("quality-learned")(whole(learned_table.quality))
 renderer("scorers")(part(learned_table.scorers, "scorers"))
 renderer("quality-merging")(part(quality_table.variants, "quality_merging"))
+renderer("quality-geometry")(part(quality_table.geometry, "quality_geometry"))
+renderer("packed-encoder")(part(packed_table.rows, "packed-encoder"))
 
 
 @renderer("versions")

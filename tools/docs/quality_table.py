@@ -176,6 +176,34 @@ def variants(record: Record, table: Table) -> str:
     return head + "\n\n" + table(header, lines) + note
 
 
+def geometry(record: Record, table: Table) -> str:
+    """One row per method, geometry and budget: accuracy and likelihood, and what they are beside raw features."""
+    beside = {(row["reference"], row["method"], row["keep"]): row for row in record["differences"]}
+    lines = []
+    for row in record["rows"]:
+        if row["keep"] is None or "cannot" in row:
+            continue
+        name, kind = row["method"].split("; ")
+        apart = beside.get((f"{name}; raw", row["method"], row["keep"]))
+        lines.append(
+            [
+                *(f"`{name}`", kind, f"{row['keep']:.0%}"),
+                *(_interval(row["correct"]), _interval(row["loglik"], 2)),
+                *(
+                    "" if apart is None else _interval(_minus(apart[m]), n, "+")
+                    for m, n in (("correct", 3), ("loglik", 2))
+                ),
+            ]
+        )
+    header = ["method", "`geometry`", "`keep`", "accuracy", "log-likelihood", "accuracy beside raw", "log-likelihood"]
+    return setting(record) + "\n\n" + table(header, lines)
+
+
+def _minus(apart: Record) -> Record:
+    """Of the reference minus another, the other minus the reference."""
+    return {"mean": -apart["mean"], "low": -apart["high"], "high": -apart["low"]}
+
+
 def fixed(results: Mapping[str, Record], table: Table) -> str:
     """`mustdrop` before and after its counts were fixed: accuracy, and FLOPs of the prompt, at each budget."""
     new, old = results["quality_fixed"], results["quality"]
