@@ -115,7 +115,7 @@ def test_the_key_set_is_the_most_important():
     assert trace.protected(0).tolist() == [*range(32, 36)]
     assert not vision.needs_attention
     assert vision.reads == ()
-    with pytest.raises(ConfigError, match="reads features behind the encoder"):
+    with pytest.raises(ConfigError, match="reads features after the encoder"):
         VisionStagePruner(key_importance=LastOnes(), select_layer=1, window=None)
 
 
