@@ -18,10 +18,11 @@ def record(others, own=0.9, whole=0.9):
         rows.append({"method": "mustdrop+", "keep": keep, "correct": {"mean": own}, "flops": 0.5, "equal_share": keep})
         for name, (flops, accuracy, gained, lost, p, more) in others.items():
             row = {"method": name, "keep": keep, "correct": {"mean": accuracy}, "flops": flops, "equal_share": keep}
-            rows.append(row | more)
+            row |= more
+            rows.append(row)
             apart.append(
                 {"reference": "mustdrop+", "method": name, "keep": keep, "correct": {"mean": own - accuracy}}
-                | {"mcnemar": {"gained": gained, "lost": lost, "p": p}}
+                | {"mcnemar": {"gained": gained, "lost": lost, "p": p}, "cost": {"flops": 0.5 - row["flops"]}}
             )
     return {"rows": rows, "differences": apart}
 
@@ -39,7 +40,8 @@ LEVEL = {"level": (0.5, 0.89, 4, 3, 1.0, {})}
 def test_who_leads_significantly_at_both_small_budgets_on_one_model_meets_the_aims():
     table, lines = verdicts(record(LEVEL), record({"worse": (0.5, 0.8, 20, 2, 0.001, {})}))
     assert all("**met**" in line for line in lines)
-    assert "| pages | 11% | 0.900 | 50% | `worse` | +10.0 | 0.001 | 1 |" in table
+    best = "`worse`: +10.0 points, p 0.001"
+    assert f"| pages | 11% | 0.900 | 50% | 1 | {best} | {best}, FLOPs +0.0% |" in table
 
 
 def test_a_method_that_is_better_at_no_more_flops_is_named():
@@ -52,7 +54,8 @@ def test_a_method_that_is_better_at_no_more_flops_is_named():
 def test_what_is_trained_keeps_no_budget_or_costs_more_is_no_rival(more):
     table, lines = verdicts(record(LEVEL), record({"best": (0.4, 0.95, 1, 15, 0.0005, more)}))
     assert "**met**" in lines[0]
-    assert "| pages | 6% | 0.900 | 50% | none |" in table
+    assert "| pages | 6% | 0.900 | 50% | 0 |  | " in table
+    assert ("FLOPs -1.0%" in table) == ("flops" in more)
 
 
 def test_the_quarter_is_of_the_unpruned_accuracy():

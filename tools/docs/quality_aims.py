@@ -20,22 +20,16 @@ def render(results: Mapping[str, Record], table: Table) -> str:
     """For each model and budget the best other method at no more FLOPs, then each aim: met, or by how much not."""
     lines, beaten, leads = [], [], []
     for name, asked in ((n, a) for n, a in MODELS.items() if n in results):
-        for keep, own, rivals in _budgets(results[name]):
+        for keep, own, others in _budgets(results[name]):
+            rivals = [row for row in others if row["cost"]["flops"] >= -SAME]
             better = [row for row in rivals if _sign(row) < 0]
             beaten += [f"{asked}, {keep:.0%}: {_against(row)}" for row in better]
-            if not rivals:
-                lines.append([asked, f"{keep:.0%}", _score(own), f"{own['flops']:.0%}", "none", *[""] * 3])
-                continue
-            best = _best(rivals)
-            if keep <= SMALL:
-                leads.append((f"{asked}, {keep:.0%}", best))
-            lines.append(
-                [
-                    *(asked, f"{keep:.0%}", _score(own), f"{own['flops']:.0%}", f"`{best['method']}`"),
-                    *(_points(best), _p(best), str(len(rivals))),
-                ]
-            )
-    header = ["model", "`keep`", "`mustdrop+`", "its FLOPs", "best other", "points apart", "McNemar p", "others"]
+            if rivals and keep <= SMALL:
+                leads.append((f"{asked}, {keep:.0%}", _best(rivals)))
+            cells = [asked, f"{keep:.0%}", _score(own), f"{own['flops']:.0%}", str(len(rivals))]
+            lines.append([*cells, _beside(rivals), _beside(others, cost=True)])
+    header = ["model", "`keep`", "`mustdrop+`", "its FLOPs", "others at no more", "against the best of these"]
+    header.append("against the best at any FLOPs")
     return (
         table(header, lines)
         + "\n\n"
@@ -44,7 +38,7 @@ def render(results: Mapping[str, Record], table: Table) -> str:
 
 
 def _budgets(record: Record) -> list[tuple[float, Record, list[Record]]]:
-    """(budget, row of mustdrop+, its differences from the others that take no more FLOPs), largest budget first."""
+    """(budget, row of mustdrop+, its differences from the others that keep the budget), largest budget first."""
     rows = {(row["method"], row["keep"]): row for row in record["rows"] if "cannot" not in row}
     found: list[tuple[float, Record, list[Record]]] = []
     for keep in sorted({keep for name, keep in rows if name == OWN}, reverse=True):
@@ -52,15 +46,24 @@ def _budgets(record: Record) -> list[tuple[float, Record, list[Record]]]:
         rivals: list[Record] = [
             {**row, "accuracy": rows[row["method"], keep]["correct"]["mean"]}
             for row in record["differences"]
-            if (row["reference"], row["keep"]) == (OWN, keep) and _rival(rows[row["method"], keep], own)
+            if (row["reference"], row["keep"]) == (OWN, keep) and _rival(rows[row["method"], keep])
         ]
         found.append((keep, own, rivals))
     return found
 
 
-def _rival(row: Record, own: Record) -> bool:
-    """Whether a method is one that needs no training, keeps the budget, and takes no more FLOPs."""
-    return not row.get("trained") and not over_budget(row) and row["flops"] <= own["flops"] + SAME
+def _rival(row: Record) -> bool:
+    """Whether a method is one that needs no training and keeps the budget."""
+    return not row.get("trained") and not over_budget(row)
+
+
+def _beside(rows: Sequence[Record], cost: bool = False) -> str:
+    """The best of some methods: who it is, points apart, p and, if asked for, how many FLOPs apart."""
+    if not rows:
+        return ""
+    best = _best(rows)
+    more = f", FLOPs {best['cost']['flops']:+.1%}" if cost else ""
+    return f"`{best['method']}`: {_points(best)} points, p {_p(best)}{more}"
 
 
 def _best(rivals: Sequence[Record]) -> Record:
