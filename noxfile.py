@@ -23,6 +23,15 @@ EXTRAS = {
 TRANSFORMERS = PYPROJECT["tool"]["mustdrop"]["transformers-versions"]
 CONSTRAINTS = Path("constraints.txt")
 PUBLISHING = ("build>=1.2", "twine>=6.1")
+SCHEMA_CHECKER = "check-jsonschema>=0.39"  # with the schemas of the forge's files
+FORMS = ".github/ISSUE_TEMPLATE"
+SCHEMAS = {
+    "github-workflows": (".github/workflows/ci.yml", ".github/workflows/release.yml"),
+    "dependabot": (".github/dependabot.yml",),
+    "github-issue-forms": (f"{FORMS}/bug.yml", f"{FORMS}/method.yml", f"{FORMS}/model.yml"),
+    "github-issue-config": (f"{FORMS}/config.yml",),
+    "citation-file-format": ("CITATION.cff",),
+}
 SITE = ".nox/site"  # as mkdocs.yml has it
 HEAVY = {"torch", "transformers", "triton"}
 # Their versions follow from those of transformers, pydantic and datasets.
@@ -82,10 +91,12 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and formatting; `nox -s lint -- --fix` repairs what it can."""
-    install(session, *tools("ruff"))
+    """Check style, formatting, and the schemas of workflows and forms; `nox -s lint -- --fix` repairs what it can."""
+    install(session, *tools("ruff"), SCHEMA_CHECKER)
     session.run("ruff", "check", *session.posargs)
     session.run("ruff", "format", *([] if "--fix" in session.posargs else ["--check"]))
+    for schema, files in SCHEMAS.items():
+        session.run("check-jsonschema", "--builtin-schema", f"vendor.{schema}", *files)
 
 
 @nox.session
@@ -230,7 +241,11 @@ def vlmevalkit(session: nox.Session) -> None:
 
 @nox.session
 def vllm(session: nox.Session) -> None:
-    """Serve tiny models of every family with vLLM on the CPU, one process per file (3.5 GB; more than half an hour)."""
+    """Serve tiny models of every family with vLLM on the CPU, one process per file.
+
+    3.5 GB, and on two busy cores 5 minutes to install and 53 to run: with it `.ci/run` would take longer than its 70
+    minutes, so that it is a session of its own.
+    """
     # num2words: SmolVLM's processor. Ray's extra `llm` would bring another vLLM.
     session.install(VLLM, "num2words", *map(str, EXTRAS["ray"]), *tools("pytest"))
     session.run("python", "tests/vllm/environment.py")
@@ -241,7 +256,7 @@ def vllm(session: nox.Session) -> None:
 
 @nox.session
 def ray(session: nox.Session) -> None:
-    """Ask a data set by Ray's workers, of which some are killed (one machine, two workers)."""
+    """Ask a data set by Ray's workers, of which some are killed (one machine, two workers; some 6 minutes)."""
     install(session, "-e", ".[ray]", *tools("pytest"))
     session.run("pytest", "tests/integrations/test_ray.py", *session.posargs, env=OFFLINE)
 

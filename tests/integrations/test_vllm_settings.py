@@ -114,7 +114,7 @@ def test_wrong_settings_raise_what_patch_raises(given, error):
     ("given", "text"),
     [
         ({"method": "mustdrop", "decode_keep": 8}, "decode_keep cannot be set"),
-        ({"method": "mustdrop", "inside": True}, "alone, behind the encoder, so that inside cannot be set"),
+        ({"method": "mustdrop", "inside": True}, "alone, after the encoder, so that inside cannot be set"),
         ({"method": "tome", "r": 4}, "give keep="),
         ({"method": "prumerge", "adaptive": True}, "give keep="),
         ({"method": "tome", "r": 4, "compat": "released"}, "numbers positions anew"),
@@ -150,6 +150,12 @@ def test_keys_of_caches_tell_all_settings_apart():
     assert len(set(keys)) == len(keys)
     assert settings.parse(given[0]).key("picture", None) == settings.parse(dict(given[0])).key("picture", None)
     assert settings.parse(given[0]).key("picture", None) != settings.parse(given[0]).key("other", None)
+
+
+def test_keys_of_caches_tell_versions_apart(monkeypatch):
+    before = settings.parse({"keep": 64}).key("picture", None)
+    monkeypatch.setattr(settings, "__version__", "999")
+    assert settings.parse({"keep": 64}).key("picture", None) != before
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '"divprune"', "divprune"])

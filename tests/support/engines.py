@@ -37,19 +37,21 @@ class Request:
         images: pictures.
         videos: (frames, height, width, 3) each.
         keep: of this request, or None.
+        lead: the text before the media.
     """
 
     words: str
     images: Sequence[Image.Image] = field(default_factory=tuple)
     videos: Sequence[np.ndarray] = field(default_factory=tuple)
     keep: float | None = None
+    lead: str = "w5"
 
     def prompt(self, family: str) -> str:
         """The text, with words between the media."""
         _, image, video = tiny.FAMILIES[family]
         media = [*(f"w{20 + i} {image}" for i in range(len(self.images)))]
         media += [f"w{30 + i} {video}" for i in range(len(self.videos))]
-        return " ".join(["w5", *media, self.words])
+        return " ".join([self.lead, *media, self.words])
 
     def data(self, family: str) -> dict[str, Any]:
         """As vLLM takes it."""

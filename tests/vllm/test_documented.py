@@ -30,9 +30,14 @@ def test_a_server_is_started_and_asked(tmp_path):
         servers.wait(f"http://127.0.0.1:{port}", process, log)
         asked = ask.replace("localhost:8000", f"127.0.0.1:{port}")
         done = subprocess.run(["bash", "-c", asked], capture_output=True, check=True, **shell)
+        refused = asked.replace('"max_tokens": 6,', '"mm_processor_kwargs": {"mustdrop_keep": 9},')
+        refused = subprocess.run(["bash", "-c", refused], capture_output=True, check=True, **shell)
     finally:
         process.terminate()
         process.wait(60)
     found = json.loads(done.stdout.splitlines()[-1])
     assert KEEP < found["usage"]["prompt_tokens"] < KEEP + 20 < ALL
     assert found["choices"][0]["message"]["content"].strip()
+    error = json.loads(refused.stdout.splitlines()[-1])["error"]
+    assert error["code"] == 400
+    assert "--trust-request-mm-kwargs" in error["message"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -18,8 +20,13 @@ KEEP = 0.5
 METHODS = dict.fromkeys(("internvl", "idefics3", "smolvlm"), "fastervlm")
 FAMILIES = tuple(tiny.FAMILIES)
 # Tokens per step, of all requests together. It is also the size of the encoder's cache, into which the largest picture
-# must fit whole; Gemma's see both ways, so that they are not split.
-STEPS = {"gemma3": 1024, "idefics3": 256, "llava_next": 200, "llava_onevision": 200, "smolvlm": 256}
+# must fit whole.
+STEPS = {"idefics3": 256, "llava_next": 200, "llava_onevision": 200, "smolvlm": 256}
+
+
+def steps(family):
+    """Tokens per step of a family's engine."""
+    return STEPS.get(family, 48)
 
 
 def requests(family):
@@ -41,13 +48,13 @@ def requests(family):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def served(request, tmp_path_factory):
-    """An engine whose steps are so short that they split pictures, and the model in transformers."""
+    """An engine whose steps are short, and the model in transformers."""
     family = request.param
     folder = tmp_path_factory.mktemp(family)
     model, processor = tiny.save(family, folder)
     given = {"method": METHODS.get(family, "divprune"), "keep": KEEP}
-    steps = {"max_num_batched_tokens": STEPS.get(family, 48)}
-    with engines.engine(folder, registry()[family].classes[0], given, block_size=32, **steps) as llm:
+    limits = {"max_num_batched_tokens": steps(family), "block_size": 32}
+    with engines.engine(folder, registry()[family].classes[0], given, **limits) as llm:
         yield SimpleNamespace(
             family=family, llm=llm, model=model, processor=processor, pruner=settings.parse(given).pruner
         )
@@ -57,6 +64,28 @@ def reference(served, request):
     return engines.reference(served.model, served.processor, served.family, request, served.pruner)
 
 
+@contextmanager
+def ends_within_media(llm) -> Iterator[set[str]]:
+    """The kinds of media whose tokens a step of the engine has split, once the block is left."""
+    scheduler, found = llm.llm_engine.engine_core.engine_core.scheduler, set()
+    plain = scheduler.schedule
+
+    def schedule(*args, **kwargs):
+        out = plain(*args, **kwargs)
+        for request in scheduler.running:
+            for feature in request.mm_features:
+                first = feature.mm_position.offset
+                if first < request.num_computed_tokens < first + feature.mm_position.length:
+                    found.add(feature.modality)
+        return out
+
+    scheduler.schedule = schedule
+    try:
+        yield found
+    finally:
+        del scheduler.schedule
+
+
 def test_tokens_are_those_of_transformers_also_from_the_prefix_cache(served):
     asked = requests(served.family)
     expected = [reference(served, one) for one in asked]
@@ -64,6 +93,20 @@ def test_tokens_are_those_of_transformers_also_from_the_prefix_cache(served):
         answered = engines.answers(served.llm, served.family, asked)
         assert engines.tokens(answered) == [one[0] for one in expected]
     assert any(one.num_cached_tokens for one in answered)
+
+
+def test_steps_that_end_within_a_picture_or_video(served):
+    media = {"image": {"images": [tiny.picture(9, 2 * SIDE, SIDE)]}}
+    if tiny.FAMILIES[served.family][2]:
+        media["video"] = {"videos": [tiny.video(4, 4, 32, 48)]}
+    for first, (kind, given) in enumerate(media.items(), 100):  # other words, none of which is in the prefix cache
+        lead = " ".join(f"w{first + i}" for i in range(steps(served.family) - 6))  # the step has six tokens more
+        one = Request("w21 w22", **given, lead=lead)
+        expected, _, kept = reference(served, one)
+        assert kept > 6
+        with ends_within_media(served.llm) as split:
+            assert engines.tokens(engines.answers(served.llm, served.family, [one])) == [expected]
+        assert split == {kind}
 
 
 def test_each_request_of_a_batch_may_keep_as_many_as_it_likes(served):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+
 import pytest
 
 from mustdrop.errors import ConfigError, UnsupportedOptionError
-from support import engines
+from mustdrop.integrations.vllm import VARIABLE
+from mustdrop.integrations.vllm.settings import of as settings_of
+from support import documented, engines
 from support import tiny_checkpoints as tiny
 
 ARCHITECTURE = "MustDropLlavaForConditionalGeneration"
@@ -21,8 +26,6 @@ def folder(tmp_path_factory):
 
 def configure(folder, settings, architecture=ARCHITECTURE, **options):
     """The configuration of an engine, as `vllm serve` builds it."""
-    import os
-
     os.environ.update(engines.QUIET)
     from vllm.engine.arg_utils import EngineArgs
     from vllm.plugins import load_general_plugins
@@ -40,6 +43,23 @@ def test_the_configuration_says_that_positions_are_ours(folder):
     assert 1 - config.multimodal_config.video_pruning_rate == 1
 
 
+def test_the_line_of_the_page_that_names_a_model_on_purpose(folder, monkeypatch):
+    os.environ.update(engines.QUIET)
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.plugins import load_general_plugins
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    monkeypatch.delenv(VARIABLE, raising=False)
+    load_general_plugins()
+    (line,) = documented.examples("docs/serving.md", "--hf-overrides", "architectures", kind="console")
+    _, _, _, *given = shlex.split(line.replace("\\\n", " "))  # vllm serve MODEL
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    options = ["--model", str(folder), "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"]
+    config = EngineArgs.from_cli_args(parser.parse_args([*options, *given])).create_engine_config().model_config
+    assert config.architectures == [ARCHITECTURE]
+    assert settings_of(config.hf_config).count(576) == 128
+
+
 @pytest.mark.parametrize(
     ("options", "name"),
     [
@@ -51,6 +71,7 @@ def test_the_configuration_says_that_positions_are_ours(folder):
         ({"enable_lora": True, "enable_tower_connector_lora": True}, "tower"),
         ({"compilation_config": {"cudagraph_mm_encoder": True}}, "cudagraph_mm_encoder"),
         ({"compilation_config": {"compile_mm_encoder": True}}, "compile_mm_encoder"),
+        ({"mm_encoder_tp_mode": "data", "tensor_parallel_size": 2}, "mm-encoder-tp-mode data"),
     ],
 )
 def test_options(folder, options, name):

@@ -239,9 +239,9 @@ def merge_sized(
     if not batch or not n or there.min() < 0:
         return OPERATIONS["merge_sized"].reference(x, slot, slots, size, names)  # type: ignore[no-any-return]
     each = x.new_ones(slot.shape, dtype=torch.float32) if size is None else size.float()
-    whole = torch.zeros(batch, slots, dtype=torch.float32).scatter_add_(1, slot, each)
+    whole = torch.zeros(batch, slots, dtype=torch.float32, device="cpu").scatter_add_(1, slot, each)
     values = x.float() * each[..., None]
-    total = torch.zeros(batch, slots, x.shape[2], dtype=torch.float32)
+    total = torch.zeros(batch, slots, x.shape[2], dtype=torch.float32, device="cpu")
     total = total.scatter_add_(1, slot[..., None].expand_as(values), values)
     empty = _numbers(whole) <= 0
     mean = total / (torch.where(whole > 0, whole, 1.0) if empty.any() else whole)[..., None]

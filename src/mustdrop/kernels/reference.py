@@ -17,6 +17,8 @@ from mustdrop.kernels.reference_tokens import FEW, take
 
 # Heads x rows x keys that may exist at once, in elements: keeps the peak small when a prompt has many text tokens.
 _CHUNK = 1 << 25
+# The same where a CPU makes them: what is read again at once should still be in the cache of a core.
+_CACHED = 1 << 19
 
 
 def _rows_shape(q: Tensor, k: Tensor, rows: Tensor, visible: Tensor, scaling: float, *rest: object) -> Tensor:
@@ -188,18 +190,30 @@ def received_attention(q: Tensor, k: Tensor, visible: Tensor, scaling: float) ->
         (B, S) float32, 0 on padding.
     """
     batch, heads, length, _ = q.shape
-    step = _at_once(batch * heads * length, q, k)
-    total = q.new_zeros(batch, 1, length, dtype=torch.float32)
-    keys = rearrange(k.float(), "b h s d -> b h d s")
+    queries = rearrange(q, "b h s d -> (b h) s d")
+    keys = rearrange(k.float(), "b h s d -> (b h) d s").contiguous()
+    valid = visible.repeat_interleave(heads, 0)
     whole = visible.device.type == "cpu" and bool(visible.all())  # elsewhere the host would wait for the answer
-    hidden = ~visible[:, None, None]
-    for start in range(0, length, step):
-        logits = (q[:, :, start : start + step].float() * scaling) @ keys
+    received = q.new_zeros(batch * heads, length, dtype=torch.float32)
+    for some, rows in _tiles(batch * heads, length, q):
+        logits = (queries[some, rows].float() * scaling) @ keys[some]
         if not whole:
-            logits = logits.masked_fill_(hidden, -torch.inf)
-        counts = visible[:, None, start : start + step].float().repeat(1, 1, heads)
-        total += counts @ rearrange(logits.softmax(-1), "b h r s -> b (h r) s")  # a sum that reads each number once
-    return total[:, 0] / (heads * visible.sum(1, keepdim=True).clamp(min=1))
+            logits = logits.masked_fill_(~valid[some, None], -torch.inf)
+        counts = valid[some, None, rows].float()
+        received[some] += (counts @ logits.softmax(-1))[:, 0]  # a sum that reads each number once
+    total = received.view(batch, heads, length).sum(1)
+    return total / (heads * visible.sum(1, keepdim=True).clamp(min=1))
+
+
+def _tiles(heads: int, length: int, q: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Heads and query rows that may meet all keys at once; on a CPU, where their products stay in its cache."""
+    most = _CACHED if q.device.type == "cpu" else _CHUNK
+    most = min(most, 2 * q.numel())
+    rows = max(1, min(length, most // max(1, length)))
+    some = max(1, most // max(1, rows * length))
+    for head in range(0, heads, some):
+        for row in range(0, length, rows):
+            yield slice(head, head + some), slice(row, row + rows)
 
 
 def _rows(

@@ -1,4 +1,4 @@
-"""FastVID: attended features of each frame, and centres that the rest of a segment joins (2503.11187). For video."""
+"""FastVID: attention, density merging per segment (arXiv 2503.11187). For video."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class SalientAndContext(WeighingRule):
         importance: what takes the place of the attention.
         context: share of a frame's budget that goes to the contexts of its segment, in [0, 1].
         cut: cosine of two frames' means below which a segment ends.
-        fewest: segments, if there are so many frames.
+        fewest: least number of segments, or the number of frames if that is smaller.
         stride: frames from one frame with contexts to the next, counted from the end of the segment.
         own: least part of a context that is its own value, in [0, 1].
         seed: of the noise that breaks ties between densities; None gives them to the lower index.
@@ -141,7 +141,7 @@ class FastVid(Recipe):
         keep: tokens (int) or share of the prompt's vision tokens.
         context: share of a frame's budget that goes to the contexts of its segment.
         cut: cosine of two frames' means below which a segment ends; the paper has 0.84 for Qwen.
-        fewest: segments, if there are so many frames.
+        fewest: least number of segments, or the number of frames if that is smaller.
         stride: frames from one frame with contexts to the next.
         own: least part of a context that is its own value.
         seed: of the noise that breaks ties between densities; None gives them to the lower index.

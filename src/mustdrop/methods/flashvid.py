@@ -1,4 +1,4 @@
-"""FlashVID: attended, diverse features of each frame, trees of what stays alike (arXiv 2602.08024). For video."""
+"""FlashVID: attention, diversity, trees over time (arXiv 2602.08024). For video."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class DiverseAndTrees(WeighingRule):
         diverse: share of a frame's budget that is chosen, in [0, 1]; what is left are clusters of the rest.
         like: cosine from which a feature joins one of the frame before.
         cut: cosine of two frames' means below which a segment ends, over which nothing joins.
-        fewest: segments, if there are so many frames.
+        fewest: least number of segments, or the number of frames if that is smaller.
         seed: of the noise that breaks ties between densities; None gives them to the lower index.
     """
 
@@ -188,11 +188,11 @@ class FlashVid(Recipe):
     """Choose and merge frame by frame, and filter once late in the language model by the last word's attention.
 
     Attributes:
-        keep: equal-token budget of both stages, int or share; the paper's is 0.25 and less.
+        keep: average retained tokens per layer of both stages, int or share; the paper's is 0.25 and less.
         diverse: share of a frame's budget that is chosen; what is left are clusters of the rest.
         like: cosine from which a feature joins one of the frame before.
         cut: cosine of two frames' means below which a segment ends.
-        fewest: segments, if there are so many frames; the paper has 4 for Qwen.
+        fewest: least number of segments, or the number of frames if that is smaller; the paper has 4 for Qwen.
         layers: layer of the language model after which the filter cuts; None is (22,) of 32, scaled to the model.
         taper: share of the tokens that enter which the filter leaves (the paper's for Qwen3-VL is 0.1); None filters
             nothing, so that the selection alone is left.

@@ -1,4 +1,4 @@
-"""GleanVID: each frame keeps what earlier frames did not show, and what is local to it. For video."""
+"""GleanVID: what earlier frames did not show. For video."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TGV-KV: text-guided budgets per layer and text-weighted scores for the vision entries of the cache (2606.03075)."""
+"""TGV-KV: text-guided budgets and scores (arXiv 2606.03075)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class TGVKV(Recipe):
 
     Attributes:
         keep: vision entries that stay in the cache, in the mean over the layers: int, or share of the prompt's vision
-            tokens. Not equal tokens, which stay at the full number.
+            tokens. The layers still process all of them.
     """
 
     keep: Budget = DEFAULT_KEEP

@@ -36,11 +36,11 @@ ARCHITECTURES = {
 NOT_YET = {
     "InternVLChatModel": "its checkpoints need remote code; use one converted to InternVLForConditionalGeneration.",
     "PixtralForConditionalGeneration": "checkpoints in Mistral's own format have an encoder of their own in vLLM; use "
-    "one in the format of transformers (Mistral3ForConditionalGeneration).",
+    "one in the format of transformers (LlavaForConditionalGeneration or Mistral3ForConditionalGeneration).",
     **dict.fromkeys(
         ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"),
-        "the plugin has not been tested with the states that its layers of linear attention keep; mustdrop prunes the "
-        "model in transformers.",
+        "this vLLM asks for a transformers below 5.20, and mustdrop prunes the model from 5.23 on, so that nothing can "
+        "be compared; patch it in transformers.",
     ),
 }
 

@@ -84,7 +84,7 @@ class ClipOrSiglip(OneAxis):
         name = self.config.vision_config.model_type  # type: ignore[attr-defined]
         if name not in ("clip_vision_model", "siglip_vision_model"):
             raise UnsupportedModelError(
-                f"mustdrop prunes {type(self).__name__} with a CLIP or SigLIP tower in vLLM, this model has {name}."
+                f"mustdrop prunes {type(self).__name__} with a CLIP or SigLIP tower in vLLM; this model has {name}."
             )
         cls = name == "clip_vision_model"
         return Tower(tower, tower.vision_model.encoder.layers, int(cls), cls)
@@ -98,12 +98,44 @@ class ClipOrSiglip(OneAxis):
         return int(vision.image_size // vision.patch_size)
 
 
+def pixtral_tower(tower: Any) -> Tower:
+    """Pixtral: all images in one sequence."""
+    return Tower(tower, tower.transformer.layers, packed=True)
+
+
+def pixtral_layouts(images: Sequence[Any], patch: int, merge: int) -> list[Layout]:
+    """A grid per image of any size.
+
+    Args:
+        images: pixels (C, H, W) of each.
+        patch: side of a patch in pixels.
+        merge: patches per side of a feature.
+    """
+    found, start = [], 0
+    for image in images:
+        rows, columns = image.shape[-2] // patch, image.shape[-1] // patch
+        one = Layout.of_frames((1, rows // merge, columns // merge), (rows, columns), pool=merge)
+        found.append(Layout(one.grids, one.cells, one.patches + start))
+        start += rows * columns
+    return found
+
+
 @served
 class Llava(ClipOrSiglip, LlavaForConditionalGeneration):
-    """LLaVA-1.5."""
+    """LLaVA-1.5, and Pixtral in the format of transformers."""
+
+    @property
+    def _mustdrop_pixtral(self) -> bool:
+        return bool(self.config.vision_config.model_type == "pixtral")
+
+    def mustdrop_tower(self, kind: str) -> Tower:
+        """CLIP, SigLIP or Pixtral."""
+        return pixtral_tower(self.vision_tower) if self._mustdrop_pixtral else super().mustdrop_tower(kind)
 
     def mustdrop_layouts(self, kind: str, arguments: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
-        """A square; strategy "full" leaves the CLS row in front of it."""
+        """A square; strategy "full" leaves the CLS row in front of it. Pixtral's images have their own sizes."""
+        if self._mustdrop_pixtral:
+            return pixtral_layouts(arguments["pixel_values"], self.config.vision_config.patch_size, 1)
         side = self._mustdrop_side()
         prefix = sizes[0] - side**2
         return [Layout.of_frames((1, side, side), (side, side), i, prefix=prefix) for i, _ in enumerate(sizes)]
@@ -205,19 +237,12 @@ class Mistral3(OneAxis, Mistral3ForConditionalGeneration):
 
     def mustdrop_tower(self, kind: str) -> Tower:
         """Pixtral."""
-        tower: Any = self.vision_tower
-        return Tower(tower, tower.transformer.layers, packed=True)
+        return pixtral_tower(self.vision_tower)
 
     def mustdrop_layouts(self, kind: str, arguments: Mapping[str, Any], sizes: Sequence[int]) -> list[Layout]:
         """A grid per image."""
         merge, patch = self.config.spatial_merge_size, self.config.vision_config.patch_size
-        found, start = [], 0
-        for image in arguments["pixel_values"]:
-            rows, columns = image.shape[-2] // patch, image.shape[-1] // patch
-            one = Layout.of_frames((1, rows // merge, columns // merge), (rows, columns), pool=merge)
-            found.append(Layout(one.grids, one.cells, one.patches + start))
-            start += rows * columns
-        return found
+        return pixtral_layouts(arguments["pixel_values"], patch, merge)
 
 
 class QwenVL(ThreeAxes):

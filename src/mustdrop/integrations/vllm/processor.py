@@ -14,7 +14,7 @@ from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from vllm.multimodal.processing import PromptUpdateDetails
 
 from mustdrop.budget import Keep
-from mustdrop.errors import ConfigError
+from mustdrop.errors import ConfigError, MustDropError
 from mustdrop.integrations.vllm import engine, metrics, settings
 from mustdrop.integrations.vllm.versions import Version
 
@@ -133,7 +133,22 @@ class PrunedProcessor:
         """
         given = dict(inputs.hf_processor_mm_kwargs)
         with _for_now(_ASKED, settings.asked(given.pop(settings.REQUEST)) if settings.REQUEST in given else None):
-            return super().apply(replace(inputs, hf_processor_mm_kwargs=given), *args, **kwargs)  # type: ignore[misc]
+            inputs = replace(inputs, hf_processor_mm_kwargs=given)
+            try:
+                return super().apply(inputs, *args, **kwargs)  # type: ignore[misc]
+            except MustDropError:
+                self._forget(inputs)
+                raise
+
+    def _forget(self, inputs: Any) -> None:
+        """Let the cache of processed media know that the engine is not given those of a refused prompt.
+
+        It has noted them as sent, so that the next prompt with one of them would come without its pixels.
+        """
+        if inputs.cache is not None:
+            for keys in self._get_mm_hashes(inputs).values():
+                for key in keys:
+                    inputs.cache.invalidate(key)
 
     def get_dummy_mm_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own: what vLLM measures and warms up with is no prompt, neither counted nor checked as one."""

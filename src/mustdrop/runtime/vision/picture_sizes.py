@@ -14,21 +14,11 @@ from torch import Tensor, nn
 
 from mustdrop.adapters.base import Adapter
 from mustdrop.constants import sent
-from mustdrop.errors import MustDropError, UnsupportedModelError
+from mustdrop.errors import MustDropError
 from mustdrop.layout import Layout
 from mustdrop.pruners import PictureRule
 from mustdrop.runtime.state import Local
 from mustdrop.runtime.vision.encoder_run import EncoderRun
-
-
-def check(rule: object, adapter: Adapter) -> None:
-    """Raise `UnsupportedModelError` for a rule that changes pictures, and a family whose pictures it cannot change."""
-    if isinstance(rule, PictureRule) and adapter.fixed_pictures:
-        raise UnsupportedModelError(
-            f"{type(rule).__name__} resizes pictures, and those of the {adapter.name} family cannot be: "
-            f"{adapter.fixed_pictures} Give its processor a smaller picture (or its size argument), or use the nearest "
-            'method that works here: mustdrop.patch(model, "pooling", keep=...).'
-        )
 
 
 @dataclass
