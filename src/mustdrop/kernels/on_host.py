@@ -6,6 +6,7 @@ all small operations. What adds numbers up stays torch's, whose order of adding 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -25,7 +26,12 @@ def _in_place_of(name: str) -> Callable[[F], F]:
     """Runs on the host instead of the reference of that name, whose arguments it takes."""
 
     def decorate(function: F) -> F:
-        OPERATIONS[name].on_host = function
+        @functools.wraps(function)
+        def quiet(*args: Any, **kwargs: Any) -> Any:
+            with np.errstate(all="ignore"):  # torch says nothing of 0 x infinity either
+                return function(*args, **kwargs)
+
+        OPERATIONS[name].on_host = quiet
         return function
 
     return decorate
@@ -233,9 +239,9 @@ def merge_sized(
     if not batch or not n or there.min() < 0:
         return OPERATIONS["merge_sized"].reference(x, slot, slots, size, names)  # type: ignore[no-any-return]
     each = x.new_ones(slot.shape, dtype=torch.float32) if size is None else size.float()
-    whole = torch.zeros(batch, slots, dtype=torch.float32).scatter_add_(1, slot, each)
+    whole = torch.zeros(batch, slots, dtype=torch.float32, device="cpu").scatter_add_(1, slot, each)
     values = x.float() * each[..., None]
-    total = torch.zeros(batch, slots, x.shape[2], dtype=torch.float32)
+    total = torch.zeros(batch, slots, x.shape[2], dtype=torch.float32, device="cpu")
     total = total.scatter_add_(1, slot[..., None].expand_as(values), values)
     empty = _numbers(whole) <= 0
     mean = total / (torch.where(whole > 0, whole, 1.0) if empty.any() else whole)[..., None]
