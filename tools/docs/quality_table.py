@@ -81,7 +81,7 @@ def details(record: Record, table: Table) -> str:
         costs = [f"{row['equal_tokens']:.1f}", f"{row['flops']:.1%}", f"{row['kv']:.1%}"]
         lines.append([name, keep, *quality, _interval(row["agreement"]), f"{row['same']['mean']:.3f}", *costs])
     header = ["method", "`keep`", "accuracy", "log-likelihood", "KL", "agreement", "same answer", "tokens per layer"]
-    notes = "".join(f"\n{n}. {reason}" for n, reason in enumerate(reasons, 1))
+    notes = "".join(f"\n{n}. {reason.partition('. ')[0].rstrip('.')}." for n, reason in enumerate(reasons, 1))
     return table([*header, "FLOPs", "KV"], lines) + ("\n" + notes if notes else "")
 
 
