@@ -23,6 +23,15 @@ EXTRAS = {
 TRANSFORMERS = PYPROJECT["tool"]["mustdrop"]["transformers-versions"]
 CONSTRAINTS = Path("constraints.txt")
 PUBLISHING = ("build>=1.2", "twine>=6.1")
+SCHEMA_CHECKER = "check-jsonschema>=0.39"  # with the schemas of the forge's files
+FORMS = ".github/ISSUE_TEMPLATE"
+SCHEMAS = {
+    "github-workflows": (".github/workflows/ci.yml", ".github/workflows/release.yml"),
+    "dependabot": (".github/dependabot.yml",),
+    "github-issue-forms": (f"{FORMS}/bug.yml", f"{FORMS}/method.yml", f"{FORMS}/model.yml"),
+    "github-issue-config": (f"{FORMS}/config.yml",),
+    "citation-file-format": ("CITATION.cff",),
+}
 SITE = ".nox/site"  # as mkdocs.yml has it
 HEAVY = {"torch", "transformers", "triton"}
 # Their versions follow from those of transformers, pydantic and datasets.
@@ -82,10 +91,12 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and formatting; `nox -s lint -- --fix` repairs what it can."""
-    install(session, *tools("ruff"))
+    """Check style, formatting, and the schemas of workflows and forms; `nox -s lint -- --fix` repairs what it can."""
+    install(session, *tools("ruff"), SCHEMA_CHECKER)
     session.run("ruff", "check", *session.posargs)
     session.run("ruff", "format", *([] if "--fix" in session.posargs else ["--check"]))
+    for schema, files in SCHEMAS.items():
+        session.run("check-jsonschema", "--builtin-schema", f"vendor.{schema}", *files)
 
 
 @nox.session

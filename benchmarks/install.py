@@ -33,6 +33,8 @@ BOUNDS = {
     "share_of_patch": 0.30,  # seconds of `mustdrop.patch` beyond theirs, as a share of theirs
     "seconds_of_help": 1.5,  # `mustdrop --help` beyond the bare interpreter
 }
+#: What the line of README.md installs beside mustdrop's requirements: an extra, and what Qwen-VL's processors need.
+EXTRA, BESIDE = "viz", ("torchvision",)
 PYTHON = (3, 11)
 LIBC = 34  # of manylinux_2_34
 CODE = {
@@ -63,12 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure, write, and say what is above its bound."""
-    figures = {**built(options.uv), **imports(options.rounds)}
+    figures: dict[str, Any] = {**built(options.uv), **imports(options.rounds)}
     record = origin(torch.device("cpu"), 0) | {
         "what": "what it costs to have mustdrop: downloads, sizes, imports",
         "python": ".".join(map(str, PYTHON)),
         "rounds": options.rounds,
-        "downloads": downloads(options.uv, options.cpu_wheels),
+        "downloads": downloads(options.uv, options.cpu_wheels, figures["wheel_bytes"]),
         "figures": figures,
         "bounds": BOUNDS,
     }
@@ -131,17 +133,20 @@ def built(uv: str) -> dict[str, int]:
         }
 
 
-def downloads(uv: str, cpu_wheels: Path | None) -> dict[str, Any]:
-    """Bytes that a plain installation on Linux downloads, and one with a wheel of torch for the CPU."""
+def downloads(uv: str, cpu_wheels: Path | None, own: int) -> dict[str, Any]:
+    """Bytes that the line of README.md downloads on Linux, and with a wheel of torch for the CPU.
+
+    mustdrop itself, whose wheel has `own` bytes, counts in both.
+    """
     found: dict[str, Any] = {"plain": None, "cpu": None}
     with tempfile.TemporaryDirectory() as folder:
-        found["plain"] = _total(_locked(uv, Path(folder)))
+        found["plain"] = _total({**_locked(uv, Path(folder)), "mustdrop": own})
     if cpu_wheels is not None:
         (wheel,) = sorted(cpu_wheels.glob("torch-*+cpu-*.whl"))[-1:]
         _, version, _, _ = parse_wheel_filename(wheel.name)
         with tempfile.TemporaryDirectory() as folder:
             packages = _locked(uv, Path(folder), str(version), cpu_wheels)
-        found["cpu"] = _total({**packages, "torch": wheel.stat().st_size})
+        found["cpu"] = _total({**packages, "torch": wheel.stat().st_size, "mustdrop": own})
     return found
 
 
@@ -155,7 +160,8 @@ def _locked(uv: str, folder: Path, torch_version: str | None = None, wheels: Pat
     import tomllib  # Python 3.11; who measures has it
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    needs = [line for line in project["dependencies"] if torch_version is None or not line.startswith("torch")]
+    wanted = [*project["dependencies"], *project["optional-dependencies"][EXTRA], *BESIDE]
+    needs = [line for line in wanted if torch_version is None or not line.startswith("torch>")]
     needs += [f"torch=={torch_version}"] if torch_version else []
     lines = [
         "[project]",

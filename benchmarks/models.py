@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 from benchmarks import common
 
@@ -37,6 +44,9 @@ QWEN_SIZES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {  # text, v
     ),
 }  # fmt: skip
 
+NEXT_SIDE = 672  # pixels of a picture: 576 tokens of all of it, 2,304 of its four tiles, 48 line ends
+NEXT_SIZES = {"llava-next-tiny": "tiny", "llava-next-7b": "llava-1.5-7b"}  # of `common.SIZES`
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -64,13 +74,51 @@ class Subject:
 
 
 def subject(name: str, device: torch.device, attention: str, seed: int) -> Subject:
-    """Build a model by name: one of `common.SIZES` or `QWEN_SIZES`."""
+    """Build a model by name: one of `common.SIZES`, `NEXT_SIZES` or `QWEN_SIZES`."""
     if name in QWEN_SIZES:
         return _qwen(name, device, attention, seed)
+    if name in NEXT_SIZES:
+        return _next(name, device, attention, seed)
     model = common.build(name, device, seed)
     model.set_attn_implementation(attention)
     text = common.BEFORE + common.AFTER
     return Subject(name, model, lambda seed, batch: common.prompt(model, seed, batch), common.VISION, text)
+
+
+def _next(name: str, device: torch.device, attention: str, seed: int) -> Subject:
+    text, vision = common.SIZES[NEXT_SIZES[name]]
+    config = LlavaNextConfig(
+        text_config=LlamaConfig(vocab_size=32064, max_position_embeddings=8192, **text),
+        vision_config=CLIPVisionConfig(image_size=336, patch_size=14, **vision),
+        image_token_index=common.IMAGE,
+    )
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch.manual_seed(seed)
+    with device:
+        made = LlavaNextForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation=attention)
+    made.generation_config.eos_token_id = None
+    made.generation_config.pad_token_id = 0
+    tiles, side = NEXT_SIDE // 336, NEXT_SIDE // 14
+    model, tokens = made.eval(), common.VISION + side * side + side
+
+    def prompt(seed: int, batch: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        words = torch.randint(3, 31999, (batch, common.BEFORE + common.AFTER), generator=generator)
+        image = torch.full((batch, tokens), common.IMAGE)
+        ids = torch.cat([words[:, : common.BEFORE], image, words[:, common.BEFORE :]], 1)
+        coarse = torch.randn(batch, 3, 18, 18, generator=generator)
+        large = nn.functional.interpolate(coarse, size=(NEXT_SIDE, NEXT_SIDE), mode="bilinear")
+        parts = [row for half in large.chunk(tiles, 2) for row in half.chunk(tiles, 3)]
+        pixels = torch.stack([nn.functional.interpolate(large, size=(336, 336), mode="bilinear"), *parts], 1)
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "pixel_values": pixels.to(dtype),
+            "image_sizes": torch.tensor([[NEXT_SIDE, NEXT_SIDE]] * batch),
+        }
+        return {key: value.to(device) for key, value in inputs.items()}
+
+    return Subject(name, model, prompt, tokens, common.BEFORE + common.AFTER)
 
 
 def _qwen(name: str, device: torch.device, attention: str, seed: int) -> Subject:

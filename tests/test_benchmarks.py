@@ -94,13 +94,18 @@ def test_the_gpu_command_runs_without_a_gpu_and_says_so(tmp_path):
     record = json.loads((tmp_path / "gpu.json").read_text())
     assert not record["valid"]
     assert [(part["part"], part["outcome"]) for part in record["parts"]][:2] == [
-        ("captured", "done"),
         ("checks", "done"),
+        ("captured", "done"),
     ]
     captured = json.loads((tmp_path / "captured_cpu_tiny.json").read_text())
     assert not captured["valid"]
-    assert {row["keep"] for row in captured["rows"]} == {192, 64, 32}
+    assert {row["keep"] for row in captured["rows"] if row["model"] == "tiny"} == {192, 64, 32}
     assert set(captured["rows"][0]["prefill"]["speed_up"]) == {"untouched captured", "patched", "captured"}
+    assert {row["model"] for row in captured["rows"]} == {"tiny", "llava-next-tiny"}
+    assert {row["method"] for row in captured["rows"] if "not_captured" in row} == {"snapkv"}
+    assert {(row["method"], row["cache"]) for row in captured["decode"]} == {
+        (method, cache) for method in ("mustdrop", "snapkv") for cache in ("growing", "static")
+    }
     checks = json.loads((tmp_path / "checks_cpu_tiny.json").read_text())
     assert len(checks["rows"]) > 50
     assert all(row["passed"] for row in checks["rows"])

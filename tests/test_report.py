@@ -182,7 +182,7 @@ def test_what_a_reader_must_know_is_noted():
 def test_runs_without_images_tokens_or_answers_have_empty_cells(run, saved):
     code, out, _ = run(saved(made(tokens=None, cost=None, latency=None)))
     assert code == 0
-    assert "│ unpruned │  1800 │   100.0% │            - │     - │" in out
+    assert "│ unpruned │  1800 │   100.0% │                - │     - │" in out
 
 
 def told(credits, texts=None, abilities=None):

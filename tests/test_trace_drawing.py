@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import mustdrop
-from mustdrop import PrefillPruner
+from mustdrop import InputPruner, PrefillPruner
 from mustdrop.adapters import registry
 from mustdrop.errors import ConfigError, PictureError
 from support.builders import LLAMA, answer, batch
@@ -150,6 +150,29 @@ def test_a_whole_image_and_its_tiles_have_a_row_each():
     picture = torch.randn(fixture_of(registry()["llava_next"]).sizes("image")[-1])
     trace = family("llava_next", "image", [picture], prefill=PrefillPruner(keep=0.5))
     assert [label for label, _ in shown(trace.draw(picture))] == ["image, grid 1", "image, grid 2"]
+
+
+def test_what_the_input_stage_left_out_is_shown_as_dropped():
+    """The lower half of a page is empty: its cells are as their neighbours, and are not encoded."""
+    picture = torch.randn(3, 32, 48)
+    picture[:, 16:] = 0
+    trace = family("qwen2_vl", "image", [picture], input=InputPruner())
+    (medium,) = trace.media[0]
+    _, rows, columns = medium.layout.grids[0]
+    kept = trace.kept(0)
+    before, after = trace.draw(picture).axes[:2]
+    assert after.get_title().split("\n")[-1] == f"{len(kept)} of {rows * columns}"
+    alive = torch.zeros(rows * columns, dtype=torch.bool)
+    alive[medium.layout.cells[kept]] = True
+    assert not alive.view(rows, columns)[-1].any()
+    original, drawn = (np.asarray(ax.images[-1].get_array(), float)[..., :3] for ax in (before, after))
+    assert original.shape == drawn.shape
+    drawn *= 255  # shares of white
+    high, wide = original.shape[0] // rows, original.shape[1] // columns
+    for cell in range(rows * columns):
+        top, left = cell // columns * high, cell % columns * wide
+        spot = np.s_[top + 1 : top + high - 1, left + 1 : left + wide - 1]
+        assert np.allclose(original[spot], drawn[spot], atol=2) == bool(alive[cell])
 
 
 def test_tokens_that_lie_nowhere_in_the_picture():

@@ -15,7 +15,7 @@ import mustdrop
 from mustdrop import PrefillPruner, VisionStagePruner, trace_page
 from mustdrop.adapters import registry
 from mustdrop.errors import ConfigError
-from mustdrop.trace_page import Told
+from mustdrop.trace_page import MethodRun
 from mustdrop.trace_view import coverage, rows_of
 from support import browser
 from support.builders import IMAGE, LLAMA, answer, batch, clone
@@ -114,7 +114,7 @@ def test_where_nothing_is_read_there_is_no_attention(method):
 
 def test_facts_are_those_of_the_trace():
     trace, given = one_image()
-    facts = trace_page.facts(given, [Told(trace)])
+    facts = trace_page.facts(given, [MethodRun(trace)])
     (method,), (row,) = facts["methods"], facts["rows"]
     assert method["tokens"] == trace.tokens[:, 0].tolist()
     for layer in range(len(trace.tokens) + 1):
@@ -150,7 +150,7 @@ def test_what_cannot_be_shown_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="at least one"):
         trace_page.write(tmp_path / "x.html", given, [])
     with pytest.raises(ConfigError, match="not of the same prompt"):
-        trace_page.write(tmp_path / "x.html", given, [Told(trace), Told(other)])
+        trace_page.write(tmp_path / "x.html", given, [MethodRun(trace), MethodRun(other)])
     with pytest.raises(ConfigError, match="1 image"):
         trace.html(tmp_path / "x.html", [given, given])
     with pytest.raises(ConfigError, match="batch rows"):
@@ -174,11 +174,11 @@ def driver(tmp_path_factory):
 def opened(driver, tmp_path):
     """Opens a page of these calls; at the end, its console must be silent and nothing was asked of the network."""
 
-    def show(given, *told, size=(1200, 1000)):
+    def show(given, *runs, size=(1200, 1000)):
         from selenium.webdriver.support.ui import WebDriverWait
 
         driver.set_window_size(*size)
-        driver.get(trace_page.write(tmp_path / "kept.html", given, told, question="where?").as_uri())
+        driver.get(trace_page.write(tmp_path / "kept.html", given, runs, question="where?").as_uri())
         WebDriverWait(driver, 20).until(lambda d: d.execute_script("return document.documentElement.dataset.ready"))
         return driver
 
@@ -208,7 +208,7 @@ def test_the_slider_shows_what_each_layer_has(scene, opened):
     from selenium.webdriver.common.keys import Keys
 
     trace, given = scene()
-    driver = opened(given, Told(trace))
+    driver = opened(given, MethodRun(trace))
     slider = driver.find_element("id", "layer")
     slider.send_keys(Keys.HOME)
     for stage in range(len(trace.tokens) + 2):
@@ -228,8 +228,8 @@ def test_hovering_and_arrow_keys_name_the_group(scene, opened):
     from selenium.webdriver.common.keys import Keys
 
     trace, given = scene()
-    driver = opened(given, Told(trace))
-    facts = trace_page.facts(given, [Told(trace)])
+    driver = opened(given, MethodRun(trace))
+    facts = trace_page.facts(given, [MethodRun(trace)])
     owner, rows = facts["methods"][0]["owner"], facts["rows"]
     groups = {token: own for token, own in enumerate(owner) if own >= 0 and owner.count(own) > 1 and own != token}
     said = driver.find_element("id", "said")
@@ -268,8 +268,8 @@ def pixels(driver, place):
 
 def test_colours_say_what_became_of_a_patch(opened):
     trace, given = one_image()
-    driver = opened(given, Told(trace))
-    (row,) = trace_page.facts(given, [Told(trace)])["rows"]
+    driver = opened(given, MethodRun(trace))
+    (row,) = trace_page.facts(given, [MethodRun(trace)])["rows"]
     side = driver.execute_script("return document.querySelector('canvas').width") // row["width"]
     image = pixels(driver, 0).reshape(row["height"] * side, row["width"] * side, 4).astype(int)
     alive = coverage(trace, len(trace.tokens) - 1, 0)
@@ -288,23 +288,23 @@ def test_methods_stand_side_by_side_and_attention_can_be_seen(opened):
     from selenium.webdriver.support.ui import Select
 
     model, inputs = clone(LLAMA), batch(LLAMA, (1,))
-    told = []
+    runs = []
     for method in ("mustdrop", "fastv", "uniform"):
         with mustdrop.patched(model, method, keep=0.4):
             answer(model, inputs, steps=1)
-            told.append(Told(mustdrop.last_trace(model), f"answer of {method}"))
-    driver = opened(picture(), *told)
+            runs.append(MethodRun(mustdrop.last_trace(model), f"answer of {method}"))
+    driver = opened(picture(), *runs)
     tops = [section.rect["y"] for section in driver.find_elements("css selector", "#methods > section")]
     assert len(tops) == 3
     assert len(set(tops)) == 1
     table = driver.find_element("id", "costs").text
-    assert all(f"answer of {one.trace.method}" in table for one in told)
-    assert all(f"{float(one.trace.equal_tokens[0]):.1f}" in table for one in told)
+    assert all(f"answer of {one.trace.method}" in table for one in runs)
+    assert all(f"{float(one.trace.equal_tokens[0]):.1f}" in table for one in runs)
     show = Select(driver.find_element("id", "show"))
     heat = [option.text for option in show.options if "words" in option.text]
-    assert f"attention of the words in layer {told[1].trace.filters[0]}" in heat
+    assert f"attention of the words in layer {runs[1].trace.filters[0]}" in heat
     before = pixels(driver, 1)
-    show.select_by_visible_text(f"attention of the words in layer {told[1].trace.filters[0]}")
+    show.select_by_visible_text(f"attention of the words in layer {runs[1].trace.filters[0]}")
     assert (pixels(driver, 1) != before).any()
     assert "least to most attention" in driver.find_element("id", "legend").text
     assert "not read by this method" in captions(driver)[2]
@@ -317,7 +317,7 @@ def test_methods_stand_side_by_side_and_attention_can_be_seen(opened):
 
 def test_a_screen_reader_has_names_for_everything(opened):
     trace, given = video()
-    driver = opened(given, Told(trace))
+    driver = opened(given, MethodRun(trace))
     assert driver.find_element("id", "layer").accessible_name == "Stage"
     assert driver.find_element("id", "show").accessible_name == "Show"
     assert driver.find_element("id", "said").aria_role == "status"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import transformers
@@ -73,6 +75,10 @@ def test_a_stage_that_a_family_lacks_is_refused_and_the_others_work(name):
         for part in (f"{name} family has no {stage} stage", adapter.lacks[stage], "nearest method"):
             assert part in str(raised.value)
         assert not hasattr(model, "_mustdrop")
+        (nearest,) = re.findall(
+            r"nearest method that works here is mustdrop\.patch\(model, '([^']+)'", str(raised.value)
+        )
+        mustdrop.unpatch(mustdrop.patch(model, nearest, keep=0.5))
 
 
 def test_a_model_whose_layers_share_keys_is_refused_with_the_models_that_work():

@@ -60,7 +60,11 @@ SEEDS = {
     "merging": (3001, 3002),
     "inside": (6002, 6003),
 }
-REFERENCES = {"inside": ["mustdrop; windows merge behind", "selected behind", "tome; merges behind"]}
+COMPARING = ("divprune", "cdpruner", "scope", "mmr", "vispruner")  # methods that compare features
+REFERENCES = {
+    "inside": ["mustdrop; windows merge behind", "selected behind", "tome; merges behind"],
+    "geometry": [f"{name}; raw" for name in COMPARING],
+}
 
 Stages = Mapping[str, Any]
 
@@ -198,7 +202,7 @@ def geometry() -> dict[str, Callable[[float], Stages]]:
     """Methods that compare features, in each of the coordinates in which they can."""
     return {
         f"{name}; {kind}": _named(name, geometry=kind)
-        for name in ("divprune", "cdpruner", "scope", "mmr", "vispruner")
+        for name in COMPARING
         for kind in ("raw", "centered", "standardized")
     }
 

@@ -126,11 +126,16 @@ def _first_parameter(function: Any, bound: bool) -> str:
     return next(iter([*inspect.signature(function).parameters][bound:]), "")
 
 
-def give_cache(module: nn.Module, kwargs: dict[str, Any], cache: Any) -> None:
-    """Hand `cache` to `module` by the name that is there already, else by the one that its forward has."""
+def give_cache(kwargs: dict[str, Any], cache: Any, name: str) -> None:
+    """Hand `cache` over by the name that is there already, else by `name`."""
+    names = [known for known in CACHE_NAMES if known in kwargs]
+    kwargs[names[0] if names else name] = cache
+
+
+def cache_name(module: nn.Module) -> str:
+    """The name that the forward of `module` has for a cache. It is asked where nothing compiles."""
     kind: Any = type(module)
-    names = [name for name in CACHE_NAMES if name in kwargs] or [_cache_name(kind)]
-    kwargs[names[0]] = cache
+    return _cache_name(kind)
 
 
 @functools.cache

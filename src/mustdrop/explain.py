@@ -14,7 +14,7 @@ from mustdrop.budget import Keep, keep_text
 from mustdrop.eval.batches import takes
 from mustdrop.eval.prompts import Prompter
 from mustdrop.loading import check_question
-from mustdrop.trace_page import Told
+from mustdrop.trace_page import MethodRun
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Prompt:
         return processor(text=[text], return_tensors="pt", **options).to(model.device, model.dtype)
 
 
-def told(
+def compare(
     model: Any,
     processor: Any,
     prompt: Prompt,
@@ -58,7 +58,7 @@ def told(
     new_tokens: int = 32,
     advance: Callable[[], object] | None = None,
     watch: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> list[Told]:
+) -> list[MethodRun]:
     """Ask at every setting.
 
     Args:
@@ -79,7 +79,7 @@ def told(
     check_question(processor, prompt.question)
     inputs = prompt.inputs(model, processor)
     length = inputs["input_ids"].shape[1]
-    out = []
+    runs = []
     for method, keep in settings:
         knobs = {} if keep is None else {"keep": keep}
         with mustdrop.patched(model, method, **knobs), torch.inference_mode():
@@ -88,7 +88,7 @@ def told(
             trace = mustdrop.last_trace(model)
         answer = str(processor.batch_decode(tokens[:, length:], skip_special_tokens=True)[0]).strip()
         name = method if keep is None else f"{method}, keep={keep_text(keep)}"
-        out.append(Told(trace, answer, name=name))
+        runs.append(MethodRun(trace, answer, name=name))
         if advance is not None:
             advance()
-    return out
+    return runs

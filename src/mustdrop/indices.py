@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,10 +60,9 @@ def pack(keep: Tensor, order: Tensor | None = None) -> Tensor:
 
     (B, M) long.
     """
+    if keep.device == HOST and (order is None or order.device == HOST):
+        return torch.from_numpy(_packed(keep.numpy(), None if order is None else order.numpy()))
     n = keep.shape[1]
-    if len(keep) == 1 and keep.device == HOST:  # nothing to pad
-        place = keep[0].nonzero()[:, 0]
-        return (place if order is None else place[order[0, place].argsort(stable=True)])[None]
     index = torch.arange(n, dtype=torch.long, device=keep.device).expand_as(keep)
     key = (index if order is None else order).masked_fill(~keep, PAD)
     most = int(keep.sum(1).max()) if keep.numel() else 0
@@ -70,6 +70,19 @@ def pack(keep: Tensor, order: Tensor | None = None) -> Tensor:
     return place.masked_fill(~keep.gather(1, place), PAD)
 
 
+def _packed(keep: np.ndarray, order: np.ndarray | None) -> np.ndarray:
+    found = [row.nonzero()[0] for row in keep]
+    if order is not None:
+        found = [place[own[place].argsort(kind="stable")] for place, own in zip(found, order, strict=True)]
+    most = max(map(len, found), default=0)
+    index = np.full((len(found), most), PAD, dtype=np.int64)
+    for row, place in zip(index, found, strict=True):
+        row[most - len(place) :] = place
+    return index
+
+
 def has_padding(index: Tensor) -> bool:
     """Whether `index`, as `pack` makes it, holds PAD anywhere (waits for its device); one row alone never does."""
-    return len(index) > 1 and bool((index < 0).any())
+    if len(index) < 2:
+        return False
+    return bool((index.numpy() < 0).any() if index.device == HOST else (index < 0).any())

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from torch import nn
 
@@ -22,7 +22,9 @@ from mustdrop.registry import MethodLike, resolve
 from mustdrop.runtime.ledger import Ledger
 from mustdrop.runtime.plan import require_possible
 from mustdrop.runtime.session import Runtime
-from mustdrop.trace import Trace
+
+if TYPE_CHECKING:
+    from mustdrop.trace import Trace
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -50,8 +52,9 @@ def patch(
             one: then the model inside is patched.
         method: a method by name (`mustdrop.list_methods()`), a `Recipe` class or object, or a `Method`. Default:
             "mustdrop", unless one of the four pruners is given.
-        keep: equal-token budget: int (tokens) or share in (0, 1] of the prompt's vision tokens. It is the mean over the
-            decoder layers of the vision tokens that a layer processes; never exceeded. Default one third.
+        keep: average retained tokens per layer: int (tokens) or share in (0, 1] of the prompt's vision tokens. It is
+            the mean over the decoder layers of the vision tokens that a layer processes; never exceeded. Default one
+            third.
         vision: what happens in the vision encoder.
         prefill: what happens between decoder layers.
         decode: what happens to the KV cache.

@@ -235,6 +235,6 @@ class Trace:
             ConfigError: as `draw` raises it, or the path is a folder.
             PictureError: a picture that cannot be read.
         """
-        from mustdrop.trace_page import Told, write
+        from mustdrop.trace_page import MethodRun, write
 
-        return write(path, image, [Told(self, answer, sample)], question=question)
+        return write(path, image, [MethodRun(self, answer, sample)], question=question)

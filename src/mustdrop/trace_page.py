@@ -29,12 +29,12 @@ _SIDES = (4, 96)  # pixels of a patch, least and most
 
 
 @dataclass(frozen=True)
-class Told:
-    """One method's call, to be shown.
+class MethodRun:
+    """One call under one method, with what the page says of it.
 
     Attributes:
         trace: of the call.
-        answer: what came out; empty if there is nothing to say.
+        answer: of the model; empty for none.
         sample: batch row.
         name: heading; by default the name of the method.
     """
@@ -45,14 +45,14 @@ class Told:
     name: str = ""
 
 
-def write(path: str | Path, image: Any, told: Sequence[Told], *, question: str = "") -> Path:
+def write(path: str | Path, image: Any, runs: Sequence[MethodRun], *, question: str = "") -> Path:
     """Write the page.
 
     Args:
         path: where to.
         image: what the prompt's pictures are, as `Trace.draw` takes it.
-        told: the calls to show side by side, of the same prompt.
-        question: what was asked; empty if there is nothing to say.
+        runs: the calls to show side by side, of the same prompt.
+        question: what was asked; empty for none.
 
     Returns:
         The path.
@@ -64,7 +64,7 @@ def write(path: str | Path, image: Any, told: Sequence[Told], *, question: str =
     path = Path(path)
     if path.is_dir():
         raise ConfigError(f"{path} is a folder: give the name of a file to write, e.g. {path / 'kept.html'}.")
-    text = page(facts(image, told, question))
+    text = page(facts(image, runs, question))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path
@@ -77,31 +77,31 @@ def page(shown: dict[str, Any]) -> str:
     return template.replace(_MARK, text.replace("&", r"\u0026").replace("<", r"\u003c").replace(">", r"\u003e"))
 
 
-def facts(image: Any, told: Sequence[Told], question: str = "") -> dict[str, Any]:
-    """What the page shows, as plain lists and numbers; see `write`."""
-    if not told:
+def facts(image: Any, runs: Sequence[MethodRun], question: str = "") -> dict[str, Any]:
+    """The content of the page, as plain lists and numbers; see `write`."""
+    if not runs:
         raise ConfigError("there is no trace to show: give at least one.")
-    rows = [_rows(one, image) for one in told]
-    for one, other in zip(told, rows, strict=True):
+    rows = [_rows(one, image) for one in runs]
+    for one, other in zip(runs, rows, strict=True):
         same = len(other) == len(rows[0]) and all(
             a.label == b.label and torch.equal(a.tokens, b.tokens) for a, b in zip(rows[0], other, strict=True)
         )
         if not same:
             raise ConfigError(
-                f"the calls of {told[0].trace.method} and {one.trace.method} are not of the same prompt: their images "
+                f"the calls of {runs[0].trace.method} and {one.trace.method} are not of the same prompt: their images "
                 "lie differently among the vision tokens."
             )
     return {
         "question": question,
-        "rows": [_picture(row, told[0].trace.fit) for row in rows[0]],
-        "methods": [_method(one) for one in told],
+        "rows": [_picture(row, runs[0].trace.fit) for row in rows[0]],
+        "methods": [_method(one) for one in runs],
     }
 
 
-def _rows(told: Told, image: Any) -> list[Row]:
-    sample = sample_of(told.trace, told.sample)
-    media = media_of(told.trace, sample)
-    return list(rows_of(media, per_medium(image, told.trace.media, sample)))
+def _rows(run: MethodRun, image: Any) -> list[Row]:
+    sample = sample_of(run.trace, run.sample)
+    media = media_of(run.trace, sample)
+    return list(rows_of(media, per_medium(image, run.trace.media, sample)))
 
 
 def _picture(row: Row, fit: str) -> dict[str, Any]:
@@ -119,8 +119,8 @@ def _picture(row: Row, fit: str) -> dict[str, Any]:
     }
 
 
-def _method(told: Told) -> dict[str, Any]:
-    trace, sample = told.trace, told.sample
+def _method(run: MethodRun) -> dict[str, Any]:
+    trace, sample = run.trace, run.sample
     layers = trace.tokens.shape[0]
     alive: list[list[int]] = []
     at: list[int] = []  # per layer, and once more for the end, its place in `alive`
@@ -133,8 +133,8 @@ def _method(told: Told) -> dict[str, Any]:
     heard = [(f"attention of the words in layer {layer}", given) for layer, given in trace.attention(sample).items()]
     ranked = [] if importance is None else [("attention in the vision encoder", importance)]
     return {
-        "name": told.name or trace.method,
-        "answer": told.answer,
+        "name": run.name or trace.method,
+        "answer": run.answer,
         "total": int(trace.total[sample]),
         "layers": layers,
         "alive": alive,

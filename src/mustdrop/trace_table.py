@@ -50,8 +50,8 @@ def table(trace: Trace) -> str:
         entries = ["state" if first in trace.recurrent else str(int(trace.kv_lengths[first, b])) for b in shown]
         rich.add_row(name, *[cell for b in shown for cell in (str(int(trace.tokens[first, b])), entries[b])])
     rich.add_section()
-    rich.add_row("equal tokens", *[cell for b in shown for cell in (f"{float(trace.equal_tokens[b]):.2f}", "")])
-    rich.add_row("equal entries", *[cell for b in shown for cell in ("", f"{float(trace.equal_entries[b]):.2f}")])
+    rich.add_row("tokens per layer", *[cell for b in shown for cell in (f"{float(trace.equal_tokens[b]):.2f}", "")])
+    rich.add_row("entries per layer", *[cell for b in shown for cell in ("", f"{float(trace.equal_entries[b]):.2f}")])
     if any(own.shape[1] > 1 for own in trace.kv_pictures):
         shares = ["; ".join(f"{n:.1f}" for n in trace.kv_pictures[b].float().mean(0).tolist()) for b in shown]
         rich.add_row("of each picture", *[cell for share in shares for cell in ("", share)])

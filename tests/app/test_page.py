@@ -74,9 +74,23 @@ def element(driver, selector):
     return until(lambda: driver.find_elements("css selector", selector), selector)[0]
 
 
+def click(driver, selector):
+    """Click once the page stands still: components are drawn one after another, and push the others down."""
+    from selenium.common.exceptions import ElementClickInterceptedException, StaleElementReferenceException
+
+    def clicked():
+        try:
+            element(driver, selector).click()
+        except (ElementClickInterceptedException, StaleElementReferenceException):
+            return False
+        return True
+
+    until(clicked, f"a click on {selector}")
+
+
 def ask(driver):
     driver.execute_script("document.querySelectorAll('#outcome .answers').forEach((one) => one.remove())")
-    element(driver, "#ask").click()
+    click(driver, "#ask")
 
 
 def answers(driver):
@@ -140,7 +154,7 @@ def test_another_scene_brings_its_question(driver):
     source = "return [...document.querySelectorAll('#picture img')].map((one) => one.src).join()"
     picture = until(lambda: driver.execute_script(source), "the first picture")
     for _ in range(3):  # a question may come twice
-        element(driver, "#another").click()
+        click(driver, "#another")
         until(lambda seen=picture: driver.execute_script(source) not in (seen, ""), "another picture")
         picture = driver.execute_script(source)
         if words.get_attribute("value") != before:
@@ -209,18 +223,18 @@ def test_a_bad_upload_is_one_message_and_the_page_goes_on(kind, driver, tmp_path
         path.write_bytes(b"\x89PNG\r\n\x1a\nthis is no picture")
     else:
         Image.effect_noise((900, 900), 90).convert("RGB").save(path)
-    element(
+    click(
         driver, "#picture [aria-label='Remove Image'], #picture [title='Remove Image'], #picture [aria-label='Clear']"
-    ).click()
+    )
     element(driver, "#picture input[type=file]").send_keys(str(path))
     until(lambda: driver.find_elements("css selector", "#picture img"), "the upload")
-    element(driver, "#ask").click()
+    click(driver, "#ask")
     read = "return [...document.querySelectorAll('.toast-body')].map((one) => one.innerText).filter(Boolean)"
     (said,) = until(lambda: driver.execute_script(read), "the message")
     assert ("cannot decode" if kind == "broken" else "are the most") in said
     assert str(tmp_path) not in said
     assert "Traceback" not in driver.page_source
-    element(driver, "#another").click()
+    click(driver, "#another")
     until(lambda: driver.find_elements("css selector", "#picture img"), "another picture")
     time.sleep(1)
     ask(driver)

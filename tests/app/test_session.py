@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from mustdrop.app import session as app
-from mustdrop.app.session import Asked, Limits, Session
+from mustdrop.app.session import Limits, Request, Session
 from mustdrop.demo.model import CHECKPOINT
 from mustdrop.errors import BudgetError, ConfigError, MustDropError, PictureError
 from mustdrop.loading import load_model
@@ -26,8 +26,8 @@ def session():
 def test_a_question_is_answered_with_all_tokens_and_with_some(session, tmp_path):
     picture, question = app.scene(7)
     picture.save(tmp_path / "scene.png")
-    asked = Asked(question, [tmp_path / "scene.png"], methods=("mustdrop", "uniform"), keep=0.25, new_tokens=4)
-    outcome = session.ask("bundled: scenes", asked)
+    request = Request(question, [tmp_path / "scene.png"], methods=("mustdrop", "uniform"), keep=0.25, new_tokens=4)
+    outcome = session.ask("bundled: scenes", request)
     names = [row.name for row in outcome.rows]
     assert names[0] == "all tokens"
     assert names[1].startswith("mustdrop, keep=")
@@ -43,7 +43,7 @@ def test_a_question_is_answered_with_all_tokens_and_with_some(session, tmp_path)
         assert row.peak == ""  # nothing counts it on a CPU
     assert question in outcome.page
     assert "uniform" in outcome.page
-    again = session.ask("bundled: scenes", asked)
+    again = session.ask("bundled: scenes", request)
     assert [row.answer for row in again.rows] == [row.answer for row in outcome.rows]
 
 
@@ -54,7 +54,7 @@ def test_questions_come_one_after_another(session):
 
     def ask(keep):
         try:
-            outcome = session.ask("bundled: scenes", Asked(question, [picture], keep=keep, new_tokens=2))
+            outcome = session.ask("bundled: scenes", Request(question, [picture], keep=keep, new_tokens=2))
             found[keep] = outcome.rows[1].tokens
         except Exception as error:
             errors.append(error)
@@ -78,19 +78,19 @@ def test_models_of_the_hub_come_first_and_one_is_held_at_a_time():
     session = Session(["a/b", "c/d"], device="cpu", dtype="bfloat16", loader=loader)
     assert session.names[:3] == ["a/b", "c/d", "bundled: scenes"]
     picture, question = app.scene(7)
-    asked = Asked(question, [picture], new_tokens=1)
+    request = Request(question, [picture], new_tokens=1)
     for name in ("a/b", "a/b", "c/d"):
-        assert session.ask(name, asked).rows[1].tokens <= 144
+        assert session.ask(name, request).rows[1].tokens <= 144
     assert loads == [("a/b", "cpu", "bfloat16"), ("c/d", "cpu", "bfloat16")]
     with pytest.raises(ConfigError, match=r"does not offer 'a/c'.*Did you mean 'a/b'"):
-        session.ask("a/c", asked)
+        session.ask("a/c", request)
 
 
 def test_a_failed_question_leaves_the_model_usable(session):
     picture, question = app.scene(7)
     with pytest.raises(MustDropError):
-        session.ask("bundled: scenes", Asked(question, [picture], methods=("fastv",), keep=0.05))
-    assert session.ask("bundled: scenes", Asked(question, [picture], new_tokens=1)).rows
+        session.ask("bundled: scenes", Request(question, [picture], methods=("fastv",), keep=0.05))
+    assert session.ask("bundled: scenes", Request(question, [picture], new_tokens=1)).rows
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_what_is_asked_is_checked_before_a_model_is_loaded(given, says):
     session = Session(limits=SMALL, loader=lambda *_, **__: pytest.fail("a model was loaded"))
     picture = Image.new("RGB", (8, 8))
     with pytest.raises((ConfigError, BudgetError), match=says):
-        session.ask(session.names[0], Asked(**({"question": "what ?", "pictures": [picture]} | given)))
+        session.ask(session.names[0], Request(**({"question": "what ?", "pictures": [picture]} | given)))
 
 
 def noise(path, *size):
@@ -142,9 +142,9 @@ def noise(path, *size):
 def test_a_file_that_cannot_be_taken_is_one_message_without_folders(name, make, says, tmp_path):
     make(tmp_path / name)
     video = name.endswith("mp4")
-    asked = Asked("what ?", [] if video else [tmp_path / name], video=tmp_path / name if video else None)
+    request = Request("what ?", [] if video else [tmp_path / name], video=tmp_path / name if video else None)
     with pytest.raises(PictureError, match=says) as raised:
-        Session(limits=SMALL).prompt(asked)
+        Session(limits=SMALL).prompt(request)
     assert str(tmp_path) not in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -152,7 +152,7 @@ def test_a_file_that_cannot_be_taken_is_one_message_without_folders(name, make, 
 def test_a_video_is_its_frames(tmp_path):
     frames = [Image.new("RGB", (16, 12), (40 * i, 0, 0)) for i in range(5)]
     frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
-    prompt = Session().prompt(Asked("what ?", video=tmp_path / "film.gif", frames=3))
+    prompt = Session().prompt(Request("what ?", video=tmp_path / "film.gif", frames=3))
     assert prompt.video.shape == (3, 12, 16, 3)
 
 

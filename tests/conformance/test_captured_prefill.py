@@ -287,3 +287,16 @@ def test_backends_of_torch_compile():
         assert not any(differences(a, left(model, inputs)) for a, inputs in zip(expected, prompts, strict=True))
     assert len(_runtime(model).engine.known) == 1
     torch.compiler.reset()
+
+
+def test_the_compiler_is_not_led_through_a_cache_of_python():
+    """Dynamo warns of `functools.lru_cache` in what it traces, and traces what lies behind it."""
+    model, inputs = patched(), batch(LLAMA, (1, 1))
+    plainly = left(model, inputs)
+    torch.compiler.reset()
+    mustdrop.compile(model, backend="eager", after=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*lru_cache.*")
+        got = left(model, inputs)
+    assert not differences(plainly, got)
+    torch.compiler.reset()

@@ -139,9 +139,9 @@ def test_a_table_and_its_file(tmp_path):
     assert outcome.exit_code == 0, outcome.output
     result = EvalResult.read(tmp_path / "run")
     assert f"{result.score:.2f}" in outcome.stdout
-    assert "equal tokens" in outcome.stdout
+    assert "tokens per layer" in outcome.stdout
     assert "8/8" in outcome.stderr
-    assert "equal tokens 192" in outcome.stderr  # the progress
+    assert "tokens per layer 192" in outcome.stderr  # the progress
     assert sum(
         getattr(result.time, part) for part in ("data", "vision", "prefill", "decode", "other")
     ) == pytest.approx(1)

@@ -213,6 +213,6 @@ def test_its_own_command_line_in_one_process_and_in_two(launcher, tasks, tmp_pat
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "equal tokens of 576.0" in done.stderr + done.stdout
+    assert "tokens per layer of 576.0" in done.stderr + done.stdout
     (written,) = tmp_path.rglob("*_results.json")
     assert json.loads(written.read_text())["results"]["scenes"]["exact_match,none"] > 0.5

@@ -231,7 +231,12 @@ def check_key_scores(
         close(kernels.key_scores(q[:, :, 2], k, visible[:, row], 0.2), expected, "probability", dtype)
 
 
-@case(*({"length": n, "dtype": t, "dim": d} for n, t, d in ((63, FLOAT, 16), (130, HALF, 72), (1, BFLOAT, 16))))
+@case(
+    *(
+        {"length": n, "dtype": t, "dim": d}
+        for n, t, d in ((63, FLOAT, 16), (130, HALF, 72), (1, BFLOAT, 16), (300, FLOAT, 16))
+    )
+)
 def check_received_attention(device: str, length: int, dtype: torch.dtype, dim: int) -> None:
     q, k = (torch.randn(2, 3, length, dim, device=device, dtype=dtype) for _ in range(2))
     visible = torch.rand(2, length, device=device) < 0.8

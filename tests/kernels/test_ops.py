@@ -10,7 +10,6 @@ from typing import ClassVar
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import mustdrop
 from kernels import checks
@@ -18,6 +17,7 @@ from mustdrop import PrefillPruner, errors, kernels
 from mustdrop.kernels import dispatch, reference, reference_tokens
 from mustdrop.selection import Selection
 from support.builders import LLAMA, answer, batch
+from support.largest import Largest
 from support.masking_check import patched
 
 
@@ -107,20 +107,6 @@ def test_the_reference_matches_in_chunks(monkeypatch):
     whole = reference_tokens.best_match(a, b)
     monkeypatch.setattr(reference_tokens, "_CHUNK", 1)
     torch.testing.assert_close(reference_tokens.best_match(a, b), whole)
-
-
-class Largest(TorchDispatchMode):
-    """The most bytes of any tensor that was made."""
-
-    def __init__(self):
-        super().__init__()
-        self.nbytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        made = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
-        self.nbytes = max([self.nbytes, *(t.untyped_storage().nbytes() for t in made)])
-        return out
 
 
 def test_no_reference_makes_anything_larger_than_its_inputs_or_its_result():

@@ -10,6 +10,7 @@ import torch
 import mustdrop
 from mustdrop.adapters import registry
 from mustdrop.method import find
+from mustdrop.methods import gleanvid
 from mustdrop.methods.fastvid import SalientAndContext, blended
 from mustdrop.methods.flashvid import DiverseAndTrees
 from mustdrop.methods.gleanvid import NovelAndLocal, debiased, residuals, shares
@@ -382,3 +383,26 @@ def test_sixty_four_frames(method):
     x = video(64, 14, 14, channels=16, seed=1)
     seen = seen_of(rule, x, (64, 14, 14))
     assert rule(seen, 640).keep.unique().numel() == 640
+
+
+@pytest.mark.parametrize("method", ["fastvid", "flashvid", "gleanvid"])
+@pytest.mark.parametrize("keep", [1, 5, 20, 36])
+def test_a_picture_is_a_video_of_one_frame(method, keep):
+    """Its counts are known, so nothing waits for a device; what stays is the same."""
+    rule, values = RULES[method], random(2, 36, 16, seed=keep)
+    places = torch.cartesian_prod(torch.arange(6), torch.arange(6)).T
+    frame, row, column = (x.expand(2, -1) for x in (torch.zeros(36, dtype=torch.long), *places))
+    if method == "gleanvid":
+        for own, local in zip(values, random(2, 36, seed=keep), strict=True):
+            expected = gleanvid._picks(own, local, frame[0], torch.tensor([keep]))
+            assert torch.equal(gleanvid._best(own, local, keep).sort().values, expected)
+        return
+    read = {what: random(2, 36, seed=keep + 1).abs() for what in rule.reads}
+    seen = Features(values=values, frame=frame, row=row, column=column, read=read)
+    got = rule.choose(seen, keep)
+    attention = rule.importance.score(seen) if method == "fastvid" else rule.importance.positive(seen)
+    for b in range(2):
+        segment, budget = torch.zeros(1, dtype=torch.long), torch.tensor([keep])
+        expected = rule._of_video(values[b], attention[b], frame[b], segment, budget)
+        assert torch.equal(got.keep[b], expected[0])
+        assert torch.equal(got.merge_into[b], expected[1])

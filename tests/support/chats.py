@@ -143,9 +143,11 @@ def _missing(stored: Sequence[Tensor | None], vision: Tensor, otherwise: Tensor)
     return out
 
 
-def answered_by_the_oracle(oracle_model: Any, model: Any, turns: Sequence[dict[str, Tensor]], said: Said) -> Tensor:
+def answered_by_the_oracle(
+    oracle_model: Any, model: Any, turns: Sequence[dict[str, Tensor]], said: Said, steps: int = 2
+) -> Tensor:
     """The logits of the unpatched model with the same tokens hidden, from the same passes on."""
-    hidden = hidden_in(model, turns, said)
+    hidden = hidden_in(model, turns, said, steps)
     kinds = {kind: made for outputs in said.outputs for kind, made in outputs.items()}
     with FamilyOracle(oracle_model, hidden, kinds) as oracle:
         cache = new_cache(oracle_model)  # one that forgets nothing: what a sliding layer may not see, the mask says
@@ -153,4 +155,4 @@ def answered_by_the_oracle(oracle_model: Any, model: Any, turns: Sequence[dict[s
         def replay(turn: int) -> None:
             oracle.outputs = said.outputs[turn]
 
-        return chat(oracle_model, turns, cache=cache, before=replay).logits
+        return chat(oracle_model, turns, steps, cache=cache, before=replay).logits

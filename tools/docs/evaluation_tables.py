@@ -48,7 +48,7 @@ def scores(table: Table) -> str:
 
 
 def commands() -> str:
-    """One command for every published row, with what to expect behind it."""
+    """One command for every published row, with what to expect after it."""
     found, rows = _rows()
     start = f"python -m mustdrop eval {{}} --model {HUB} --method"
     blocks = [
@@ -71,7 +71,7 @@ def scenes(record: Mapping[str, Any], table: Table) -> str:
         "method",
         "`keep`",
         "accuracy",
-        "equal tokens",
+        "tokens per layer",
         "FLOPs",
         "KV cache",
         "time in the model",

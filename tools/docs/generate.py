@@ -33,6 +33,7 @@ import launch_table
 import learned_table
 import method_cards
 import notebooks
+import packed_table
 import peer_table
 import product_table
 import quality_pages_table
@@ -127,6 +128,8 @@ renderer("quality-fixed")(whole(quality_table.fixed))
 renderer("quality-learned")(whole(learned_table.quality))
 renderer("scorers")(part(learned_table.scorers, "scorers"))
 renderer("quality-merging")(part(quality_table.variants, "quality_merging"))
+renderer("quality-geometry")(part(quality_table.geometry, "quality_geometry"))
+renderer("packed-encoder")(part(packed_table.rows, "packed-encoder"))
 
 
 @renderer("versions")
@@ -156,7 +159,7 @@ def demo(results: Results) -> str:
         budget = "all" if row["keep"] is None else row["keep"]
         equal = f"{row['equal_tokens']:.1f}"
         rows.append((f"`{row['method']}`", budget, right, equal, tokens, f"{row['flops']:.0%}", time, kv))
-    header = ("method", "`keep`", "right", "equal tokens", "per decoder layer", "FLOPs", "prefill time", "KV cache")
+    header = ("method", "`keep`", "right", "tokens per layer", "layer by layer", "FLOPs", "prefill time", "KV cache")
     return (
         f"Bundled model, {questions} questions about {record['scenes']} held-out scenes (seed {record['seed']}). "
         f"{record['hardware']}, {record['threads']} threads, {software}, commit {commit}. "

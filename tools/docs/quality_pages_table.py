@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -155,8 +156,13 @@ def against(record: Record, table: Table) -> str:
     return table(header, lines) if lines else "This run does not compare mustdrop+."
 
 
+def placed(method: str) -> str:
+    """The name of a composition; result files say "behind" for after the encoder."""
+    return re.sub(r"\bbehind\b", "after the encoder", method)
+
+
 def inside(record: Record, table: Table) -> str:
-    """Compositions inside the encoder, each beside the same rule behind it: accuracy, what was retained, FLOPs."""
+    """Compositions inside the encoder, each beside the same rule after it: accuracy, what was retained, FLOPs."""
     found, lines = _rows(record), []
     apart = {(row["reference"], row["method"], row["keep"]): row for row in record["differences"]}
     for method in dict.fromkeys(row["method"] for row in record["rows"]):
@@ -169,7 +175,7 @@ def inside(record: Record, table: Table) -> str:
             test = None if against is None else against["mcnemar"]
             lines.append(
                 [
-                    "nothing is dropped" if keep is None else method,
+                    "nothing is dropped" if keep is None else placed(method),
                     "all" if keep is None else f"{keep:.0%}",
                     f"{row['equal_share']:.1%}",
                     _interval(row["correct"]),
@@ -179,7 +185,7 @@ def inside(record: Record, table: Table) -> str:
                 ]
             )
     header = ["composition", "`keep`", "retained", "accuracy", "log-likelihood", "FLOPs of the prompt"]
-    return setting(record) + "\n\n" + table([*header, "gained / lost beside *behind*"], lines)
+    return setting(record) + "\n\n" + table([*header, "gained / lost beside *after the encoder*"], lines)
 
 
 def _beside(record: Record) -> list[str]:

@@ -80,7 +80,7 @@ def details(record: Record, table: Table) -> str:
         quality = [_interval(row["correct"]), _interval(row["loglik"], 2), _interval(row["kl"])]
         costs = [f"{row['equal_tokens']:.1f}", f"{row['flops']:.1%}", f"{row['kv']:.1%}"]
         lines.append([name, keep, *quality, _interval(row["agreement"]), f"{row['same']['mean']:.3f}", *costs])
-    header = ["method", "`keep`", "accuracy", "log-likelihood", "KL", "agreement", "same answer", "equal tokens"]
+    header = ["method", "`keep`", "accuracy", "log-likelihood", "KL", "agreement", "same answer", "tokens per layer"]
     notes = "".join(f"\n{n}. {reason}" for n, reason in enumerate(reasons, 1))
     return table([*header, "FLOPs", "KV"], lines) + ("\n" + notes if notes else "")
 
@@ -176,11 +176,39 @@ def variants(record: Record, table: Table) -> str:
     return head + "\n\n" + table(header, lines) + note
 
 
+def geometry(record: Record, table: Table) -> str:
+    """One row per method, geometry and budget: accuracy and likelihood, and what they are beside raw features."""
+    beside = {(row["reference"], row["method"], row["keep"]): row for row in record["differences"]}
+    lines = []
+    for row in record["rows"]:
+        if row["keep"] is None or "cannot" in row:
+            continue
+        name, kind = row["method"].split("; ")
+        apart = beside.get((f"{name}; raw", row["method"], row["keep"]))
+        lines.append(
+            [
+                *(f"`{name}`", kind, f"{row['keep']:.0%}"),
+                *(_interval(row["correct"]), _interval(row["loglik"], 2)),
+                *(
+                    "" if apart is None else _interval(_minus(apart[m]), n, "+")
+                    for m, n in (("correct", 3), ("loglik", 2))
+                ),
+            ]
+        )
+    header = ["method", "`geometry`", "`keep`", "accuracy", "log-likelihood", "accuracy beside raw", "log-likelihood"]
+    return setting(record) + "\n\n" + table(header, lines)
+
+
+def _minus(apart: Record) -> Record:
+    """Of the reference minus another, the other minus the reference."""
+    return {"mean": -apart["mean"], "low": -apart["high"], "high": -apart["low"]}
+
+
 def fixed(results: Mapping[str, Record], table: Table) -> str:
     """`mustdrop` before and after its counts were fixed: accuracy, and FLOPs of the prompt, at each budget."""
     new, old = results["quality_fixed"], results["quality"]
     lines = []
-    for name, record in (("as measured above", old), ("as it is now: fixed counts", new)):
+    for name, record in (("as measured above", old), ("with fixed counts", new)):
         rows = [row for row in record["rows"] if row["method"] == "mustdrop" and row["keep"] in _budgets(new)]
         rows.sort(key=lambda row: -row["keep"])
         each = (" / ".join(f"{row[what]['mean']:.3f}" for row in rows) for what in ("correct", "loglik", "kl"))

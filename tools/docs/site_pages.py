@@ -105,9 +105,11 @@ def reference() -> dict[str, str]:
     Raises:
         SiteError: a public name without a docstring.
     """
+    face = package()
+    stages = [name for name in exported("pruners/__init__.py") if name not in face]  # a name has one page
     pages = {
-        "package": _page("The package", "`from mustdrop import ...`", package()),
-        "pruners": _page("Pruners", "`from mustdrop.pruners import ...`", exported("pruners/__init__.py")),
+        "package": _page("The package", "`from mustdrop import ...`", face),
+        "pruners": _page("Pruners", "`from mustdrop.pruners import ...`", stages),
         "kernels": _page("Kernels", "`from mustdrop.kernels import ...`", exported("kernels/__init__.py")),
         "errors": _page("Errors and warnings", "`from mustdrop.errors import ...`", defined("errors.py")),
         "trace": _page("Trace", "What `mustdrop.last_trace(model)` returns.", ["mustdrop.trace.Trace"]),
@@ -134,7 +136,13 @@ def package(folder: str = "") -> list[str]:
     ]
     apart = {"errors", "trace", "pruners"}
     inside = folder.replace("/", ".")
-    return [f"mustdrop.{inside}{home}.{name}" for name, home in homes.items() if home and home not in apart]
+    own = [(name, home) for name, home in homes.items() if home and home not in apart]
+    return [f"mustdrop.{inside}{home}.{name}" for name, home in sorted(own, key=_first)]
+
+
+def _first(own: tuple[str, str]) -> bool:
+    """The name that everything begins with comes first; the others stay in the order of the table."""
+    return own[0] != "patch"
 
 
 def exported(path: str) -> list[str]:

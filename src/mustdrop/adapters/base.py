@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -219,9 +220,11 @@ class Adapter:
                 f"{self.name}: expected one list of {depth} layers in {type(module).__name__}, found {len(found)}."
             )
         cls = module.config.model_type.startswith("clip")
-        names = ("layer_norm2", "mlp")  # CLIP and SigLIP
-        halves = names if all(hasattr(block, name) for block in found[0] for name in names) else None
-        return Tower(module, found[0], int(cls), cls, halves=halves)
+        if found[0] not in _HALVES:
+            names = ("layer_norm2", "mlp")  # CLIP and SigLIP
+            fits = all(hasattr(block, name) for block in found[0] for name in names)
+            _HALVES[found[0]] = names if fits else None
+        return Tower(module, found[0], int(cls), cls, halves=_HALVES[found[0]])
 
     def encoder_grid(self, model: Any, modality: str, arguments: dict[str, Any]) -> tuple[int, int]:
         """(rows, columns) of the patches of one item of a dense tower."""
@@ -293,6 +296,10 @@ class Adapter:
     def projector_flops(self, model: Any) -> int:
         """FLOPs per feature of what maps features into the language model, for the cost account."""
         return linear_flops(self.base(model).multi_modal_projector)  # type: ignore[arg-type]
+
+
+#: Layers of a tower -> the names of their halves: asking each of them takes a while, and every call asks.
+_HALVES: WeakKeyDictionary[nn.ModuleList, tuple[str, str] | None] = WeakKeyDictionary()
 
 
 def _lists(module: nn.Module) -> Iterator[nn.ModuleList]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from mustdrop.app.session import Asked, Outcome, Row, Session, message, scene
+from mustdrop.app.session import Outcome, Request, Row, Session, message, scene
 from mustdrop.errors import MustDropError
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def build(session: Session) -> gr.Blocks:
             most: float,
             taken: float,
         ) -> str:
-            asked = Asked(
+            request = Request(
                 question=words or "",
                 pictures=[] if image is None or tab == "video" else [image],
                 video=film if tab == "video" else None,
@@ -105,7 +105,7 @@ def build(session: Session) -> gr.Blocks:
                 new_tokens=int(most),
             )
             try:
-                return markup(session.ask(name, asked))
+                return markup(session.ask(name, request))
             except Exception as error:
                 if not isinstance(error, MustDropError):
                     log.exception("a question failed")

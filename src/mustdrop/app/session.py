@@ -1,4 +1,4 @@
-"""What the app does, without what it looks like: reads uploads, asks with and without pruning, tells what came out."""
+"""What the app does, without what it looks like: reads uploads, asks with and without pruning, reports the outcome."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from mustdrop.budget import Keep, check_keep
 from mustdrop.demo import model as bundled
 from mustdrop.errors import ConfigError, MustDropError, PictureError, did_you_mean
 from mustdrop.eval.media import Clip, MediaError
-from mustdrop.explain import Prompt, told
+from mustdrop.explain import Prompt, compare
 from mustdrop.loading import load_model, place
 from mustdrop.pictures import read_picture, size_of
-from mustdrop.trace_page import Told
+from mustdrop.trace_page import MethodRun
 from mustdrop.trace_table import quantity
 
 BASELINE = "none"  # the unpruned model, whose tokens are counted too
@@ -54,8 +54,8 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What somebody wants to know.
+class Request:
+    """A question, and how to answer it.
 
     Attributes:
         question: text.
@@ -170,65 +170,65 @@ class Session:
             (name for name in mustdrop.list_methods() if name != BASELINE), key=lambda n: (n != "mustdrop", n)
         )
 
-    def ask(self, name: str, asked: Asked) -> Outcome:
+    def ask(self, name: str, request: Request) -> Outcome:
         """Ask a model with all of its vision tokens, then with each method.
 
         Args:
             name: one of `names`.
-            asked: the question.
+            request: the question, and how to answer it.
 
         Raises:
             MustDropError: a file that is too large or cannot be read, too many of something, or what the model or a
                 method does not support. The message names files without their folder.
         """
-        prompt, settings = self.prompt(asked), self.settings(asked)
+        prompt, settings = self.prompt(request), self.settings(request)
         with self._lock:
             model, processor, fresh = self._model(name)
             watch = Watch(self.device)
             if fresh:  # the first call of a model takes longer, whatever it is
-                told(model, processor, prompt, settings[:1], new_tokens=1)
-            shown = told(model, processor, prompt, settings, new_tokens=asked.new_tokens, watch=watch)
-        rows = [_row(*found) for found in zip(shown, watch.seconds, watch.peaks, strict=True)]
-        page = trace_page.page(trace_page.facts(prompt.media, shown[1:], prompt.question))
+                compare(model, processor, prompt, settings[:1], new_tokens=1)
+            runs = compare(model, processor, prompt, settings, new_tokens=request.new_tokens, watch=watch)
+        rows = [_row(*found) for found in zip(runs, watch.seconds, watch.peaks, strict=True)]
+        page = trace_page.page(trace_page.facts(prompt.media, runs[1:], prompt.question))
         return Outcome(rows, page)
 
-    def settings(self, asked: Asked) -> list[tuple[str, Keep | None]]:
+    def settings(self, request: Request) -> list[tuple[str, Keep | None]]:
         """Methods with budgets, the unpruned model first.
 
         Raises:
             MustDropError: no method, too many, or one that there is not.
         """
-        if not asked.methods:
+        if not request.methods:
             raise ConfigError("choose at least one method.")
-        if len(asked.methods) > self.limits.methods:
-            raise ConfigError(f"{len(asked.methods)} methods at once: choose {self.limits.methods} at most.")
-        unknown = [name for name in asked.methods if name not in self.methods()]
+        if len(request.methods) > self.limits.methods:
+            raise ConfigError(f"{len(request.methods)} methods at once: choose {self.limits.methods} at most.")
+        unknown = [name for name in request.methods if name not in self.methods()]
         if unknown:
             raise ConfigError(f"there is no method {unknown[0]!r}. {did_you_mean(unknown[0], self.methods())}")
-        return [(BASELINE, None), *((name, check_keep(asked.keep)) for name in asked.methods)]
+        return [(BASELINE, None), *((name, check_keep(request.keep)) for name in request.methods)]
 
-    def prompt(self, asked: Asked) -> Prompt:
-        """What is asked, read and checked.
+    def prompt(self, request: Request) -> Prompt:
+        """The prompt of a request, read and checked.
 
         Raises:
             MustDropError: see `ask`.
         """
-        limits, question = self.limits, asked.question.strip()
+        limits, question = self.limits, request.question.strip()
         if not question:
             raise ConfigError("ask something: the question is empty.")
         if len(question) > limits.letters:
             raise ConfigError(f"the question has {len(question)} letters: {limits.letters} are the most.")
-        if not 1 <= asked.new_tokens <= limits.new_tokens:
-            raise ConfigError(f"an answer of {asked.new_tokens} tokens: choose 1 to {limits.new_tokens}.")
-        if asked.video is not None and asked.pictures:
+        if not 1 <= request.new_tokens <= limits.new_tokens:
+            raise ConfigError(f"an answer of {request.new_tokens} tokens: choose 1 to {limits.new_tokens}.")
+        if request.video is not None and request.pictures:
             raise ConfigError("give a picture or a video, not both.")
-        if asked.video is not None:
-            return Prompt(question, video=self._video(Path(asked.video), asked.frames))
-        if not asked.pictures:
+        if request.video is not None:
+            return Prompt(question, video=self._video(Path(request.video), request.frames))
+        if not request.pictures:
             raise ConfigError("give a picture or a video.")
-        if len(asked.pictures) > limits.pictures:
-            raise ConfigError(f"{len(asked.pictures)} pictures: {limits.pictures} are the most.")
-        return Prompt(question, [self._picture(one) for one in asked.pictures])
+        if len(request.pictures) > limits.pictures:
+            raise ConfigError(f"{len(request.pictures)} pictures: {limits.pictures} are the most.")
+        return Prompt(question, [self._picture(one) for one in request.pictures])
 
     def _picture(self, source: Any) -> Image.Image:
         if isinstance(source, str | Path):
@@ -295,12 +295,12 @@ def _check_pixels(path: Path, most: int) -> None:
         raise PictureError(f"{path.name} has {width} x {height} pixels: {most / 1e6:.0f} million are the most.")
 
 
-def _row(one: Told, seconds: float, peak: int | None) -> Row:
-    trace = one.trace
+def _row(run: MethodRun, seconds: float, peak: int | None) -> Row:
+    trace = run.trace
     kv = trace.kv_bytes
     return Row(
-        name="all tokens" if trace.method == BASELINE else one.name,
-        answer=one.answer,
+        name="all tokens" if trace.method == BASELINE else run.name,
+        answer=run.answer,
         tokens=float(trace.equal_tokens[0]),
         total=int(trace.total[0]),
         seconds=seconds,

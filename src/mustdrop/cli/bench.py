@@ -113,7 +113,7 @@ def _print(result: dict[str, Any]) -> None:
         markup=False,
         highlight=False,
     )
-    table = Table("setting", "equal tokens", "FLOPs", "KV", "prefill", "decoding", "peak memory")
+    table = Table("setting", "tokens per layer", "FLOPs", "KV", "prefill", "decoding", "peak memory")
     for row in result["rows"]:
         equal = sum(row["equal_tokens"]) / len(row["equal_tokens"])
         peak = row["peak_bytes"]

@@ -87,7 +87,7 @@ def _print_demo(subject: Any, rows: list[Any], trace: Any) -> None:
     console.print(answers)
     cost = Table(title="What it cost, the whole prompt relative to the unpruned model", title_justify="left")
     cost.add_column("setting")
-    for header in (*(["right"] if known else []), "equal tokens", "FLOPs", "KV cache", "prefill time"):
+    for header in (*(["right"] if known else []), "tokens per layer", "FLOPs", "KV cache", "prefill time"):
         cost.add_column(header, justify="right")
     cost.add_column("vision tokens per layer")
     for row in rows:

@@ -64,17 +64,17 @@ def explain(
     steps = iter(track(range(len(settings)), "asking", console=Console(stderr=True), transient=True))
     next(steps)
 
-    from mustdrop.explain import told
+    from mustdrop.explain import compare
 
-    shown = told(subject, processor, prompt, settings, new_tokens=new_tokens, advance=lambda: next(steps, None))
-    write(out, prompt.media, shown, question=prompt.question)
-    for one in shown:
-        console.print(f"{one.name}: {one.answer}", markup=False, highlight=False)
+    runs = compare(subject, processor, prompt, settings, new_tokens=new_tokens, advance=lambda: next(steps, None))
+    write(out, prompt.media, runs, question=prompt.question)
+    for run in runs:
+        console.print(f"{run.name}: {run.answer}", markup=False, highlight=False)
     console.print(f"Wrote {out}: open it in a browser.", markup=False, highlight=False)
 
 
 def _prompt(images: list[Path], video: Path | None, question: str | None, model: str | None, frames: int) -> Prompt:
-    """What is asked, read and checked before a model is loaded."""
+    """The prompt, read and checked before a model is loaded."""
     from mustdrop.explain import Prompt
     from mustdrop.pictures import read_picture
 

@@ -14,7 +14,7 @@ from mustdrop.cli.common import console, print_json
 
 def report(
     results: Annotated[list[Path], typer.Argument(help="Result files of `mustdrop eval`, or folders of them.")],
-    plot: Annotated[Path | None, typer.Option(help="Draw accuracy against equal tokens into this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw accuracy against tokens per layer into this file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, for other programs.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
 ) -> None:

@@ -121,10 +121,10 @@ def drops(bundled: Bundled) -> str:
         said, trace = bundled.answer(), mustdrop.trace(bundled.model)
     spent = float(trace.equal_tokens[0])
     if not 63 < spent <= 64:
-        raise SelfTestError(f"keep=64 made {spent:.2f} equal tokens, expected more than 63 and at most 64.")
+        raise SelfTestError(f"keep=64 made {spent:.2f} tokens per layer, expected more than 63 and at most 64.")
     if said != bundled.question[1]:
         raise SelfTestError(f"the model patched with keep=64 answers {said!r}, expected {bundled.question[1]!r}.")
-    return f"{spent:.2f} equal tokens of {int(trace.total[0])}, {trace.flops.ratio:.0%} of the FLOPs"
+    return f"{spent:.2f} tokens per layer of {int(trace.total[0])}, {trace.flops.ratio:.0%} of the FLOPs"
 
 
 def equals_masking(bundled: Bundled) -> str:

@@ -35,7 +35,7 @@ def table(result: EvalResult) -> Table:
     if result.tokens is not None:
         equal, every = result.tokens.equal, result.tokens.total
         shown.add_row(
-            "equal tokens",
+            "tokens per layer",
             f"{equal.mean:.2f} ± {equal.std:.2f} ({equal.min:.2f} to {equal.max:.2f}) of {every.mean:.1f}; counted as "
             f"in the papers' tables {result.tokens.reported.mean:.2f}",
         )

@@ -72,7 +72,7 @@ class Bar:
         if self.credits:
             said.append(f"right {sum(self.credits) / len(self.credits):.1%}")
         if self.tokens:
-            said.append(f"equal tokens {sum(self.tokens) / len(self.tokens):.1f}")
+            said.append(f"tokens per layer {sum(self.tokens) / len(self.tokens):.1f}")
         if self.failed:
             said.append(f"failed {self.failed}")
         return ", ".join(said)

@@ -77,7 +77,7 @@ class Kept:
             return "no prompt with an image or a video"
         share = self.flops / self.flops_unpruned if self.flops_unpruned else 1.0
         return (
-            f"{self.prompts} prompts with vision tokens, {self.equal / self.prompts:.1f} equal tokens of "
+            f"{self.prompts} prompts with vision tokens, {self.equal / self.prompts:.1f} tokens per layer of "
             f"{self.total / self.prompts:.1f} on average, {share:.1%} of the FLOPs of the prompts"
         )
 
@@ -88,7 +88,7 @@ class Answerer:
     Args:
         pretrained: hub id or folder; "bundled" is the model that comes with this package.
         method: name of the method; "none" leaves the model unpruned, and still counts.
-        keep: equal-token budget.
+        keep: average retained tokens per layer.
         knobs: further settings of the method.
         frames: how many frames of a video the model sees; None leaves it to the processor.
         **loading: see `mustdrop.loading.load_model`.

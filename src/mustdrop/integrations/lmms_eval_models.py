@@ -26,7 +26,7 @@ class _MustDrop(lmms):
     Args:
         pretrained: hub id or folder; "bundled" is the tiny model that comes with mustdrop.
         method: name of the method (`mustdrop methods` lists them); "none" is the unpruned model.
-        keep: equal-token budget, tokens or share.
+        keep: average retained tokens per layer, tokens or share.
         batch_size: prompts at a time.
         device: where the model runs; by default a GPU if there is any. Under `accelerate launch` each process has its
             own.

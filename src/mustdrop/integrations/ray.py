@@ -38,7 +38,7 @@ class Answer:
     Args:
         pretrained: hub id or folder; "bundled" is the tiny model that comes with mustdrop.
         method: name of the method (`mustdrop methods` lists them); "none" is the unpruned model.
-        keep: equal-token budget, tokens or share.
+        keep: average retained tokens per layer, tokens or share.
         knobs: further settings of the method.
         question: name of the column with the question.
         image: name of the column with the image: array, encoded bytes, path, a dict with `bytes` or `path` as data sets

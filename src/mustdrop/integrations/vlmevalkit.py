@@ -17,7 +17,7 @@ class MustDropVLM(BaseModel):
     Args:
         pretrained: hub id or folder; "bundled" is the tiny model that comes with mustdrop.
         method: name of the method (`mustdrop methods` lists them); "none" is the unpruned model.
-        keep: equal-token budget, tokens or share.
+        keep: average retained tokens per layer, tokens or share.
         max_new_tokens: limit of an answer.
         generation: further arguments of `model.generate`.
         device: where the model runs; by default a GPU if there is any.

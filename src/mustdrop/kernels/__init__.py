@@ -5,6 +5,8 @@ decorator `operation` makes one function of the two. `dispatch` says which of th
 any device.
 """
 
+import importlib
+
 from mustdrop.kernels.dispatch import Choice, chosen, implementation, use_kernels
 from mustdrop.kernels.reference import (
     key_scores,
@@ -30,6 +32,8 @@ from mustdrop.kernels.reference_tokens import (
     merge_tokens,
     window_similarity,
 )
+
+importlib.import_module("mustdrop.kernels.on_host")  # tells the operations what it has
 
 __all__ = [
     "Choice",

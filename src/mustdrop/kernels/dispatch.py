@@ -6,10 +6,10 @@ import functools
 import importlib.util
 import os
 import threading
+from collections.abc import Collection
 from typing import Literal, cast
 
 import torch
-from torch import Tensor
 
 from mustdrop.errors import ConfigError, UnsupportedOptionError
 
@@ -23,6 +23,7 @@ class _Log(threading.local):
 
     def __init__(self) -> None:
         self.ran: set[str] = set()
+        self.choice: Choice | None = None  # of the call that runs: the environment takes long to ask
 
 
 _LOG = _Log()
@@ -50,19 +51,23 @@ def chosen() -> Choice:
     """What `use_kernels` or the variable MUSTDROP_KERNELS asks for, "auto" without either."""
     if _forced:
         return _forced[0]
+    return _LOG.choice or _asked()
+
+
+def _asked() -> Choice:
     choice = os.environ.get(VARIABLE, "auto") or "auto"
     _check(choice, VARIABLE)
     return cast(Choice, choice)
 
 
-def implementation(device: torch.device, floats: tuple[torch.dtype, ...] = ()) -> Literal["triton", "reference"]:
-    """What runs for tensors on `device` with these floating-point types.
+def implementation(device: torch.device, floats: Collection[torch.dtype] = ()) -> Literal["triton", "reference"]:
+    """What runs for tensors on `device` with these types.
 
     Raises:
         UnsupportedOptionError: Triton is asked for and cannot run there.
     """
     choice = chosen()
-    if choice == "reference":
+    if choice == "reference" or (choice == "auto" and device.type == "cpu"):
         return "reference"
     reason = obstacle(device, floats, choice == "triton")
     if reason is None:
@@ -79,8 +84,11 @@ def has_triton() -> bool:
 
 
 def fresh_log() -> set[str]:
-    """An empty set to which every operation of this thread adds, from now on, what it ran as."""
-    _LOG.ran = set()
+    """An empty set to which every operation of this thread adds, from now on, what it ran as.
+
+    The environment is asked now which implementation is to run, and not again before `log_to`.
+    """
+    _LOG.ran, _LOG.choice = set(), _asked()
     return _LOG.ran
 
 
@@ -96,15 +104,10 @@ def current_log() -> set[str]:
 
 def log_to(log: set[str]) -> None:
     """From now on the operations of this thread add to `log` again."""
-    _LOG.ran = log
+    _LOG.ran, _LOG.choice = log, None
 
 
-def differentiable(*tensors: Tensor | None) -> bool:
-    """Whether a gradient must flow through any of these: then the reference runs, whose steps autograd knows."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def obstacle(device: torch.device, floats: tuple[torch.dtype, ...] = (), forced: bool = False) -> str | None:
+def obstacle(device: torch.device, floats: Collection[torch.dtype] = (), forced: bool = False) -> str | None:
     """Why Triton cannot run for tensors on `device`, None if it can.
 
     Args:

@@ -3,7 +3,8 @@
 Every operation is registered with torch under `torch.ops.mustdrop`, so `torch.compile`, `torch.export` and fake tensors
 know its output shapes and never look inside. `Library.define` and `impl` are used, and not `torch.library.custom_op`
 (whose eager call costs several times as much) or `triton_op` (which is decomposed before the device is known, and so
-cannot be traced on a machine without a GPU).
+cannot be traced on a machine without a GPU). Where nobody looks at operations, the call goes past torch's dispatcher,
+which takes as long as ten small operations.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor
 
-from mustdrop.kernels.dispatch import differentiable, implementation, log
+from mustdrop.kernels.dispatch import implementation, log
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -25,20 +26,27 @@ R = TypeVar("R")
 LIBRARY: Any = torch.library.Library("mustdrop", "DEF")  # type: ignore[no-untyped-call]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Operation:
     """What stands behind a function of `mustdrop.kernels`.
 
     Attributes:
         reference: the PyTorch code that is the specification.
         launches: from the arguments, how many launches the Triton kernel makes.
+        on_host: the same results in less time, for tensors of the host (`mustdrop.kernels.on_host`).
     """
 
     reference: Callable[..., Any]
     launches: Callable[..., int]
+    on_host: Callable[..., Any] | None = None
 
 
 OPERATIONS: dict[str, Operation] = {}
+
+_OWN = (Tensor, torch.nn.Parameter)
+_function_modes = torch._C._len_torch_function_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_profiled = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 
 
 def operation(
@@ -60,43 +68,62 @@ def operation(
     many = launches if callable(launches) else lambda *_, **__: launches
 
     def decorate(reference: Callable[P, R]) -> Callable[P, R]:
-        op = _register(reference, fake, launcher)
-        OPERATIONS[reference.__name__] = Operation(reference, many)
+        known = OPERATIONS[reference.__name__] = Operation(reference, many)
+        run = _implementations(known, launcher)
+        op = _register(reference, fake, run)
 
         @functools.wraps(reference)
-        def with_gradient(*args: P.args, **kwargs: P.kwargs) -> R:
-            if differentiable(*_tensors([*args, *kwargs.values()])):
-                return reference(*args, **kwargs)
-            return cast(R, op(*args, **kwargs))
-
-        @functools.wraps(reference)
-        def without(*args: P.args, **kwargs: P.kwargs) -> R:
-            with torch.no_grad():
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if torch.compiler.is_compiling():
                 return cast(R, op(*args, **kwargs))
+            tensors = _tensors([*args, *kwargs.values()])
+            passes_by = _passes_by(tensors)
+            if not torch.is_grad_enabled():
+                return cast(R, run(tensors, args, kwargs) if passes_by else op(*args, **kwargs))
+            if grad and any(t.requires_grad for t in tensors):
+                return reference(*args, **kwargs)
+            with torch.no_grad():
+                return cast(R, run(tensors, args, kwargs) if passes_by else op(*args, **kwargs))
 
-        return with_gradient if grad else without
+        return call
 
     return decorate
 
 
-def _register(reference: Callable[..., Any], fake: Callable[..., Any], launcher: str) -> Any:
-    name = reference.__name__
+def _passes_by(tensors: list[Tensor]) -> bool:
+    """Whether nobody is told of operations: no mode, no profiler, no tensor of a kind of its own."""
+    if _function_modes() or _dispatch_modes() or _profiled():
+        return False
+    return all(type(t) in _OWN for t in tensors)
+
+
+def _implementations(known: Operation, launcher: str) -> Callable[..., Any]:
+    """What runs: called with all tensors, the arguments, and those by name."""
     module, function = launcher.split(":")
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        tensors = _tensors([*args, *kwargs.values()])
-        floats = tuple({t.dtype for t in tensors if t.is_floating_point()})
-        kind = implementation(tensors[0].device, floats)
+    def run(tensors: list[Tensor], args: Any, kwargs: Any) -> Any:
+        device = tensors[0].device
+        kind = implementation(device, {t.dtype for t in tensors})
         log(kind)
         if kind == "reference":
-            return reference(*args, **kwargs)
+            own = known.on_host if device.type == "cpu" else None
+            return (known.reference if own is None else own)(*args, **kwargs)
         launch = getattr(importlib.import_module(f"mustdrop.kernels.triton.{module}"), function)
-        with _on(tensors[0].device):
+        with _on(device):
             return launch(*args, **kwargs)
 
+    return run
+
+
+def _register(reference: Callable[..., Any], fake: Callable[..., Any], run: Callable[..., Any]) -> Any:
+    name = reference.__name__
     schema = torch.library.infer_schema(reference, mutates_args=())
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+
+    def dispatched(*args: Any, **kwargs: Any) -> Any:
+        return run(_tensors([*args, *kwargs.values()]), args, kwargs)
+
+    LIBRARY.impl(name, dispatched, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mustdrop::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.mustdrop, name).default
 
@@ -111,6 +138,6 @@ def _tensors(values: list[Any]) -> list[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             found.append(value)
-        elif isinstance(value, list | tuple):
+        elif isinstance(value, (list, tuple)):
             found += [part for part in value if isinstance(part, Tensor)]
     return found

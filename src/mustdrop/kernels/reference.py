@@ -1,7 +1,7 @@
 """Attention statistics, readable: only the query rows that are needed meet the keys, chunk by chunk.
 
-Nothing is queries x keys in size, on any path, and nothing has more elements than the inputs together. The Triton
-kernels beside it have the same signatures.
+Nothing is queries x keys in size, on any path, and nothing has more elements than the inputs together, or than 256 KiB
+hold. The Triton kernels beside it have the same signatures.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from einops import rearrange
 from torch import Tensor
 
 from mustdrop.kernels.operation import operation
+from mustdrop.kernels.reference_tokens import FEW, take
 
 # Heads x rows x keys that may exist at once, in elements: keeps the peak small when a prompt has many text tokens.
 _CHUNK = 1 << 25
+# The same where a CPU makes them: what is read again at once should still be in the cache of a core.
+_CACHED = 1 << 19
 
 
 def _rows_shape(q: Tensor, k: Tensor, rows: Tensor, visible: Tensor, scaling: float, *rest: object) -> Tensor:
@@ -187,18 +190,30 @@ def received_attention(q: Tensor, k: Tensor, visible: Tensor, scaling: float) ->
         (B, S) float32, 0 on padding.
     """
     batch, heads, length, _ = q.shape
-    step = _at_once(batch * heads * length, q, k)
-    total = q.new_zeros(batch, 1, length, dtype=torch.float32)
-    keys = rearrange(k.float(), "b h s d -> b h d s")
+    queries = rearrange(q, "b h s d -> (b h) s d")
+    keys = rearrange(k.float(), "b h s d -> (b h) d s").contiguous()
+    valid = visible.repeat_interleave(heads, 0)
     whole = visible.device.type == "cpu" and bool(visible.all())  # elsewhere the host would wait for the answer
-    hidden = ~visible[:, None, None]
-    for start in range(0, length, step):
-        logits = (q[:, :, start : start + step].float() * scaling) @ keys
+    received = q.new_zeros(batch * heads, length, dtype=torch.float32)
+    for some, rows in _tiles(batch * heads, length, q):
+        logits = (queries[some, rows].float() * scaling) @ keys[some]
         if not whole:
-            logits = logits.masked_fill_(hidden, -torch.inf)
-        counts = visible[:, None, start : start + step].float().repeat(1, 1, heads)
-        total += counts @ rearrange(logits.softmax(-1), "b h r s -> b (h r) s")  # a sum that reads each number once
-    return total[:, 0] / (heads * visible.sum(1, keepdim=True).clamp(min=1))
+            logits = logits.masked_fill_(~valid[some, None], -torch.inf)
+        counts = valid[some, None, rows].float()
+        received[some] += (counts @ logits.softmax(-1))[:, 0]  # a sum that reads each number once
+    total = received.view(batch, heads, length).sum(1)
+    return total / (heads * visible.sum(1, keepdim=True).clamp(min=1))
+
+
+def _tiles(heads: int, length: int, q: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Heads and query rows that may meet all keys at once; on a CPU, where their products stay in its cache."""
+    most = _CACHED if q.device.type == "cpu" else _CHUNK
+    most = min(most, 2 * q.numel())
+    rows = max(1, min(length, most // max(1, length)))
+    some = max(1, most // max(1, rows * length))
+    for head in range(0, heads, some):
+        for row in range(0, length, rows):
+            yield slice(head, head + some), slice(row, row + rows)
 
 
 def _rows(
@@ -213,7 +228,7 @@ def _rows(
 ) -> Iterator[tuple[int, Tensor]]:
     """Head-mean probabilities of some query rows at a time: (number of the first, (B, some, K - first) float32)."""
     for start, hidden, part in _heads(q, k, rows, visible, scaling, bias, softcap, first):
-        yield start, part.mean(1).nan_to_num(0.0).masked_fill(hidden, 0.0)
+        yield start, part.mean(1).nan_to_num_(0.0).masked_fill_(hidden, 0.0)
 
 
 def _heads(
@@ -230,26 +245,25 @@ def _heads(
 
     Rows that see nothing hold NaN.
     """
-    groups = k.shape[1]
-    index = rows.clamp(min=0)
-    keys = rearrange(k.float(), "b g k d -> b g d k")
-    step = _at_once(q.shape[0] * q.shape[1] * k.shape[2], q, k)
+    (batch, heads, _, width), (_, groups, length, _) = q.shape, k.shape
+    keys = k.float().mT
+    step = _at_once(batch * heads * length, q, k)
     for start in range(0, rows.shape[1], step):
-        part = index[:, start : start + step]
-        query = q.gather(2, part[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])).float()
-        query = rearrange(query, "b (g h) r d -> b g (h r) d", g=groups)
-        logits = rearrange(query @ keys, "b g (h r) k -> b (g h) r k", r=part.shape[1]) * scaling
+        part = rows[:, start : start + step]
+        query = take(q, part, 2).float()
+        # queries that share a key head meet its keys at once
+        logits = (query.view(batch, groups, -1, width) @ keys).view(batch, heads, -1, length).mul_(scaling)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         if bias is not None:
             logits = logits + bias[:, :, start : start + step].float()
-        logits = logits.masked_fill(~visible[:, None, start : start + step], -torch.inf)
-        yield start, (rows[:, start : start + step] < 0)[..., None], logits.softmax(-1)[..., first:]
+        logits = logits.masked_fill_(~visible[:, None, start : start + step], -torch.inf)
+        yield start, (part < 0)[..., None], logits.softmax(-1)[..., first:]
 
 
 def _at_once(products: int, *inputs: Tensor) -> int:
     """Query rows that may meet the keys at once, each of which makes so many products."""
-    return max(1, min(_CHUNK, sum(x.numel() for x in inputs)) // max(1, products))
+    return max(1, min(_CHUNK, max(FEW, sum(x.numel() for x in inputs))) // max(1, products))
 
 
 def _empty(q: Tensor, k: Tensor, first: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mustdrop.kernels.operation import operation
-from mustdrop.kernels.reference_tokens import best_match
+from mustdrop.kernels.reference_tokens import best_match, unit
 
 # Up to so many features per row all similarities are computed once and held (64 MiB); above, again where needed.
 HELD = 4096
@@ -230,11 +230,6 @@ def without_duplicates(x: Tensor, order: Tensor, count: int, most: int = 8) -> T
         stay = similar.argsort(dim=1, descending=True, stable=True)[:, leave:]
         place = torch.cat([even.gather(1, stay), odd], 1)
     return order.gather(1, place)
-
-
-def unit(x: Tensor) -> Tensor:
-    """Features (..., C) of length 1, float32; those without a length stay 0."""
-    return torch.nn.functional.normalize(x.float(), dim=-1)
 
 
 def _ended(picks: Tensor, candidates: Tensor | None, counts: Tensor | None) -> Tensor:

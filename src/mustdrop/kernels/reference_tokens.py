@@ -9,6 +9,8 @@ from mustdrop.kernels.operation import operation
 
 # Sources x destinations that may exist at once when tokens are matched, in elements.
 _CHUNK = 1 << 24
+# So many numbers may exist in any case: 256 KiB. With less, a short prompt would take twice the steps.
+FEW = 1 << 16
 
 
 def _match_shape(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,9 +43,9 @@ def window_similarity(x: Tensor, index: Tensor) -> Tensor:
     Returns:
         (B, W) float32.
     """
-    unit = torch.nn.functional.normalize(x.float(), dim=-1)[:, index]  # (B, W, n, C)
+    each = unit(x)[:, index]  # (B, W, n, C)
     n = index.shape[1]
-    return (unit.sum(2).square().sum(-1) - unit.square().sum((2, 3))) / (n * (n - 1))
+    return (each.sum(2).square().sum(-1) - each.square().sum((2, 3))) / (n * (n - 1))
 
 
 @operation(
@@ -93,10 +95,10 @@ def gather_rows(tensors: list[Tensor], index: Tensor, zero: bool = False) -> lis
     Returns:
         New tensors, each (B, M, ...).
     """
-    gone = index < 0
-    out = [take(x, index, 1) for x in tensors]
+    out = _take_all(tensors, index, 1)
     if not zero:
         return out
+    gone = index < 0
     return [x.masked_fill(gone.view(*gone.shape, *[1] * (x.ndim - 2)), 0) for x in out]
 
 
@@ -130,7 +132,7 @@ def compact(tensors: list[Tensor], index: Tensor) -> list[Tensor]:
     Returns:
         New tensors, each (B, G, M, D).
     """
-    return [take(x, index, 2) for x in tensors]
+    return _take_all(tensors, index, 2)
 
 
 def _each_shape(tensors: list[Tensor], index: Tensor, widths: Tensor, slots: list[int]) -> list[Tensor]:
@@ -178,18 +180,39 @@ def means(x: Tensor, goes: Tensor, slots: int, weight: Tensor | None) -> tuple[T
     return (total[:, :slots] / torch.where(whole > 0, whole, 1.0)[..., None]).to(x.dtype), whole
 
 
+def unit(x: Tensor) -> Tensor:
+    """Features (..., C) of length 1, float32; those without a length stay 0."""
+    x = x.float()
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / length.clamp_min(1e-12)
+
+
+def matches_at_once(batch: int, sources: int, targets: int, width: int) -> int:
+    """Sources that may meet all destinations at once: what they make is not larger than the inputs, or 256 KiB."""
+    most = min(_CHUNK, max(FEW, batch * (sources + targets) * width))
+    return max(1, most // max(1, batch * targets))
+
+
 def nearest(a: Tensor, b: Tensor, there: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`best_match` in chunks; `there` (B, m) bool says which destinations exist."""
-    to = torch.nn.functional.normalize(b.float(), dim=-1).mT
-    most = min(_CHUNK, a.numel() + b.numel())  # nothing is larger than the inputs
-    step = max(1, most // max(1, a.shape[0] * b.shape[1]))
+    to = unit(b).mT
+    step = matches_at_once(a.shape[0], a.shape[1], b.shape[1], a.shape[2])
     best = []
     for start in range(0, a.shape[1], step):
-        similar = torch.nn.functional.normalize(a[:, start : start + step].float(), dim=-1).matmul(to)
+        similar = unit(a[:, start : start + step]).matmul(to)
         best.append((similar if there is None else similar.masked_fill(~there[:, None], -torch.inf)).max(-1))
     if not best:
         return a.new_zeros(a.shape[:2], dtype=torch.float32), a.new_zeros(a.shape[:2], dtype=torch.long)
     return torch.cat([found.values for found in best], 1), torch.cat([found.indices for found in best], 1)
+
+
+def _take_all(tensors: list[Tensor], index: Tensor, dim: int) -> list[Tensor]:
+    """`take` of several tensors that lie on one device."""
+    index = index.clamp(min=0)
+    if len(index) > 1:
+        return [take(x, index, dim, False) for x in tensors]
+    one = index[0]
+    return [x.index_select(dim, one) for x in tensors]
 
 
 def take(x: Tensor, index: Tensor, dim: int, padded: bool = True) -> Tensor:

@@ -111,7 +111,11 @@ def check(cache: Any, no_static: str | None = None) -> None:
             )
         if no_static is not None and isinstance(layer, StaticLayer):
             raise UnsupportedOptionError(f"a static cache cannot be used here: {no_static}")
-    lengths = {int(layer.get_seq_length()) for layer in cache.layers if _counts(layer) and layer.is_initialized} - {0}
+    lengths = {
+        int(layer.get_seq_length())
+        for layer in cache.layers
+        if getattr(layer, "is_initialized", False) and _counts(layer)
+    } - {0}
     if len(lengths) > 1:
         raise CacheStateError(
             f"the layers of this cache hold different numbers of tokens ({sorted(lengths)}): a crop or a pass ended "

@@ -96,7 +96,9 @@ class PrunedLayer(Slots, DynamicLayer):
         if self.is_initialized:
             return super().update(keys, values)
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-        self.keys, self.values = (x if self.lends and _compact(x) else _copy(x) for x in (keys, values))
+        lends = self.lends
+        self.keys = keys if lends and _compact(keys) else _copy(keys)
+        self.values = values if lends and _compact(values) else _copy(values)
         return self.keys, self.values
 
     def _note(self, arrival: Arrival) -> None:
@@ -228,6 +230,8 @@ class PrunedLayer(Slots, DynamicLayer):
         if not self.slots:
             return None
         known = 0 if self.positions is None else self.positions.shape[1]
+        if known == self.slots and not extra:
+            return self.positions  # type: ignore[no-any-return]
         tail = torch.arange(self.logical - (self.slots - known), self.logical + extra, dtype=torch.long, device=HOST)
         tail = tail.expand(self.keys.shape[0], -1)
         return tail if self.positions is None else torch.cat([self.positions, tail], 1)
@@ -325,4 +329,5 @@ def _copy(x: Tensor) -> Tensor:
 
 def _compact(x: Tensor) -> bool:
     """Whether a tensor takes no more memory than its numbers need: it is no part of a larger one."""
-    return sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)) < x.numel()
+    (a, b, c, d), (p, q, r, s) = x.shape, x.stride()
+    return (a - 1) * p + (b - 1) * q + (c - 1) * r + (d - 1) * s < x.numel()

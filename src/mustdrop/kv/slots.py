@@ -175,6 +175,8 @@ class Slots:
         if not slots:
             return None
         known = 0 if self.vision is None else self.vision.shape[1]
+        if known == slots:
+            return self.vision  # type: ignore[no-any-return]
         tail = torch.zeros(self.keys.shape[0], slots - known, dtype=torch.bool, device=HOST)
         return tail if self.vision is None else torch.cat([self.vision, tail], 1)
 

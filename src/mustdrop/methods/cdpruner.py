@@ -1,4 +1,4 @@
-"""CDPruner: features that matter for the question and differ from each other (arXiv 2506.10967)."""
+"""CDPruner: relevant to the question, mutually diverse (arXiv 2506.10967)."""
 
 from __future__ import annotations
 

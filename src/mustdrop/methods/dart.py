@@ -1,4 +1,4 @@
-"""DART: what duplicates a few pivots goes, whatever is attended to (arXiv 2502.11494)."""
+"""DART: duplicates of pivot tokens leave (arXiv 2502.11494)."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class DART(Recipe):
     """Drop, once and early, the vision tokens that resemble the pivots; reads no attention.
 
     Attributes:
-        keep: equal-token budget, int or share.
+        keep: average retained tokens per layer, int or share.
         layer: K, the first layer that runs on fewer tokens.
         image_pivots: pivots among the vision tokens.
         text_pivots: pivots among the text.

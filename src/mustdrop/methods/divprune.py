@@ -1,4 +1,4 @@
-"""DivPrune: the features that differ most from each other (arXiv 2503.02175)."""
+"""DivPrune: maximal minimum distance between tokens (arXiv 2503.02175)."""
 
 from __future__ import annotations
 

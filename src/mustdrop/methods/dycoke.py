@@ -1,4 +1,4 @@
-"""DyCoke: of most frames, only what changed since a frame before (arXiv 2411.15024), its vision stage. For video."""
+"""DyCoke: what changed since earlier frames (arXiv 2411.15024), its vision stage. For video."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class DyCoke(Recipe):
 
     Attributes:
         keep: tokens (int) or share of the prompt's vision tokens; the paper's rate of 0.7 is 0.475.
-        group: frames per whole frame, a power of two; more where the budget is too small for so many whole ones.
+        group: frames per whole frame, a power of two; more where the budget is too small for as many whole frames.
     """
 
     keep: Budget = DEFAULT_KEEP

@@ -1,4 +1,4 @@
-"""FasterVLM: what the encoder's CLS token looks at (arXiv 2412.01818, first version)."""
+"""FasterVLM: highest CLS attention (arXiv 2412.01818, first version)."""
 
 from __future__ import annotations
 

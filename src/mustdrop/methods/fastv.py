@@ -1,4 +1,4 @@
-"""FastV: drop what the last token does not look at, once, after an early layer (arXiv 2403.06764)."""
+"""FastV: one filter by last-token attention (arXiv 2403.06764)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class FastV(Recipe):
     """Rank vision tokens by the attention of the last prompt token in layer K - 1, and drop before layer K.
 
     Attributes:
-        keep: equal-token budget, int or share; one third if `ratio` is not given.
+        keep: average retained tokens per layer, int or share; one third if `ratio` is not given.
         layer: K, the first layer that runs on fewer tokens (the paper's headline is 2).
         ratio: R, the share of vision tokens that is dropped (the paper's is 0.5), in place of `keep`.
         compat: "released" sets the number by `ratio` alone, as the authors' code does.

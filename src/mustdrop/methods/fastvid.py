@@ -1,4 +1,4 @@
-"""FastVID: attended features of each frame, and centres that the rest of a segment joins (2503.11187). For video."""
+"""FastVID: attention, density merging per segment (arXiv 2503.11187). For video."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pydantic import Field
 from torch import Tensor
 
 from mustdrop import kernels
+from mustdrop.constants import count_up, highest, numbers
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Features, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
 from mustdrop.pruners.weighing import ImportanceKnob, WeighingRule, importance_of
 from mustdrop.rules.clusters import density_peaks, tie_noise
-from mustdrop.rules.groups import best_in_groups, largest_remainder, sizes
+from mustdrop.rules.groups import best_in_groups, largest_remainder, share_of, sizes, the_rest
 from mustdrop.rules.segments import frame_means, segments, videos
 
 CONTEXT, CUT, FEWEST, STRIDE, OWN = 0.4, 0.9, 8, 4, 0.6
@@ -28,7 +29,7 @@ class SalientAndContext(WeighingRule):
         importance: what takes the place of the attention.
         context: share of a frame's budget that goes to the contexts of its segment, in [0, 1].
         cut: cosine of two frames' means below which a segment ends.
-        fewest: segments, if there are so many frames.
+        fewest: least number of segments, or the number of frames if that is smaller.
         stride: frames from one frame with contexts to the next, counted from the end of the segment.
         own: least part of a context that is its own value, in [0, 1].
         seed: of the noise that breaks ties between densities; None gives them to the lower index.
@@ -45,6 +46,11 @@ class SalientAndContext(WeighingRule):
     def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`. All frames have the same share; each grid of an image is a video of one frame."""
         assert count is not None
+        if not highest(seen.frame):
+            attention = self.importance.score(seen)
+            pictures = [self._of_picture(*row, count) for row in zip(seen.values, attention, seen.frame, strict=True)]
+            keep, into = map(torch.stack, zip(*pictures, strict=True))
+            return Selection(keep, merge_into=into, blend=lambda values: blended(values, keep, into, self.own))
         means, size = frame_means(seen.values, seen.frame)
         parts = segments(means, videos(seen.frame, seen.first, size.shape[1]), self.cut, self.fewest)
         budget = largest_remainder(size, count, size)
@@ -52,6 +58,22 @@ class SalientAndContext(WeighingRule):
         rows = zip(seen.values, attention, seen.frame, parts, budget, strict=True)
         keep, into = map(torch.stack, zip(*(self._of_video(*row) for row in rows), strict=True))
         return Selection(keep, merge_into=into, blend=lambda values: blended(values, keep, into, self.own))
+
+    def _of_picture(self, values: Tensor, attention: Tensor, frame: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """As `_of_video`, of one frame: how many stay of which kind is known, so nothing waits for the device."""
+        device, context = frame.device, share_of(count, self.context)
+        own = count - context
+        keep = best_in_groups(attention[None], frame[None], numbers([own], device)[None], own)[0]
+        target = torch.full_like(frame, -1).scatter(0, keep, keep)
+        if context:
+            others = the_rest(keep, len(frame))
+            noise = None if self.seed is None else tie_noise(len(others), self.seed, device)
+            centres = others[density_peaks(values[others], context, noise, NEIGHBOURS)[0]]
+            _, place = kernels.best_match(values[others][None], values[centres][None])
+            target = target.scatter(0, others, centres[place[0]]).scatter(0, centres, centres)
+            keep = torch.cat([keep, centres]).sort().values
+        column = torch.full_like(frame, -1).scatter(0, keep, count_up(1, count, device)[0])
+        return keep, torch.where(target >= 0, column[target.clamp(min=0)], -1)
 
     def _of_video(
         self, values: Tensor, attention: Tensor, frame: Tensor, segment: Tensor, budget: Tensor
@@ -119,7 +141,7 @@ class FastVid(Recipe):
         keep: tokens (int) or share of the prompt's vision tokens.
         context: share of a frame's budget that goes to the contexts of its segment.
         cut: cosine of two frames' means below which a segment ends; the paper has 0.84 for Qwen.
-        fewest: segments, if there are so many frames.
+        fewest: least number of segments, or the number of frames if that is smaller.
         stride: frames from one frame with contexts to the next.
         own: least part of a context that is its own value.
         seed: of the noise that breaks ties between densities; None gives them to the lower index.

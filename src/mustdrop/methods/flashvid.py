@@ -1,4 +1,4 @@
-"""FlashVID: attended, diverse features of each frame, trees of what stays alike (arXiv 2602.08024). For video."""
+"""FlashVID: attention, diversity, trees over time (arXiv 2602.08024). For video."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mustdrop import kernels
+from mustdrop.constants import count_up, highest
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Features, LastRow, PrefillPruner, Read, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
@@ -18,7 +19,7 @@ from mustdrop.pruners.importance import Attention, Importance
 from mustdrop.pruners.weighing import ImportanceKnob, WeighingRule, importance_of
 from mustdrop.rules.clusters import density_peaks, tie_noise
 from mustdrop.rules.diversity import farthest_first
-from mustdrop.rules.groups import largest_remainder, members, sizes
+from mustdrop.rules.groups import largest_remainder, members, share_of, sizes, the_rest
 from mustdrop.rules.segments import frame_means, segments, videos
 
 DIVERSE = 0.7  # of each frame's budget
@@ -44,7 +45,7 @@ class DiverseAndTrees(WeighingRule):
         diverse: share of a frame's budget that is chosen, in [0, 1]; what is left are clusters of the rest.
         like: cosine from which a feature joins one of the frame before.
         cut: cosine of two frames' means below which a segment ends, over which nothing joins.
-        fewest: segments, if there are so many frames.
+        fewest: least number of segments, or the number of frames if that is smaller.
         seed: of the noise that breaks ties between densities; None gives them to the lower index.
     """
 
@@ -59,6 +60,11 @@ class DiverseAndTrees(WeighingRule):
     def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`. All frames have the same share; each grid of an image is a video of one frame."""
         assert count is not None
+        if not highest(seen.frame):
+            attention = self.importance.positive(seen)
+            pictures = [self._of_picture(*row, count) for row in zip(seen.values, attention, seen.frame, strict=True)]
+            keep, into = map(torch.stack, zip(*pictures, strict=True))
+            return Selection.merged(keep, into, torch.ones(into.shape, dtype=torch.float32, device=into.device))
         means, size = frame_means(seen.values, seen.frame)
         parts = segments(means, videos(seen.frame, seen.first, size.shape[1]), self.cut, self.fewest)
         budget = largest_remainder(size, count, size)
@@ -66,6 +72,31 @@ class DiverseAndTrees(WeighingRule):
         rows = zip(seen.values, attention, seen.frame, parts, budget, strict=True)
         keep, into, weight = map(torch.stack, zip(*(self._of_video(*row) for row in rows), strict=True))
         return Selection.merged(keep, into, weight)
+
+    def _of_picture(self, values: Tensor, attention: Tensor, frame: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """As `_of_video`, of one frame: how many stay of which kind is known, so nothing waits for the device."""
+        device, n = frame.device, len(frame)
+        chosen = min(share_of(count, self.diverse, up=True), count)
+        kept = self._first(values, attention, chosen)
+        clusters, others = count - chosen, the_rest(kept, n)
+        keep, of_rest = kept, torch.full_like(others, -1)
+        if clusters:
+            noise = None if self.seed is None else tie_noise(len(others), self.seed, device)
+            centres, member = density_peaks(values[others], clusters, noise, min(NEIGHBOURS, clusters))
+            of_rest = others[centres[member]]
+            keep = torch.cat([kept, others[centres]])
+        keep = keep.sort().values
+        column = torch.full_like(frame, -1).scatter(0, keep, count_up(1, count, device)[0])
+        into = torch.where(of_rest >= 0, column[of_rest.clamp(min=0)], -1)
+        return keep, column.scatter(0, others, into)
+
+    @staticmethod
+    def _first(values: Tensor, attention: Tensor, most: int) -> Tensor:
+        """(most,) long, the features of one frame farthest from those chosen, distances times attention."""
+        if not most or len(attention) == 1:
+            return torch.zeros(most, dtype=torch.long, device=values.device)
+        weight = attention / attention.amax().clamp(min=1e-30)
+        return farthest_first(values[None], most, weight=weight[None])[0]
 
     def _of_video(
         self, values: Tensor, attention: Tensor, frame: Tensor, segment: Tensor, budget: Tensor
@@ -157,11 +188,11 @@ class FlashVid(Recipe):
     """Choose and merge frame by frame, and filter once late in the language model by the last word's attention.
 
     Attributes:
-        keep: equal-token budget of both stages, int or share; the paper's is 0.25 and less.
+        keep: average retained tokens per layer of both stages, int or share; the paper's is 0.25 and less.
         diverse: share of a frame's budget that is chosen; what is left are clusters of the rest.
         like: cosine from which a feature joins one of the frame before.
         cut: cosine of two frames' means below which a segment ends.
-        fewest: segments, if there are so many frames; the paper has 4 for Qwen.
+        fewest: least number of segments, or the number of frames if that is smaller; the paper has 4 for Qwen.
         layers: layer of the language model after which the filter cuts; None is (22,) of 32, scaled to the model.
         taper: share of the tokens that enter which the filter leaves (the paper's for Qwen3-VL is 0.1); None filters
             nothing, so that the selection alone is left.

@@ -1,17 +1,19 @@
-"""GleanVID: each frame keeps what earlier frames did not show, and what is local to it. For video."""
+"""GleanVID: what earlier frames did not show. For video."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mustdrop import kernels
+from mustdrop.constants import highest, on_host, sent
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Features, Selection, VisionRule, VisionStagePruner
 from mustdrop.pruners.base import Budget
-from mustdrop.rules.groups import largest_remainder, sizes, spread, windows
+from mustdrop.rules.groups import largest_remainder, sizes, spread
 from mustdrop.rules.scaling import min_max
 from mustdrop.rules.segments import frame_means, videos
 
@@ -36,9 +38,7 @@ class NovelAndLocal(VisionRule):
         """See `VisionRule.choose`. Each grid of an image is a video of one frame."""
         assert count is not None
         values = debiased(seen.values)
-        cell = windows(seen.frame, seen.row, seen.column, CELL)
-        _, cell = torch.unique(cell, return_inverse=True)
-        cells = int(cell.max()) + 1
+        cell, cells = squares(seen)
         added = self.added(values, seen, kernels.merge_tokens(values, cell, cells), cell)
         means, size = frame_means(seen.values, seen.frame)
         budget = largest_remainder(shares(added, size), count, size)
@@ -47,6 +47,8 @@ class NovelAndLocal(VisionRule):
             seen.values, spread(means, seen.frame), dim=2
         )
         local = torch.nn.functional.softplus(SHARPNESS * closer) / SHARPNESS
+        if size.shape[1] == 1:
+            return Selection(torch.stack([_best(*row, count).sort().values for row in zip(values, local, strict=True)]))
         return Selection(torch.stack([_picks(*row) for row in zip(values, local, seen.frame, budget, strict=True)]))
 
     def added(self, values: Tensor, seen: Features, own: Tensor, cell: Tensor) -> Tensor:
@@ -58,11 +60,11 @@ class NovelAndLocal(VisionRule):
             own: (B, cells, C), means of the squares.
             cell: (B, N) long, the square of each feature.
         """
-        frames = int(seen.frame.max()) + 1
+        frames = highest(seen.frame) + 1
         down, across = seen.row // CELL, seen.column // CELL
-        wide = int(across.max()) + 1
+        wide = highest(seen.column) // CELL + 1
         place = down * wide + across
-        places = int(place.max()) + 1
+        places = int((on_host(seen.row) // CELL * wide + on_host(seen.column) // CELL).max()) + 1
         slot = place * frames + seen.frame
         grid = values.new_zeros(len(values), places * frames, values.shape[2])
         grid.scatter_(1, slot[..., None].expand_as(values), spread(own, cell))
@@ -72,6 +74,15 @@ class NovelAndLocal(VisionRule):
         residual = residuals((grid @ grid.mT) * same)
         weight = sizes(slot, places * frames).view(len(values), places, frames)
         return (residual * weight).sum(1)
+
+
+def squares(seen: Features) -> tuple[Tensor, int]:
+    """(B, N) long, the square of `CELL` rows and columns that each feature lies in, and how many there are."""
+    frame, row, column = (on_host(x) for x in (seen.frame, seen.row, seen.column))
+    high, wide = row.max() // CELL + 1, column.max() // CELL + 1
+    number = (frame * high + row // CELL) * wide + column // CELL
+    found, cell = np.unique(number, return_inverse=True)
+    return sent(cell.reshape(frame.shape), seen.frame.device), len(found)
 
 
 def debiased(values: Tensor) -> Tensor:
@@ -122,18 +133,23 @@ def _picks(values: Tensor, local: Tensor, frame: Tensor, budget: Tensor) -> Tens
     """(M,) long, ascending: what one video keeps, frame by frame."""
     basis = values.new_zeros(values.shape[1], 0)
     picks = []
-    for t, wanted in enumerate(budget.tolist()):
-        if not wanted:
-            continue
+    shares = [(t, wanted) for t, wanted in enumerate(budget.tolist()) if wanted]
+    for t, wanted in shares:
         mine = (frame == t).nonzero()[:, 0]
-        x = values[mine]
-        # what is left of a vector is the whole less what an orthonormal basis holds of it
-        novel = (x.square().sum(1) - (x @ basis).square().sum(1)).clamp(min=0).sqrt()
-        score = min_max(local[mine][None])[0] + min_max(novel[None])[0]
-        best = score.argsort(descending=True, stable=True)[:wanted]
+        best = _best(values[mine], local[mine], wanted, basis)
         picks.append(mine[best])
-        basis = _extended(basis, x[best])
+        if t != shares[-1][0]:
+            basis = _extended(basis, values[picks[-1]])
     return torch.cat(picks).sort().values
+
+
+def _best(values: Tensor, local: Tensor, wanted: int, basis: Tensor | None = None) -> Tensor:
+    """(wanted,) long, the most novel and local of a frame; an orthonormal `basis` spans what came before."""
+    # what is left of a vector is the whole less what the basis holds of it
+    novel = values.square().sum(1)
+    novel = novel if basis is None else novel - (values @ basis).square().sum(1)
+    score = min_max(local[None])[0] + min_max(novel.clamp(min=0).sqrt()[None])[0]
+    return score.argsort(descending=True, stable=True)[:wanted]
 
 
 def _extended(basis: Tensor, x: Tensor) -> Tensor:

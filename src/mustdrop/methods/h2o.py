@@ -1,4 +1,4 @@
-"""H2O: the vision entries that all queries together attend to most stay in the cache (arXiv 2306.14048)."""
+"""H2O: highest accumulated attention stays (arXiv 2306.14048)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class H2O(Recipe):
     are as much as its attention), and decode steps and the cache become cheaper.
 
     Attributes:
-        keep: vision entries that stay in the cache of each layer: int, or share of the prompt's vision tokens. Not
-            equal tokens, which stay at the full number.
-        interval: entries leave only after so many decode steps, so that the attention of generated tokens adds to that
-            of the prompt; None: at the end of the prefill.
+        keep: vision entries that stay in the cache of each layer: int, or share of the prompt's vision tokens. The
+            layers still process all of them.
+        interval: decode steps after which entries leave, so that the attention of generated tokens adds to that of the
+            prompt; None: at the end of the prefill.
     """
 
     keep: Budget = DEFAULT_KEEP

@@ -1,4 +1,4 @@
-"""HiPrune: what a middle layer of the encoder looks at, its neighbours, and what a deep one does (arXiv 2508.00553)."""
+"""HiPrune: attention of middle and deep layers (arXiv 2508.00553)."""
 
 from __future__ import annotations
 

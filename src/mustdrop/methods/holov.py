@@ -1,4 +1,4 @@
-"""HoloV: crops of the picture share the budget by attention and by how they vary (arXiv 2510.02912)."""
+"""HoloV: crops share the budget (arXiv 2510.02912)."""
 
 from __future__ import annotations
 

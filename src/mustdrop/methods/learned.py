@@ -1,4 +1,4 @@
-"""Learned: what a small trained scorer finds important enters the language model; `mustdrop fit` trains one."""
+"""Learned: highest scores of a trained scorer; `mustdrop fit` trains one."""
 
 from __future__ import annotations
 

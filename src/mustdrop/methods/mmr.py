@@ -1,4 +1,4 @@
-"""MMR: maximal marginal relevance, what is important and unlike what is chosen already (IDPruner, arXiv 2602.13315).
+"""MMR: maximal marginal relevance, token by token (IDPruner, arXiv 2602.13315).
 
 UniAttn does the same with another balance.
 """

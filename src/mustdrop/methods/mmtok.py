@@ -1,4 +1,4 @@
-"""MMTok: features that cover the words of the question and the picture at once (arXiv 2508.18264)."""
+"""MMTok: coverage of question and picture (arXiv 2508.18264)."""
 
 from __future__ import annotations
 

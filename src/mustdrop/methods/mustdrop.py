@@ -1,4 +1,4 @@
-"""MustDrop: windows merge in the encoder, words decide between layers, the cache follows (arXiv 2411.10803)."""
+"""MustDrop: window merging, text-guided filters, cache cut (arXiv 2411.10803)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class MustDrop(Recipe):
     """Merge similar neighbours in the encoder, filter by dual attention in the prefill, cut the cache for decoding.
 
     Attributes:
-        keep: equal-token budget, int or share; one third if neither thresholds nor the rank rule are given.
+        keep: average retained tokens per layer, int or share; one third without thresholds and rank rule.
         global_threshold: gamma of the dual filter, together with `individual_threshold`.
         individual_threshold: alpha of the dual filter.
         scale: rank rule, tokens per unit of rank (the `--scale` of the authors' first read-me).

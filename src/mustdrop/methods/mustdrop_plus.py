@@ -1,7 +1,8 @@
-"""mustdrop+: merge or choose in the encoder, filter by question and diversity, let the cache follow the answer."""
+"""mustdrop+: merging or distinctness, diverse filters, eviction."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -110,7 +111,7 @@ class MergedOrSelected(InnerRule):
         """What the rule reads."""
         return self.rule.reads
 
-    @property
+    @functools.cached_property
     def matching(self) -> SoftMatching:
         """What merges in the layers."""
         return SoftMatching(share=self.share, weighs=self.weighs)
@@ -139,7 +140,7 @@ class MustDropPlus(Recipe):
     packed encoder on pages of the second (docs/quality.md).
 
     Attributes:
-        keep: equal-token budget, int or share.
+        keep: average retained tokens per layer, int or share.
         taper: share of the tokens that enter which the last filter leaves, in (0, 1], or points (budget as a share,
             that share). The larger the budget, the less a choice for the question can win.
         merge: largest share of its tokens that an encoder layer merges, in (0, 1/2]; what is left over merges after

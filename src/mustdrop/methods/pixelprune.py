@@ -1,4 +1,4 @@
-"""PixelPrune: what a document repeats from one patch to the next is not encoded (arXiv 2604.00886). Input stage."""
+"""PixelPrune: predictable patches are not encoded (arXiv 2604.00886). Input stage."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from mustdrop.constants import on_host
+from mustdrop.constants import on_host, sent
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Features, Selection, VisionRule, VisionStagePruner
 from mustdrop.pruners.base import Budget
@@ -22,13 +22,15 @@ class AveragePooling(VisionRule):
     def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`. What has the same shape is cut once."""
         assert count is not None
-        place = torch.from_numpy(np.stack([on_host(x) for x in (seen.frame, seen.row, seen.column)], 1))
-        place = place - place.amin(2, keepdim=True)
-        shapes, shape = torch.unique(place, dim=0, return_inverse=True)
-        cells = [square_cells(one, count) for one in shapes]
-        names = torch.stack([centres(*pair) for pair in zip(shapes, cells, strict=True)])
-        device = seen.values.device
-        return Selection.merged(names[shape].to(device), torch.stack(cells)[shape].to(device))
+        place = np.stack([on_host(x) for x in (seen.frame, seen.row, seen.column)], 1)
+        place = place - place.min(2, keepdims=True)
+        shapes, shape = np.unique(place, axis=0, return_inverse=True)
+        cut = []
+        for one in map(torch.from_numpy, shapes):
+            cells = square_cells(one, count)
+            cut.append((centres(one, cells).numpy(), cells.numpy()))
+        names, into = (np.stack(parts)[shape.reshape(-1)] for parts in zip(*cut, strict=True))
+        return Selection.merged(sent(names, seen.values.device), sent(into, seen.values.device))
 
 
 class Pooling(Recipe):

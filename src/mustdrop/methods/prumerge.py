@@ -1,4 +1,4 @@
-"""LLaVA-PruMerge: keep what CLS looks at, and merge the rest into it (arXiv 2403.15388). PruMerge+ samples too."""
+"""LLaVA-PruMerge: CLS attention, the rest merges (arXiv 2403.15388). PruMerge+ samples too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PyramidDrop: drop in a few stages what the last word of the instruction does not look at (arXiv 2410.17247)."""
+"""PyramidDrop: several filters by last-word attention (arXiv 2410.17247)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class PyramidDrop(Recipe):
     """Rank vision tokens by the attention of the last prompt token at the end of each stage.
 
     Attributes:
-        keep: equal-token budget, int or share; one third if `ratios` is not given.
+        keep: average retained tokens per layer, int or share; one third if `ratios` is not given.
         ratios: share of the vision tokens that is left after each stage, in place of `keep`; the paper's are
             (0.5, 0.25, 0.125).
         layers: filter layers; None is (7, 15, 23) of 32, scaled to the model.

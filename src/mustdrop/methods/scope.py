@@ -1,4 +1,4 @@
-"""SCOPE: attended features that cover, in likeness, what the picks so far do not (arXiv 2510.24214)."""
+"""SCOPE: attention times coverage gain, greedily (arXiv 2510.24214)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SnapKV: what the end of the prompt looks at stays in the cache (arXiv 2404.14469)."""
+"""SnapKV: highest attention of the last words (arXiv 2404.14469)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class SnapKV(Recipe):
     decode steps and the cache become cheaper.
 
     Attributes:
-        keep: vision entries that stay in the cache of each layer: int, or share of the prompt's vision tokens. Not
-            equal tokens, which stay at the full number.
+        keep: vision entries that stay in the cache of each layer: int, or share of the prompt's vision tokens. The
+            layers still process all of them.
         window: rows of text that score, from the last one on; None is all text after the last image.
         kernel: entries over which scores are averaged.
     """

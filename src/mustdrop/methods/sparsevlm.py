@@ -1,4 +1,4 @@
-"""SparseVLM: the words that the picture resembles say which vision tokens stay; the rest is recycled (2410.04417)."""
+"""SparseVLM: attention of visual words, recycling (arXiv 2410.04417)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class SparseVLM(Recipe):
     """Rank vision tokens by the mean attention of the rater words, and keep clusters of what is dropped.
 
     Attributes:
-        keep: equal-token budget with the clusters counted, int or share; one third if nothing else says how many.
+        keep: average retained tokens per layer, clusters counted, int or share; one third if nothing else says how
+            many.
         scale: rank rule, tokens per unit of the attention matrix' rank (in place of `keep`).
         bias: rank rule, tokens on top.
         survivors: tokens kept at each filter layer, clusters not counted (the released lists, e.g. (300, 200, 110) for

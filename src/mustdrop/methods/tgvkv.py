@@ -1,4 +1,4 @@
-"""TGV-KV: text-guided budgets per layer and text-weighted scores for the vision entries of the cache (2606.03075)."""
+"""TGV-KV: text-guided budgets and scores (arXiv 2606.03075)."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class TextGuided(CacheScorer):
         """(B, n) weighted sum over the text rows."""
         real = own >= 0
         among = attention.gather(2, own.clamp(min=0)[:, None].expand(-1, own.shape[1], -1))  # row i, column j
-        later = torch.ones_like(among[0]).tril() * (real[:, :, None] & real[:, None])  # i >= j
-        weight = (among * later).sum(1) / later.sum(1).clamp(min=1)
+        later = real.flip(1).cumsum(1).flip(1)  # rows i >= j that are no padding; those that are give nothing
+        weight = torch.where(real, among.tril().sum(1) / later, 0.0)
         weight = weight / weight.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         return (weight[:, :, None] * attention).sum(1)
 
@@ -49,7 +49,7 @@ class TGVKV(Recipe):
 
     Attributes:
         keep: vision entries that stay in the cache, in the mean over the layers: int, or share of the prompt's vision
-            tokens. Not equal tokens, which stay at the full number.
+            tokens. The layers still process all of them.
     """
 
     keep: Budget = DEFAULT_KEEP

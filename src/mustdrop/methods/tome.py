@@ -1,4 +1,4 @@
-"""Token Merging (ToMe): in every encoder layer, some tokens join the one that they resemble (arXiv 2210.09461)."""
+"""Token Merging (ToMe): bipartite merging in every layer (arXiv 2210.09461)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""V-CAST: more tokens for frames where the video turns, and in each those that stand out (arXiv 2603.27650)."""
+"""V-CAST: frame budgets by curvature, distinct tokens (arXiv 2603.27650)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""VidCom2: more tokens for frames that stand out, and in each frame those that do (arXiv 2505.14454). For video."""
+"""VidCom2: unique frames get more tokens (arXiv 2505.14454). For video."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""VisionZip: keep what the encoder looks at, and merge the rest into a few contextual tokens (arXiv 2412.04467)."""
+"""VisionZip: dominant tokens, contextual merged ones (arXiv 2412.04467)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""VisPruner: what the encoder looks at, and of the rest what is no duplicate (arXiv 2412.01818, final version)."""
+"""VisPruner: half by attention, half diverse (arXiv 2412.01818, final version)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""VScan: two scans in the encoder, merging, and one cut in the middle of the language model (arXiv 2505.22654)."""
+"""VScan: global and local scans, merging (arXiv 2505.22654)."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ class VScan(Recipe):
     """Scan windows and the whole picture, merge the rest, and cut once in the middle by the last word's attention.
 
     Attributes:
-        keep: equal-token budget of both stages, int or share. The cut leaves a third of what enters, so that with the
-            paper's layers one and a half times the budget enters and half of it stays.
+        keep: average retained tokens per layer of both stages, int or share. The cut leaves a third of what enters, so
+            that with the paper's layers one and a half times the budget enters and half of it stays.
         window: side of the windows of the local scan, in features.
         local: share of what enters that the local scan chooses.
         layer: encoder layer of the local scan, as for an encoder of 23 layers; it is scaled to the model.

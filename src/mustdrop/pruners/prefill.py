@@ -35,8 +35,8 @@ class PrefillPruner(Settings):
     Attributes:
         layers: decoder layers (0-based) whose attention scores and after which tokens leave. None is the paper's
             (2, 6, 10, 14) of 32 layers, scaled to the model's depth.
-        keep: equal-token budget: mean over all decoder layers of the vision tokens that a layer processes. int or
-            share.
+        keep: average retained tokens per layer: mean over all decoder layers of the vision tokens that a layer
+            processes. int or share.
         global_threshold: gamma, in [0, 1]: share of the text's attention to all alive vision tokens.
         individual_threshold: alpha, in [0, 1]: attention probability. Given with `keep`, the two only weigh the ranking
             max(global / gamma, individual / alpha).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,24 +26,22 @@ def square_cells(place: Tensor, cells: int) -> Tensor:
     Returns:
         (N,) long, the cell of each place.
     """
-    out = torch.empty_like(place[0])
-    first = 0
-    runs = _runs(place[:1], min(cells, len(torch.unique(place[0]))))
+    here = place.numpy()
+    out, first = np.empty_like(here[0]), 0
+    runs = _runs(here[:1], min(cells, len(np.unique(here[0]))))
     for mine, number in zip(_members(runs), _shares(runs, cells), strict=True):
-        frame, row, column = here = place[:, mine]
-        lines = torch.unique(here[:2], dim=1).shape[1]
+        frame, row, column = own = here[:, mine]
+        lines = len(np.unique(_columns(own[:2])))
         bands = round(math.sqrt(number * lines * lines / len(mine)))
         bands = min(max(bands, -(-number * lines // len(mine))), lines, number)
-        band = _runs(here[:2], bands)
-        sizes, shares = torch.bincount(band), torch.tensor(_shares(band, number), dtype=torch.long, device="cpu")
-        order = torch.arange(len(mine), dtype=torch.long, device="cpu")
-        for key in (row, frame, column, band):  # the last sort counts most
-            order = order[key[order].argsort(stable=True)]
+        band = _runs(own[:2], bands)
+        sizes, shares = np.bincount(band), np.array(_shares(band, number), dtype=np.int64)
+        order = np.lexsort((row, frame, column, band))  # the last key counts most
         band = band[order]
-        rank = torch.arange(len(mine), dtype=torch.long, device="cpu") - (sizes.cumsum(0) - sizes)[band]
-        out[mine[order]] = first + (shares.cumsum(0) - shares)[band] + rank * shares[band] // sizes[band]
+        rank = np.arange(len(mine)) - (sizes.cumsum() - sizes)[band]
+        out[mine[order]] = first + (shares.cumsum() - shares)[band] + rank * shares[band] // sizes[band]
         first += number
-    return out
+    return torch.from_numpy(out)
 
 
 def centres(place: Tensor, cell: Tensor) -> Tensor:
@@ -55,28 +54,36 @@ def centres(place: Tensor, cell: Tensor) -> Tensor:
     Returns:
         (K,) long.
     """
-    size = torch.bincount(cell)
-    total = torch.zeros(len(place), len(size), dtype=torch.long, device="cpu").index_add_(1, cell, place)
-    away = (place * size[cell] - total[:, cell]).square().sum(0)  # whole numbers: ties are exact
-    order = away.argsort(stable=True)
-    order = order[cell[order].argsort(stable=True)]
-    return order[size.cumsum(0) - size]
+    here, own = place.numpy(), cell.numpy()
+    size = np.bincount(own)
+    total = np.zeros((len(here), len(size)), dtype=np.int64)
+    for row, values in zip(total, here, strict=True):
+        np.add.at(row, own, values)
+    away = np.square(here * size[own] - total[:, own]).sum(0)  # whole numbers: ties are exact
+    return torch.from_numpy(np.lexsort((away, own))[size.cumsum() - size])
 
 
-def _runs(key: Tensor, number: int) -> Tensor:
+def _runs(key: np.ndarray, number: int) -> np.ndarray:
     """(N,) long: distinct columns of `key` (k, N), in their order, cut into `number` runs of about equal length."""
-    found, rank = torch.unique(key, dim=1, return_inverse=True)
-    run: Tensor = rank * number // found.shape[1]
-    return run
+    found, rank = np.unique(_columns(key), return_inverse=True)
+    return rank * number // len(found)
 
 
-def _members(part: Tensor) -> list[Tensor]:
-    return [(part == p).nonzero()[:, 0] for p in range(int(part.max()) + 1)]
+def _columns(key: np.ndarray) -> np.ndarray:
+    """(N,) long, numbers that are equal and ordered as the columns of `key` (k, N) are."""
+    line: np.ndarray = key[0]
+    for more in key[1:]:
+        line = line * (np.ptp(more) + 1) + more - more.min()
+    return line
 
 
-def _shares(part: Tensor, cells: int) -> list[int]:
+def _members(part: np.ndarray) -> list[np.ndarray]:
+    return [(part == p).nonzero()[0] for p in range(int(part.max()) + 1)]
+
+
+def _shares(part: np.ndarray, cells: int) -> list[int]:
     """Cells of each part: at least one, at most as many as it has members, else in proportion to them."""
-    sizes: list[int] = torch.bincount(part).tolist()
+    sizes: list[int] = np.bincount(part).tolist()
     spare = [size - 1 for size in sizes]
     more = share_out(cells - len(sizes), spare) if any(spare) else spare
     return [1 + n for n in more]

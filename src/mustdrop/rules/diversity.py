@@ -7,6 +7,6 @@ lower index.
 from __future__ import annotations
 
 from mustdrop.kernels import farthest_first, greedy_determinant, without_duplicates
-from mustdrop.kernels.reference_choices import unit
+from mustdrop.kernels.reference_tokens import unit
 
 __all__ = ["farthest_first", "greedy_determinant", "unit", "without_duplicates"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mustdrop import kernels
 from mustdrop.constants import highest, numbers
+
+_UNSEEN = 16  # groups up to which a device shares out without being asked whether it is done
 
 
 def rank_in_group(score: Tensor, group: Tensor) -> Tensor:
@@ -76,19 +79,23 @@ def largest_remainder(weight: Tensor, amount: int, size: Tensor, least: int = 0)
     """
     if size.shape[1] == 1:
         return torch.full_like(size, amount)
-    floor = size.clamp(max=least) if bool((size.clamp(max=least).sum(1) <= amount).all()) else torch.zeros_like(size)
+    floor = torch.zeros_like(size)
+    if least:
+        first = size.clamp(max=least)
+        floor = torch.where((first.sum(1) <= amount).all(), first, floor)
     room = (size - floor).double()
     left = (amount - floor.sum(1, keepdim=True)).double()
     weight = weight.double().clamp(min=0)
     open_ = room > 0
     exact = torch.zeros_like(room)
+    looks = size.device.type == "cpu" or size.shape[1] > _UNSEEN  # once all is shared out, more rounds change nothing
     for _ in range(size.shape[1]):
         pull = torch.where(open_, weight, 0)
         pull = torch.where(pull.sum(1, keepdim=True) > 0, pull, open_.double())
         share = left * pull / pull.sum(1, keepdim=True).clamp(min=torch.finfo(torch.double).tiny)
         full = open_ & (share >= room)
         exact = torch.where(open_, torch.minimum(share, room), exact)
-        if not bool(full.any()):
+        if looks and not bool(full.any()):
             break
         open_, left = open_ & ~full, left - torch.where(full, room, 0).sum(1, keepdim=True)
     whole = (exact + 1e-9).floor()
@@ -115,6 +122,19 @@ def best_in_groups(score: Tensor, group: Tensor, budget: Tensor, count: int) -> 
     """
     stays = rank_in_group(score, group) < budget.gather(1, group)
     return kernels.select(stays.float(), stays, numbers([count] * len(score), score.device), count)[0]
+
+
+def the_rest(chosen: Tensor, n: int) -> Tensor:
+    """(n - K,) long, ascending: the numbers from 0 to n - 1 without the K different ones that are `chosen`."""
+    rest = torch.ones(1, n, dtype=torch.bool, device=chosen.device).scatter(1, chosen[None], False)
+    left = n - len(chosen)
+    return kernels.select(rest.float(), rest, numbers([left], chosen.device), left)[0][0]
+
+
+def share_of(count: int, share: float, up: bool = False) -> int:
+    """A share of a number, as tensors of whole numbers would have it."""
+    exact = np.float32(count) * np.float32(share)
+    return int(np.ceil(exact)) if up else int(exact + np.float32(1e-6))
 
 
 def members(group: Tensor, groups: int) -> tuple[Tensor, Tensor]:

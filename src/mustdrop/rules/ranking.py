@@ -6,9 +6,6 @@ import torch
 from torch import Tensor
 
 from mustdrop import kernels
-from mustdrop.kernels.operation import OPERATIONS
-
-_SELECT = OPERATIONS["select"].reference
 
 
 def rank_descending(score: Tensor) -> Tensor:
@@ -42,6 +39,4 @@ def keep_best(
     Returns:
         (B, N) bool.
     """
-    if score.device.type == "cpu":  # there the call of an operation costs as much as what it does
-        return _SELECT(score, alive, count, 0, protected, importance)[1]  # type: ignore[no-any-return]
     return kernels.select(score, alive, count, 0, protected, importance)[1]

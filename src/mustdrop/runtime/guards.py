@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from mustdrop import kv
-from mustdrop.adapters.base import Modality
+from mustdrop.adapters.base import Adapter, Modality
 from mustdrop.compat import LinearAttentionLayer, Span, checkpoints_activations
-from mustdrop.errors import CacheStateError, ConfigError, UnsupportedOptionError
+from mustdrop.errors import CacheStateError, ConfigError, UnsupportedModelError, UnsupportedOptionError
+from mustdrop.pruners.vision_rules import PictureRule
 from mustdrop.runtime import attention_capture, tensor_parallel
 from mustdrop.runtime.masks_flex import FLEX
 
@@ -179,4 +180,14 @@ def pixels(name: str, values: Any, modality: Modality) -> None:
             f"{name} has shape {tuple(values.shape)}: a {modality.name} without "
             f"{'frames' if modality.name == 'video' else 'pixels'}. Leave {name} out of the call, and its "
             "tokens out of the prompt."
+        )
+
+
+def pictures(rule: object, adapter: Adapter) -> None:
+    """Raise `UnsupportedModelError` for a rule that changes pictures, and a family whose pictures it cannot change."""
+    if isinstance(rule, PictureRule) and adapter.fixed_pictures:
+        raise UnsupportedModelError(
+            f"{type(rule).__name__} resizes pictures, and those of the {adapter.name} family cannot be: "
+            f"{adapter.fixed_pictures} Give its processor a smaller picture (or its size argument), or use the nearest "
+            'method that works here: mustdrop.patch(model, "pooling", keep=...).'
         )

@@ -12,7 +12,6 @@ from mustdrop.pruners import PictureRule
 from mustdrop.runtime import attention_capture
 from mustdrop.runtime.calls import BASE, MODEL, TEXT, DirectForward, PrepareWrapper
 from mustdrop.runtime.generate import GenerateWrapper
-from mustdrop.runtime.language.deepstack import AdditionWrapper
 from mustdrop.runtime.language.recurrent import RowByRow
 from mustdrop.runtime.language.stage import AttentionCapture, LayerHook
 from mustdrop.runtime.vision.block_merging import BlockMergingHooks
@@ -26,7 +25,6 @@ from mustdrop.runtime.vision.encoder import (
 )
 from mustdrop.runtime.vision.features import FeaturesWrapper, MarksHook
 from mustdrop.runtime.vision.packed_hooks import PackedHooks
-from mustdrop.runtime.vision.picture_sizes import PicturesHook
 
 if TYPE_CHECKING:
     from mustdrop.runtime.session import Runtime
@@ -118,6 +116,8 @@ class Installation:
             for i in range(stage.last + 1):
                 self.handles += BlockMergingHooks(runtime.local, i).install(tower.blocks[i], tower.halves)
         if isinstance(stage.pruner.rule, PictureRule):
+            from mustdrop.runtime.vision.picture_sizes import PicturesHook
+
             self.handles.append(tower.module.register_forward_pre_hook(PicturesHook(runtime.local), with_kwargs=True))
         for i in stage.stated:
             self.handles.append(tower.blocks[i].register_forward_hook(StatesHook(stage, i)))
@@ -135,8 +135,11 @@ class Installation:
         for module in map(base.get_submodule, runtime.adapter.after_features):
             marks = MarksHook(local)
             self.handles += module.register_forward_pre_hook(marks.before), module.register_forward_hook(marks.after)
-        for name in runtime.adapter.additions:
-            self._override(runtime.text, name, AdditionWrapper(local, getattr(runtime.text, name)))
+        if runtime.adapter.additions:
+            from mustdrop.runtime.language.deepstack import AdditionWrapper
+
+            for name in runtime.adapter.additions:
+                self._override(runtime.text, name, AdditionWrapper(local, getattr(runtime.text, name)))
         for module in dict.fromkeys((runtime.model, runtime.base)):
             if hasattr(module, _PREPARE):
                 self._override(module, _PREPARE, PrepareWrapper(runtime.calls, getattr(module, _PREPARE)))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mustdrop import kernels
+from mustdrop.constants import count_up
 from mustdrop.errors import UnsupportedOptionError
 from mustdrop.indices import PAD, on, take
 from mustdrop.runtime import masks_flex
@@ -226,7 +227,8 @@ def visible_keys(rows: Tensor, mask: Mask, queries: int, keys: int) -> tuple[Ten
     if isinstance(mask, BlockMask):
         return masks_flex.seen_by(mask, rows, keys), None
     if mask is None or mask.ndim == 2:
-        causal = torch.arange(keys, dtype=torch.long, device=rows.device) <= (rows + keys - queries)[..., None]
+        place = rows if keys == queries else rows + (keys - queries)
+        causal = count_up(1, keys, rows.device) <= place[..., None]
         return (causal if mask is None else causal & mask[:, None, :keys].bool()), None
     picked = take(mask.expand(rows.shape[0], -1, -1, -1), rows, 2)[..., :keys]
     if picked.dtype == torch.bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mustdrop.adapters.base import Adapter, Modality, Tower
-from mustdrop.compat import cache_of, require_supported_transformers
+from mustdrop.compat import cache_name, cache_of, require_supported_transformers
 from mustdrop.cost import EncoderCost, TextCost, linear_flops
 from mustdrop.errors import BudgetWarning, ConfigError, NothingDroppedWarning, UnsupportedModelError, warn
 from mustdrop.indices import HOST
@@ -27,8 +27,7 @@ from mustdrop.runtime.language.vision_tokens import last_token, valid_tokens, wo
 from mustdrop.runtime.ledger import Ledger, now
 from mustdrop.runtime.plan import RowPlan, plan_row, plan_rows
 from mustdrop.runtime.state import Call, Local, PromptOnHost
-from mustdrop.runtime.trace_builder import EndedCall
-from mustdrop.runtime.vision import packed_steps, picture_sizes
+from mustdrop.runtime.vision import packed_steps
 from mustdrop.runtime.vision.encoder import EncoderStage
 from mustdrop.runtime.vision.encoder_run import EncoderRun
 
@@ -43,6 +42,7 @@ class Runtime(Copied):
         self.model, self.adapter, self.method = model, adapter, method
         self.base = adapter.base(model)
         self.text: Any = adapter.text(model)
+        self.cache_name = cache_name(self.text)
         self.layers = adapter.decoder_layers(model)
         self.depth = len(self.layers)
         self.recurrent = frozenset(adapter.recurrent(model))
@@ -82,7 +82,7 @@ class Runtime(Copied):
         """
         pruner = self.method.vision
         found: dict[str, EncoderStage] = {}
-        picture_sizes.check(None if pruner is None else pruner.rule, self.adapter)
+        guards.pictures(None if pruner is None else pruner.rule, self.adapter)
         for modality in self.modalities:
             try:
                 tower = self.adapter.tower(self.model, modality.name)
@@ -217,6 +217,8 @@ class Runtime(Copied):
         """A call has ended well: keep its trace."""
         if call.prefill is None and self.ledger.newest is not None:  # a compiled step ran inside
             return
+        from mustdrop.runtime.trace_builder import EndedCall  # here: to patch a model takes no trace
+
         made = EndedCall.of(self, call)
         self.ledger.note(call.began, made)
         if self.method.waits or not self.method.drops:

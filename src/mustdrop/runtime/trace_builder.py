@@ -16,11 +16,11 @@ from mustdrop.indices import PAD, take
 from mustdrop.runtime.language import old_pictures
 from mustdrop.runtime.records import Prefill
 from mustdrop.runtime.state import Call
-from mustdrop.trace import Trace
 
 if TYPE_CHECKING:
     from mustdrop.runtime.session import Runtime
     from mustdrop.runtime.vision.encoder_run import EncoderRun
+    from mustdrop.trace import Trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +139,8 @@ class EndedCall:
     @functools.cached_property
     def trace(self) -> Trace:
         """The trace of the call."""
+        from mustdrop.trace import Trace  # here: to patch a model takes no trace
+
         prefill, depth = self.prefill, self.depth
         rows: list[Tensor | None] = prefill.rows or [None] * (depth + 1)
         alive = _alive(prefill, rows)

@@ -94,7 +94,7 @@ class Tuning:
         out.add_column("method", no_wrap=True)
         timed = any(c.time is not None for c in self.candidates)
         out.add_column("knobs", justify="right", no_wrap=True)
-        for header in ("seen", "agrees", "KL", "equal tokens", "FLOPs", "KV", *(["time"] if timed else [])):
+        for header in ("seen", "agrees", "KL", "tokens per layer", "FLOPs", "KV", *(["time"] if timed else [])):
             out.add_column(header, justify="right")
         usable = [c for c in self.candidates if not c.refused]
         for c in usable[:rows]:

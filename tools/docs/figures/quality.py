@@ -1,7 +1,8 @@
 """Draw docs/images/quality*.png from benchmarks/results/quality.json: `python tools/docs/figures/quality.py`.
 
-Two figures: accuracy against what was processed, and against what was computed. A few methods are in colour, the others
-are grey; the table beside the figure has them all.
+Methods that were measured again, on the same questions, are drawn as of the newer run (quality_fixed.json). Two
+figures: accuracy against what was processed, and against what was computed. A few methods are in colour, the others are
+grey; the table beside the figure has them all.
 """
 
 from __future__ import annotations
@@ -99,13 +100,25 @@ def _cheapest(shown: Mapping[str, Sequence[tuple[float, float]]]) -> str:
     )
 
 
+def merged(record: Mapping[str, Any], newer: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with the rows of the methods that a newer run measured again, on the same questions."""
+    same = ("seeds", "types", "scenes_per_seed", "split")
+    if any(record[name] != newer[name] for name in same):
+        raise SystemExit(f"the newer run has other questions: {[name for name in same if record[name] != newer[name]]}")
+    again = {row["method"] for row in newer["rows"]}
+    return {**record, "rows": [row for row in record["rows"] if row["method"] not in again] + newer["rows"]}
+
+
 def main() -> None:
     """Write the pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--result", type=Path, default=ROOT / "benchmarks" / "results" / "quality.json")
+    newer = ROOT / "benchmarks" / "results" / "quality_fixed.json"
+    parser.add_argument("--newer", type=Path, default=newer, help="a run of some methods on the same questions")
     parser.add_argument("--out", type=Path, default=TARGET)
     options = parser.parse_args()
-    record = json.loads(options.result.read_text(encoding="utf-8"))
+    read = [json.loads(path.read_text(encoding="utf-8")) for path in (options.result, options.newer)]
+    record = merged(*read)
     for cost, path in (("equal_tokens", options.out), ("flops", options.out.with_stem(f"{options.out.stem}-flops"))):
         draw(record, cost).savefig(path, dpi=DPI)
         print(f"wrote {path}")

@@ -1,4 +1,4 @@
-"""Accuracy against equal tokens, one panel per set-up."""
+"""Accuracy against average retained tokens per layer, one panel per set-up."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def draw(groups: Sequence[Group], path: Path) -> Figure:
-    """Draw scores over equal tokens: measured ones filled, published ones hollow at the tokens of their table.
+    """Draw scores over average retained tokens: measured ones filled, published ones hollow at their table's tokens.
 
     Args:
         groups: set-ups; those without any score and tokens are left out.
@@ -59,7 +59,7 @@ def _panel(axes: Any, group: Group) -> None:
             axes.plot(*zip(*told, strict=True), "o--", color=f"C{i}", fillstyle="none", label=f"{name}, published")
     if group.unpruned is not None and group.unpruned.score is not None:
         axes.axhline(group.unpruned.score, color="grey", linewidth=0.8, linestyle=":")
-    axes.set_xlabel("equal tokens (mean over the decoder layers)")
+    axes.set_xlabel("average retained tokens per layer")
     axes.set_ylabel(group.first.metric)
     axes.set_title(f"{group.first.title}, {group.first.model.name}", fontsize=10)
     axes.legend(fontsize=8)

@@ -15,7 +15,7 @@ BESIDE = (
     "setting", "same answer", "gained", "lost", "McNemar p", "right where a smaller picture fails", "and where it does",
     "prompt tokens", "answer tokens", "FLOPs of an answer",
 )  # fmt: skip
-HEADER = ("setting", "score", "retained", "equal tokens", "FLOPs", "KV", "prefill ms", "decode ms", "published")
+HEADER = ("setting", "score", "retained", "tokens per layer", "FLOPs", "KV", "prefill ms", "decode ms", "published")
 AVERAGES = ("model", "setting", "mean retained", "benchmarks")
 _NOTHING = "-"
 _FRAME = 3  # what a column takes beside its cells: a blank on both sides, and a line

@@ -85,7 +85,7 @@ def through(straight: Straight, function: Callable[..., Any], kwargs: dict[str, 
     """The text model's own forward between the two ends of a straight pass."""
     given = {**kwargs, "inputs_embeds": straight.arrive(kwargs["inputs_embeds"])}
     if straight.inner is not None:
-        give_cache(straight.runtime.text, given, straight.inner)
+        give_cache(given, straight.inner, straight.runtime.cache_name)
     output = function(**given)
     return output, straight.leave(output.last_hidden_state)
 

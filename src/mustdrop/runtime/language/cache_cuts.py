@@ -107,7 +107,9 @@ def _known(positions: Tensor, vision: Tensor, index: Tensor, ragged: bool) -> tu
 
 def _tables(values: list[Tensor]) -> np.ndarray:
     """(L, ...), or (1, ...) where it is the same tensor L times, for arithmetic without torch."""
-    return (values[0][None] if all(x is values[0] for x in values) else torch.stack(values)).numpy()
+    if all(x is values[0] for x in values):
+        return values[0].numpy()[None]
+    return torch.stack(values).numpy()
 
 
 def _chosen(decode: DecodeCachePruner, layers: list[Any], flags: Tensor, wanted: np.ndarray, slots: int) -> Tensor:

@@ -101,13 +101,17 @@ def _sight(forward: Forward, asked: AttentionCall, rows: Tensor, whole: bool) ->
     key = ("sight", id(rows), id(asked.given), asked.q.shape[2], asked.k.shape[2])
     if key not in forward.memo:
         sight = visible_keys(rows, asked.mask, asked.q.shape[2], asked.k.shape[2])
-        forward.memo[key] = (rows, asked.given, sight, _seeing(rows, sight[0]))
+        alone = asked.mask is None and asked.q.shape[2] == asked.k.shape[2]  # then padding, row -1, sees nothing
+        queries = sight[0].sum(1, dtype=torch.float32) if alone else _seeing(rows, sight[0])
+        forward.memo[key] = (rows, asked.given, sight, queries)
     return forward.memo[key][2:]  # type: ignore[no-any-return]
 
 
 def _own(forward: Forward, asked: AttentionCall, rows: Tensor) -> Tensor:
     """(B, R) long, the entry of each row's own token, -1 on padding."""
     before = asked.k.shape[2] - asked.q.shape[2]
+    if not before:
+        return rows
     key = ("own", id(rows), before)
     if key not in forward.memo:
         forward.memo[key] = (rows, (rows + before).masked_fill(rows == PAD, PAD))
@@ -135,7 +139,7 @@ def settle(decode: DecodeCachePruner, forward: Forward, later: LaterTokens) -> N
             each = own.expand(len(some), -1, -1).flatten(0, 1)
             total = answers.gathered(decode.scorer, given.flatten(0, 1), each).view_as(total)
         if decode.scorer.by_layer:
-            flags = stacked([held.candidates for held in _entries(later, layers, some)])
+            flags = stacked([held.candidates for held in _entries(forward, later, some)])
             mass = (mass * on(flags, mass.device)).sum(-1)
         for i, read, own_total, own_mass in zip(some, readings, total.unbind(), mass.unbind(), strict=True):
             layers[i].attended, layers[i].queries = own_total, read.queries
@@ -191,7 +195,7 @@ def after_prompt(decode: DecodeCachePruner | None, forward: Forward, later: Late
     settle(decode, forward, later)
     count = decode.counts(layers[0].totals).to(HOST)
     budgets = [count] * depth
-    entries = _entries(later, layers, range(depth))
+    entries = _entries(forward, later, range(depth))
     if decode.scorer.by_layer:
         seen = {key: own.candidates.sum(1) for key, own in {id(own): own for own in entries}.items()}
         held = torch.stack([seen[id(own)] for own in entries])
@@ -208,17 +212,21 @@ def after_prompt(decode: DecodeCachePruner | None, forward: Forward, later: Late
         layer.attended = layer.queries = None  # nothing is read any more
 
 
-def _entries(later: LaterTokens, layers: list[Any], which: Iterable[int]) -> list[CacheEntries]:
-    """What each of some layers holds; found once for those that hold the same."""
-    found: dict[Any, CacheEntries] = {}
+def _entries(forward: Forward, later: LaterTokens, which: Iterable[int]) -> list[CacheEntries]:
+    """What each of some layers holds; found once in a pass for those that hold the same."""
     out = []
     for i in which:
-        layer = layers[i]
-        key = (id(layer.positions), id(layer.vision), layer.slots, later.spans[i])
-        if key not in found:
-            parts = layer.slot_positions(), layer.slot_vision(), later.candidates(i, layer)
-            found[key] = CacheEntries(*(on(part, HOST) for part in parts))
-        out.append(found[key])
+        layer = forward.cache.layers[i]
+        held = layer.positions, layer.vision
+        key = ("entries", *map(id, held), layer.slots, later.spans[i])
+        if key not in forward.memo:
+            positions, vision = layer.slot_positions(), layer.slot_vision()
+            assert positions is not None, "a layer without entries"
+            assert vision is not None, "a layer without entries"
+            parts = positions, vision, later.seen_of(i, vision, positions)
+            # holding what describes them keeps their ids from being used again
+            forward.memo[key] = held, CacheEntries(*(on(part, HOST) for part in parts))
+        out.append(forward.memo[key][1])
     return out
 
 
@@ -268,4 +276,4 @@ def _sums(asked: AttentionCall, rows: Tensor) -> Received:
 
 def _seeing(rows: Tensor, visible: Tensor) -> Tensor:
     """(B, K) float32, how many of the rows see each key."""
-    return (visible & (rows != PAD)[..., None]).sum(1).float()
+    return (visible & (rows != PAD)[..., None]).sum(1, dtype=torch.float32)

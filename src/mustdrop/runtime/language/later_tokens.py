@@ -45,9 +45,14 @@ class LaterTokens:
 
     def candidates(self, i: int, layer: kv.Slots) -> Tensor:
         """(B, slots) bool, the vision entries of decoder layer `i` that such a token sees; the others are lost."""
-        vision, positions, span = layer.slot_vision(), layer.slot_positions(), self.spans[i]
+        vision, positions = layer.slot_vision(), layer.slot_positions()
         assert vision is not None, "a layer without entries"
         assert positions is not None, "a layer without entries"
+        return self.seen_of(i, vision, positions)
+
+    def seen_of(self, i: int, vision: Tensor, positions: Tensor) -> Tensor:
+        """As `candidates`, of the entries (B, slots) that are vision tokens, and their positions."""
+        span = self.spans[i]
         if span is None:
             return vision
         first = span.reach(self.end, self.padding)

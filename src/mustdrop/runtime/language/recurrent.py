@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mustdrop.compat import cache_of, eager, give_cache
+from mustdrop.compat import CACHE_NAMES, cache_of, eager, give_cache
 from mustdrop.errors import UnsupportedOptionError
 from mustdrop.indices import PAD, on
 from mustdrop.kv import PrunedState
@@ -76,7 +76,7 @@ class RowByRow:
                 continue
             own = {name: _of_row(value, b, missing, hidden) for name, value in kwargs.items()}
             own["attention_mask"] = None
-            give_cache(self, own, _with(cache, self.index, state.row(b)))  # type: ignore[arg-type]
+            give_cache(own, _with(cache, self.index, state.row(b)), CACHE_NAMES[0])
             out[b : b + 1, missing:] = self.function(hidden[b : b + 1, missing:], **own)
         return out
 

@@ -106,7 +106,7 @@ class TextStage(Copied):
         if kwargs.get("attention_mask") is not None:
             kwargs["attention_mask"] = columns(kwargs["attention_mask"], straight.length)
         if straight.inner is not None:
-            give_cache(module, kwargs, straight.inner)
+            give_cache(kwargs, straight.inner, self.runtime.cache_name)
         return (), kwargs
 
     def ahead(self) -> None:
@@ -161,7 +161,7 @@ class TextStage(Copied):
         wants = module.config.use_cache if wants is None else wants
         cache = kv.adopt(cache_of(kwargs), module.config, runtime.depth, bool(wants), guards.no_static(runtime))
         if cache is not None:
-            give_cache(module, kwargs, cache)
+            give_cache(kwargs, cache, runtime.cache_name)
         seen = embeds is not None and kinds is not None and self._has_vision(kinds)
         begins = self._begins(cache, tokens.shape[1], seen)
         forward = local.forward = Forward(tokens.shape[1], begins, tokens.shape[0], cache, flash=runtime.flash)
@@ -322,8 +322,9 @@ class TextStage(Copied):
         """Whether a layer may hold what comes without a copy. A static one that is whole hands out no room then."""
         if layer.lends:  # since an interrupt ended the pass that should have cut it
             layer.own()
-        fresh = isinstance(layer, kv.PrunedLayer | kv.PrunedStaticLayer) and not layer.is_initialized
-        if forward.start or i not in forward.lent or not fresh:
+        if forward.start or i not in forward.lent:
+            return False
+        if not isinstance(layer, kv.PrunedLayer | kv.PrunedStaticLayer) or layer.is_initialized:
             return False
         if isinstance(layer, kv.PrunedStaticLayer) and forward.rows is None:
             mask = kwargs.get("attention_mask")

@@ -22,16 +22,15 @@ from mustdrop.runtime.plan import rows_of_media
 from mustdrop.runtime.state import Call, Local
 from mustdrop.runtime.vision import fixed_counts, packed_steps
 from mustdrop.runtime.vision.block_merging import BlockMerging
-from mustdrop.runtime.vision.early_selection import EarlySelection
 from mustdrop.runtime.vision.encoder import EncoderStage
 from mustdrop.runtime.vision.encoder_run import EncoderRun
 from mustdrop.runtime.vision.fixed_counts import FeatureCounts
 from mustdrop.runtime.vision.marks import FeatureMarks, decide, must_remain
-from mustdrop.runtime.vision.picture_sizes import SmallerPictures
 from mustdrop.runtime.vision.selection import FeatureChoice, VisionSelector, Weigher, patches_left, stacked
 
 if TYPE_CHECKING:
     from mustdrop.runtime.session import Runtime
+    from mustdrop.runtime.vision.picture_sizes import SmallerPictures
 
 T = TypeVar("T")
 
@@ -127,6 +126,8 @@ class FeaturesWrapper:
             chooser.fixed = functools.partial(_choose_fixed, counts)
         early = None
         if chooser is not None and chooser.rule.space == "encoder":
+            from mustdrop.runtime.vision.early_selection import EarlySelection
+
             early = EarlySelection(chooser, stage.tower, runtime.adapter.read_layers(runtime.model, kind, arguments))
             run.leave = early
         shrunk = self._shrunk(stage, run, layouts, most, arguments)
@@ -310,6 +311,8 @@ class FeaturesWrapper:
         fewer = any(0 < n < layout.size for n, layout in zip(most, layouts, strict=True))
         if not isinstance(rule, PictureRule) or not fewer:
             return None
+        from mustdrop.runtime.vision.picture_sizes import SmallerPictures
+
         runtime, kind = self.runtime, self.modality.name
         item = 0 if stage.tower.packed else math.prod(runtime.adapter.encoder_grid(runtime.model, kind, arguments))
         return SmallerPictures(rule, runtime.adapter, runtime.model, kind, layouts, most, item, run)

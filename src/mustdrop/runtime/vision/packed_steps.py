@@ -19,7 +19,6 @@ from mustdrop.runtime.attention_capture import implementation_of
 from mustdrop.runtime.vision.encoder_run import EncoderRun
 from mustdrop.runtime.vision.marks import FeatureMarks, merge_behind
 from mustdrop.runtime.vision.packed import Decision, Packed
-from mustdrop.runtime.vision.padded import Padded
 
 if TYPE_CHECKING:
     from mustdrop.runtime.vision.encoder import EncoderStage
@@ -157,9 +156,11 @@ class PackedSteps:
             pixel_rows: (P,) long, the row of pixels that each patch is made of; None: in the same order.
         """
         run, stage = self.run, self.stage
-        packed = (
-            Padded(cells, attention=implementation_of(stage.tower.blocks[0])) if stage.tower.padded else Packed(cells)
-        )
+        packed = Packed(cells)
+        if stage.tower.padded:
+            from mustdrop.runtime.vision.padded import Padded
+
+            packed = Padded(cells, attention=implementation_of(stage.tower.blocks[0]))
         if run.gone is not None and bool(run.gone.any()):
             packed.add(0, lambda states: (torch.where(_gone(run), -1, packed.owner), None))
             lost = cells[run.gone]

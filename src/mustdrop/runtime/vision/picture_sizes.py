@@ -8,25 +8,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mustdrop.adapters.base import Adapter
-from mustdrop.errors import MustDropError, UnsupportedModelError
+from mustdrop.constants import sent
+from mustdrop.errors import MustDropError
 from mustdrop.layout import Layout
 from mustdrop.pruners import PictureRule
 from mustdrop.runtime.state import Local
 from mustdrop.runtime.vision.encoder_run import EncoderRun
-
-
-def check(rule: object, adapter: Adapter) -> None:
-    """Raise `UnsupportedModelError` for a rule that changes pictures, and a family whose pictures it cannot change."""
-    if isinstance(rule, PictureRule) and adapter.fixed_pictures:
-        raise UnsupportedModelError(
-            f"{type(rule).__name__} resizes pictures, and those of the {adapter.name} family cannot be: "
-            f"{adapter.fixed_pictures} Give its processor a smaller picture (or its size argument), or use the nearest "
-            'method that works here: mustdrop.patch(model, "pooling", keep=...).'
-        )
 
 
 @dataclass
@@ -80,16 +72,19 @@ class SmallerPictures:
         for i, (layout, most) in enumerate(zip(self.layouts, self.most, strict=True)):
             if not layout.size or most >= layout.size:
                 continue
-            patches = layout.patches[~layout.structural, 0]
-            rows = patches // self.item if self.item else torch.full_like(patches, i)
-            items = torch.unique(rows).to(pixels.device)
-            if len(items) and int(items[-1]) >= len(pixels):
+            patches = layout.patch_table[~layout.gaps, 0]
+            items = np.unique(patches // self.item) if self.item else np.array([i])
+            if not len(items):
+                continue
+            if items[-1] >= len(pixels):
                 raise MustDropError(
-                    f"the {self.adapter.name} adapter expects {int(items[-1]) + 1} pictures at its encoder, which got "
+                    f"the {self.adapter.name} adapter expects {items[-1] + 1} pictures at its encoder, which got "
                     f"{len(pixels)}: they cannot be told apart to be resized."
                 )
+            alone = items[-1] - items[0] + 1 == len(items)  # one after the other
+            which = slice(items[0], items[-1] + 1) if alone else sent(items, pixels.device)
             out = out.clone() if out is pixels else out
-            out[items] = self.rule.blurred(pixels[items], (most / layout.size) ** 0.5)
+            out[which] = self.rule.blurred(pixels[which], (most / layout.size) ** 0.5)
         return out
 
     def _smaller(self, layout: Layout, most: int) -> tuple[int, int, int]:

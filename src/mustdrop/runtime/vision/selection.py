@@ -334,8 +334,10 @@ def places(layout: Layout) -> np.ndarray:
 
 def stacked(layouts: Sequence[Layout]) -> np.ndarray:
     """(F, k) encoder patches of the features of all media, -1 fills up."""
-    width = max((layout.patches.shape[1] for layout in layouts), default=1)
     tables = [layout.patch_table for layout in layouts]
+    width = max((table.shape[1] for table in tables), default=1)
+    if tables and all(table.shape[1] == width for table in tables):
+        return tables[0] if len(tables) == 1 else np.concatenate(tables)
     return np.concatenate([np.pad(t, ((0, 0), (0, width - t.shape[1])), constant_values=-1) for t in tables])
 
 

@@ -1,0 +1,53 @@
+"""The table of the first token where patches leave a packed encoder, from benchmarks/results/packed-encoder.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Table = Callable[..., str]
+AIM = 0.9  # of the FLOPs ratio
+
+
+def rows(record: Mapping[str, Any], table: Table) -> str:
+    """What was run, then one row per way and budget, and which rows miss the aim."""
+    lines = [
+        (
+            row["method"].replace("behind the encoder", "after the encoder"),
+            f"{row['keep']:.0%}",
+            f"{row['entering']} of {row['tokens']}",
+            f"{row['flops_ratio']:.2f}",
+            _ratio(row["speed_up"]),
+            f"{row['share_of_it']:.0%}",
+            f"{row['encoder_flops_ratio']:.2f}",
+            _ratio(row["encoder_speed_up"]),
+        )
+        for row in record["rows"]
+    ]
+    header = ("what drops", "`keep`", "retained", "first token: FLOPs ratio", "speed-up", "of the FLOPs ratio")
+    return (
+        _setting(record) + "\n\n" + table((*header, "encoder: FLOPs ratio", "speed-up"), lines) + "\n\n" + _met(record)
+    )
+
+
+def _met(record: Mapping[str, Any]) -> str:
+    missed = [row for row in record["rows"] if row["share_of_it"] < AIM]
+    names = "; ".join(f"{row['method']} at {row['keep']:.0%}" for row in missed)
+    met = len(record["rows"]) - len(missed)
+    return f"{met} of {len(record['rows'])} rows reach {AIM:.0%} of their FLOPs ratio" + (
+        f"; not: {names}." if missed else "."
+    )
+
+
+def _setting(record: Mapping[str, Any]) -> str:
+    versions, commit = record["versions"], str(record["commit"])[:10] + (" (dirty tree)" if record["dirty"] else "")
+    return (
+        f"`{record['model']}` ({record['patches']} patches), random weights, float32, {record['threads']} thread; "
+        f"medians and quartiles of {record['pairs']} pairs of runs side by side, in processor time. "
+        f"{record['hardware']}, load {record['load_average']:.1f} at the start, torch {versions['torch']}, "
+        f"transformers {versions['transformers']}, {record['date']}, commit {commit}."
+    )
+
+
+def _ratio(spread: Mapping[str, float]) -> str:
+    return f"{spread['median']:.2f} ({spread['q1']:.2f} to {spread['q3']:.2f})"
