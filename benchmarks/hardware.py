@@ -10,7 +10,7 @@ from torch import nn
 from transformers import DynamicCache, LlavaForConditionalGeneration
 
 from benchmarks.common import Clock, significant, spread
-from mustdrop.compat import give_cache
+from mustdrop.compat import cache_name, give_cache
 from mustdrop.cost import linear_flops
 
 
@@ -26,7 +26,7 @@ def bare(model: Any, lengths: Sequence[int], clock: Clock, batch: int = 1) -> fl
     for layer, n in zip(text.layers, lengths, strict=True):
         cut = tuple(table[..., :n, :] for table in rotary)
         arguments: dict[str, Any] = {"position_ids": position_ids[:, :n], "position_embeddings": cut, "use_cache": True}
-        give_cache(layer, arguments, cache)
+        give_cache(arguments, cache, cache_name(layer))
         hidden = layer(hidden[:, :n], **arguments)
     return clock() - start
 
