@@ -71,12 +71,22 @@ def test_the_line_of_the_page_that_names_a_model_on_purpose(folder, monkeypatch)
         ({"enable_lora": True, "enable_tower_connector_lora": True}, "tower"),
         ({"compilation_config": {"cudagraph_mm_encoder": True}}, "cudagraph_mm_encoder"),
         ({"compilation_config": {"compile_mm_encoder": True}}, "compile_mm_encoder"),
-        ({"mm_encoder_tp_mode": "data", "tensor_parallel_size": 2}, "mm-encoder-tp-mode data"),
     ],
 )
 def test_options(folder, options, name):
     with pytest.raises((UnsupportedOptionError, ValueError), match=name):
         configure(folder, {"method": "fastervlm", "keep": 9}, **options)
+
+
+def test_encoders_that_each_see_some_of_the_images(tmp_path):
+    """No process has the attention of all; features are handed over. LLaVA has no such encoders in vLLM."""
+    tiny.save("qwen2_5_vl", tmp_path)
+    options = {"architecture": "MustDropQwen2_5_VLForConditionalGeneration", "mm_encoder_tp_mode": "data"}
+    options |= {"tensor_parallel_size": 2}
+    with pytest.raises((UnsupportedOptionError, ValueError), match="mm-encoder-tp-mode data"):
+        configure(tmp_path, {"method": "hiprune", "keep": 9}, **options)
+    found = configure(tmp_path, {"method": "divprune", "keep": 9}, **options)
+    assert found.model_config.multimodal_config.mm_encoder_tp_mode == "data"
 
 
 def test_settings_that_are_wrong(folder):
