@@ -17,6 +17,7 @@ from mustdrop.kernels.reference import head_parts
 from mustdrop.kernels.triton.common import (
     FUSED,
     LOG2E,
+    TIGHT,
     base2,
     broadcast,
     combined,
@@ -313,10 +314,11 @@ def launch(
     split = head_splits > 1 and not sums
     parts = q.new_empty(head_splits, batch, count, width, dtype=torch.float32) if split else out
     bt = min(16 if widest else small, p2(count, 16))
+    crowded = (exact and bd > 64) or (TIGHT and (bd > 128 or (sums and not wide)))
     _scores[(key_blocks, head_splits, batch)](
         q, k, rows, seen, added, lse, parts, scale, cap, count, keys, first, key_splits, groups_per, *strides, groups,
         BT=bt, BN=bn, ROWS=as_rows or split, SUMS=sums, STAGES=2 if per_group > 1 else 1,
-        num_warps=8 if exact and bd > 64 else 4, **common,
+        num_warps=8 if crowded else 4, **common,
     )  # fmt: skip
     if split:
         bs, bn = p2(head_splits), 32 if triton.cdiv(width, 32) * batch >= many else 8

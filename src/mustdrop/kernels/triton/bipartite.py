@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mustdrop.kernels.operation import OPERATIONS
 from mustdrop.kernels.reference_merging import CHAINED, NARROW, SCANNED
-from mustdrop.kernels.triton.common import FUSED, p2, plain
+from mustdrop.kernels.triton.common import FUSED, TIGHT, p2, plain
 from mustdrop.kernels.triton.matching import best_match
 from mustdrop.kernels.triton.selecting import MOST, ordered, threshold_of
 
@@ -170,9 +170,10 @@ def bipartite_slots(
         where = x.new_empty(batch, sources, dtype=torch.long)
         block = p2(channels, 16)
         heads, step = (1, 0) if x.ndim == 3 else (x.shape[1], x.stride(1))
+        fits = block <= 128 and (block == channels or not TIGHT)
         _closest[(triton.cdiv(sources, 16), batch)](
             x, lengths, best, where, n, channels, heads, x.stride(0), step, x.stride(-2), BM=16,
-            BN=32 if block <= 128 else 16, BC=block, RAGGED=ragged, num_warps=4, num_stages=2, **FUSED,
+            BN=32 if fits else 16, BC=block, RAGGED=ragged, num_warps=4, num_stages=2, **FUSED,
         )  # fmt: skip
     _slots[(batch,)](
         best, where, numbers, lengths, slot, n, number, protected, BS=p2(sources, 16), RAGGED=ragged,

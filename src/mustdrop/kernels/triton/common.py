@@ -16,10 +16,13 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from packaging.version import Version
 from torch import Tensor
 
 LOG2E = 1.4426950408889634
 FUSED: dict[str, Any] = {"enable_fp_fusion": True}
+# From triton 3.8 on the same tiles take more registers: what was at the limit before gets smaller ones, or more warps.
+TIGHT = Version(triton.__version__) >= Version("3.8")
 
 
 def p2(n: int, least: int = 1) -> int:

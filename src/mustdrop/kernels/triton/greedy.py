@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mustdrop.kernels.operation import OPERATIONS
-from mustdrop.kernels.triton.common import FUSED, p2, plain, precision
+from mustdrop.kernels.triton.common import FUSED, TIGHT, p2, plain, precision
 
 MOST = 16384  # candidates per row; the similarities of so many are 1 GiB
 TILE = 4096  # candidates that a program looks at together
@@ -286,7 +286,7 @@ def greedy_determinant(
         _determinant[(x.shape[0],)](
             cosines(x), quality.float().contiguous(), left, factor, *_given(picks, candidates, counts), picks,
             x.shape[1], count, NO_VOLUME, CANDIDATES=candidates is not None, COUNTS=counts is not None, BN=block,
-            BS=max(1, rows // 2), num_warps=warps, num_stages=1, **FUSED,
+            BS=max(1, rows // (4 if TIGHT else 2)), num_warps=warps, num_stages=1, **FUSED,
         )  # fmt: skip
     return picks
 
