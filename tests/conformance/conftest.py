@@ -14,7 +14,8 @@ FILES = ("test_families.py", "test_family_weights.py", "test_family_compiles.py"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--support", type=Path, help="write the outcomes of the family tests to this file")
-    parser.addoption("--support-more", action="store_true", help="keep what the file knows of families that do not run")
+    more = "keep what the file knows of families and tests that do not run"
+    parser.addoption("--support-more", action="store_true", help=more)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,6 +51,8 @@ class Support:
             result = {"what": what, **now, "outcomes": dict(sorted(self.outcomes.items()))}
         else:  # the head tells of the first run, and `later` of each family that ran since
             later = {name: {"commit": now["commit"], "date": now["date"]} for name in self.outcomes}
-            outcomes = dict(sorted((self.known["outcomes"] | self.outcomes).items()))
+            known = self.known["outcomes"]
+            outcomes = {case: known.get(case, {}) | self.outcomes.get(case, {}) for case in {**known, **self.outcomes}}
+            outcomes = dict(sorted(outcomes.items()))
             result = self.known | {"later": self.known.get("later", {}) | later, "outcomes": outcomes}
         self.path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
