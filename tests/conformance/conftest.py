@@ -49,10 +49,15 @@ class Support:
         if self.known is None:
             what = "which family passed which conformance test, on its tiny configuration"
             result = {"what": what, **now, "outcomes": dict(sorted(self.outcomes.items()))}
-        else:  # the head tells of the first run, and `later` of each family that ran since
-            later = {name: {"commit": now["commit"], "date": now["date"]} for name in self.outcomes}
-            known = self.known["outcomes"]
+        else:  # the head tells of the first run; `later` of each family, and of each test, that ran since
+            origin = {"commit": now["commit"], "date": now["date"]}
+            known, later = self.known["outcomes"], dict(self.known.get("later", {}))
+            tests = dict(self.known.get("later_tests", {}))
+            for case, own in self.outcomes.items():
+                if known.get(case, {}).keys() <= own.keys():
+                    later[case] = origin
+                else:
+                    tests |= dict.fromkeys(own, origin)
             outcomes = {case: known.get(case, {}) | self.outcomes.get(case, {}) for case in {**known, **self.outcomes}}
-            outcomes = dict(sorted(outcomes.items()))
-            result = self.known | {"later": self.known.get("later", {}) | later, "outcomes": outcomes}
+            result = self.known | {"later": later, "later_tests": tests, "outcomes": dict(sorted(outcomes.items()))}
         self.path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -79,11 +79,13 @@ def render(record: Mapping[str, Any], table: Callable[..., str]) -> str:
 
 
 def _later(record: Mapping[str, Any]) -> str:
-    """Families that ran by themselves, at a later commit."""
+    """Families, and columns, that ran by themselves at a later commit."""
     found: dict[str, list[str]] = {}
-    for case, origin in record.get("later", {}).items():
-        family, names = case.rsplit("-", 1)[0], found.setdefault(str(origin["commit"])[:10], [])
-        if family not in names:
-            names.append(family)
-    told = (f"{', '.join(f'`{name}`' for name in sorted(names))} at {commit}" for commit, names in found.items())
-    return "".join(f"; {line}" for line in told)
+    ran = [(f"`{case.rsplit('-', 1)[0]}`", origin) for case, origin in record.get("later", {}).items()]
+    tests = record.get("later_tests", {})
+    ran += [(f"*{column}*", tests[test]) for column, its in SUPPORT.items() for test in its if test in tests]
+    for name, origin in ran:
+        names = found.setdefault(str(origin["commit"])[:10], [])
+        if name not in names:
+            names.append(name)
+    return "".join(f"; {', '.join(sorted(names))} at {commit}" for commit, names in found.items())
