@@ -49,6 +49,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1"}
 EVERY_FAMILY = "tests/methods/test_every_family.py"
 FAMILIES = ("tests/conformance", EVERY_FAMILY)
 SLIDING = "tests/conformance/test_sliding_windows.py"
+FLEX = "tests/conformance/test_flex_attention.py"
 KERNELS = ("tests/kernels", "tests/test_compile.py")
 # The evaluation tools of others, and what of their many requirements our tests run. They are installed without the
 # rest, which would bring another torch.
@@ -69,7 +70,7 @@ def tests(session: nox.Session) -> None:
 def backends(session: nox.Session) -> None:
     """Run what `tests` leaves out: every method on every family, against the oracle under every attention backend."""
     install(session, "-e", ".[dev]")
-    session.run("pytest", "-n", "2", EVERY_FAMILY, SLIDING, "--breadth", "more", *session.posargs, env=OFFLINE)
+    session.run("pytest", "-n", "2", EVERY_FAMILY, SLIDING, FLEX, "--breadth", "more", *session.posargs, env=OFFLINE)
 
 
 @nox.session

@@ -1,6 +1,7 @@
 """Flex attention: its masks are functions, and what they say of the rows and slots that are left is what counts.
 
-The oracle runs sdpa. The kernel runs without a compiler: see tests/support/eager_flex.py.
+The masked reference runs sdpa. The kernel runs without a compiler: see tests/support/eager_flex.py. Families take turns
+at four tests of the default run; `--breadth more` (`nox -s backends`) runs all four for each.
 """
 
 from __future__ import annotations
@@ -50,7 +51,20 @@ KNOWN = [
 ]
 FAMILIES = [(name, kind) for name, kind in KNOWN if not registry()[name].lacks]
 LACKING = [pair for pair in KNOWN if pair not in FAMILIES]
-each = pytest.mark.parametrize(("name", "kind"), FAMILIES, ids=map("-".join, FAMILIES))
+IN_TURN = (
+    "test_a_family_keeps_all_bit_for_bit",
+    "test_a_familys_row_is_what_it_is_alone",
+    "test_a_familys_second_turn",
+    "test_a_family_evicts_while_decoding",
+)
+
+
+def pytest_generate_tests(metafunc):
+    test = metafunc.function.__name__
+    if test in IN_TURN:
+        few = metafunc.config.getoption("--breadth") == "turns"
+        due = [pair for i, pair in enumerate(FAMILIES) if not few or i % len(IN_TURN) == IN_TURN.index(test)]
+        metafunc.parametrize(("name", "kind"), due, ids=map("-".join, due))
 
 
 def masked(variant, images, setup, **options):
@@ -147,7 +161,6 @@ def test_encoder_and_language_model_may_differ():
 # -- every family that runs -------------------------------------------------------------------------------------------
 
 
-@each
 def test_a_family_keeps_all_bit_for_bit(name, kind):
     rows = ((kind,), (), (kind, kind))
     model = mustdrop.patch(
@@ -162,7 +175,6 @@ def test_a_family_keeps_all_bit_for_bit(name, kind):
     assert torch.equal(ours.logits, answer(families.clone(name, FLEX), inputs).logits)
 
 
-@each
 def test_a_familys_row_is_what_it_is_alone(name, kind):
     pruners = {**families_setup(), "decode": DecodeCachePruner()}
     adapter, model, rows = (
@@ -176,7 +188,6 @@ def test_a_familys_row_is_what_it_is_alone(name, kind):
         assert distance(alone.logits[0], together.logits[r]) <= TOLERANCE
 
 
-@each
 def test_a_familys_second_turn(name, kind):
     conversations.skip_where_backends_differ(name, kind, _flex_of(name))
     both = conversations.compare_two_turns(name, kind, FLEX, **families_setup(), decode=DecodeCachePruner())
@@ -193,7 +204,6 @@ def _flex_of(name):
     return lambda: families.clone(name, FLEX)
 
 
-@each
 def test_a_family_evicts_while_decoding(name, kind):
     families.assert_dropping_equals_masking(
         name,
