@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
 
 from eval import folders
 from mustdrop.errors import ConfigError
+from mustdrop.eval.engine import load
 from mustdrop.eval.journal import Journal
 from mustdrop.eval.processes import Share, share
 from mustdrop.eval.result import EvalResult
@@ -67,7 +69,8 @@ def lines(out):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_again_and_again(undisturbed, tmp_path, monkeypatch):
-    """The processes are forks of this one, which spares them the imports.
+    """The processes are forks of this one, which spares them the imports. The model is loaded before: transformers does
+    that in threads, and those of torch do not survive a fork.
 
     Each is killed when it has written an eighth of the journal and a little. It pauses after each batch, so that it
     cannot reach the end while a busy machine keeps this process waiting.
@@ -77,12 +80,15 @@ def test_killed_again_and_again(undisturbed, tmp_path, monkeypatch):
     settings = Settings(
         "scenes", dtype="float32", knobs={"keep": 128}, limit=NUMBER, batch_size=2, workers=1, out=tmp_path
     )
+    loaded = load(None, "float32", None)
     for _ in range(4):
         child = os.fork()
         if child == 0:
             try:
                 monkeypatch.setattr(Journal, "write", slowly(Journal.write))
-                evaluate(settings)
+                evaluate(settings, loaded=loaded)
+            except BaseException:
+                traceback.print_exc()  # nobody else hears of it
             finally:
                 os._exit(0)  # nothing of pytest runs in here
         enough = size(journal) + step + rng.randrange(step // 2)
