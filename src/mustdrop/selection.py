@@ -57,7 +57,7 @@ class Selection:
     @classmethod
     def merged(cls, keep: Tensor, into: Tensor, weight: Tensor | None = None) -> Selection:
         """Survivors `keep` (B, M) that become the mean of what joins them as `into` (B, N) says, by `weight` (B, N)."""
-        return cls(keep, None, into, lambda x: kernels.merge_tokens(x, into, keep.shape[1], weight))  # type: ignore[arg-type]
+        return cls(keep, merge_into=into, blend=lambda x: kernels.merge_tokens(x, into, keep.shape[1], weight))
 
     @classmethod
     def from_mask(cls, alive: Tensor, order: Tensor | None = None) -> Selection:
