@@ -68,7 +68,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def backends(session: nox.Session) -> None:
-    """Run what `tests` leaves out: every method on every family under every attention backend, windows, flex attention."""
+    """Run what `tests` leaves out: every method, family and attention backend; sliding windows; flex attention."""
     install(session, "-e", ".[dev]")
     session.run("pytest", "-n", "2", EVERY_FAMILY, SLIDING, FLEX, "--breadth", "more", *session.posargs, env=OFFLINE)
 
