@@ -75,7 +75,11 @@ def backends(session: nox.Session) -> None:
 
 @nox.session
 def product(session: nox.Session) -> None:
-    """Run every test of every method on every family under every attention backend, and write down the outcomes."""
+    """Run every test of every method on every family under every attention backend, and write down the outcomes.
+
+    Three hours of a core. In parts: `-- -k sdpa`, then `-- -k eager --product-more`, `-- -k flash_attention_2
+    --product-more`.
+    """
     install(session, "-e", ".[dev]")
     out = "benchmarks/results/product.json"
     breadth = ("--breadth", "product", "--product", out)

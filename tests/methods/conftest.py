@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,12 +16,20 @@ FILE = "test_every_family.py"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--product", type=Path, help="write the outcomes of family x method x backend to this file")
+    parser.addoption(
+        "--product-more",
+        action="store_true",
+        help="add to that file: it is of this commit, and of other backends (`-k sdpa`), for a run in parts",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--product", default=None)
     if path is not None and not hasattr(config, "workerinput"):  # with xdist only the controller sees all reports
-        config.pluginmanager.register(Product(path, config.getoption("--breadth")))
+        product = Product(path, config.getoption("--breadth"))
+        if config.getoption("--product-more"):
+            product.take_up(json.loads(path.read_text(encoding="utf-8")))
+        config.pluginmanager.register(product)
 
 
 class Product:
@@ -31,6 +40,23 @@ class Product:
         self.passed: Counter[tuple[str, str]] = Counter()
         self.per_test: Counter[tuple[str, str]] = Counter()
         self.rest: dict[tuple[str, str], dict[str, list[str]]] = {}
+
+    def take_up(self, earlier: dict[str, Any]) -> None:
+        """Go on from what an earlier part of the run wrote down."""
+        known = provenance(0)
+        for key in ("commit", "dirty", "versions"):
+            if earlier[key] != known[key]:
+                raise pytest.UsageError(
+                    f"--product-more adds to a file of the same {key}; {self.path} has {earlier[key]}, this is "
+                    f"{known[key]}. Run it anew without --product-more."
+                )
+        for test, outcomes in earlier["tests"].items():
+            self.per_test.update({(test, outcome): number for outcome, number in outcomes.items()})
+        for family, methods in earlier["pairs"].items():
+            for method, entry in methods.items():
+                self.passed[family, method] = entry if isinstance(entry, int) else entry["passed"]
+                if not isinstance(entry, int):
+                    self.rest[family, method] = entry["rest"]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if f"/{FILE}::" not in report.nodeid or (report.when != "call" and report.outcome == "passed"):
