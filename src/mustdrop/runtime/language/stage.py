@@ -28,7 +28,6 @@ from mustdrop.runtime.language.attention_call import AttentionCall
 from mustdrop.runtime.language.fixed_rows import FixedRows
 from mustdrop.runtime.language.later_tokens import LaterTokens
 from mustdrop.runtime.language.layer_arguments import LayerArguments, arrival
-from mustdrop.runtime.language.straight_pass import columns
 from mustdrop.runtime.language.vision_tokens import VisionTokens
 from mustdrop.runtime.masks_flex import Mask
 from mustdrop.runtime.records import Prefill
@@ -104,7 +103,7 @@ class TextStage(Copied):
             return self._before_text(module, args, kwargs)
         kwargs = {**kwargs, "inputs_embeds": straight.arrive(kwargs["inputs_embeds"])}
         if kwargs.get("attention_mask") is not None:
-            kwargs["attention_mask"] = columns(kwargs["attention_mask"], straight.length)
+            kwargs["attention_mask"] = straight.columns(kwargs["attention_mask"])
         if straight.inner is not None:
             give_cache(kwargs, straight.inner, self.runtime.cache_name)
         return (), kwargs
