@@ -3,7 +3,7 @@
 With a number for the budget, how many tokens enter the language model and how many each filter leaves follows from the
 prompt's shape. Which ones is then decided where the attention is, with one `select` per choice, and nothing waits: the
 host knows the shapes and asks for nothing else. Where the data decide how many stay (thresholds, the rank rule, the
-released code), the host has to look, and `mustdrop.runtime.language.stage` goes its other way.
+released code), the host has to look, and `mustdrop.runtime.language.decoder_layers` goes its other way.
 """
 
 from __future__ import annotations
