@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from mustdrop.layout import Layout
 from mustdrop.plain import PlainStage
 from mustdrop.runtime.vision.encoder_run import EncoderRun
-from mustdrop.runtime.vision.selection import FeatureChoice, stacked
+from mustdrop.runtime.vision.feature_tables import stacked
+from mustdrop.runtime.vision.selection import FeatureChoice
 
 
 def gathered(x: Tensor, dim: int) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mustdrop.adapters.base import Tower
 from mustdrop.constants import sent
-from mustdrop.runtime.vision.selection import FeatureChoice, VisionSelector, owners, plain, stacked
+from mustdrop.runtime.vision.feature_tables import owners, plain, stacked
+from mustdrop.runtime.vision.selection import FeatureChoice, VisionSelector
 
 
 @dataclass

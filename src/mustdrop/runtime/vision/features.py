@@ -24,9 +24,10 @@ from mustdrop.runtime.vision import fixed_counts, packed_steps
 from mustdrop.runtime.vision.block_merging import BlockMerging
 from mustdrop.runtime.vision.encoder import EncoderStage
 from mustdrop.runtime.vision.encoder_run import EncoderRun
+from mustdrop.runtime.vision.feature_tables import patches_left, stacked
 from mustdrop.runtime.vision.fixed_counts import FeatureCounts
 from mustdrop.runtime.vision.marks import FeatureMarks, decide, must_remain
-from mustdrop.runtime.vision.selection import FeatureChoice, VisionSelector, Weigher, patches_left, stacked
+from mustdrop.runtime.vision.selection import FeatureChoice, VisionSelector, Weigher
 
 if TYPE_CHECKING:
     from mustdrop.runtime.session import Runtime

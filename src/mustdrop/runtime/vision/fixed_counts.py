@@ -21,16 +21,9 @@ from mustdrop.pruners import VisionRule, VisionStagePruner
 from mustdrop.runtime.language.fixed_rows import FlatMarks
 from mustdrop.runtime.records import Marks
 from mustdrop.runtime.vision.encoder_run import EncoderRun
+from mustdrop.runtime.vision.feature_tables import of_features, owners, plain, stacked
 from mustdrop.runtime.vision.marks import FeatureMarks, means
-from mustdrop.runtime.vision.selection import (
-    FeatureChoice,
-    VisionSelector,
-    Weigher,
-    of_features,
-    owners,
-    plain,
-    stacked,
-)
+from mustdrop.runtime.vision.selection import FeatureChoice, VisionSelector, Weigher
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,8 @@ from mustdrop.layout import Layout
 from mustdrop.pruners import VisionStagePruner
 from mustdrop.runtime.records import Marks
 from mustdrop.runtime.vision.encoder_run import EncoderRun
-from mustdrop.runtime.vision.selection import (
-    FeatureChoice,
-    VisionSelector,
-    Weigher,
-    named,
-    of_features,
-    owners,
-    stacked,
-)
+from mustdrop.runtime.vision.feature_tables import named, of_features, owners, stacked
+from mustdrop.runtime.vision.selection import FeatureChoice, VisionSelector, Weigher
 
 
 @dataclass(frozen=True)
