@@ -20,7 +20,7 @@ from mustdrop.pruners import Importance, PictureRule, VisionRule, VisionStagePru
 from mustdrop.runtime import guards
 from mustdrop.runtime.plan import rows_of_media
 from mustdrop.runtime.state import Call, Local
-from mustdrop.runtime.vision import fixed_counts, packed_steps
+from mustdrop.runtime.vision import fixed_counts, fixed_marks, packed_steps
 from mustdrop.runtime.vision.block_merging import BlockMerging
 from mustdrop.runtime.vision.encoder import EncoderStage
 from mustdrop.runtime.vision.encoder_run import EncoderRun
@@ -149,7 +149,7 @@ class FeaturesWrapper:
         if call is not None and _structural(layouts) and _count(getattr(output, field)) < len(flat):
             call.unmarked = True  # rows that the model adds later bear no marks
         if counts is not None:
-            decided, marks = fixed_counts.decide(pruner, run, layouts, flat, least, counts, chooser, choice, weigh)
+            decided, marks = fixed_marks.decide(pruner, run, layouts, flat, least, counts, chooser, choice, weigh)
             if call is not None:
                 call.flat[kind] = marks
         else:
@@ -337,7 +337,7 @@ class FeaturesWrapper:
 def _choose_fixed(
     counts: FeatureCounts, chooser: VisionSelector, features: Tensor, owner: Tensor | None
 ) -> FeatureChoice:
-    return fixed_counts.choose(chooser, features, None if chooser.run.merged is None else owner, counts)
+    return fixed_marks.choose(chooser, features, None if chooser.run.merged is None else owner, counts)
 
 
 def _grouped(values: Sequence[T], owners: Sequence[int], rows: int) -> list[list[T]]:
