@@ -149,9 +149,9 @@ class FeaturesWrapper:
         if call is not None and _structural(layouts) and _count(getattr(output, field)) < len(flat):
             call.unmarked = True  # rows that the model adds later bear no marks
         if counts is not None:
-            decided, marks = fixed_marks.decide(pruner, run, layouts, flat, least, counts, chooser, choice, weigh)
-            if call is not None:
-                call.flat[kind] = marks
+            decided = fixed_marks.decide(pruner, run, layouts, flat, least, counts, chooser, choice, weigh)
+            if call is not None and decided.flat is not None:
+                call.flat[kind] = decided.flat
         else:
             decided = steps.decided or decide_on(flat, choice)
         setattr(output, field, _restored(decided.write(flat), getattr(output, field), layouts))

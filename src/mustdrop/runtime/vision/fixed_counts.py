@@ -1,7 +1,7 @@
 """How many features merge and stay, where that is known before the encoder runs.
 
-Which features stay is then decided on the device (`mustdrop.runtime.vision.fixed_marks`). Media that a mask hides a part
-of or that end a prompt, and rules that say themselves how many stay, are looked at by the host
+Which features stay is then decided on the device (`mustdrop.runtime.vision.fixed_marks`). Media that a mask hides a
+part of or that end a prompt, and rules that say themselves how many stay, are looked at by the host
 (`mustdrop.runtime.vision.marks`).
 """
 

@@ -16,8 +16,7 @@ from mustdrop.budget import share_out
 from mustdrop.constants import constant, count_up, every, numbers, sent
 from mustdrop.layout import Layout
 from mustdrop.pruners import VisionStagePruner
-from mustdrop.runtime.language.fixed_rows import FlatMarks
-from mustdrop.runtime.records import Marks
+from mustdrop.runtime.records import FlatMarks, Marks
 from mustdrop.runtime.vision.encoder_run import EncoderRun
 from mustdrop.runtime.vision.feature_tables import of_features, owners, plain, stacked
 from mustdrop.runtime.vision.fixed_counts import FeatureCounts, windows_behind
@@ -35,7 +34,7 @@ def decide(
     chooser: VisionSelector | None,
     choice: FeatureChoice | None,
     weigh: Weigher | None = None,
-) -> tuple[FeatureMarks, FlatMarks]:
+) -> FeatureMarks:
     """Merge, select and protect; see `mustdrop.runtime.vision.marks.decide`.
 
     Args:
@@ -86,7 +85,6 @@ def decide(
         ("zeros", len(features)), device, lambda: torch.zeros(len(features), dtype=torch.float32, device=device)
     )
     nothing = _nothing(len(features), device)
-    flat = FlatMarks(keep, protected, importance, counts.kept)
     marks, start = [], 0
     for layout in layouts:
         mine = slice(start, start + layout.size)
@@ -101,9 +99,8 @@ def decide(
             )
         )
         start += layout.size
-    whole = sum(counts.kept) == len(features)
-    decided = FeatureMarks(marks, owner if behind else None, None if written else choice, keep, whole)
-    return decided, flat
+    flat = FlatMarks(keep, protected, importance, counts.kept)
+    return FeatureMarks(marks, owner if behind else None, None if written else choice, flat)
 
 
 def _nothing(n: int, device: torch.device) -> Tensor:
