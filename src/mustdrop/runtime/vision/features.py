@@ -27,7 +27,7 @@ from mustdrop.runtime.vision.encoder_run import EncoderRun
 from mustdrop.runtime.vision.feature_tables import patches_left, stacked
 from mustdrop.runtime.vision.fixed_counts import FeatureCounts
 from mustdrop.runtime.vision.marks import FeatureMarks, decide, must_remain
-from mustdrop.runtime.vision.selection import FeatureChoice, VisionSelector, Weigher
+from mustdrop.runtime.vision.selection import PlacedSelections, VisionSelector, Weigher
 
 if TYPE_CHECKING:
     from mustdrop.runtime.session import Runtime
@@ -115,7 +115,7 @@ class FeaturesWrapper:
         pruner = stage.pruner or _KEEPS_ALL
         weigh = self._weigher(pruner, run, layouts, call if of_call else None, owners)
 
-        def decide_on(flat: Tensor, choice: FeatureChoice | None = None) -> FeatureMarks:
+        def decide_on(flat: Tensor, choice: PlacedSelections | None = None) -> FeatureMarks:
             return decide(pruner, run, layouts, flat, least, most, ends, shown, chooser, choice, weigh)
 
         steps = packed_steps.PackedSteps(stage, run, layouts, least, decide_on)
@@ -336,7 +336,7 @@ class FeaturesWrapper:
 
 def _choose_fixed(
     counts: FeatureCounts, chooser: VisionSelector, features: Tensor, owner: Tensor | None
-) -> FeatureChoice:
+) -> PlacedSelections:
     return fixed_marks.choose(chooser, features, None if chooser.run.merged is None else owner, counts)
 
 

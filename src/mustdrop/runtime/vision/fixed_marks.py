@@ -21,7 +21,7 @@ from mustdrop.runtime.vision.encoder_run import EncoderRun
 from mustdrop.runtime.vision.feature_tables import of_features, owners, plain, stacked
 from mustdrop.runtime.vision.fixed_counts import FeatureCounts, windows_behind
 from mustdrop.runtime.vision.marks import FeatureMarks, means
-from mustdrop.runtime.vision.selection import FeatureChoice, VisionSelector, Weigher
+from mustdrop.runtime.vision.selection import PlacedSelections, VisionSelector, Weigher
 
 
 def decide(
@@ -32,7 +32,7 @@ def decide(
     floor: Sequence[int],
     counts: FeatureCounts,
     chooser: VisionSelector | None,
-    choice: FeatureChoice | None,
+    choice: PlacedSelections | None,
     weigh: Weigher | None = None,
 ) -> FeatureMarks:
     """Merge, select and protect; see `mustdrop.runtime.vision.marks.decide`.
@@ -219,7 +219,7 @@ def _protected(
 # -- by a rule --------------------------------------------------------------------------------------------------------
 
 
-def choose(chooser: VisionSelector, features: Tensor, owner: Tensor | None, counts: FeatureCounts) -> FeatureChoice:
+def choose(chooser: VisionSelector, features: Tensor, owner: Tensor | None, counts: FeatureCounts) -> PlacedSelections:
     """What a rule decides; see `VisionSelector`.
 
     Args:
@@ -230,7 +230,7 @@ def choose(chooser: VisionSelector, features: Tensor, owner: Tensor | None, coun
     """
     device, number = features.device, len(features)
     index_of = count_up(1, number, device)[0]
-    choice = FeatureChoice(_nothing(number, device), None, index_of)
+    choice = PlacedSelections(_nothing(number, device), None, index_of)
     size: Tensor | None = None
     if owner is not None:
         ones = constant(("ones", number), device, lambda: torch.ones(number, dtype=torch.float32, device=device))

@@ -16,7 +16,7 @@ from mustdrop.pruners import VisionStagePruner
 from mustdrop.runtime.records import FlatMarks, Marks
 from mustdrop.runtime.vision.encoder_run import EncoderRun
 from mustdrop.runtime.vision.feature_tables import named, of_features, owners, stacked
-from mustdrop.runtime.vision.selection import FeatureChoice, VisionSelector, Weigher
+from mustdrop.runtime.vision.selection import PlacedSelections, VisionSelector, Weigher
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class FeatureMarks:
 
     marks: list[Marks]
     merge: Tensor | None
-    choice: FeatureChoice | None = None
+    choice: PlacedSelections | None = None
     flat: FlatMarks | None = None
 
     def write(self, features: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def decide(
     ends: Mapping[int, int],
     shown: Sequence[Tensor] | None = None,
     chooser: VisionSelector | None = None,
-    choice: FeatureChoice | None = None,
+    choice: PlacedSelections | None = None,
     weigh: Weigher | None = None,
 ) -> FeatureMarks:
     """Merge, select and protect.
@@ -154,7 +154,7 @@ def decide(
 def _by_rule(
     pruner: VisionStagePruner,
     chooser: VisionSelector,
-    choice: FeatureChoice | None,
+    choice: PlacedSelections | None,
     layouts: Sequence[Layout],
     features: Tensor,
     importance: Tensor,

@@ -1,4 +1,10 @@
-"""A `VisionRule` at work in a model: which features it is shown, and what becomes of each afterwards."""
+"""A `VisionRule` at work in a model: which features it is shown, and what becomes of each afterwards.
+
+Two types say what stays. A rule answers with a `Selection`, over the views that it was shown; the vision stage leaves
+`Marks` of each medium (`mustdrop.runtime.records`), whoever decided. What lies between is no third answer: rules may be
+asked about several views of different length, and `PlacedSelections` holds their selections with the features that each
+is about, until marks are made of them.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +24,8 @@ from mustdrop.runtime.vision.feature_tables import named, of_features, places, p
 
 
 @dataclass
-class FeatureChoice:
-    """What a rule decided about all F features of one call.
+class PlacedSelections:
+    """The selections that a rule made of the views of one call, at the F features that they are about.
 
     Attributes:
         keep: (F,) bool.
@@ -71,9 +77,9 @@ class VisionSelector:
     shown: Sequence[Tensor] | None
     questions: Sequence[Tensor]
     released: bool = False
-    fixed: Callable[[VisionSelector, Tensor, Tensor | None], FeatureChoice] | None = None
+    fixed: Callable[[VisionSelector, Tensor, Tensor | None], PlacedSelections] | None = None
 
-    def __call__(self, features: Tensor, owner: Tensor | None = None) -> FeatureChoice:
+    def __call__(self, features: Tensor, owner: Tensor | None = None) -> PlacedSelections:
         """Choose from features (F, C) of all media.
 
         Args:
@@ -86,7 +92,7 @@ class VisionSelector:
         index = torch.arange(len(features), dtype=torch.long, device=device)
         owner = index if owner is None else named(owner, self.layouts, self.ends, self.shown)
         into = torch.full_like(index, -1)
-        choice = FeatureChoice(torch.zeros(len(features), dtype=torch.bool, device=device), into, index)
+        choice = PlacedSelections(torch.zeros(len(features), dtype=torch.bool, device=device), into, index)
         choice.order = index.clone()
         size = None if torch.equal(owner, index) else torch.bincount(owner, minlength=len(owner)).float()
         groups: dict[tuple[int, int | None], list[tuple[int, Tensor]]] = {}
@@ -111,7 +117,7 @@ class VisionSelector:
         return choice
 
     def _room(
-        self, i: int, layout: Layout, mine: Tensor, owner: Tensor, choice: FeatureChoice
+        self, i: int, layout: Layout, mine: Tensor, owner: Tensor, choice: PlacedSelections
     ) -> tuple[Tensor, int | None]:
         """Features that the rule may choose from, and how many of them; what must stay is kept right away.
 
@@ -161,7 +167,7 @@ class VisionSelector:
 
     def _choose(
         self,
-        choice: FeatureChoice,
+        choice: PlacedSelections,
         features: Tensor,
         size: Tensor | None,
         views: list[tuple[int, Tensor]],
