@@ -15,16 +15,16 @@ from mustdrop.runtime.generate import GenerateWrapper
 from mustdrop.runtime.language.decoder_layers import AttentionCapture, LayerHook
 from mustdrop.runtime.language.recurrent import RowByRow
 from mustdrop.runtime.vision.block_merging import BlockMergingHooks
-from mustdrop.runtime.vision.encoder import (
+from mustdrop.runtime.vision.encoder import EncoderStage
+from mustdrop.runtime.vision.encoder_hooks import (
     EncoderCapture,
-    EncoderStage,
     LengthHook,
     MaskHook,
+    PackedHooks,
     StatesHook,
     takes_mask,
 )
 from mustdrop.runtime.vision.features import FeaturesWrapper, MarksHook
-from mustdrop.runtime.vision.packed_hooks import PackedHooks
 
 if TYPE_CHECKING:
     from mustdrop.runtime.session import Runtime
