@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import mustdrop
-from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
+from mustdrop import DecodeCachePruner, PrefillPruner, Selection, VisionStagePruner
 from mustdrop.errors import BudgetError, ConfigError, MustDropError, UnknownKnobError
 
 examples = settings(max_examples=60, deadline=None, derandomize=True)
@@ -389,6 +390,14 @@ def test_wrong_shapes_are_named():
         PrefillPruner(keep=0.5)(torch.rand(1, 3, 4))
     with pytest.raises(ConfigError, match="6x6"):
         VisionStagePruner().merge(torch.rand(1, 35, 4), (6, 6))
+
+
+def test_a_selection_moves_with_all_that_it_holds():
+    there = torch.device("meta")
+    made = replace(Selection.best(torch.rand(2, 5), 3), merge_into=torch.zeros(2, 5, dtype=torch.long)).to(there)
+    for name in ("keep", "valid", "merge_into", "score"):
+        assert getattr(made, name).device == there, name
+    assert Selection(torch.zeros(1, 2, dtype=torch.long)).to(there).score is None
 
 
 def test_pruners_rules_and_reference_kernels_know_no_hugging_face():

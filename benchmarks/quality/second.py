@@ -29,7 +29,7 @@ from mustdrop.pruners.importance import Distinct
 from mustdrop.pruners.vision import Taper
 from mustdrop.rules.diversity import greedy_determinant
 from mustdrop.rules.groups import spread
-from mustdrop.rules.scaling import min_max_in_groups
+from mustdrop.rules.scores import min_max_in_groups
 from mustdrop.rules.segments import frame_means
 
 Stages = Mapping[str, Any]

@@ -21,7 +21,7 @@ from mustdrop.runtime.vision import attention
 from mustdrop.runtime.vision.encoder import layers_read
 from mustdrop.runtime.vision.encoder_run import EncoderRun
 from mustdrop.runtime.vision.marks import FeatureMarks, decide
-from mustdrop.runtime.vision.selection import FeatureChoice, VisionSelector, Weigher
+from mustdrop.runtime.vision.selection import PlacedSelections, VisionSelector, Weigher
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ class PlainStage:
 
     def choose_early(
         self, run: EncoderRun, layouts: Sequence[Layout], features: Tensor, counts: Sequence[int]
-    ) -> FeatureChoice:
-        """What a rule for the encoder's own features decides; `FeatureChoice.blend` gives what is projected.
+    ) -> PlacedSelections:
+        """What a rule for the encoder's own features decides; `PlacedSelections.blend` gives what is projected.
 
         Args:
             run: the pass.
@@ -118,7 +118,7 @@ class PlainStage:
         layouts: Sequence[Layout],
         features: Tensor,
         counts: Sequence[int],
-        choice: FeatureChoice | None = None,
+        choice: PlacedSelections | None = None,
         rows: Tensor | None = None,
     ) -> list[Kept]:
         """Which features of each medium stay, and their values.

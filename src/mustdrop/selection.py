@@ -80,8 +80,8 @@ class Selection:
 
     def to(self, device: torch.device) -> Selection:
         """The same on another device."""
-        into = None if self.merge_into is None else self.merge_into.to(device)
-        return replace(self, keep=self.keep.to(device), valid=self.valid.to(device), merge_into=into)
+        into, score = (None if x is None else x.to(device) for x in (self.merge_into, self.score))
+        return replace(self, keep=self.keep.to(device), valid=self.valid.to(device), merge_into=into, score=score)
 
     def mask(self, n: int) -> Tensor:
         """(B, n) bool, True at surviving tokens."""

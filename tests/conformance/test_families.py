@@ -14,7 +14,7 @@ import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from mustdrop.adapters import registry
 from mustdrop.errors import UnsupportedModelError, UnsupportedOptionError
-from mustdrop.runtime.vision.encoder import EncoderStage
+from mustdrop.runtime.vision import window_merging
 from support import attribution, conversations, eager_flex, fake_flash, families, hidden_patches
 from support.builders import answer
 from support.families import assert_dropping_equals_masking, batch, clone, fitting, plain
@@ -304,8 +304,10 @@ def test_merged_features(name, kind, monkeypatch):
         assert trace.flops.parts["vision"].ratio < 1
         return
     runs = []
-    merge = EncoderStage._merge
-    monkeypatch.setattr(EncoderStage, "_merge", lambda self, run, *rest: (merge(self, run, *rest), runs.append(run))[0])
+    merge = window_merging.merge
+    monkeypatch.setattr(
+        window_merging, "merge", lambda pruner, run, hidden: (merge(pruner, run, hidden), runs.append(run))[0]
+    )
     model = mustdrop.patch(clone(name), **MERGE)
     inputs = batch(registry()[name], model, ((kind,), (kind, kind)))
     with families.Recorder(model) as recorder, torch.no_grad():

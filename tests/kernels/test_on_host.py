@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +20,12 @@ def same(name, *args):
     for one, other in zip(expected, got, strict=True):
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", [name for name, known in OPERATIONS.items() if known.on_host is not None])
+def test_arguments_are_those_of_the_reference(name):
+    known = OPERATIONS[name]
+    assert inspect.signature(known.on_host).parameters == inspect.signature(known.reference).parameters
 
 
 SCORES = {

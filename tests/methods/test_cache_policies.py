@@ -12,7 +12,7 @@ from mustdrop.method import find
 from mustdrop.methods.tgvkv import TextGuided
 from mustdrop.pruners import AllRows, LastQuery, ObservationWindow, Received
 from mustdrop.rules.layer_budgets import proportional
-from mustdrop.rules.smoothing import neighbour_mean
+from mustdrop.rules.scores import neighbour_mean
 from mustdrop.runtime.language import attention_call
 from support.builders import IMAGE, LLAMA, QWEN2, answer, batch, plain, row_alone
 from support.masking_check import patched

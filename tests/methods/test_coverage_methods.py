@@ -16,7 +16,7 @@ from mustdrop.methods.scope import AttendedCoverage
 from mustdrop.pruners import Features
 from mustdrop.pruners.importance import Importance, Question
 from mustdrop.rules.groups import best_in_groups, largest_remainder
-from mustdrop.rules.scaling import min_max, min_max_in_groups
+from mustdrop.rules.scores import min_max, min_max_in_groups
 from support.builders import answer
 from support.families import batch, clone
 

@@ -14,7 +14,7 @@ from mustdrop.methods.divprune import MaxMinDiversity
 from mustdrop.methods.vispruner import ImportantAndDiverse
 from mustdrop.pruners import Features
 from mustdrop.rules.geometry import around_mean, distinctiveness
-from mustdrop.rules.scaling import min_max
+from mustdrop.rules.scores import min_max
 from support.builders import answer
 from support.families import assert_dropping_equals_masking, batch, clone
 

@@ -2,6 +2,9 @@
 
 An operation of torch on a few hundred numbers takes several times as long as one of numpy, and a choice among them is
 all small operations. What adds numbers up stays torch's, whose order of adding is the reference's.
+
+What arguments mean and which defaults they have is written at the reference; a function here must have its
+parameters, and answers None where only the reference will do.
 """
 
 from __future__ import annotations
@@ -22,19 +25,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 _FLOATS = (torch.float32, torch.float64)  # what numpy computes with as torch does
 
 
-def _in_place_of(name: str) -> Callable[[F], F]:
-    """Runs on the host instead of the reference of that name, whose arguments it takes."""
+def _on_host(function: F) -> F:
+    """Runs on the host instead of the reference of the same name."""
+    known = OPERATIONS[function.__name__]
 
-    def decorate(function: F) -> F:
-        @functools.wraps(function)
-        def quiet(*args: Any, **kwargs: Any) -> Any:
-            with np.errstate(all="ignore"):  # torch says nothing of 0 x infinity either
-                return function(*args, **kwargs)
+    @functools.wraps(function)
+    def quiet(*args: Any, **kwargs: Any) -> Any:
+        with np.errstate(all="ignore"):  # torch says nothing of 0 x infinity either
+            made = function(*args, **kwargs)
+        return known.reference(*args, **kwargs) if made is None else made
 
-        OPERATIONS[name].on_host = quiet
-        return function
-
-    return decorate
+    known.on_host = quiet
+    return function
 
 
 def _numbers(x: Tensor) -> np.ndarray:
@@ -48,7 +50,7 @@ def _descending(key: np.ndarray) -> np.ndarray | None:
     return None if np.isnan(last).any() else order  # numpy puts them last and torch first
 
 
-@_in_place_of("select")
+@_on_host
 def select(
     score: Tensor,
     alive: Tensor,
@@ -60,12 +62,11 @@ def select(
     alpha: float = 1.0,
     others: Tensor | None = None,
     rest: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor] | None:
     """See `mustdrop.kernels.select`."""
-    given = score, alive, wanted, slots, protected, importance, gamma, alpha, others, rest
     half = any(x is not None and x.is_floating_point() and x.dtype not in _FLOATS for x in (score, importance))
     if half or not alive.numel():
-        return OPERATIONS["select"].reference(*given)  # type: ignore[no-any-return]
+        return None
     there, need = _numbers(alive), _numbers(wanted)
     key = _key(score, alive, there, gamma, alpha)
     pool, stays = there, None
@@ -79,7 +80,7 @@ def select(
     key = key if key.dtype.kind == "f" else key.astype(np.float64)
     order = _descending(np.where(pool, np.maximum(key, np.finfo(key.dtype).min), -np.inf))
     if order is None:
-        return OPERATIONS["select"].reference(*given)  # type: ignore[no-any-return]
+        return None
     best = np.zeros(there.shape, dtype=bool)
     for row, places, n in zip(best, order, need.tolist(), strict=True):
         row[places[: max(0, n)]] = True
@@ -106,7 +107,7 @@ def _key(score: Tensor, alive: Tensor, there: np.ndarray, gamma: float, alpha: f
     return np.maximum(share / np.float32(gamma), peak / np.float32(alpha))  # type: ignore[no-any-return]
 
 
-@_in_place_of("farthest_first")
+@_on_host
 def farthest_first(
     x: Tensor,
     count: int,
@@ -115,12 +116,11 @@ def farthest_first(
     weight: Tensor | None = None,
     bonus: Tensor | None = None,
     first: Tensor | None = None,
-) -> Tensor:
+) -> Tensor | None:
     """See `mustdrop.kernels.farthest_first`."""
     batch, n = x.shape[:2]
     if not count or not batch or n > HELD:
-        given = x, count, candidates, counts, weight, bonus, first
-        return OPERATIONS["farthest_first"].reference(*given)  # type: ignore[no-any-return]
+        return None
     x, rows = unit(x), np.arange(batch)
     held = _numbers(x @ x.mT)
     held[:, np.arange(n), np.arange(n)] = -np.inf
@@ -162,7 +162,7 @@ def _ended(picks: np.ndarray, candidates: Tensor | None, counts: Tensor | None) 
     return torch.from_numpy(picks)
 
 
-@_in_place_of("greedy_determinant")
+@_on_host
 def greedy_determinant(
     x: Tensor, quality: Tensor, count: int, candidates: Tensor | None = None, counts: Tensor | None = None
 ) -> Tensor:
@@ -205,22 +205,22 @@ def _nearest(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return (best[0], close[0]) if len(found) == 1 else (np.concatenate(best, 1), np.concatenate(close, 1))
 
 
-@_in_place_of("bipartite_slots")
+@_on_host
 def bipartite_slots(
     x: Tensor, number: int, protected: int = 0, numbers: Tensor | None = None, lengths: Tensor | None = None
-) -> Tensor:
+) -> Tensor | None:
     """See `mustdrop.kernels.bipartite_slots`."""
     batch, n = x.shape[0], x.shape[-2]
     going = max(0, min(number, (n - protected) // 2))
     sources, targets = (n + 1) // 2, n // 2
     ragged = numbers is not None and lengths is not None
     if ragged or not going or not batch:
-        return OPERATIONS["bipartite_slots"].reference(x, number, protected, numbers, lengths)  # type: ignore[no-any-return]
+        return None
     best, close = _nearest(unit(x.float().mean(1) if x.ndim == 4 else x))
     close[:, : (protected + 1) // 2] = -np.inf
     order = _descending(close)
     if order is None:
-        return OPERATIONS["bipartite_slots"].reference(x, number, protected, numbers, lengths)  # type: ignore[no-any-return]
+        return None
     goes = np.zeros(close.shape, dtype=bool)
     goes[np.arange(batch)[:, None], order[:, :going]] = True
     into = np.empty((batch, n), dtype=np.int64)
@@ -229,15 +229,15 @@ def bipartite_slots(
     return torch.from_numpy(into)
 
 
-@_in_place_of("merge_sized")
+@_on_host
 def merge_sized(
     x: Tensor, slot: Tensor, slots: int, size: Tensor | None = None, names: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     """See `mustdrop.kernels.merge_sized`."""
     there = _numbers(slot)
     batch, n = there.shape
     if not batch or not n or there.min() < 0:
-        return OPERATIONS["merge_sized"].reference(x, slot, slots, size, names)  # type: ignore[no-any-return]
+        return None
     each = x.new_ones(slot.shape, dtype=torch.float32) if size is None else size.float()
     whole = torch.zeros(batch, slots, dtype=torch.float32, device="cpu").scatter_add_(1, slot, each)
     values = x.float() * each[..., None]

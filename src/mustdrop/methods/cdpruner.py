@@ -9,8 +9,8 @@ from torch import Tensor
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Features, Importance, Read, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
-from mustdrop.pruners.compared_features import STATES, compared
 from mustdrop.pruners.importance import Question
+from mustdrop.pruners.vision_rules import STATES, compared
 from mustdrop.pruners.weighing import ImportanceKnob, WeighingRule, importance_of
 from mustdrop.rules.diversity import greedy_determinant
 from mustdrop.rules.geometry import Geometry, around_mean, distinctiveness

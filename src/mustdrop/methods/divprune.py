@@ -7,7 +7,7 @@ from typing import ClassVar
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Features, Read, Selection, VisionRule, VisionStagePruner
 from mustdrop.pruners.base import Budget
-from mustdrop.pruners.compared_features import STATES, compared
+from mustdrop.pruners.vision_rules import STATES, compared
 from mustdrop.rules.diversity import farthest_first
 from mustdrop.rules.geometry import Geometry, around_mean, distinctiveness
 

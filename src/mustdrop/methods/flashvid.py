@@ -14,8 +14,8 @@ from mustdrop.constants import count_up, highest
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Features, LastRow, PrefillPruner, Read, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
-from mustdrop.pruners.compared_features import LAST
 from mustdrop.pruners.importance import Attention, Importance
+from mustdrop.pruners.vision_rules import LAST
 from mustdrop.pruners.weighing import ImportanceKnob, WeighingRule, importance_of
 from mustdrop.rules.clusters import density_peaks, tie_noise
 from mustdrop.rules.diversity import farthest_first

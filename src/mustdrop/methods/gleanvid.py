@@ -14,7 +14,7 @@ from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Features, Selection, VisionRule, VisionStagePruner
 from mustdrop.pruners.base import Budget
 from mustdrop.rules.groups import largest_remainder, sizes, spread
-from mustdrop.rules.scaling import min_max
+from mustdrop.rules.scores import min_max
 from mustdrop.rules.segments import frame_means, videos
 
 CELL = 2  # side of the squares by which places are compared over time

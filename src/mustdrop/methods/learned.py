@@ -14,7 +14,7 @@ from mustdrop.pruners.base import Budget
 from mustdrop.pruners.scored import FromModel
 from mustdrop.pruners.weighing import ImportanceKnob, WeighingRule, importance_of
 from mustdrop.rules.diversity import unit
-from mustdrop.rules.scaling import min_max
+from mustdrop.rules.scores import min_max
 
 
 class Important(WeighingRule):

@@ -12,8 +12,8 @@ from mustdrop import kernels
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Features, Read, Selection, VisionRule, VisionStagePruner
 from mustdrop.pruners.base import Budget
-from mustdrop.pruners.compared_features import STATES
 from mustdrop.pruners.importance import check_question
+from mustdrop.pruners.vision_rules import STATES
 from mustdrop.rules.diversity import unit
 
 # The published weight of the picture, and the temperatures (0.01 for words with Qwen).

@@ -8,7 +8,7 @@ from mustdrop import kernels
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Features, Read, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
-from mustdrop.pruners.compared_features import STATES, compared
+from mustdrop.pruners.vision_rules import STATES, compared
 from mustdrop.pruners.weighing import ImportanceKnob, WeighingRule, importance_of
 from mustdrop.rules.diversity import unit
 from mustdrop.rules.geometry import Geometry, around_mean, distinctiveness

@@ -12,7 +12,7 @@ from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Features, Selection, VisionRule, VisionStagePruner
 from mustdrop.pruners.base import Budget
 from mustdrop.rules.groups import best_in_groups, largest_remainder, spread
-from mustdrop.rules.scaling import min_max_in_groups
+from mustdrop.rules.scores import min_max_in_groups
 from mustdrop.rules.segments import frame_means, videos
 
 TEMPERATURE = 0.7

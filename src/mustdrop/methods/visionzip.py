@@ -9,7 +9,7 @@ from mustdrop import kernels
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Features, Read, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
-from mustdrop.pruners.compared_features import LAST
+from mustdrop.pruners.vision_rules import LAST
 from mustdrop.pruners.weighing import EncoderWeighingRule, ImportanceKnob, importance_of
 
 # The published split at every budget: 54 dominant tokens and 10 contextual ones of 64.

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mustdrop.pruners.base import Settings
-from mustdrop.rules.smoothing import neighbour_mean
+from mustdrop.rules.scores import neighbour_mean
 
 
 @dataclass(frozen=True)

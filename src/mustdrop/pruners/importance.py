@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from mustdrop.errors import ConfigError
 from mustdrop.pruners.base import Settings
-from mustdrop.pruners.compared_features import LAST
-from mustdrop.pruners.vision_rules import Features, Read
+from mustdrop.pruners.vision_rules import LAST, Features, Read
 from mustdrop.rules.diversity import unit
 from mustdrop.rules.geometry import distinctiveness
-from mustdrop.rules.scaling import min_max
+from mustdrop.rules.scores import min_max
 
 Space = Literal["encoder", "language"]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from mustdrop.errors import ConfigError
 from mustdrop.pruners import answers
 from mustdrop.pruners.base import Settings
+from mustdrop.rules.geometry import Geometry
 from mustdrop.selection import Selection
 
 
@@ -243,3 +244,15 @@ class InnerRule(VisionRule):
             (B, N) long, slot of each token, -1 on padding; None: `join` is asked for the rows of each kind.
         """
         return None
+
+
+# -- what rules compare features by: what enters the language model, or what the encoder hands over --------------------
+
+# Of the encoder's layer that features are read from: in LLaVA, layer 22 of the 23 that run.
+LAST = {"layer": 22, "of": 23}
+STATES = (Read(what="states", **LAST),)
+
+
+def compared(seen: Features, geometry: Geometry) -> Tensor:
+    """(B, N, C): a rule's features, or for "standardized" the encoder's, averaged over the patches of each feature."""
+    return seen.of(STATES[0]) if geometry == "standardized" else seen.values

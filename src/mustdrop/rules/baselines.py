@@ -1,4 +1,4 @@
-"""Scores of vision tokens from the encoder's own attention, and the two baselines that need no attention."""
+"""Scores of the two baselines that look at nothing: evenly spread tokens, and random ones."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mustdrop.rules.diversity import unit
-from mustdrop.rules.scaling import min_max
+from mustdrop.rules.scores import min_max
 
 # "raw": features as they are. "centered": around the mean of the picture. "standardized": first each channel is divided
 # by its standard deviation over the picture, for encoders in which a few channels carry nearly all of the variance.

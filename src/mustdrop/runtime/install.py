@@ -12,19 +12,19 @@ from mustdrop.pruners import PictureRule
 from mustdrop.runtime import attention_capture
 from mustdrop.runtime.calls import BASE, MODEL, TEXT, DirectForward, PrepareWrapper
 from mustdrop.runtime.generate import GenerateWrapper
+from mustdrop.runtime.language.decoder_layers import AttentionCapture, LayerHook
 from mustdrop.runtime.language.recurrent import RowByRow
-from mustdrop.runtime.language.stage import AttentionCapture, LayerHook
 from mustdrop.runtime.vision.block_merging import BlockMergingHooks
-from mustdrop.runtime.vision.encoder import (
+from mustdrop.runtime.vision.encoder import EncoderStage
+from mustdrop.runtime.vision.encoder_hooks import (
     EncoderCapture,
-    EncoderStage,
     LengthHook,
     MaskHook,
+    PackedHooks,
     StatesHook,
     takes_mask,
 )
 from mustdrop.runtime.vision.features import FeaturesWrapper, MarksHook
-from mustdrop.runtime.vision.packed_hooks import PackedHooks
 
 if TYPE_CHECKING:
     from mustdrop.runtime.session import Runtime
@@ -85,14 +85,14 @@ class Installation:
 
     def _decoder(self, runtime: Runtime) -> None:
         """Before each decoder layer, and inside the attention of those that are read."""
-        stage, decode = runtime.stage, runtime.method.decode
+        layers, decode = runtime.stage.layers, runtime.method.decode
         for i, layer in enumerate(runtime.layers):
-            self.handles.append(layer.register_forward_pre_hook(LayerHook.of(stage, i, layer), with_kwargs=True))
+            self.handles.append(layer.register_forward_pre_hook(LayerHook.of(layers, i, layer), with_kwargs=True))
             if i in runtime.recurrent:
                 self._override(layer, "forward", RowByRow(runtime.local, i, layer.forward))
         for i in range(runtime.depth) if decode is not None and decode.reads_layers else runtime.filters:
             self._hook_attention(
-                runtime, runtime.layers[i], ("text", i), AttentionCapture(stage, i), f"decoder layer {i}"
+                runtime, runtime.layers[i], ("text", i), AttentionCapture(layers, i), f"decoder layer {i}"
             )
 
     def _encoder(self, runtime: Runtime, stage: EncoderStage) -> None:

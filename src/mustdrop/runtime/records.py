@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mustdrop.indices import Sent
+from mustdrop.indices import Sent, on
 from mustdrop.layout import Layout
 
 if TYPE_CHECKING:
@@ -82,6 +82,43 @@ class Marks:
             row.order[index] = index[mark.order]
             row.into[index] = torch.where(mark.into < 0, -1, index[mark.into.clamp(min=0)])
         return row
+
+
+@dataclass(frozen=True)
+class FlatMarks:
+    """`Marks` before they are parted by medium: of all F features of one kind, one after the other, on the device.
+
+    What the prefill reads of them there; the trace reads those of each medium.
+
+    Attributes:
+        alive: (F,) bool.
+        protected: (F,) bool, or None where the key set is empty.
+        importance: (F,) float32, or None where nothing reads it.
+        counts: per medium, features that stay.
+    """
+
+    alive: Tensor
+    protected: Tensor | None
+    importance: Tensor | None
+    counts: list[int]
+
+    @classmethod
+    def join(cls, parts: list[FlatMarks]) -> FlatMarks:
+        """Those of several kinds."""
+        if len(parts) == 1:
+            return parts[0]
+        device = parts[0].alive.device
+
+        def together(name: str, fill: torch.dtype) -> Tensor | None:
+            own = [getattr(part, name) for part in parts]
+            if all(x is None for x in own):
+                return None
+            nothing = [torch.zeros(len(part.alive), dtype=fill, device=device) for part in parts]
+            return torch.cat([zero if x is None else on(x, device) for x, zero in zip(own, nothing, strict=True)])
+
+        alive = torch.cat([on(part.alive, device) for part in parts])
+        counts = [n for part in parts for n in part.counts]
+        return cls(alive, together("protected", torch.bool), together("importance", torch.float32), counts)
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,13 +22,12 @@ from mustdrop.indices import PAD, Sent, on, take
 from mustdrop.kernels.dispatch import current_log, fresh_log, log_to
 from mustdrop.layout import Layout
 from mustdrop.runtime.plan import RowPlan
-from mustdrop.runtime.records import Marks, Prefill
+from mustdrop.runtime.records import FlatMarks, Marks, Prefill
 
 if TYPE_CHECKING:
     from types import FrameType
 
     from mustdrop.runtime.language.cache_policy import LayerReading
-    from mustdrop.runtime.language.fixed_rows import FlatMarks
     from mustdrop.runtime.language.later_tokens import LaterTokens
     from mustdrop.runtime.language.straight_pass import Straight
     from mustdrop.runtime.language.vision_tokens import VisionTokens

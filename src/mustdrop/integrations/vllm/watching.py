@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from mustdrop.layout import Layout
 from mustdrop.plain import PlainStage
 from mustdrop.runtime.vision.encoder_run import EncoderRun
-from mustdrop.runtime.vision.selection import FeatureChoice, stacked
+from mustdrop.runtime.vision.feature_tables import stacked
+from mustdrop.runtime.vision.selection import PlacedSelections
 
 
 def gathered(x: Tensor, dim: int) -> Tensor:
@@ -60,7 +61,7 @@ class Watch:
     counts: Sequence[int]
     projector: nn.Module | None = None
     run: EncoderRun = field(init=False)
-    choice: FeatureChoice | None = None
+    choice: PlacedSelections | None = None
     _handles: list[Any] = field(default_factory=list)
 
     def __enter__(self) -> Watch:

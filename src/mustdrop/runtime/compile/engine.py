@@ -11,12 +11,11 @@ from torch import Tensor
 from mustdrop import kv
 from mustdrop.compat import CACHE_NAMES, give_cache
 from mustdrop.errors import CaptureWarning, warn
-from mustdrop.runtime.language.straight_pass import Straight, columns, why_not
-from mustdrop.runtime.language.straight_record import land
 from mustdrop.runtime.language.vision_tokens import VisionTokens
 from mustdrop.runtime.state import Forward
 
 if TYPE_CHECKING:
+    from mustdrop.runtime.language.straight_pass import Straight
     from mustdrop.runtime.session import Runtime
 
 #: The text model's output, and (B, S, C) hidden states of all tokens.
@@ -69,14 +68,16 @@ class Plain(Engine):
 
 def ready(runtime: Runtime, forward: Forward, media: VisionTokens | None) -> Straight | None:
     """The straight pass that comes now, over a cache of its own; None where it cannot be one."""
-    why = why_not(runtime, forward, media)
+    from mustdrop.runtime.language import straight_plan  # here: most patched models run no pass straight
+
+    why = straight_plan.why_not(runtime, forward, media)
     if why is not None:
         if runtime.engine is not None:
             runtime.engine.say(why)
         return None
     assert media is not None, "a pass without media"
     device = next(runtime.text.parameters()).device
-    straight = Straight.of(runtime, forward, media, device)
+    straight = straight_plan.straight_of(runtime, forward, media, device)
     straight.inner = None if forward.cache is None else kv.inner(runtime.text.config, runtime.depth)
     return straight
 
@@ -102,7 +103,7 @@ def run(runtime: Runtime, function: Callable[..., Any], kwargs: dict[str, Any]) 
     if call is not None and call.looked is not None and call.looked.whole and getattr(mask, "ndim", 0) == 2:
         given["attention_mask"] = None  # it hides nothing, as the host knows and a recording could not ask
     elif mask is not None:
-        given["attention_mask"] = columns(mask, straight.length)
+        given["attention_mask"] = straight.columns(mask)
     output, hidden = engine.run(straight, function, given)
     output.last_hidden_state = hidden
     landed(runtime, straight, forward, output)
@@ -111,9 +112,11 @@ def run(runtime: Runtime, function: Callable[..., Any], kwargs: dict[str, Any]) 
 
 def landed(runtime: Runtime, straight: Straight, forward: Forward, output: Any) -> None:
     """A straight pass has ended: everything is noted, and `output` names the caller's cache."""
+    from mustdrop.runtime.language import straight_record  # as `straight_plan`
+
     assert forward.media is not None, "a pass without media"
     runtime.local.straight = None
-    land(straight, forward, forward.media, straight.inner, runtime.local.call)
+    straight_record.land(straight, forward, forward.media, straight.inner, runtime.local.call)
     forward.landed = True
     for name in CACHE_NAMES:
         if straight.inner is not None and getattr(output, name, None) is straight.inner:

@@ -3,7 +3,7 @@
 With a number for the budget, how many tokens enter the language model and how many each filter leaves follows from the
 prompt's shape. Which ones is then decided where the attention is, with one `select` per choice, and nothing waits: the
 host knows the shapes and asks for nothing else. Where the data decide how many stay (thresholds, the rank rule, the
-released code), the host has to look, and `mustdrop.runtime.language.stage` goes its other way.
+released code), the host has to look, and `mustdrop.runtime.language.decoder_layers` goes its other way.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from mustdrop.constants import constant, count_up, numbers, sent
 from mustdrop.indices import PAD, on
 from mustdrop.kv.cut import Cut, cut_alike
 from mustdrop.pruners import PrefillPruner, TextScorer
+from mustdrop.runtime.records import FlatMarks
 from mustdrop.runtime.state import Call
 
 if TYPE_CHECKING:
@@ -278,41 +279,6 @@ def leaves_a_number(prefill: PrefillPruner, ends: bool) -> bool:
     if prefill.keep is None and prefill.survivors is None:
         return False
     return prefill.score is None or not ends  # a rule of somebody's own may let go of what must stay
-
-
-@dataclass(frozen=True)
-class FlatMarks:
-    """What the vision stage decided about all F features of one kind of media, one after the other, on the device.
-
-    Attributes:
-        alive: (F,) bool.
-        protected: (F,) bool, or None where the key set is empty.
-        importance: (F,) float32, or None where nothing reads it.
-        counts: per medium, features that stay.
-    """
-
-    alive: Tensor
-    protected: Tensor | None
-    importance: Tensor | None
-    counts: list[int]
-
-    @classmethod
-    def join(cls, parts: list[FlatMarks]) -> FlatMarks:
-        """Those of several kinds."""
-        if len(parts) == 1:
-            return parts[0]
-        device = parts[0].alive.device
-
-        def together(name: str, fill: torch.dtype) -> Tensor | None:
-            own = [getattr(part, name) for part in parts]
-            if all(x is None for x in own):
-                return None
-            nothing = [torch.zeros(len(part.alive), dtype=fill, device=device) for part in parts]
-            return torch.cat([zero if x is None else on(x, device) for x, zero in zip(own, nothing, strict=True)])
-
-        alive = torch.cat([on(part.alive, device) for part in parts])
-        counts = [n for part in parts for n in part.counts]
-        return cls(alive, together("protected", torch.bool), together("importance", torch.float32), counts)
 
 
 def entering(flat: FlatMarks, feature_of: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:

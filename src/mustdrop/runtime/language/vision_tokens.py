@@ -17,7 +17,7 @@ from mustdrop.runtime.language import fixed_rows
 from mustdrop.runtime.language.fixed_rows import FixedRows
 from mustdrop.runtime.language.prompt_media import PromptMedia
 from mustdrop.runtime.plan import survivors_of
-from mustdrop.runtime.records import Marks
+from mustdrop.runtime.records import FlatMarks, Marks
 from mustdrop.runtime.state import Call
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def _fixed(
     padding = sent(~valid, device) if media.padded else None
     alive, present, protected, importance = here, media.totals, None, None
     if runtime.method.marks and call is not None:
-        flat = fixed_rows.FlatMarks.join([call.flat[m.name] for m in runtime.modalities if m.name in call.flat])
+        flat = FlatMarks.join([call.flat[m.name] for m in runtime.modalities if m.name in call.flat])
         alive, protected, importance = fixed_rows.entering(flat, sent(_features(runtime, call, kinds), device))
         present = _entering(call, runtime, len(kinds))
     media.whole = present == media.totals

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mustdrop.adapters.base import Tower
 from mustdrop.constants import sent
-from mustdrop.runtime.vision.selection import FeatureChoice, VisionSelector, owners, plain, stacked
+from mustdrop.runtime.vision.feature_tables import owners, plain, stacked
+from mustdrop.runtime.vision.selection import PlacedSelections, VisionSelector
 
 
 @dataclass
@@ -31,7 +32,7 @@ class EarlySelection:
     chooser: VisionSelector
     tower: Tower
     layers: Sequence[int]
-    choice: FeatureChoice | None = None
+    choice: PlacedSelections | None = None
     whole: bool = False
 
     def __call__(self, output: Any) -> Any:
@@ -66,7 +67,7 @@ class EarlySelection:
         """(F, C) of a hidden state."""
         return self._rows(state) if self.whole else self._rows(state)[patches.clamp(min=0)]
 
-    def _written(self, state: Tensor, patches: Tensor, choice: FeatureChoice) -> Tensor:
+    def _written(self, state: Tensor, patches: Tensor, choice: PlacedSelections) -> Tensor:
         """A hidden state with the rule's values in the rows of the features that stay."""
         flat = self._features(state, patches)
         made = choice.blend(flat)

@@ -7,103 +7,24 @@ and the marks survive concatenation, casts and re-grouping.
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from mustdrop import kernels
 from mustdrop.adapters.base import Tower
 from mustdrop.compat import eager
-from mustdrop.constants import count_up, every
+from mustdrop.constants import every
 from mustdrop.errors import ConfigError
-from mustdrop.indices import HOST, on
 from mustdrop.pruners import InnerRule, Read, VisionStagePruner
 from mustdrop.runtime import masks_flex, tensor_parallel
-from mustdrop.runtime.attention_capture import implementation_of
 from mustdrop.runtime.copied import Copied
-from mustdrop.runtime.masks import attended_keys, cut_encoder_mask, encoder_mask
+from mustdrop.runtime.masks import attended_keys
 from mustdrop.runtime.masks_flex import Mask
 from mustdrop.runtime.state import Local
-from mustdrop.runtime.vision import attention, packed_steps
+from mustdrop.runtime.vision import attention, packed_steps, window_merging
+from mustdrop.runtime.vision.encoder_hooks import BlockHook, parameters, takes_mask
 from mustdrop.runtime.vision.encoder_run import EncoderRun
-from mustdrop.selection import Selection
-
-
-@dataclass
-class MaskHook:
-    """Pre-hook of the attention module of an encoder layer that takes no mask itself."""
-
-    stage: EncoderStage
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """See `EncoderStage.masked`."""
-        return self.stage.masked(args[0] if args else kwargs["hidden_states"], module, args, kwargs)
-
-
-@dataclass
-class EncoderCapture:
-    """What is called with queries and keys of one encoder layer."""
-
-    stage: EncoderStage
-    index: int
-
-    def __call__(self, module: nn.Module, q: Tensor, k: Tensor, mask: Mask, kwargs: dict[str, Any]) -> None:
-        """See `EncoderStage.capture`."""
-        self.stage.capture(self.index, module, q, k, mask, kwargs)
-
-
-@dataclass
-class BlockHook:
-    """Pre-hook of one encoder layer.
-
-    Attributes:
-        stage: of the encoder.
-        index: of the layer.
-        layers: how many layers, this one and those without a hook that follow it, see the same sequences.
-    """
-
-    stage: EncoderStage
-    index: int
-    layers: int = 1
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """See `EncoderStage.before_block`. Hidden states that come by name are handed on by position."""
-        if not args:
-            name = _parameters(type(module).forward)[1]
-            args, kwargs = (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
-        return self.stage.before_block(self.index, module, args, kwargs, self.layers)
-
-
-@dataclass
-class LengthHook:
-    """Pre-hook of an encoder layer that only costs (`Tower.before`)."""
-
-    stage: EncoderStage
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """See `EncoderStage.passed`."""
-        self.stage.passed(args[0] if args else kwargs[_parameters(type(module).forward)[1]], kwargs)
-
-
-@dataclass
-class StatesHook:
-    """Hook of one encoder layer whose hidden states are read."""
-
-    stage: EncoderStage
-    index: int
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """See `EncoderStage.after_block`."""
-        self.stage.after_block(self.index, output)
 
 
 class EncoderStage(Copied):
@@ -246,13 +167,13 @@ class EncoderStage(Copied):
         follows = None
         if run.packed is not None:
             run.uncut.append(self._lengths(run, args[0], kwargs))
-            follows = run.packed.before(index, _parameters(type(module).forward)[1:], args, kwargs)
+            follows = run.packed.before(index, parameters(type(module).forward)[1:], args, kwargs)
             args, kwargs = follows or (args, kwargs)
-        merges = run.grid is not None and pruner is not None and index == pruner.layer + 1
-        if merges:
-            args = (self._merge(run, args[0], module), *args[1:])
+        merging = pruner if run.grid is not None and pruner is not None and index == pruner.layer + 1 else None
+        if merging is not None:
+            args = (window_merging.merge(merging, run, args[0]), *args[1:])
         run.lengths += [self._lengths(run, args[0], kwargs)] * layers
-        changed = (args, kwargs) if merges or follows else None
+        changed = (args, kwargs) if merging is not None or follows else None
         return self.masked(args[0], module, args, kwargs) or changed if takes_mask(module) else changed
 
     @eager
@@ -266,7 +187,7 @@ class EncoderStage(Copied):
         given = _given_mask(args, kwargs)
         if given is None and run.even:
             return None  # all items have as many tokens, and none is padding
-        mask = self._mask(run, given, hidden, module)
+        mask = window_merging.mask_of(run, given, hidden, module)
         if len(args) > 1:
             return (args[0], mask, *args[2:]), kwargs
         return args, kwargs if mask is None and given is None else {**kwargs, "attention_mask": mask}
@@ -298,47 +219,6 @@ class EncoderStage(Copied):
         assert self.pruner is not None
         assert run.grid is not None
         return self.pruner.window_tokens(run.grid, run.pool) - 1
-
-    def _merge(self, run: EncoderRun, hidden: Tensor, module: nn.Module) -> Tensor:
-        prefix = self.tower.prefix
-        patches = hidden[:, prefix:]
-        assert self.pruner is not None
-        assert run.grid is not None
-        if run.windows is not None:
-            run.windows = [*run.windows, *[0] * (len(hidden) - len(run.windows))]
-            if not any(run.windows):
-                return hidden
-            similarity = self.pruner.similarity(patches, run.grid, run.pool)
-            run.merged, *names = self.pruner.merge_most(similarity, run.grid, run.windows, run.pool)
-            run.even = len(set(run.windows)) == 1
-            run.names = names[0], names[1]
-            merged = kernels.merge_tokens(patches, cast(Tensor, run.merged.merge_into), run.merged.keep.shape[1])
-            return torch.cat([hidden[:, :prefix], merged], 1)
-        similarity = self.pruner.similarity(patches, run.grid, run.pool).to(HOST)
-        run.merged = self.pruner.merge_by(similarity, run.grid, run.at_least, run.pool)
-        if bool(run.merged.valid.all()) and run.merged.keep.shape[1] == patches.shape[1]:
-            run.merged = None  # no window is similar enough: the tensors stay as they are, bit for bit
-            return hidden
-        return torch.cat([hidden[:, :prefix], run.merged.to(hidden.device).apply(patches)], 1)
-
-    def _mask(self, run: EncoderRun, given: Mask, hidden: Tensor, module: nn.Module) -> Mask:
-        """The mask that hides padding, and what the mask that came hides; made once per mask that comes."""
-        merged, prefix = run.merged, self.tower.prefix
-        assert merged is not None
-        bias = None if run.inside is None else run.inside.bias(hidden.dtype)
-        if bias is not None or (run.inside is not None and run.inside.lengths and not run.inside.uneven):
-            return bias
-        key = (id(given), id(merged))
-        if key not in run.masks:
-            visible = nn.functional.pad(merged.valid, (prefix, 0), value=True)
-            if given is None or run.inside is not None:
-                made = encoder_mask(visible, implementation_of(module), hidden)
-            else:
-                slots = nn.functional.pad(merged.keep + prefix, (prefix, 0))
-                slots[:, :prefix] = torch.arange(prefix, dtype=torch.long, device=slots.device)
-                made = cut_encoder_mask(given, on(slots, hidden.device), on(visible, hidden.device))
-            run.masks[key] = (merged, made)  # holding what it is made of keeps its id from being used again
-        return run.masks[key][1]
 
     @eager
     def capture(self, index: int, module: nn.Module, q: Tensor, k: Tensor, mask: Mask, kwargs: dict[str, Any]) -> None:
@@ -396,32 +276,12 @@ class EncoderStage(Copied):
             return run.packed.after_tower(output)
         if run.merged is not None and run.merged.merge_into is not None:
             complete = run.windows is not None or run.inside is not None
-            whole = _Whole(run.merged, run.merged.merge_into, self.tower.prefix, complete)
+            whole = window_merging.Whole(run.merged, run.merged.merge_into, self.tower.prefix, complete)
             for name in ("last_hidden_state", "hidden_states"):
                 value = getattr(output, name, None)
                 if value is not None:
                     output[name] = tuple(map(whole, value)) if isinstance(value, tuple) else whole(value)
         return output if run.leave is None else run.leave(output)
-
-
-class _Whole:
-    """Gives hidden states all patches: each has the value of what it became part of, zero if it is gone."""
-
-    def __init__(self, merged: Selection, into: Tensor, prefix: int, complete: bool) -> None:
-        """`complete` says that no patch is gone."""
-        front = count_up(len(into), prefix, into.device)
-        self.row = torch.cat([front, (into if complete else into.clamp(min=0)) + prefix], 1)
-        gone = None if complete or not bool((into < 0).any()) else into < 0
-        self.gone = None if gone is None else nn.functional.pad(gone, (prefix, 0))
-        self.length = merged.keep.shape[1] + prefix
-
-    def __call__(self, state: Tensor | None) -> Tensor | None:
-        """(items, prefix + patches, C) of a hidden state; one that has all patches as it is."""
-        if state is None or state.ndim != 3 or state.shape[1] != self.length:
-            return state
-        self.row = on(self.row, state.device)
-        out = state.gather(1, self.row[..., None].expand(-1, -1, state.shape[2]))
-        return out if self.gone is None else out.masked_fill(on(self.gone, state.device)[..., None], 0)
 
 
 def layers_read(pruner: VisionStagePruner, depth: int, last: int, whole: Sequence[int] = ()) -> dict[int, list[Read]]:
@@ -442,17 +302,6 @@ def layers_read(pruner: VisionStagePruner, depth: int, last: int, whole: Sequenc
         name = "VisionStagePruner.key_layer" if own else "Read.layer"
         found.setdefault(read.at(depth, last, whole, name), []).append(read)
     return found
-
-
-def takes_mask(block: nn.Module) -> bool:
-    """Whether an encoder layer hands a mask on to its attention."""
-    return "attention_mask" in _parameters(type(block).forward)
-
-
-@functools.cache
-def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of the parameters of a forward; finding them takes longer than what is done with them."""
-    return tuple(inspect.signature(function).parameters)
 
 
 def _given_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mask:

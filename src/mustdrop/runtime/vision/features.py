@@ -5,28 +5,34 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mustdrop.adapters.base import Modality
-from mustdrop.budget import share_out
 from mustdrop.compat import by_name, eager, first_parameter
 from mustdrop.errors import MustDropError, UnsupportedOptionError
 from mustdrop.layout import Layout
 from mustdrop.pruners import Importance, PictureRule, VisionRule, VisionStagePruner, answers
 from mustdrop.runtime import guards
-from mustdrop.runtime.plan import rows_of_media
+from mustdrop.runtime.plan import (
+    MediaShare,
+    ending_features,
+    limits_of_media,
+    media_shares,
+    rows_of_media,
+    shown_features,
+)
 from mustdrop.runtime.state import Call, Local
-from mustdrop.runtime.vision import fixed_counts, packed_steps
+from mustdrop.runtime.vision import fixed_counts, fixed_marks, packed_steps
 from mustdrop.runtime.vision.block_merging import BlockMerging
 from mustdrop.runtime.vision.encoder import EncoderStage
 from mustdrop.runtime.vision.encoder_run import EncoderRun
+from mustdrop.runtime.vision.feature_tables import patches_left, stacked
 from mustdrop.runtime.vision.fixed_counts import FeatureCounts
 from mustdrop.runtime.vision.marks import FeatureMarks, decide, must_remain
-from mustdrop.runtime.vision.selection import FeatureChoice, VisionSelector, Weigher, patches_left, stacked
+from mustdrop.runtime.vision.selection import PlacedSelections, VisionSelector, Weigher
 
 if TYPE_CHECKING:
     from mustdrop.runtime.session import Runtime
@@ -95,17 +101,17 @@ class FeaturesWrapper:
             return self.function(*args, **kwargs)
         if stage.merges:
             stage.check(runtime.adapter.read_layer(runtime.model, kind, arguments))
-        shown = _shown(call, kind, sizes) if call is not None and of_call else None
+        shown = shown_features(call, kind, sizes) if call is not None and of_call else None
         gone = self._gone(layouts, owners, call if of_call else None, sizes, shown, arguments)
         shown = packed_steps.left(shown, gone)
         seen = sizes if shown is None else [int(own.sum()) for own in shown]
         if call is not None and of_call:
-            plans, shares = call.plans, _shares(call, kind)
+            plans, shares = call.plans, media_shares(call, kind)
         else:
             plans, shares = [runtime.plan(size) for size in sizes], [MediaShare((size,)) for size in sizes]
-        ends = _ends(shares, owners, sizes, shown)
-        most = _limits(seen, owners, shares, [plan.at_most for plan in plans])
-        least = _limits(seen, owners, shares, [plan.at_least for plan in plans])
+        ends = ending_features(shares, owners, sizes, shown)
+        most = limits_of_media(seen, owners, shares, [plan.at_most for plan in plans])
+        least = limits_of_media(seen, owners, shares, [plan.at_least for plan in plans])
         counted = not ends and shown is None  # nothing that only the data tell
         run = self._run(stage, layouts, least, arguments, counted)
         run.inside = self._inside(stage, layouts, most, arguments)
@@ -114,7 +120,7 @@ class FeaturesWrapper:
         pruner = stage.pruner or _KEEPS_ALL
         weigh = self._weigher(pruner, run, layouts, call if of_call else None, owners)
 
-        def decide_on(flat: Tensor, choice: FeatureChoice | None = None) -> FeatureMarks:
+        def decide_on(flat: Tensor, choice: PlacedSelections | None = None) -> FeatureMarks:
             return decide(pruner, run, layouts, flat, least, most, ends, shown, chooser, choice, weigh)
 
         steps = packed_steps.PackedSteps(stage, run, layouts, least, decide_on)
@@ -148,9 +154,9 @@ class FeaturesWrapper:
         if call is not None and _structural(layouts) and _count(getattr(output, field)) < len(flat):
             call.unmarked = True  # rows that the model adds later bear no marks
         if counts is not None:
-            decided, marks = fixed_counts.decide(pruner, run, layouts, flat, least, counts, chooser, choice, weigh)
-            if call is not None:
-                call.flat[kind] = marks
+            decided = fixed_marks.decide(pruner, run, layouts, flat, least, counts, chooser, choice, weigh)
+            if call is not None and decided.flat is not None:
+                call.flat[kind] = decided.flat
         else:
             decided = steps.decided or decide_on(flat, choice)
         setattr(output, field, _restored(decided.write(flat), getattr(output, field), layouts))
@@ -176,8 +182,8 @@ class FeaturesWrapper:
         if pruner is None:
             return None
         pixels = runtime.adapter.pixels(runtime.model, kind, arguments)
-        shares = [] if call is None else _shares(call, kind)
-        ends = dict[int, int]() if call is None else _ends(shares, owners, sizes, shown)
+        shares = [] if call is None else media_shares(call, kind)
+        ends = dict[int, int]() if call is None else ending_features(shares, owners, sizes, shown)
         return packed_steps.incoming(pruner, pixels, layouts, owners, ends)
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
@@ -335,8 +341,8 @@ class FeaturesWrapper:
 
 def _choose_fixed(
     counts: FeatureCounts, chooser: VisionSelector, features: Tensor, owner: Tensor | None
-) -> FeatureChoice:
-    return fixed_counts.choose(chooser, features, None if chooser.run.merged is None else owner, counts)
+) -> PlacedSelections:
+    return fixed_marks.choose(chooser, features, None if chooser.run.merged is None else owner, counts)
 
 
 def _grouped(values: Sequence[T], owners: Sequence[int], rows: int) -> list[list[T]]:
@@ -344,82 +350,6 @@ def _grouped(values: Sequence[T], owners: Sequence[int], rows: int) -> list[list
     out: list[list[T]] = [[] for _ in range(rows)]
     for value, row in zip(values, owners, strict=True):
         out[row].append(value)
-    return out
-
-
-@dataclass(frozen=True)
-class MediaShare:
-    """How a prompt's tokens are split over kinds of media.
-
-    Attributes:
-        tokens: of the prompt, per kind of media.
-        own: which of the kinds is being encoded.
-        end: the kind whose token ends the prompt, or None.
-    """
-
-    tokens: Sequence[int]
-    own: int = 0
-    end: int | None = None
-
-    @property
-    def ends(self) -> bool:
-        """Whether the kind that is being encoded ends the prompt."""
-        return self.end == self.own
-
-
-def _shares(call: Call, kind: str) -> list[MediaShare]:
-    """One per prompt."""
-    names = list(call.totals_of)
-    ends = [None if end is None else names.index(end) for end in call.open_ended]
-    counts = [_seen(call, name) for name in names]
-    return [MediaShare([count[row] for count in counts], names.index(kind), end) for row, end in enumerate(ends)]
-
-
-def _seen(call: Call, kind: str) -> list[int]:
-    """Tokens of one kind per prompt that no mask hides."""
-    if kind not in call.shown_of:
-        return call.totals_of[kind]
-    return [int(row.sum()) for row in call.shown_of[kind]]
-
-
-def _shown(call: Call, kind: str, sizes: Sequence[int]) -> list[Tensor] | None:
-    """Per medium (N,) bool, features that no mask hides; None: all."""
-    if kind not in call.shown_of:
-        return None
-    return list(torch.split(torch.cat(call.shown_of[kind]), list(sizes)))
-
-
-def _ends(
-    shares: Sequence[MediaShare], owners: Sequence[int], sizes: Sequence[int], shown: Sequence[Tensor] | None
-) -> dict[int, int]:
-    """Medium -> its feature that ends a prompt; that one predicts what follows."""
-    found: dict[int, tuple[int, int]] = {}  # the last one of each prompt counts
-    for i, row in enumerate(owners):
-        if not shares[row].ends:
-            continue
-        seen = range(sizes[i]) if shown is None else shown[i].nonzero()[:, 0].tolist()
-        if len(seen):
-            found[row] = i, seen[-1]
-    return dict(found.values())
-
-
-def _limits(
-    sizes: Sequence[int], owners: Sequence[int], shares: Sequence[MediaShare], amounts: Sequence[int]
-) -> list[int]:
-    """Per medium, its part of its prompt's `amounts`: shared among the kinds of media first, then among the media.
-
-    The parts of all kinds, each of which is worked out in a call of its own, add up. Where the tokens go round, each
-    medium has one at least (an icon among large pictures); what ends the prompt has one in any case.
-    """
-    out = [0] * len(sizes)
-    for row, amount in enumerate(amounts):
-        media = [i for i, owner in enumerate(owners) if owner == row and sizes[i]]
-        if media:
-            share = shares[row]
-            part = share_out(amount, share.tokens, share.end, each=True)[share.own]
-            needs = len(media) - 1 if share.ends else None
-            for i, n in zip(media, share_out(part, [sizes[i] for i in media], needs, each=True), strict=True):
-                out[i] = n
     return out
 
 

@@ -13,17 +13,10 @@ from mustdrop.constants import where
 from mustdrop.indices import HOST, on
 from mustdrop.layout import Layout
 from mustdrop.pruners import VisionStagePruner
-from mustdrop.runtime.records import Marks
+from mustdrop.runtime.records import FlatMarks, Marks
 from mustdrop.runtime.vision.encoder_run import EncoderRun
-from mustdrop.runtime.vision.selection import (
-    FeatureChoice,
-    VisionSelector,
-    Weigher,
-    named,
-    of_features,
-    owners,
-    stacked,
-)
+from mustdrop.runtime.vision.feature_tables import named, of_features, owners, stacked
+from mustdrop.runtime.vision.selection import PlacedSelections, VisionSelector, Weigher
 
 
 @dataclass(frozen=True)
@@ -35,15 +28,13 @@ class FeatureMarks:
         merge: (F,) long, for each feature of the call the one that takes its mean in; None if none is to be changed
             (windows that merged inside the encoder have equal features already).
         choice: what a rule decided, if its values are still to be written.
-        alive: (F,) bool, features that stay; None: as the marks say.
-        whole: whether all do; None: nobody knows.
+        flat: the marks of all media in one piece, on the device, where every count was known beforehand; else None.
     """
 
     marks: list[Marks]
     merge: Tensor | None
-    choice: FeatureChoice | None = None
-    alive: Tensor | None = None
-    whole: bool | None = None
+    choice: PlacedSelections | None = None
+    flat: FlatMarks | None = None
 
     def write(self, features: Tensor) -> Tensor:
         """Features (F, C) of all media, merged, with NaN in the rows of those that are dropped."""
@@ -51,8 +42,8 @@ class FeatureMarks:
             features = means(features, self.merge)
         if self.choice is not None:
             features = self.choice.blend(features)
-        alive = torch.cat([mark.alive for mark in self.marks]) if self.alive is None else self.alive
-        if bool(alive.all()) if self.whole is None else self.whole:
+        alive = torch.cat([mark.alive for mark in self.marks]) if self.flat is None else self.flat.alive
+        if bool(alive.all()) if self.flat is None else sum(self.flat.counts) == len(alive):
             return features
         return where(on(alive, features.device)[:, None], features, torch.nan)
 
@@ -101,7 +92,7 @@ def decide(
     ends: Mapping[int, int],
     shown: Sequence[Tensor] | None = None,
     chooser: VisionSelector | None = None,
-    choice: FeatureChoice | None = None,
+    choice: PlacedSelections | None = None,
     weigh: Weigher | None = None,
 ) -> FeatureMarks:
     """Merge, select and protect.
@@ -163,7 +154,7 @@ def decide(
 def _by_rule(
     pruner: VisionStagePruner,
     chooser: VisionSelector,
-    choice: FeatureChoice | None,
+    choice: PlacedSelections | None,
     layouts: Sequence[Layout],
     features: Tensor,
     importance: Tensor,

@@ -1,8 +1,13 @@
-"""A `VisionRule` at work in a model: which features it is shown, and what becomes of each afterwards."""
+"""A `VisionRule` at work in a model: which features it is shown, and what becomes of each afterwards.
+
+Two types say what stays. A rule answers with a `Selection`, over the views that it was shown; the vision stage leaves
+`Marks` of each medium (`mustdrop.runtime.records`), whoever decided. What lies between is no third answer: rules may be
+asked about several views of different length, and `PlacedSelections` holds their selections with the features that each
+is about, until marks are made of them.
+"""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,16 +17,15 @@ from torch import Tensor
 
 from mustdrop.budget import share_out
 from mustdrop.constants import host_table, sent
-from mustdrop.errors import MustDropError
-from mustdrop.indices import on
 from mustdrop.layout import Layout
-from mustdrop.pruners import Features, Importance, Read, Selection, VisionRule
+from mustdrop.pruners import Features, Importance, Selection, VisionRule
 from mustdrop.runtime.vision.encoder_run import EncoderRun
+from mustdrop.runtime.vision.feature_tables import named, of_features, places, plain, stacked
 
 
 @dataclass
-class FeatureChoice:
-    """What a rule decided about all F features of one call.
+class PlacedSelections:
+    """The selections that a rule made of the views of one call, at the F features that they are about.
 
     Attributes:
         keep: (F,) bool.
@@ -73,9 +77,9 @@ class VisionSelector:
     shown: Sequence[Tensor] | None
     questions: Sequence[Tensor]
     released: bool = False
-    fixed: Callable[[VisionSelector, Tensor, Tensor | None], FeatureChoice] | None = None
+    fixed: Callable[[VisionSelector, Tensor, Tensor | None], PlacedSelections] | None = None
 
-    def __call__(self, features: Tensor, owner: Tensor | None = None) -> FeatureChoice:
+    def __call__(self, features: Tensor, owner: Tensor | None = None) -> PlacedSelections:
         """Choose from features (F, C) of all media.
 
         Args:
@@ -88,7 +92,7 @@ class VisionSelector:
         index = torch.arange(len(features), dtype=torch.long, device=device)
         owner = index if owner is None else named(owner, self.layouts, self.ends, self.shown)
         into = torch.full_like(index, -1)
-        choice = FeatureChoice(torch.zeros(len(features), dtype=torch.bool, device=device), into, index)
+        choice = PlacedSelections(torch.zeros(len(features), dtype=torch.bool, device=device), into, index)
         choice.order = index.clone()
         size = None if torch.equal(owner, index) else torch.bincount(owner, minlength=len(owner)).float()
         groups: dict[tuple[int, int | None], list[tuple[int, Tensor]]] = {}
@@ -113,7 +117,7 @@ class VisionSelector:
         return choice
 
     def _room(
-        self, i: int, layout: Layout, mine: Tensor, owner: Tensor, choice: FeatureChoice
+        self, i: int, layout: Layout, mine: Tensor, owner: Tensor, choice: PlacedSelections
     ) -> tuple[Tensor, int | None]:
         """Features that the rule may choose from, and how many of them; what must stay is kept right away.
 
@@ -163,7 +167,7 @@ class VisionSelector:
 
     def _choose(
         self,
-        choice: FeatureChoice,
+        choice: PlacedSelections,
         features: Tensor,
         size: Tensor | None,
         views: list[tuple[int, Tensor]],
@@ -279,127 +283,3 @@ class Weigher:
             seen = shown_to(self.importance, self.run, self.layouts, self.questions, features, size, media, index)
             out = out.index_copy(0, index.flatten(), self.importance.positive(seen).flatten().float())
         return out
-
-
-def patches_left(layouts: Sequence[Layout], most: Sequence[int], item: int) -> list[int]:
-    """Patches that each item of the encoder's batch must have after merging, for its medium to have `most` features.
-
-    Patches that become no feature (what a model cuts away from tiles) may stay unmerged, so they do not count. Items
-    that become no feature need none; those after the last one that does are left out.
-    """
-    left: dict[int, int] = {}
-    for layout, number in zip(layouts, most, strict=True):
-        items, counts = layout.items(item)
-        room = max(0, min(number, layout.size) - (layout.size - layout.in_picture))
-        parts = share_out(min(room, sum(counts)), counts) if items else []
-        for i, part, n in zip(items, parts, counts, strict=True):
-            left[i] = part + item - n
-    return [left.get(i, 0) for i in range(max(left, default=-1) + 1)]
-
-
-def of_features(run: EncoderRun, read: Read, patches: Tensor, as_read: bool = False) -> Tensor:
-    """(F,) or (F, D), the mean over each feature's patches (F, k) of what was read; 0 for structural rows.
-
-    `as_read` says that each feature is the patch of its own number.
-    """
-    found = run.reading(read)
-    if found is None:
-        raise MustDropError(
-            f"encoder layer {read.layer} did not run, so there is nothing to read from it: choose another layer."
-        )
-    if as_read:
-        return on(found, patches.device)[: len(patches)]
-    real = patches >= 0
-    values = found.to(patches.device)[patches.clamp(min=0)]
-    real = real.view(*real.shape, *[1] * (values.ndim - 2))
-    return (values * real).sum(1) / real.sum(1).clamp(min=1)
-
-
-def places(layout: Layout) -> np.ndarray:
-    """(4, N) long: frame (over all grids), row, column, and first frame of the grid, of each feature; structural 0."""
-    cells, structural = layout.cell_table, layout.gaps
-    out = np.zeros((4, layout.size), dtype=np.int64)
-    first = 0
-    for (frames, rows, columns), start in zip(layout.grids, layout.offsets, strict=False):
-        if not frames * rows * columns:
-            continue
-        cell = cells - start
-        inside = (cell >= 0) & (cell < frames * rows * columns) & ~structural
-        cell = cell[inside]
-        frame, row, column = cell // (rows * columns) + first, cell // columns % rows, cell % columns
-        out[:, inside] = np.stack([frame, row, column, np.full_like(cell, first)])
-        first += frames
-    return out
-
-
-def stacked(layouts: Sequence[Layout]) -> np.ndarray:
-    """(F, k) encoder patches of the features of all media, -1 fills up."""
-    tables = [layout.patch_table for layout in layouts]
-    width = max((table.shape[1] for table in tables), default=1)
-    if tables and all(table.shape[1] == width for table in tables):
-        return tables[0] if len(tables) == 1 else np.concatenate(tables)
-    return np.concatenate([np.pad(t, ((0, 0), (0, width - t.shape[1])), constant_values=-1) for t in tables])
-
-
-def plain(patches: np.ndarray) -> bool:
-    """Whether each feature is the patch of its own number, so that nothing has to be looked up."""
-    return patches.shape[1] == 1 and bool((patches[:, 0] == np.arange(len(patches))).all())
-
-
-def owners(run: EncoderRun, patches: Tensor, as_read: bool = False) -> Tensor:
-    """(F,) long, the feature that names the window which each feature became part of inside the encoder.
-
-    It is the feature that holds the patch that names the window; where the model cuts that one away (padding of tiles),
-    the first of the window's features that it leaves.
-
-    Args:
-        run: what the encoder did.
-        patches: (F, k) long, the patches of each feature; -1 is none.
-        as_read: whether each feature is the patch of its own number: see `plain`.
-    """
-    number = len(patches)
-    if as_read and run.merged is not None and run.merged.merge_into is not None:
-        return run.owners(run.merged.merge_into.numel())[:number]
-    index = torch.arange(number, dtype=torch.long, device=patches.device)
-    if run.packed is not None and run.merges_packed:
-        owner = run.packed.owner.to(patches.device)
-        return torch.where(owner < 0, index, owner)
-    if run.merged is None or run.merged.merge_into is None:
-        return index
-    total = run.merged.merge_into.numel()
-    key = run.owners(total).to(patches.device)[patches[:, 0].clamp(min=0)]
-    holds = (patches == key[:, None]).any(1)
-    rank = torch.where(holds, index, index + number)
-    structural = patches[:, 0] < 0
-    key = key.masked_fill(structural, total)  # rows of no patch have a place of their own
-    table = torch.full((total + 1,), 2 * number, dtype=torch.long, device=patches.device)
-    table = table.scatter_reduce(0, key, rank, "amin")
-    return torch.where(structural, index, table[key] % number)
-
-
-def named(
-    owner: Tensor, layouts: Sequence[Layout], ends: Mapping[int, int], shown: Sequence[Tensor] | None = None
-) -> Tensor:
-    """What names each merged window, so that no token that must be there is gone.
-
-    A feature that ends a prompt names the window that it is part of; one that a mask hides names none that others are
-    part of.
-
-    Args:
-        owner: (F,) long, for each feature of all media the one that names its window.
-        layouts: one per medium.
-        ends: medium -> its feature that ends a prompt.
-        shown: per medium (N,) bool, features that no mask hides; None: all.
-    """
-    if not ends and shown is None:
-        return owner
-    index, device = torch.arange(len(owner), dtype=torch.long, device=owner.device), owner.device
-    turn = (owner != index).long()  # whose turn it is to name: the end, what does so far, others that are seen
-    if shown is not None:
-        turn = torch.where(torch.cat(list(shown)).to(device), turn, 2)
-    for i, start in enumerate(itertools.accumulate((layout.size for layout in layouts), initial=0)):
-        if i in ends:
-            turn[start + ends[i]] = -1
-    key = (turn + 1) * len(owner) + index
-    best = torch.full_like(owner, 4 * len(owner)).scatter_reduce(0, owner, key, "amin")
-    return best[owner] % len(owner)
