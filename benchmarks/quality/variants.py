@@ -6,6 +6,7 @@
     python -m benchmarks quality --variants ablations  # scenes of the selection split
     python -m benchmarks quality --variants geometry   # the same: features as they are, centred, and standardized
     python -m benchmarks quality --variants merging    # the same: how many windows merge in mustdrop
+    python -m benchmarks quality --variants last_row   # the same: why is fastv behind random?
     python -m benchmarks quality --variants inside --model pages   # held-out: inside a packed encoder, or behind
 
 All are of the first edition of `mustdrop+`. Each writes a result file of its own. None but `inside`, by which nothing
@@ -28,6 +29,7 @@ from benchmarks.quality.cells import Cell
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from mustdrop.methods.mustdrop_plus import LAYERS, TAPER, AttendedAndDiverse, MustDropPlus
 from mustdrop.methods.tome import SoftMatching
+from mustdrop.pruners import LastRow
 from mustdrop.pruners.vision import Taper
 
 BUDGETS = {
@@ -37,6 +39,7 @@ BUDGETS = {
     "ablations": (2 / 9, 1 / 9, 1 / 18),
     "geometry": (2 / 9, 1 / 9, 1 / 18),
     "merging": (1 / 3, 2 / 9, 1 / 9, 1 / 18),
+    "last_row": (1 / 2, 1 / 3),
     "inside": (1 / 4, 1 / 9),
     **second.BUDGETS,
 }
@@ -47,6 +50,7 @@ SPLITS = {
     "ablations": "selection",
     "geometry": "selection",
     "merging": "selection",
+    "last_row": "selection",
     "inside": "heldout",
     **dict.fromkeys(second.SETS, "selection"),
     second.REPORTED: "heldout",
@@ -58,6 +62,7 @@ SEEDS = {
     "ablations": (3001, 3002),
     "geometry": (3001, 3002),
     "merging": (3001, 3002),
+    "last_row": (3001,),
     "inside": (6002, 6003),
 }
 COMPARING = ("divprune", "cdpruner", "scope", "mmr", "vispruner")  # methods that compare features
@@ -220,6 +225,18 @@ def merging() -> dict[str, Callable[[float], Stages]]:
     }
 
 
+def last_row() -> dict[str, Callable[[float], Stages]]:
+    """One filter by last-token attention, as in `fastv`, after each of the first layers; random tokens beside it.
+
+    `keep` is the share that passes the filter, so that a later one does not have to pass less.
+    """
+
+    def after(layer: int) -> Callable[[float], Stages]:
+        return lambda keep: {"prefill": PrefillPruner(layers=(layer,), survivors=(keep,), score=LastRow())}
+
+    return {"random": _named("random")} | {f"attention in layer {layer}": after(layer) for layer in range(4)}
+
+
 def inside() -> dict[str, Callable[[float], Stages]]:
     """Tokens that merge or leave inside a packed encoder of four layers, beside the same rule behind it."""
     attention = {"window": None, "key_share": 0}
@@ -252,6 +269,7 @@ SETS: dict[str, Callable[[], dict[str, Callable[[float], Stages]]]] = {
     "ablations": ablations,
     "geometry": geometry,
     "merging": merging,
+    "last_row": last_row,
     "inside": inside,
     **second.SETS,
 }

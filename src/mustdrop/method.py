@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import mustdrop.methods  # noqa: F401  (loaded before the package binds this name to the function `methods`)
 from mustdrop.budget import Keep
@@ -14,6 +14,7 @@ from mustdrop.pruners.base import Settings
 
 DEFAULT_METHOD = "mustdrop"
 DEFAULT_KEEP: Keep = 1 / 3
+Positions = Literal["kept", "renumbered"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Method:
         strict: whether a picture that is too small for a budget or for a window is an error. If not, budgets beyond a
             picture keep what there is, at least one token, and a picture smaller than a window is not merged.
         input: what happens before the vision encoder, or None.
+        positions: "kept": tokens keep the positions that they had, and what is dropped leaves gaps. "renumbered": what
+            is left counts 0, 1, 2, ... anew, also where positions have several axes (M-RoPE).
     """
 
     vision: VisionStagePruner | None = None
@@ -36,6 +39,7 @@ class Method:
     name: str = "custom"
     strict: bool = False
     input: InputPruner | None = None
+    positions: Positions = "kept"
 
     def __post_init__(self) -> None:
         for socket, kind in (
@@ -50,6 +54,13 @@ class Method:
                     f"{socket}= takes a {kind.__name__}, got {type(value).__name__}: write "
                     f"{socket}={kind.__name__}(...)."
                 )
+        if self.positions not in get_args(Positions):
+            raise ConfigError(f'positions must be "kept" or "renumbered", got {self.positions!r}.')
+        if self.positions == "renumbered" and self.decode is not None:
+            raise ConfigError(
+                'positions="renumbered" cannot be combined with a decode stage: keys stay where they were written when '
+                "others leave the cache. Leave the decode stage out, or keep the positions."
+            )
         if self.vision is not None and self.vision.taper is not None and getattr(self.prefill, "keep", None) is None:
             raise ConfigError(
                 f"VisionStagePruner.taper={self.vision.taper} splits a budget between vision and prefill stage, and "
@@ -110,7 +121,17 @@ class Method:
 
     @property
     def renumber(self) -> bool:
-        """Whether positions are renumbered after every drop, as the authors' released code does."""
+        """Whether positions are renumbered after every drop: as asked for, or as the authors' released code does."""
+        return self.positions == "renumbered" or self.reorder
+
+    @property
+    def renumbered_by(self) -> str:
+        """The setting that renumbers, for messages."""
+        return 'compat="released"' if self.reorder else 'positions="renumbered"'
+
+    @property
+    def reorder(self) -> bool:
+        """Whether tokens may come in another order than the prompt's, as in the authors' released code."""
         return any(p is not None and p.compat == "released" for p in (self.vision, self.prefill))
 
 
@@ -123,11 +144,13 @@ class Recipe(Settings):
         called: the method's name; None: the name of its file in `mustdrop.methods`, or what it is registered as.
         trained: whether something in it was trained to drop: comparisons keep it apart from methods that are not.
         strict: see `Method.strict`; a knob of every method.
+        positions: see `Method.positions`; a knob of every method.
     """
 
     called: ClassVar[str | None] = None
     trained: ClassVar[bool] = False
     strict: bool = False
+    positions: Positions = "kept"
 
     def build(self) -> Method:
         """The method with these knobs."""

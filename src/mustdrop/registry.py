@@ -229,7 +229,8 @@ def _build(recipe: Recipe, name: str) -> Method:
     built: Any = recipe.build()
     if not isinstance(built, Method):
         raise ConfigError(f"{type(recipe).__name__}.build returned {_shown(built)}, expected a mustdrop.Method.")
-    return changed(built, name=name, strict=built.strict or recipe.strict)
+    positions = built.positions if recipe.positions == "kept" else recipe.positions
+    return changed(built, name=name, strict=built.strict or recipe.strict, positions=positions)
 
 
 def _shown(thing: Any) -> str:

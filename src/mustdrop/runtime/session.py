@@ -49,13 +49,13 @@ class Runtime(Copied):
         self.filters: tuple[int, ...] = () if method.prefill is None else method.prefill.filter_layers(self.depth)
         if method.renumber and not hasattr(self.text, "rotary_emb"):
             raise UnsupportedModelError(
-                'compat="released" renumbers positions and needs rotary embeddings; '
+                f"{method.renumbered_by} renumbers positions and needs rotary embeddings; "
                 f"{type(self.text).__name__} has none."
             )
         if method.renumber and "layer_type" in inspect.signature(cast(Any, self.text).rotary_emb.forward).parameters:
             raise UnsupportedModelError(
-                'compat="released" renumbers positions and needs the same rotary embeddings in all layers; those of '
-                f'{type(self.text).__name__} have kinds. Use compat="paper", which keeps positions.'
+                f"{method.renumbered_by} renumbers positions and needs the same rotary embeddings in all layers; those "
+                f"of {type(self.text).__name__} have kinds. Leave it out: positions are then kept."
             )
         self.local = Local()
         self.modalities = adapter.modalities(model)

@@ -172,5 +172,5 @@ def _obstacle(method: Method) -> str | None:
     if any(read.what == "states" for read in method.vision.reads):
         return "reads hidden states of the encoder"
     if method.renumber:
-        return 'numbers positions anew (compat="released")'
+        return f"numbers positions anew ({method.renumbered_by})"
     return None

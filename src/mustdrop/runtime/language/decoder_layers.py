@@ -172,7 +172,7 @@ class DecoderLayers(Copied):
         vision = forward.current(media.vision)
         selection = filter_step.choose(self.runtime, prefill, forward, media, hidden, attention, k)
         keep = selection.mask(vision.shape[1]).to(HOST) | ~vision
-        reorders = selection.merge_into is not None and self.runtime.method.renumber
+        reorders = selection.merge_into is not None and self.runtime.method.reorder
         if bool(keep.all()) and not reorders:
             return hidden
         if selection.merge_into is not None:

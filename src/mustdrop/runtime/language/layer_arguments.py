@@ -90,7 +90,7 @@ class LayerArguments:
             before = layer.slot_positions() if layer is not None else None
             slots = new.positions if before is None else torch.cat([before.to(HOST), new.positions], 1)
             padded = forward.padded if layer is None else layer.padded
-            reordered = self.runtime.method.renumber
+            reordered = self.runtime.method.reorder
             forward.memo[key] = RowMap(forward.index, new.positions, slots, padded, forward.end, reordered)
         return forward.memo[key]  # type: ignore[no-any-return]
 
@@ -100,7 +100,8 @@ class LayerArguments:
         Returns:
             Whether `kwargs` were changed.
         """
-        mask, renumber = kwargs.get("attention_mask"), self.runtime.method.renumber
+        mask, method = kwargs.get("attention_mask"), self.runtime.method
+        renumber, reorder = method.renumber, method.reorder
         if mask is None and not layer.padded and forward.length == 1 and not renumber and not forward.flash:
             return False  # one query that sees every slot: nothing to map
         shown = layer.shown(forward.length)
@@ -109,7 +110,7 @@ class LayerArguments:
             slots = layer.slot_positions(extra=forward.length)
             assert slots is not None  # an empty layer takes the mask as it is
             slots = slots[:, -shown:].to(HOST)
-            layout = RowMap(forward.index, slots[:, -forward.length :], slots, layer.padded, forward.end, renumber)
+            layout = RowMap(forward.index, slots[:, -forward.length :], slots, layer.padded, forward.end, reorder)
             forward.memo[key] = (layer.layout, layout)
         layout = forward.memo[key][1]
         self._map_mask(layout, forward, hidden, kwargs)

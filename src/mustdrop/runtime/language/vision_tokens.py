@@ -153,7 +153,7 @@ def _look(runtime: Runtime, media: VisionTokens, embeds: Tensor, call: Call | No
         entering, given = on(media.vision & media.alive, embeds.device), on(media.raters, embeds.device)
         media.raters = answers.raters(prefill.score, embeds.nan_to_num(0.0), entering, given).to(HOST)
     if media.marks:
-        _spread_marks(media, reorder=runtime.method.renumber)
+        _spread_marks(media, reorder=runtime.method.reorder)
     if media.ends is not None:
         _pin_the_end(media, media.ends)
     if prefill is not None and (prefill.keep is not None or prefill.survivors is not None):
