@@ -141,7 +141,7 @@ def test_every_tutorial_is_a_page_of_the_site_and_a_notebook():
     [
         ("[a](docs/quality.md#x)", "README.md", "[a](quality.md#x)"),
         ("![a](docs/images/a.png) b", "README.md", "![a](images/a.png) b"),
-        ("![a](docs/images/demo.png)", "README.md", "[![a](images/demo.png)](images/demo.png){ .picture }"),
+        ("![a](docs/images/speed.png)", "README.md", "[![a](images/speed.png)](images/speed.png){ .picture }"),
         (
             "![a](images/how-it-works.png)",
             "docs/x.md",

@@ -33,7 +33,7 @@ LINK = re.compile(r"(?P<mark>!?)\[(?P<text>(?:[^\[\]]|\[[^\]]*\](?:\([^)]*\))?)*
 COLAB = re.compile(r"\[!\[(Open in Colab)\]\([^)]*\)\]")
 BADGE = re.compile(r"\[!\[[^\]]*\]\(https?:[^)]*\)\]\([^)]*\)[ \n]?|!\[[^\]]*\]\(https?:[^)]*\)")
 PICTURE = re.compile(r"^!\[[^\]]*\]\((?P<target>[^)\s]+\.png)\)$", re.MULTILINE)
-WIDE = 1400  # pixels of a figure whose letters a phone would show too small: there it can be moved sideways
+WIDE = 1200  # pixels of a figure whose letters a phone would show too small: there it can be moved sideways
 CODE = re.compile(r"(^```.*?^```|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 
 
