@@ -172,7 +172,7 @@ def driver(tmp_path_factory):
 
 @pytest.fixture
 def opened(driver, tmp_path):
-    """Opens a page of these calls, or a written one; then its console must be silent, and nothing came from elsewhere."""
+    """Opens a page of these calls, or a written one; its console must stay silent, and nothing come from elsewhere."""
 
     def show(given, *runs, size=(1200, 1000)):
         from selenium.webdriver.support.ui import WebDriverWait
