@@ -33,13 +33,14 @@ def headline(results: Results, table: Table) -> str:
 
 def facts(results: Results, table: Table) -> str:
     """Five rows of the default method: speed on a GPU and a CPU, memory, quality, and the price."""
-    served, cpu, quality = results["serving_cuda"], results["end_to_end_cpu"], results["quality_fixed"]
+    served, cpu, quality = results["serving_cuda"], results["serving_cpu"], results["quality_fixed"]
     large, small = _row(served, batch=8, keep=LARGE), _row(served, batch=8, keep=SMALL)
     alone = [_first(_row(served, batch=1, keep=keep)) for keep in (LARGE, SMALL)]
-    one = {row["keep"]: row["prompt"]["speed_up"]["median"] for row in _ours(cpu) if row["batch"] == 1}
+    one = {keep: _first(_row(cpu, batch=1, keep=keep)) for keep in (LARGE, SMALL)}
     right = {row["keep"]: row["correct"]["mean"] for row in _ours(quality)}
     (whole,) = [row["correct"]["mean"] for row in quality["rows"] if row["method"] == "none"]
-    model, prompt = served["models"][0], f"{cpu['prompt']['vision_tokens']} + {cpu['prompt']['text_tokens']}"
+    model = served["models"][0]
+    prompt = f"{model['vision_tokens']} + {model['text_tokens']}"
     gpu = f"LLaVA-1.5-7B's sizes, {model['dtype']}, sdpa, {_gpu(served)}, prompts of {prompt} tokens"
     total = model["vision_tokens"]
     shares = {keep: _nearest(right, keep / total) for keep in (LARGE, SMALL)}
@@ -216,9 +217,8 @@ def _gpu(record: Record) -> str:
 
 
 def _cpu(record: Record) -> str:
-    return (
-        f"a LLaVA of {record['model']['parameters'] / 1e9:.1f} B, {record['model']['dtype']}, {record['threads']} cores"
-    )
+    model = record["models"][0]
+    return f"a LLaVA of {model['parameters'] / 1e9:.1f} B, {model['dtype']}, {record['threads']} cores"
 
 
 def _questions(record: Record) -> int:
