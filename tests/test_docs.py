@@ -141,7 +141,7 @@ def test_every_tutorial_is_a_page_of_the_site_and_a_notebook():
     [
         ("[a](docs/quality.md#x)", "README.md", "[a](quality.md#x)"),
         ("![a](docs/images/a.png) b", "README.md", "![a](images/a.png) b"),
-        ("![a](docs/images/demo.png)", "README.md", "[![a](images/demo.png)](images/demo.png){ .picture }"),
+        ("![a](docs/images/speed.png)", "README.md", "[![a](images/speed.png)](images/speed.png){ .picture }"),
         (
             "![a](images/how-it-works.png)",
             "docs/x.md",
@@ -158,6 +158,19 @@ def test_every_tutorial_is_a_page_of_the_site_and_a_notebook():
 def test_links_between_files_become_links_between_pages(link, there, here):
     page = SimpleNamespace(file=SimpleNamespace(src_uri=site_pages.ELSEWHERE.get(there, there.removeprefix("docs/"))))
     assert site_pages.on_page_markdown(link, page, None, None) == (here or link)
+
+
+def test_on_a_package_index_the_first_page_leads_to_the_repository():
+    text = "[![a](https://b.org/c.svg)](LICENSE) ![d](docs/e.png) [f](#g) [h](docs/i.md#j) `[k](l)` [m](https://n.org)"
+    at = "https://example.org/mustdrop"
+    assert site_pages.elsewhere(text, at, "v1.2.0") == (
+        f"[![a](https://b.org/c.svg)]({at}/blob/v1.2.0/LICENSE) ![d]({at}/raw/v1.2.0/docs/e.png) "
+        f"[f]({at}/blob/v1.2.0/README.md#g) [h]({at}/blob/v1.2.0/docs/i.md#j) `[k](l)` [m](https://n.org)"
+    )
+    assert site_pages.elsewhere(text, "", "v1.2.0") == text
+    shown = site_pages.elsewhere(FRONT, at, "v1.2.0")
+    shown = re.sub(r"```.*?```|`[^`\n]+`", "", shown, flags=re.DOTALL)
+    assert [target for target in re.findall(r"\]\(([^)]+)\)", shown) if not target.startswith("https://")] == []
 
 
 # -- the first page ----------------------------------------------------------------------------------------------------

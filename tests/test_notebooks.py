@@ -51,6 +51,7 @@ def test_blocks_that_are_skipped_stay_text(tmp_path, monkeypatch):
 
 
 def test_a_badge_opens_the_notebook_where_the_project_has_an_address(monkeypatch):
+    monkeypatch.setattr(site_pages, "repository", lambda: "")
     assert notebooks.links("video") == "[This page as a notebook](../notebooks/video.ipynb)"
     monkeypatch.setattr(site_pages, "repository", lambda: "https://github.com/somebody/mustdrop")
     assert notebooks.links("write-a-method") == (

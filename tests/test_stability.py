@@ -146,9 +146,10 @@ def test_the_workflows_run_sessions_that_there_are():
     asked = [*jobs["checks"]["strategy"]["matrix"]["session"], "tests"]
     asked += [entry["session"] for entry in jobs["tests"]["strategy"]["matrix"]["include"]]
     assert {name.partition("(")[0] for name in asked} <= sessions()
-    assert {"tests", "lint", "types", "docs", "dist", "matrix", "backends"} <= {
-        name.partition("(")[0] for name in asked
-    }
+    required = {"tests", "lint", "types", "docs", "dist", "matrix", "backends", "app", "tutorials"}
+    assert required <= {name.partition("(")[0] for name in asked}
+    for job in ("checks", "tests"):  # without a browser the tests that drive one would be skipped
+        assert {"run": "chromedriver --version"} in jobs[job]["steps"], job
     publish = workflow("release.yml")["jobs"]["publish"]
     assert publish["permissions"]["id-token"] == "write"
     assert "password" not in json.dumps(publish)

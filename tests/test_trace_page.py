@@ -172,13 +172,14 @@ def driver(tmp_path_factory):
 
 @pytest.fixture
 def opened(driver, tmp_path):
-    """Opens a page of these calls; at the end, its console must be silent and nothing was asked of the network."""
+    """Opens a page of these calls, or a written one; its console must stay silent, and nothing come from elsewhere."""
 
     def show(given, *runs, size=(1200, 1000)):
         from selenium.webdriver.support.ui import WebDriverWait
 
+        page = given if not runs else trace_page.write(tmp_path / "kept.html", given, runs, question="where?")
         driver.set_window_size(*size)
-        driver.get(trace_page.write(tmp_path / "kept.html", given, runs, question="where?").as_uri())
+        driver.get(page.as_uri())
         WebDriverWait(driver, 20).until(lambda d: d.execute_script("return document.documentElement.dataset.ready"))
         return driver
 
@@ -333,19 +334,39 @@ def test_a_screen_reader_has_names_for_everything(opened):
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-def test_explain_writes_the_page_of_a_picture(monkeypatch, capsys, tmp_path, opened):
-    picture((90, 60)).save(tmp_path / "red.png")
-    out = tmp_path / "kept.html"
+def explain(monkeypatch, capsys, folder):
+    """The page that the command writes of a picture, and what it prints."""
+    picture((90, 60)).save(folder / "red.png")
+    out = folder / "kept.html"
     code, said, _ = call(
-        monkeypatch, capsys, "explain", "--image", tmp_path / "red.png", "--question", "what is red ?",
+        monkeypatch, capsys, "explain", "--image", folder / "red.png", "--question", "what is red ?",
         "--method", "mustdrop", "--method", "uniform", "--keep", "64", "--new-tokens", "2", "--out", out,
     )  # fmt: skip
     assert code == 0
+    return out, said
+
+
+def test_explain_writes_the_page_of_a_picture(monkeypatch, capsys, tmp_path):
+    out, said = explain(monkeypatch, capsys, tmp_path)
     assert "mustdrop, keep=64:" in said
     (inner,) = re.findall(r'id="facts">(.*?)</script>', out.read_text(encoding="utf-8"), re.DOTALL)
     facts = json.loads(inner)
     assert [method["name"] for method in facts["methods"]] == ["mustdrop, keep=64", "uniform, keep=64"]
     assert facts["question"] == "what is red ?"
+
+
+def test_the_page_of_explain_works_in_a_browser(monkeypatch, capsys, tmp_path, opened):
+    from selenium.webdriver.common.keys import Keys
+
+    out, _ = explain(monkeypatch, capsys, tmp_path)
+    driver = opened(out)
+    heads = [head.text for head in driver.find_elements("css selector", "#methods > section h2")]
+    assert heads == ["mustdrop, keep=64", "uniform, keep=64"]
+    slider = driver.find_element("id", "layer")
+    slider.send_keys(Keys.HOME)
+    before = captions(driver)
+    slider.send_keys(Keys.END)
+    assert captions(driver) != before
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def facts(results: Results, table: Table) -> str:
     served, cpu, quality = results["serving_cuda"], results["end_to_end_cpu"], results["quality_fixed"]
     large, small = _row(served, batch=8, keep=LARGE), _row(served, batch=8, keep=SMALL)
     alone = [_first(_row(served, batch=1, keep=keep)) for keep in (LARGE, SMALL)]
-    one = {row["keep"]: row["prompt"]["speed_up"]["median"] for row in _ours(cpu) if row["batch"] == 1}
+    one = {row["keep"]: row["prompt"]["speed_up"]["median"] for row in _alone(cpu)}
     right = {row["keep"]: row["correct"]["mean"] for row in _ours(quality)}
     (whole,) = [row["correct"]["mean"] for row in quality["rows"] if row["method"] == "none"]
     model, prompt = served["models"][0], f"{cpu['prompt']['vision_tokens']} + {cpu['prompt']['text_tokens']}"
@@ -64,13 +64,22 @@ def facts(results: Results, table: Table) -> str:
 
 
 def when(results: Results, table: Table) -> str:
-    """By hardware and batch: what the recorded runs say, good and bad, and what no run says."""
+    """By hardware and batch: what the recorded runs say, good and bad, and what no run says.
+
+    One prompt on a CPU is of the run that has more pairs of it, which the table above shows too.
+    """
+    alone = results["end_to_end_cpu"]
     cuda, cpu, vllm = results["serving_cuda"], results["serving_cpu"], results["vllm_cpu"]
     lines = [
         _served(cuda, 1, f"One prompt on an {_gpu(cuda)} ({LARGE}, then {SMALL} tokens)")
         + " Such a call is CPU launch-bound: the GPU waits for its layers to be launched, and pruning launches more.",
         _served(cuda, 8, f"Eight prompts on an {_gpu(cuda)}"),
-        _served(cpu, 1, f"One prompt on {cpu['threads']} CPU cores"),
+        _line(
+            f"One prompt on {alone['threads']} CPU cores",
+            [row["prompt"]["speed_up"]["median"] for row in _alone(alone)],
+            [row["decode"]["speed_up"]["median"] for row in _alone(alone)],
+            [row["kv_bytes"]["stored"] / row["kv_bytes"]["unpruned"] for row in _alone(alone)],
+        ),
         _served(cpu, 8, f"Eight prompts on {cpu['threads']} CPU cores"),
     ]
     many = {row["keep"]: row for row in vllm["rows"] if row["concurrency"] == 16}
@@ -90,11 +99,15 @@ def when(results: Results, table: Table) -> str:
 
 
 def _served(record: Record, batch: int, who: str) -> str:
-    """One line: the verdict, and the numbers that it rests on."""
     rows = [_row(record, batch=batch, keep=keep) for keep in (LARGE, SMALL)]
-    first, steps = [_first(row) for row in rows], [row["decode"]["speed_up"]["median"] for row in rows]
-    stored = " and ".join(f"{_kv(row):.0%}" for row in rows)
-    numbers = f"First token {_pair(first)}, decode steps {_pair(steps)}, KV cache {stored}."
+    steps = [row["decode"]["speed_up"]["median"] for row in rows]
+    return _line(who, [_first(row) for row in rows], steps, [_kv(row) for row in rows])
+
+
+def _line(who: str, first: list[float], steps: list[float], stored: list[float]) -> str:
+    """The verdict, and the numbers that it rests on: speed-ups and share of the cache at the two budgets."""
+    shares = " and ".join(f"{share:.0%}" for share in stored)
+    numbers = f"First token {_pair(first)}, decode steps {_pair(steps)}, KV cache {shares}."
     return f"**{who}: first token {_says(first)}, decode steps {_says(steps)}.** {numbers}"
 
 
@@ -199,6 +212,11 @@ def _ours(record: Record) -> list[Record]:
     return [row for row in record["rows"] if row["method"] == "mustdrop"]
 
 
+def _alone(record: Record) -> list[Record]:
+    """The rows of one prompt at the two budgets."""
+    return [row for keep in (LARGE, SMALL) for row in _ours(record) if (row["batch"], row["keep"]) == (1, keep)]
+
+
 def _first(row: Record) -> float:
     return float(row["first_token"]["speed_up"]["median"])
 
@@ -237,7 +255,9 @@ def _says(ratios: list[float]) -> str:
     """The verdict of speed-ups."""
     if min(ratios) > 1 + EVEN:
         return "faster"
-    return "slower" if max(ratios) < 1 - EVEN else "the same"
+    if max(ratios) < 1 - EVEN:
+        return "slower"
+    return "the same" if max(abs(ratio - 1) for ratio in ratios) <= EVEN else "mixed"
 
 
 def _seconds(value: float) -> str:

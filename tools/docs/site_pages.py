@@ -33,7 +33,7 @@ LINK = re.compile(r"(?P<mark>!?)\[(?P<text>(?:[^\[\]]|\[[^\]]*\](?:\([^)]*\))?)*
 COLAB = re.compile(r"\[!\[(Open in Colab)\]\([^)]*\)\]")
 BADGE = re.compile(r"\[!\[[^\]]*\]\(https?:[^)]*\)\]\([^)]*\)[ \n]?|!\[[^\]]*\]\(https?:[^)]*\)")
 PICTURE = re.compile(r"^!\[[^\]]*\]\((?P<target>[^)\s]+\.png)\)$", re.MULTILINE)
-WIDE = 1400  # pixels of a figure whose letters a phone would show too small: there it can be moved sideways
+WIDE = 1200  # pixels of a figure whose letters a phone would show too small: there it can be moved sideways
 CODE = re.compile(r"(^```.*?^```|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 
 
@@ -94,6 +94,28 @@ def repository() -> str:
     """The address of the repository; empty while pyproject.toml names none."""
     found = re.search(r'^Repository = "([^"]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
     return found[1].rstrip("/") if found else ""
+
+
+def elsewhere(text: str, address: str, tag: str) -> str:
+    """README.md for readers outside of the repository: its links are addresses of files at a tag.
+
+    Args:
+        text: the page.
+        address: of the repository; "" leaves the page as it is.
+        tag: of the version, such as `v0.1.0`.
+    """
+
+    def link(match: re.Match[str]) -> str:
+        inside = LINK.sub(link, match["text"]) if "](" in match["text"] else match["text"]
+        target = match["target"]
+        if not re.match(r"[a-z]+:", target):
+            path, hash_, anchor = target.partition("#")
+            target = f"{address}/{'raw' if match['mark'] else 'blob'}/{tag}/{path or 'README.md'}{hash_}{anchor}"
+        return f"{match['mark']}[{inside}]({target})"
+
+    if not address:
+        return text
+    return "".join(part if i % 2 else LINK.sub(link, part) for i, part in enumerate(CODE.split(text)))
 
 
 # -- reference --------------------------------------------------------------------------------------------------------
