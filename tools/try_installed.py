@@ -24,7 +24,7 @@ def command(*arguments: str) -> str:
 
 
 def main() -> None:
-    """Demo, doctor, examples, and a method of another package."""
+    """Demo, doctor, a scorer of one's own, examples, and a method of another package."""
     home = Path(mustdrop.__file__).parent
     if not home.is_relative_to(sys.prefix):
         raise SystemExit(f"mustdrop is imported from {home}, not from the environment {sys.prefix}")
@@ -33,11 +33,19 @@ def main() -> None:
     answers = json.loads(Path("demo", "demo.json").read_text(encoding="utf-8"))["rows"]
     assert [row["method"] for row in answers] == ["none", "mustdrop"], answers
     assert Path("demo", "kept.png").stat().st_size > 10_000
+    own_scorer()
     for example in sys.argv[1:]:
         sys.argv = [example]
         runpy.run_path(example, run_name="__main__")
     another_package()
     print("all of it works")
+
+
+def own_scorer() -> None:
+    """Train one for two steps, as docs/fit.md has it, and answer with it."""
+    command("fit", "--benchmark", "scenes", "--split", "train", "--limit", "16", "--steps", "2", "--out", "scorer")
+    scored = ("--method", "learned", "--knob", "importance=scorer", "--keep", "64")
+    print(command("eval", "scenes", "--limit", "4", *scored, "--out", "answers"))
 
 
 def another_package() -> None:
