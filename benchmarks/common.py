@@ -87,12 +87,12 @@ def significant(number: float, digits: int = 5) -> float:
     return float(f"{number:.{digits}g}")
 
 
-def build(size: str, device: torch.device, seed: int) -> LlavaForConditionalGeneration:
-    """A LLaVA with random weights: float32 on a CPU, bfloat16 on a GPU."""
+def build(size: str, device: torch.device, seed: int, pixels: int = 336) -> LlavaForConditionalGeneration:
+    """A LLaVA for square pictures of so many pixels, with random weights: float32 on a CPU, bfloat16 on a GPU."""
     text, vision = SIZES[size]
     config = LlavaConfig(
         text_config=LlamaConfig(vocab_size=32064, max_position_embeddings=4096, **text),
-        vision_config=CLIPVisionConfig(image_size=336, patch_size=14, **vision),
+        vision_config=CLIPVisionConfig(image_size=pixels, patch_size=14, **vision),
         image_token_index=IMAGE,
     )
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

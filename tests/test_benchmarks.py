@@ -76,6 +76,17 @@ def test_the_documents_show_the_result(result, block):
     assert "| `random` | 64 |" in text or "| 640 |" in text
 
 
+def test_prompts_of_several_lengths(tmp_path):
+    out = tmp_path / "prompt_length.json"
+    few = ["--size", "tiny", "--pictures", "1", "--pictures", "2", "--pairs", "1"]
+    threads = torch.get_num_threads()
+    assert command.main(["prompt_length", *few, "--out", str(out)]) == 0
+    assert torch.get_num_threads() == threads == 1  # as tests/conftest.py sets it
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["vision_tokens"] for row in rows] == [144, 144, 288, 288]
+    assert all(row["flops_ratio"] > 1 > row["kv"] for row in rows)
+
+
 def test_without_a_gpu_the_kernels_benchmark_says_that_it_measures_none(tmp_path):
     out = tmp_path / "kernels.json"
     assert command.main(["kernels", "--quick", "--rounds", "1", "--out", str(out)]) == 0
