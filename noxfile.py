@@ -248,7 +248,7 @@ def vlmevalkit(session: nox.Session) -> None:
 def vllm(session: nox.Session) -> None:
     """Serve tiny models of every family with vLLM on the CPU, one process per file.
 
-    3.5 GB, and on two busy cores 5 minutes to install and 53 to run: with it `.ci/run` would take longer than its 70
+    3.5 GB and 13 minutes on two quiet cores, but 58 on busy ones: with it `.ci/run` could take longer than its 70
     minutes, so that it is a session of its own.
     """
     # num2words: SmolVLM's processor. Ray's extra `llm` would bring another vLLM.
