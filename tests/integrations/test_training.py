@@ -66,16 +66,16 @@ def test_scores_carry_no_gradient():
     model, inputs = patched(LLAMA, **SETUPS["all_three"]), labelled()
     model.train()
     seen = []
-    stage = vars(model)["_mustdrop"].stage
-    original = stage._filter
+    layers = vars(model)["_mustdrop"].stage.layers
+    original = layers._filter
 
     def spy(forward, media, k, hidden):
         seen.append(forward.attention.received())
         return original(forward, media, k, hidden)
 
-    stage._filter = spy
+    layers._filter = spy
     model(**inputs).loss.backward()
-    del stage._filter
+    del layers._filter
     assert seen
     assert not any(s.requires_grad for s in seen)
 

@@ -1,4 +1,4 @@
-"""The table of the first token where patches leave a packed encoder, from benchmarks/results/packed-encoder.json."""
+"""Tables of the first token in processor time: of packed encoders, and by length of the prompt."""
 
 from __future__ import annotations
 
@@ -30,6 +30,24 @@ def rows(record: Mapping[str, Any], table: Table) -> str:
     )
 
 
+def lengths(record: Mapping[str, Any], table: Table) -> str:
+    """What was run (benchmarks/results/prompt_length.json), then one row per length and budget."""
+    lines = [
+        (
+            row["vision_tokens"],
+            f"{row['keep']:.0%}",
+            f"{row['seconds_unpatched']['median']:.1f} s",
+            _ratio(row["speed_up"]),
+            f"{row['flops_ratio']:.2f}",
+            f"{row['kv']:.0%}",
+        )
+        for row in record["rows"]
+    ]
+    model = f"`{record['method']}` on a LLaVA of the size `{record['size']}`, {record['text_tokens']} text tokens"
+    header = ("vision tokens", "`keep`", "first token, unpatched", "speed-up", "FLOPs ratio", "KV cache")
+    return f"{model}, {_run(record)}" + "\n\n" + table(header, lines)
+
+
 def _met(record: Mapping[str, Any]) -> str:
     missed = [row for row in record["rows"] if row["share_of_it"] < AIM]
     names = "; ".join(f"{row['method']} at {row['keep']:.0%}" for row in missed)
@@ -40,10 +58,14 @@ def _met(record: Mapping[str, Any]) -> str:
 
 
 def _setting(record: Mapping[str, Any]) -> str:
+    return f"`{record['model']}` ({record['patches']} patches), {_run(record)}"
+
+
+def _run(record: Mapping[str, Any]) -> str:
     versions, commit = record["versions"], str(record["commit"])[:10] + (" (dirty tree)" if record["dirty"] else "")
     return (
-        f"`{record['model']}` ({record['patches']} patches), random weights, float32, {record['threads']} thread; "
-        f"medians and quartiles of {record['pairs']} pairs of runs side by side, in processor time. "
+        f"random weights, float32, {record['threads']} thread; medians and quartiles of {record['pairs']} pairs of runs "
+        "side by side, in processor time. "
         f"{record['hardware']}, load {record['load_average']:.1f} at the start, torch {versions['torch']}, "
         f"transformers {versions['transformers']}, {record['date']}, commit {commit}."
     )
