@@ -64,8 +64,8 @@ def _setting(record: Mapping[str, Any]) -> str:
 def _run(record: Mapping[str, Any]) -> str:
     versions, commit = record["versions"], str(record["commit"])[:10] + (" (dirty tree)" if record["dirty"] else "")
     return (
-        f"random weights, float32, {record['threads']} thread; medians and quartiles of {record['pairs']} pairs of runs "
-        "side by side, in processor time. "
+        f"random weights, float32, {record['threads']} thread; medians and quartiles of {record['pairs']} pairs of "
+        "runs side by side, in processor time. "
         f"{record['hardware']}, load {record['load_average']:.1f} at the start, torch {versions['torch']}, "
         f"transformers {versions['transformers']}, {record['date']}, commit {commit}."
     )
