@@ -13,7 +13,7 @@ def rows(record: Mapping[str, Any], table: Table) -> str:
     """What was run, then one row per way and budget, and which rows miss the aim."""
     lines = [
         (
-            row["method"].replace("behind the encoder", "after the encoder"),
+            row["method"].replace("behind the encoder", "after the encoder").replace("merge behind", "merge after it"),
             f"{row['keep']:.0%}",
             f"{row['entering']} of {row['tokens']}",
             f"{row['flops_ratio']:.2f}",
