@@ -106,8 +106,8 @@ def _by_length(record: Record) -> str:
     return (
         f"**Prompts of {short} to {long:,} vision tokens on one CPU core: {verdict}, and "
         "by more with longer prompts.** "
-        f"First token at a third and at a ninth of them: {each}. The lines above are of {VISION} vision tokens; on a GPU "
-        "no other length has been timed. Long answers gain little: a decode step reads all weights, pruned or not."
+        f"First token at a third and at a ninth of them: {each}. The lines above are of {VISION} vision tokens; on a "
+        "GPU no other length has been timed. Long answers gain little: a decode step reads all weights, pruned or not."
     )
 
 
