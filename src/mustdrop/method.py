@@ -57,8 +57,8 @@ class Method:
         rule = None if self.vision is None else self.vision.rule
         if self.input is not None and isinstance(rule, PictureRule):
             raise ConfigError(
-                f"input= cannot be combined with {type(rule).__name__}, which resizes pictures: the cells that the input "
-                "stage chooses are those of the whole picture. Use one of the two."
+                f"input= cannot be combined with {type(rule).__name__}, which resizes pictures: the cells that the "
+                "input stage chooses are those of the whole picture. Use one of the two."
             )
         if self.positions not in get_args(Positions):
             raise ConfigError(f'positions must be "kept" or "renumbered", got {self.positions!r}.')
