@@ -18,7 +18,7 @@ BENCHMARKS = {
     "kernels": "time, bandwidth, FLOP/s and share of the roofline of every operation, beside eager PyTorch",
     "kernels_aot": "registers, spills and shared memory of every kernel, compiled for GPUs that need not be there",
     "launches": "operations of a prefill and a decode step by place, waits and copies, of every method, without a GPU",
-    "packed_encoder": "time against FLOPs where patches leave a packed encoder: before its layers, inside, behind",
+    "packed_encoder": "time against FLOPs where patches leave a packed encoder: before its layers, inside, after it",
     "page_model": "a second demo model, a Qwen3-VL: trains it, writes its folder, measures it on held-out samples",
     "peers": "speed and KV bytes beside what pip can install instead, in one run",
     "prompt_length": "first token by length of the prompt, from 144 to 2,880 vision tokens, on a CPU",

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import quality_table
+
 FILE = Path(__file__).parents[2] / "src" / "mustdrop" / "eval" / "published.json"
 MODEL, HUB = "LLaVA-1.5-7B", "llava-hf/llava-1.5-7b-hf"
 METHOD, BUDGETS = "mustdrop", (192, 128, 64)
@@ -80,6 +82,6 @@ def scenes(record: Mapping[str, Any], table: Table) -> str:
     versions = record["versions"]
     return (
         f"{record['questions']} questions about held-out scenes (seed {record['seed']}), {record['hardware']}, "
-        f"{record['threads']} threads, torch {versions['torch']}, transformers {versions['transformers']}, commit "
+        f"{quality_table.threads(record)}, torch {versions['torch']}, transformers {versions['transformers']}, commit "
         f"{str(record['commit'])[:10]}.\n\n" + table(header, rows)
     )

@@ -104,9 +104,10 @@ def _by_length(record: Record) -> str:
     verdict = f"{said.pop()} at every length" if len(said) == 1 else "not the same at every length"
     each = ", ".join(f"{_pair(pair)} with {tokens:,}" for tokens, pair in times.items())
     return (
-        f"**Prompts of {short} to {long:,} vision tokens on one CPU core: {verdict}, and the more the longer.** First "
-        f"token at a third and at a ninth of them: {each}. The lines above are of {VISION} vision tokens; on a GPU no "
-        "other length has been timed. Long answers gain little: a decode step reads all weights, pruned or not."
+        f"**Prompts of {short} to {long:,} vision tokens on one CPU core: {verdict}, and "
+        "by more with longer prompts.** "
+        f"First token at a third and at a ninth of them: {each}. The lines above are of {VISION} vision tokens; on a "
+        "GPU no other length has been timed. Long answers gain little: a decode step reads all weights, pruned or not."
     )
 
 

@@ -109,6 +109,7 @@ for _name, _record in (("quality", "quality"), ("quality-pages", "quality_pages"
     renderer(f"{_name}-against")(part(quality_pages_table.against, _record))
     renderer(f"{_name}-details")(part(quality_table.details, _record))
 renderer("quality-types")(part(quality_table.types, "quality"))
+renderer("quality-short")(whole(quality_aims.short))
 renderer("quality-aims")(whole(quality_aims.render))
 renderer("quality-earlier")(part(quality_table.overview, "quality_earlier"))
 renderer("quality-plus")(part(quality_table.against_the_best, "quality_earlier"))

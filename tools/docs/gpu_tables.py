@@ -145,7 +145,7 @@ def targets(results: Mapping[str, Record], table: Table) -> str:
             (f"decoding, batch {batch}", aim, f"× {speeds[0]:.2f} to {speeds[1]:.2f}", "met" if good else "missed")
         )
     lines.append(_against_compiled(kernels_))
-    return table(("what", "promised", "measured", ""), lines)
+    return table(("what", "aimed at", "measured", ""), lines)
 
 
 def _of_roofline(record: Record, operation: str) -> tuple[object, ...]:

@@ -13,7 +13,7 @@ def rows(record: Mapping[str, Any], table: Table) -> str:
     """What was run, then one row per way and budget, and which rows miss the aim."""
     lines = [
         (
-            row["method"].replace("behind the encoder", "after the encoder"),
+            _after(row["method"]),
             f"{row['keep']:.0%}",
             f"{row['entering']} of {row['tokens']}",
             f"{row['flops_ratio']:.2f}",
@@ -73,3 +73,8 @@ def _run(record: Mapping[str, Any]) -> str:
 
 def _ratio(spread: Mapping[str, float]) -> str:
     return f"{spread['median']:.2f} ({spread['q1']:.2f} to {spread['q3']:.2f})"
+
+
+def _after(method: str) -> str:
+    """A method's name in the field's words: the record says "behind"."""
+    return method.replace("behind the encoder", "after the encoder").replace("merge behind", "merge after the encoder")

@@ -1,4 +1,4 @@
-"""What was aimed at with `mustdrop+`, and what came out on both bundled models: a table and three verdicts."""
+"""Quality on both bundled models in a few rows, and what was aimed at with `mustdrop+`: a table and three verdicts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from quality_pages_table import LEVEL, OWN, over_budget
 
 MODELS = {"quality": "scenes", "quality_pages": "pages"}  # result file -> what is asked
+DEFAULT = "mustdrop"  # what `patch` takes when no method is named
 SMALL = 0.12  # budgets up to this are the small ones
 QUARTER, WANTED = 0.25, 0.95  # on pages: this share of the unpruned accuracy, at this budget
 SAME = 1e-9
@@ -35,6 +36,23 @@ def render(results: Mapping[str, Record], table: Table) -> str:
         + "\n\n"
         + "\n".join([_never(beaten, [MODELS[n] for n in MODELS if n in results]), _ahead(leads), _quarter(results)])
     )
+
+
+def short(results: Mapping[str, Record], table: Table) -> str:
+    """For each model and budget: the default method, `mustdrop+`, the best of the others, and two baselines."""
+    lines = []
+    for name, asked in ((n, a) for n, a in MODELS.items() if n in results):
+        rows = {(row["method"], row["keep"]): row for row in results[name]["rows"] if "cannot" not in row}
+        for keep, own, others in _budgets(results[name]):
+            signs = [_sign(row) for row in others]
+            rest = {row["method"]: row["accuracy"] for row in others if row["method"] != DEFAULT}
+            best = [method for method in sorted(rest) if rest[method] == max(rest.values())]
+            cells = [asked, f"{keep:.0%}", _score(rows["none", None]), _score(rows[DEFAULT, keep]), _score(own)]
+            cells.append(f"{max(rest.values()):.3f} ({', '.join(f'`{method}`' for method in best)})")
+            cells += [_score(rows[method, keep]) for method in ("downsample", "random")]
+            lines.append([*cells, " / ".join(str(signs.count(sign)) for sign in (1, 0, -1))])
+    header = ["model", "kept", "unpruned", f"`{DEFAULT}`", f"`{OWN}`", "best of the others", "`downsample`", "`random`"]
+    return table([*header, f"`{OWN}` is better / level / worse"], lines)
 
 
 def _budgets(record: Record) -> list[tuple[float, Record, list[Record]]]:

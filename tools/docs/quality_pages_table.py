@@ -23,12 +23,12 @@ def setting(record: Record) -> str:
     """What was run, in a few sentences."""
     first = next(row for row in record["rows"] if "cannot" not in row)
     versions, commit = record["versions"], str(record["commit"])[:10] + (" (dirty tree)" if record["dirty"] else "")
-    kind = "held-out" if record["split"] == "heldout" else f"**{record['split']}** (a pilot: not the reported run)"
+    kind = quality_table.held(record)
     name, things = ASKED[record["models"][0]]
     return (
         f"{name}, {first['questions']} questions about {first['scenes']} {kind} {things} (seeds "
         f"{', '.join(map(str, record['seeds']))}); intervals are 95 %, bootstrapped over {things}. "
-        f"{record['hardware']}, {record['threads']} threads, torch {versions['torch']}, transformers "
+        f"{record['hardware']}, {quality_table.threads(record)}, torch {versions['torch']}, transformers "
         f"{versions['transformers']}, commit {commit}." + (f" {record['note']}" if "note" in record else "")
     )
 

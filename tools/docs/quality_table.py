@@ -14,16 +14,25 @@ Table = Callable[..., str]
 Record = Mapping[str, Any]
 
 
+def threads(record: Record) -> str:
+    """How many threads of the processor a run had."""
+    return f"{record['threads']} thread{'' if record['threads'] == 1 else 's'}"
+
+
+def held(record: Record) -> str:
+    """Which split the questions are of; another one than the held-out one is called what it is."""
+    return "held-out" if record["split"] == "heldout" else f"**{record['split']}** (not reported: a pilot)"
+
+
 def setting(record: Record) -> str:
     """What was run, in a few sentences; a run on another split than the held-out one is called what it is."""
     rows = [row for row in record["rows"] if "cannot" not in row]
     versions, commit = record["versions"], str(record["commit"])[:10] + (" (dirty tree)" if record["dirty"] else "")
     first = rows[0] if rows else {"questions": 0, "scenes": 0}
-    kind = "held-out" if record["split"] == "heldout" else f"**{record['split']}** (a pilot: not the reported run)"
     return (
-        f"Bundled model, {first['questions']} questions about {first['scenes']} {kind} scenes (seeds "
+        f"Bundled model, {first['questions']} questions about {first['scenes']} {held(record)} scenes (seeds "
         f"{', '.join(map(str, record['seeds']))}), one of each type about each; intervals are 95 %, bootstrapped over "
-        f"scenes. {record['hardware']}, {record['threads']} threads, torch {versions['torch']}, transformers "
+        f"scenes. {record['hardware']}, {threads(record)}, torch {versions['torch']}, transformers "
         f"{versions['transformers']}, commit {commit}." + _command(record)
     )
 
@@ -150,7 +159,7 @@ def variants(record: Record, table: Table) -> str:
     versions, commit = record["versions"], str(record["commit"])[:10] + (" (dirty tree)" if record["dirty"] else "")
     what = "samples of pages" if "pages" in record["models"] else "scenes"
     head = (
-        f"{first['questions']} questions about {first['scenes']} {what} of the split {record['split']} (seeds "
+        f"{first['questions']} questions about {first['scenes']} {what} of the {record['split']} split (seeds "
         f"{', '.join(map(str, record['seeds']))}), at {', '.join(f'{keep:.0%}' for keep in budgets)} of the tokens; "
         f"means are over the budgets. {record['hardware']}, torch {versions['torch']}, commit {commit}."
     )

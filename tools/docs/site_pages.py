@@ -27,6 +27,7 @@ ELSEWHERE = {
     "SECURITY.md": "project/security.md",
     "benchmarks/README.md": "benchmarks/index.md",
     "benchmarks/demo_model/README.md": "benchmarks/demo_model.md",
+    "benchmarks/page_model/README.md": "benchmarks/page_model.md",
 }
 LINK = re.compile(r"(?P<mark>!?)\[(?P<text>(?:[^\[\]]|\[[^\]]*\](?:\([^)]*\))?)*)\]\((?P<target>[^)\s]+)\)")
 # A picture of another site, alone or as a link: badges. They say on the site what the site itself says.

@@ -69,8 +69,8 @@ def render(record: Mapping[str, Any], table: Callable[..., str]) -> str:
         "",
         *(f"{n}. {reason}" for n, reason in enumerate(reasons, 1)),
         "",
-        "The tests of each column, of `tests/conformance/test_families.py` and `test_family_weights.py`"
-        + (" and `test_family_compiles.py`" if "compiles" in columns else "")
+        "The tests of each column, of `tests/conformance/test_families.py`, `test_family_weights.py`"
+        + (", `test_family_compiles.py`" if "compiles" in columns else "")
         + ": "
         + "; ".join(f"*{name}* " + ", ".join(f"`{test}`" for test in tests) for name, tests in columns.items())
         + ".",

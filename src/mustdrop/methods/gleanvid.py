@@ -1,4 +1,4 @@
-"""GleanVID: what earlier frames did not show. For video."""
+"""GleanVID: what earlier frames did not show (arXiv 2609.37042). For video."""
 
 from __future__ import annotations
 

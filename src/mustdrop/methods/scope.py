@@ -21,7 +21,7 @@ class AttendedCoverage(WeighingRule):
 
     Attributes:
         importance: what coverage is weighed with.
-        alpha: exponent of the importance, 0 or more; 0 leaves coverage alone.
+        alpha: exponent of the importance, 0 or more; 0 goes by coverage alone.
         geometry: how features are compared. Except for "raw", attention is multiplied with how distinct a feature is.
     """
 
@@ -50,7 +50,7 @@ class Scope(Recipe):
 
     Attributes:
         keep: tokens (int) or share of the prompt's vision tokens.
-        alpha: exponent of the importance; 0 leaves coverage alone.
+        alpha: exponent of the importance; 0 goes by coverage alone.
         importance: "attention" of the encoder, the likeness with the "question", what is "distinct" from the mean, the
             folder of a scorer, a module, or an `Importance` of your own.
         geometry: "raw" compares features as they are; "centered" around their mean, and distinct ones count more;
