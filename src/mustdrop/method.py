@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 import mustdrop.methods  # noqa: F401  (loaded before the package binds this name to the function `methods`)
 from mustdrop.budget import Keep
 from mustdrop.errors import ConfigError
-from mustdrop.pruners import DecodeCachePruner, InputPruner, PrefillPruner, VisionStagePruner
+from mustdrop.pruners import DecodeCachePruner, InputPruner, PictureRule, PrefillPruner, VisionStagePruner
 from mustdrop.pruners.base import Settings
 
 DEFAULT_METHOD = "mustdrop"
@@ -54,6 +54,12 @@ class Method:
                     f"{socket}= takes a {kind.__name__}, got {type(value).__name__}: write "
                     f"{socket}={kind.__name__}(...)."
                 )
+        rule = None if self.vision is None else self.vision.rule
+        if self.input is not None and isinstance(rule, PictureRule):
+            raise ConfigError(
+                f"input= cannot be combined with {type(rule).__name__}, which resizes pictures: the cells that the "
+                "input stage chooses are those of the whole picture. Use one of the two."
+            )
         if self.positions not in get_args(Positions):
             raise ConfigError(f'positions must be "kept" or "renumbered", got {self.positions!r}.')
         if self.positions == "renumbered" and self.decode is not None:

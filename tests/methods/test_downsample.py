@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import mustdrop
+from mustdrop import InputPruner, VisionStagePruner
 from mustdrop.adapters import registry
-from mustdrop.errors import UnsupportedModelError
+from mustdrop.errors import ConfigError, UnsupportedModelError
 from mustdrop.methods.downsample import LowResolution
 from support.builders import answer
 from support.families import batch, clone, plain
@@ -97,3 +98,10 @@ def test_pictures_that_cannot_be_resized_are_refused_with_what_works(family):
         pytest.skip("this release of transformers has no such family")
     with pytest.raises(UnsupportedModelError, match=r"resizes pictures.*processor.*\"pooling\""):
         mustdrop.patch(clone(family), "downsample", keep=0.5)
+
+
+def test_an_input_stage_is_refused_beside_it():
+    """It would choose cells of a picture that the encoder does not get."""
+    stage = VisionStagePruner(window=None, key_share=0, keep=0.3, score=LowResolution())
+    with pytest.raises(ConfigError, match="resizes pictures"):
+        mustdrop.patch(clone("qwen2_vl"), input=InputPruner(), vision=stage)

@@ -198,3 +198,11 @@ def test_settings_that_do_not_exist():
         Predictable(tolerance=-1)
     with pytest.raises(ConfigError, match=r"input= takes a InputPruner|InputPruner"):
         mustdrop.patch(clone("qwen2_vl"), input=VisionStagePruner())
+
+
+@pytest.mark.parametrize("knob", [("pixelprune", "tolerance"), ("mmtok", "alpha"), ("mmtok", "text_temperature")])
+def test_infinite_knobs_are_refused(knob):
+    """Without end, everything is like everything, and sums are no numbers."""
+    method, name = knob
+    with pytest.raises(ConfigError, match=f"{name}.*finite"):
+        mustdrop.patch(clone("qwen2_vl"), method, **{name: float("inf")})

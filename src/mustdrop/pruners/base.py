@@ -25,7 +25,7 @@ class Settings(BaseModel):
     Scalars of numpy and torch are taken as the numbers that they hold.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
 
     def __init__(self, *unnamed: Any, **data: Any) -> None:
         known = type(self).model_fields
