@@ -14,8 +14,8 @@ from mustdrop.errors import ConfigError, NothingDroppedWarning
 from mustdrop.pruners import InputRule, Predictable
 from mustdrop.rules.prediction import similar, unpredicted, unpredicted_media
 from support.builders import answer
+from support.chats import chat
 from support.families import assert_dropping_equals_masking, batch, clone, plain
-from tests.families import fixture_of
 
 
 def page(rows, columns, seed, depth=3, levels=3):
@@ -125,19 +125,48 @@ def test_documents_lose_what_is_predictable_at_every_stage(family, kind):
     assert (trace.assignment(0) >= 0).sum() == len(trace.kept(0, 0))
 
 
-def test_the_second_screenshot_of_a_chat_keeps_what_changed():
-    adapter, model = registry()["qwen2_vl"], mustdrop.patch(clone("qwen2_vl"), "pixelprune")
-    sizes = fixture_of(adapter).sizes("image")
-    inputs = batch(adapter, model, (("image",) * (len(sizes) + 1),), paint=lambda k, picture: torch.zeros_like(picture))
-    with torch.no_grad():
-        model(**inputs)
-    trace = mustdrop.trace(model)
-    counts = [int(torch.isin(medium.index, trace.kept(0)).sum()) for medium in trace.media[0]]
-    assert counts == [1] * (len(sizes) + 1)
-    again = mustdrop.patch(clone("qwen2_vl"), "pixelprune", previous=False)
-    with torch.no_grad():
+NOISE = torch.randn(3, 24, 24, generator=torch.Generator().manual_seed(0))
+
+
+def screenshot(number, picture):
+    """Noise, which no neighbour predicts: of each second one, a pixel in the middle is another."""
+    shown = NOISE.clone()
+    shown[:, 12, 12] += number % 2
+    return shown if picture.ndim == 3 else shown.expand_as(picture[:, :, :24, :24]).clone()
+
+
+def counts_of(trace):
+    return [int(torch.isin(medium.index, trace.kept(0)).sum()) for medium in trace.media[0]]
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "glm4v", "video_llama_3", "kimi_k25"])
+def test_the_second_screenshot_of_a_chat_keeps_what_changed(family):
+    adapter, rows = registry()[family], (("image",) * 3,)
+    inputs = batch(adapter, plain(family), rows, paint=screenshot)
+    trace = assert_dropping_equals_masking(family, (), inputs=inputs, steps=3, method="pixelprune").trace
+    whole = trace.media[0][0].layout.size
+    assert counts_of(trace) == [whole, 2, 2]  # the first cell, and the one that is another
+    again = mustdrop.patch(clone(family), "pixelprune", previous=False)
+    with torch.no_grad(), pytest.warns(NothingDroppedWarning):
         again(**inputs)
-    assert len(mustdrop.trace(again).kept(0)) == len(sizes) + 1
+    assert counts_of(mustdrop.trace(again)) == [whole] * 3
+
+
+def test_frames_that_repeat_are_references_to_the_first():
+    inputs = batch(registry()["qwen3_vl"], plain("qwen3_vl"), (("video",),), paint=screenshot)
+    trace = assert_dropping_equals_masking("qwen3_vl", (), inputs=inputs, steps=3, method="pixelprune").trace
+    frames, rows, columns = trace.media[0][0].layout.grids[0]
+    assert frames > 1
+    assert trace.kept(0).tolist() == list(range(rows * columns))
+
+
+def test_a_screenshot_of_a_later_call_is_looked_at_alone():
+    """What came before a call is in its cache, and its pixels are known to nobody."""
+    adapter, model = registry()["kimi_k25"], mustdrop.patch(clone("kimi_k25"), "pixelprune")
+    turns = [batch(adapter, model, (("image",),), paint=lambda _, picture: NOISE) for _ in range(2)]
+    with pytest.warns(NothingDroppedWarning):
+        said = chat(model, turns, 1)
+    assert [trace.tokens[0].tolist() for trace in said.traces] == [[9], [9]]
 
 
 def test_rows_of_a_batch_are_chats_of_their_own():
