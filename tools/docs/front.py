@@ -102,6 +102,8 @@ def _by_length(record: Record) -> str:
     short, *_, long = times
     said = {_says(pair) for pair in times.values()}
     verdict = f"{said.pop()} at every length" if len(said) == 1 else "not the same at every length"
+    columns = [list(column) for column in zip(*times.values(), strict=True)]
+    grows = ", and by more with longer prompts" if all(column == sorted(column) for column in columns) else ""
     each = ", ".join(f"{_pair(pair)} with {tokens:,}" for tokens, pair in times.items())
     return (
         f"**Prompts of {short} to {long:,} vision tokens on one CPU core: {verdict}, and "
