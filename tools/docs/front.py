@@ -106,8 +106,7 @@ def _by_length(record: Record) -> str:
     grows = ", and by more with longer prompts" if all(column == sorted(column) for column in columns) else ""
     each = ", ".join(f"{_pair(pair)} with {tokens:,}" for tokens, pair in times.items())
     return (
-        f"**Prompts of {short} to {long:,} vision tokens on one CPU core: {verdict}, and "
-        "by more with longer prompts.** "
+        f"**Prompts of {short} to {long:,} vision tokens on one CPU core: {verdict}{grows}.** "
         f"First token at a third and at a ninth of them: {each}. The lines above are of {VISION} vision tokens; on a "
         "GPU no other length has been timed. Long answers gain little: a decode step reads all weights, pruned or not."
     )
