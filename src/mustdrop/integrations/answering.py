@@ -16,6 +16,7 @@ from mustdrop.fidelity import forced_logits
 from mustdrop.integrations import conversations as chats
 from mustdrop.integrations.conversations import Conversation
 from mustdrop.loading import load_model
+from mustdrop.media_limits import MediaLimits
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -90,7 +91,8 @@ class Answerer:
         method: name of the method; "none" leaves the model unpruned, and still counts.
         keep: average retained tokens per layer.
         knobs: further settings of the method.
-        frames: how many frames of a video the model sees; None leaves it to the processor.
+        limits: how large pictures, and how many and how large frames of a video the model sees; None leaves it to the
+            processor.
         **loading: see `mustdrop.loading.load_model`.
     """
 
@@ -100,7 +102,7 @@ class Answerer:
         method: str = "mustdrop",
         keep: int | float | None = None,
         knobs: dict[str, Any] | None = None,
-        frames: int | None = None,
+        limits: MediaLimits | None = None,
         **loading: Any,
     ) -> None:
         from mustdrop.registry import resolve
@@ -108,7 +110,8 @@ class Answerer:
         settings = dict(knobs or {}) | ({} if keep is None else {"keep": keep})
         chosen = resolve(method, **settings)  # a wrong name fails before weights are loaded
         self.model, self.processor = load_model(pretrained, **loading)
-        self.frames = frames
+        self.limits = limits or MediaLimits()
+        self.limits.check(self.processor)
         self.kept = Kept()
         mustdrop.patch(self.model, chosen)
 
@@ -176,7 +179,7 @@ class Answerer:
         del self.model
 
     def _inputs(self, batch: Sequence[Conversation]) -> Any:
-        return chats.inputs(self.processor, batch, self.frames).to(self.model.device, self.model.dtype)
+        return chats.inputs(self.processor, batch, self.limits).to(self.model.device, self.model.dtype)
 
     def _count(self) -> mustdrop.Trace:
         trace = mustdrop.trace(self.model)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mustdrop.errors import ConfigError, UnsupportedOptionError
+from mustdrop.media_limits import MediaLimits
 from mustdrop.pictures import ENDINGS, read_picture
 
 Message = dict[str, Any]
@@ -63,16 +64,17 @@ def visual(one: Any) -> Message:
     return {"type": "image", "image": one}
 
 
-def inputs(processor: Any, conversations: Sequence[Conversation], frames: int | None = None) -> Any:
+def inputs(processor: Any, conversations: Sequence[Conversation], limits: MediaLimits | None = None) -> Any:
     """Model inputs of a batch, padded on the left, each prompt ready for the answer.
 
     Args:
         processor: of the model.
         conversations: all with the same kinds of media.
-        frames: how many frames of a video the model sees; None leaves it to the processor.
+        limits: how large pictures, and how many and how large frames are; None leaves it to the processor.
 
     Raises:
         ConfigError: the processor has no chat template.
+        UnsupportedOptionError: it has not one of the limits.
     """
     if getattr(processor, "chat_template", None) is None:
         raise ConfigError(
@@ -84,8 +86,10 @@ def inputs(processor: Any, conversations: Sequence[Conversation], frames: int | 
     for kind in kinds(conversations[0]):
         own = [[content for k, content in media(one) if k == kind] for one in conversations]
         given[f"{kind}s"] = [[_opened(one) for one in row] for row in own] if kind == "image" else own
-    if "videos" in given and frames is not None:
-        given["videos_kwargs"] = {"num_frames": frames, "do_sample_frames": True}
+    if limits is not None:
+        pictures = limits.pictures(processor) if "images" in given else {}
+        videos = limits.sampling(processor) | limits.videos(processor) if "videos" in given else {}
+        given |= {name: own for name, own in (("images_kwargs", pictures), ("videos_kwargs", videos)) if own}
     begin = getattr(processor.tokenizer, "bos_token", None)
     if begin is not None and texts[0].startswith(begin):
         given["add_special_tokens"] = False  # the template has written it already

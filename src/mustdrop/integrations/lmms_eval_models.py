@@ -16,6 +16,7 @@ from mustdrop.errors import ConfigError, UnsupportedOptionError
 from mustdrop.integrations import generation
 from mustdrop.integrations.answering import Answer, Answerer, batches
 from mustdrop.integrations.conversations import Conversation, kinds, user
+from mustdrop.media_limits import MediaLimits
 
 IMAGE_WORD = "<image>"  # what lmms-eval's simple tasks write where an image belongs
 
@@ -33,7 +34,11 @@ class _MustDrop(lmms):
         device_map: as in `from_pretrained`, in place of `device`.
         dtype: "auto", "float32", "bfloat16" or "float16".
         attn_implementation: attention implementation.
-        max_num_frames: frames of a video that the model sees.
+        max_num_frames: frames of a video that the model sees; with `fps`, the most.
+        fps: frames that are taken of a second of a video.
+        min_pixels: area of a picture, and of a frame of a video, to which smaller ones are enlarged.
+        max_pixels: area of a picture, and of a frame of a video, to which larger ones are shrunk.
+        total_pixels: area of all frames of a video together, to which longer ones are shrunk.
         system_prompt: text, or name of a file with it.
         revision: of the model on the hub.
         trust_remote_code: as in `from_pretrained`.
@@ -52,6 +57,10 @@ class _MustDrop(lmms):
         dtype: str = "auto",
         attn_implementation: str | None = None,
         max_num_frames: int | None = None,
+        fps: float | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        total_pixels: int | None = None,
         system_prompt: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -71,7 +80,7 @@ class _MustDrop(lmms):
             method,
             keep,
             {name: _knob(name, value) for name, value in knobs.items()},
-            frames=max_num_frames,
+            MediaLimits(max_num_frames, fps, min_pixels, max_pixels, total_pixels),
             device=device,
             dtype=dtype,
             attention=attn_implementation,

@@ -17,6 +17,7 @@ from mustdrop.integrations import conversations as chats
 from mustdrop.integrations.conversations import Conversation
 from mustdrop.integrations.generation import NEW_TOKENS
 from mustdrop.loading import check_question
+from mustdrop.media_limits import MediaLimits
 from mustdrop.pictures import is_array, read_picture
 
 Batch = dict[str, Any]
@@ -69,7 +70,7 @@ class Answer:
     ) -> None:
         self.question, self.image, self.video = question, image, video
         self.generation = {"do_sample": False, "num_beams": 1, "max_new_tokens": NEW_TOKENS, **(generation or {})}
-        self.answerer = answering.Answerer(pretrained, method, keep, knobs, frames, **loading)
+        self.answerer = answering.Answerer(pretrained, method, keep, knobs, MediaLimits(frames=frames), **loading)
         try:
             self.answerer.answer([chats.user([], "?")], **self.generation | {"max_new_tokens": 1})
         except Exception as error:  # of any library: the same would happen to every row

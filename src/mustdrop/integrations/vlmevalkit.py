@@ -9,6 +9,7 @@ from vlmeval.vlm.base import BaseModel
 from mustdrop.integrations.answering import Answerer
 from mustdrop.integrations.conversations import Conversation, Message
 from mustdrop.integrations.generation import NEW_TOKENS
+from mustdrop.media_limits import MediaLimits
 
 
 class MustDropVLM(BaseModel):
@@ -23,7 +24,11 @@ class MustDropVLM(BaseModel):
         device: where the model runs; by default a GPU if there is any.
         dtype: "auto", "float32", "bfloat16" or "float16".
         attn_implementation: attention implementation.
-        nframe: frames of a video that the model sees.
+        nframe: frames of a video that the model sees; with `fps`, the most.
+        fps: frames that are taken of a second of a video.
+        min_pixels: area of a picture, and of a frame of a video, to which smaller ones are enlarged.
+        max_pixels: area of a picture, and of a frame of a video, to which larger ones are shrunk.
+        total_pixels: area of all frames of a video together, to which longer ones are shrunk.
         **knobs: all others are settings of the method.
     """
 
@@ -43,13 +48,18 @@ class MustDropVLM(BaseModel):
         dtype: str = "auto",
         attn_implementation: str | None = None,
         nframe: int | None = None,
+        fps: float | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        total_pixels: int | None = None,
         **knobs: Any,
     ) -> None:
         super().__init__()
         self.nframe = nframe
         self.generation = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens, **(generation or {})}
+        limits = MediaLimits(nframe, fps, min_pixels, max_pixels, total_pixels)
         self.answerer = Answerer(
-            pretrained, method, keep, knobs, frames=nframe, device=device, dtype=dtype, attention=attn_implementation
+            pretrained, method, keep, knobs, limits, device=device, dtype=dtype, attention=attn_implementation
         )
 
     def generate_inner(self, message: list[dict[str, Any]], dataset: str | None = None) -> str:
