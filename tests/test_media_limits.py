@@ -200,3 +200,9 @@ def test_without_limits_a_call_has_no_further_arguments():
     assert all(set(arguments) == {"text", "images", "videos", "padding", "return_tensors"} for arguments in seen)
     chats.inputs(Processor(), [asked], MediaLimits(frames=8))
     assert seen[-1]["videos_kwargs"] == {"num_frames": 8, "do_sample_frames": True}
+    Processor.image_processor, Processor.video_processor = images(), Qwen2VLVideoProcessor()
+    chats.inputs(Processor(), [asked], MediaLimits(frames=8, max_pixels=4096))
+    assert seen[-1]["images_kwargs"] == {"size": {"shortest_edge": 256, "longest_edge": 4096}}
+    assert seen[-1]["videos_kwargs"] == {
+        "num_frames": 8, "do_sample_frames": True, "size": {"shortest_edge": 256, "longest_edge": 4096}
+    }  # fmt: skip

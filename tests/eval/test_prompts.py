@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from transformers import LlamaConfig, LlavaConfig, LlavaNextConfig, Qwen2Config
 
 from eval import folders
 from mustdrop.demo.model import load
-from mustdrop.errors import BudgetError, ConfigError
+from mustdrop.errors import BudgetError, ConfigError, UnsupportedOptionError
 from mustdrop.eval.batches import Inputs, plan
 from mustdrop.eval.benchmark import Item
 from mustdrop.eval.media import Drawn, Picture
@@ -20,6 +21,7 @@ from mustdrop.eval.prompts import Prompter, prompter
 from mustdrop.eval.published import published, rows
 from mustdrop.eval.run import evaluate
 from mustdrop.eval.settings import Settings
+from mustdrop.media_limits import MediaLimits
 
 PIXELS = np.zeros((192, 192, 3), np.uint8)
 VICUNA = (
@@ -134,6 +136,47 @@ class Refusing:
         if any(image.size == (1, 1) for (image,) in images):
             raise ValueError("too small")
         return self.processor(images=images, **arguments)
+
+
+class Qwen2VLImageProcessor:
+    """Limits of pixels are known by this name."""
+
+    size: ClassVar = {"shortest_edge": 256, "longest_edge": 25600}
+
+
+class Limited:
+    """A processor that says what it is called with."""
+
+    def __init__(self, processor):
+        self.processor, self.tokenizer, self.seen = processor, processor.tokenizer, []
+        self.chat_template, self.apply_chat_template = processor.chat_template, processor.apply_chat_template
+        self.image_processor = Qwen2VLImageProcessor()
+
+    def __call__(self, images_kwargs=None, **arguments):
+        self.seen.append(images_kwargs)
+        return self.processor(**arguments)
+
+
+def test_limits_of_pixels_reach_the_processor_and_the_result():
+    model, processor = load()
+    limited = Limited(processor)
+    ask = prompter(limited, model.config, "processor", limits=MediaLimits(min_pixels=1024, max_pixels=4096))
+    Inputs([item()], ask)[[0]]
+    assert limited.seen == [{"size": {"shortest_edge": 1024, "longest_edge": 4096}}]
+    assert ask.pictures == "as the processor has it, min_pixels=1024, max_pixels=4096"
+    plain = prompter(limited, model.config, "processor")
+    Inputs([item()], plain)[[0]]
+    assert limited.seen[1] is None
+    assert plain.pictures == "as the processor has it"
+
+
+def test_limits_that_the_processor_has_not_are_refused_before_a_question_is_asked(tmp_path):
+    for limits in ({"max_pixels": 4096}, {"min_pixels": 4096}, {"total_pixels": 4096}):
+        settings = Settings("scenes", limit=1, out=tmp_path / "out", workers=0, **limits)
+        with pytest.raises(UnsupportedOptionError, match=rf"{next(iter(limits))}: the \w+ of this model has no such"):
+            evaluate(settings)
+    with pytest.raises(ConfigError, match="min_pixels=2 is above max_pixels=1"):
+        evaluate(Settings("scenes", limit=1, out=tmp_path / "out", workers=0, min_pixels=2, max_pixels=1))
 
 
 def test_a_prompt_too_small_for_the_budget_fails_alone(tmp_path, monkeypatch):

@@ -175,6 +175,11 @@ def test_tasks_of_several_rounds_are_refused_by_name(tasks):
         ("keep=0", {}, errors.BudgetError, "positive"),
         ("layers=[2,4", {}, errors.ConfigError, "in brackets"),
         ("dtype=float8", {}, errors.ConfigError, "bfloat16"),
+        ("min_pixels=4096", {}, errors.UnsupportedOptionError, "min_pixels: the"),
+        ("max_pixels=4096", {}, errors.UnsupportedOptionError, "max_pixels: the"),
+        ("total_pixels=4096", {}, errors.UnsupportedOptionError, "total_pixels: the"),
+        ("max_pixels=0", {}, errors.ConfigError, "max_pixels=0"),
+        ("fps=2", {}, errors.UnsupportedOptionError, "fps=2"),
         ("keep=64", {"batch_size": "auto"}, errors.ConfigError, "batch_size='auto'"),
     ],
 )

@@ -129,3 +129,6 @@ def test_every_form_of_a_prompt(kit, questions):
 def test_wrong_settings_are_named(kit):
     with pytest.raises(mustdrop.errors.UnknownKnobError, match="window"):
         kit.wrapper.MustDropVLM("bundled", keep=64, windo=3, device="cpu")
+    for limits in ({"min_pixels": 4096}, {"max_pixels": 4096}, {"total_pixels": 4096}, {"fps": 2}):
+        with pytest.raises(mustdrop.errors.UnsupportedOptionError, match=f"{next(iter(limits))}[=:]"):
+            kit.wrapper.MustDropVLM("bundled", device="cpu", **limits)

@@ -94,15 +94,20 @@ class Inputs(Dataset[Batch]):
         texts = [self.prompter.text(self.items[place]) for place in places]
         kinds = {None if (medium := self.items[place].medium) is None else medium.kind for place in places}
         arguments: dict[str, Any] = {"text": texts, "return_tensors": "pt", "padding": True}
+        processor, limits = self.prompter.processor, self.prompter.limits
         if kinds == {"image"}:
             arguments["images"] = [[media[place]] for place in places]
+            if size := limits.pictures(processor):
+                arguments["images_kwargs"] = size
         elif kinds == {"video"}:
             arguments["videos"] = [media[place] for place in places]
-            if takes(self.prompter.processor, "do_sample_frames"):
+            if takes(processor, "do_sample_frames"):
                 arguments["do_sample_frames"] = False  # they are chosen already
+            if size := limits.videos(processor):
+                arguments["videos_kwargs"] = size
         if not self.prompter.special_tokens(texts[0]):
             arguments["add_special_tokens"] = False
-        return Batch(places, dict(self.prompter.processor(**arguments)), failed)
+        return Batch(places, dict(processor(**arguments)), failed)
 
 
 def takes(processor: Any, name: str) -> bool:

@@ -66,6 +66,14 @@ def eval_command(
         int | None, typer.Option(help="Choose them at random (default: the first ones). scenes: seed of the scenes.")
     ] = None,
     frames: Annotated[int, typer.Option(help="Frames of a video that the model sees.")] = 8,
+    min_pixels: Annotated[
+        int | None,
+        typer.Option(help="Area to which smaller pictures and frames are enlarged."),
+    ] = None,
+    max_pixels: Annotated[int | None, typer.Option(help="Area to which larger pictures and frames are shrunk.")] = None,
+    total_pixels: Annotated[
+        int | None, typer.Option(help="Area of all frames of a video together, to which larger videos are shrunk.")
+    ] = None,
     coordinates: Annotated[
         str, typer.Option(help="RefCOCO: numbers of an answer are shares, thousandths or pixels; auto tells by size.")
     ] = "auto",
@@ -140,6 +148,9 @@ def eval_command(
         seed=seed,
         workers=workers,
         frames=frames,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        total_pixels=total_pixels,
         coordinates=coordinates,
         template=template,
         device=device,

@@ -110,7 +110,9 @@ def _ready(
     settings: Settings, benchmark: Benchmark, items: list[Item], folder: Folder, data: DataInfo, engine: Engine
 ) -> Prepared:
     _check_media(benchmark, items, engine)
-    ask = prompter(engine.processor, engine.model.config, settings.template, settings.upright)
+    ask = prompter(engine.processor, engine.model.config, settings.template, settings.upright, settings.limits())
+    for kind in {item.medium.kind for item in items if item.medium is not None}:  # not question by question, later
+        (ask.limits.pictures if kind == "image" else ask.limits.videos)(ask.processor)
     prompt = PromptInfo(
         template=ask.name,
         suffix=benchmark.suffix if items[0].asked.endswith(benchmark.suffix) else "",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
 
 from mustdrop.errors import ConfigError, did_you_mean
 from mustdrop.eval.benchmark import Item
+from mustdrop.media_limits import MediaLimits
 
 PROCESSOR = "chat template of the processor"
 _VICUNA = (
@@ -33,12 +34,14 @@ class Prompter:
         vicuna: whether `vicuna_v1` is used instead of the processor's chat template.
         border: colour with which pictures are padded to squares; None leaves them to the processor.
         upright: whether pictures are turned as their EXIF data say.
+        limits: how large pictures and frames are.
     """
 
     processor: Any
     vicuna: bool
     border: tuple[int, int, int] | None = None
     upright: bool = True
+    limits: MediaLimits = field(default_factory=MediaLimits)
 
     @property
     def name(self) -> str:
@@ -49,7 +52,8 @@ class Prompter:
     def pictures(self) -> str:
         """What happens to pictures, for the result file."""
         padded = "as the processor has it" if self.border is None else f"padded to squares with {self.border}"
-        return padded if self.upright else f"{padded}, as they are stored (not turned by EXIF data)"
+        turned = padded if self.upright else f"{padded}, as they are stored (not turned by EXIF data)"
+        return ", ".join([turned, *(f"{name}={area}" for name, area in self.limits.areas.items())])
 
     def picture(self, image: Image.Image) -> Image.Image:
         """A picture as the processor gets it."""
@@ -90,7 +94,9 @@ def check_template(template: str) -> None:
         raise ConfigError(f"there is no template {template!r}. {did_you_mean(template, TEMPLATES)}")
 
 
-def prompter(processor: Any, config: Any, template: str, upright: bool = True) -> Prompter:
+def prompter(
+    processor: Any, config: Any, template: str, upright: bool = True, limits: MediaLimits | None = None
+) -> Prompter:
     """The template for a model.
 
     Args:
@@ -99,16 +105,20 @@ def prompter(processor: Any, config: Any, template: str, upright: bool = True) -
         template: "vicuna_v1", "processor", or "auto": the first for LLaVA models around a Vicuna, as their numbers were
             published, the second for all others.
         upright: whether pictures are turned as their EXIF data say.
+        limits: how large pictures and frames are; None leaves it to the processor.
 
     Raises:
         ConfigError: no such template, or the processor has none.
+        UnsupportedOptionError: the processor has no such limits.
     """
     check_template(template)
     vicuna = template == "vicuna_v1" or (template == "auto" and _published_with_vicuna(config))
     if not vicuna and getattr(processor, "chat_template", None) is None:
         raise ConfigError("this processor has no chat template: give --template vicuna_v1, or a model with a template.")
     border = _mean_colour(processor) if vicuna and config.model_type == _PADDED_FAMILY else None
-    return Prompter(processor, vicuna, border, upright)
+    limits = limits or MediaLimits()
+    limits.check(processor)
+    return Prompter(processor, vicuna, border, upright, limits)
 
 
 def _mean_colour(processor: Any) -> tuple[int, int, int]:

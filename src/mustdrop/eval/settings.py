@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mustdrop.errors import ConfigError
 from mustdrop.eval.journal import digest
+from mustdrop.media_limits import MediaLimits
 
 if TYPE_CHECKING:  # the command line describes its settings without torch
     from mustdrop.registry import MethodLike
@@ -33,6 +34,9 @@ class Settings:
         seed: of the choice that `limit` makes; None takes the first.
         workers: processes that load.
         frames: frames of a video.
+        min_pixels: area to which smaller pictures and frames are enlarged; None leaves it to the processor.
+        max_pixels: area to which larger ones are shrunk.
+        total_pixels: area of all frames of a video together, to which longer ones are shrunk.
         coordinates: of answers about places: "auto", "shares", "thousandths" or "pixels".
         template: "auto", "vicuna_v1" or "processor".
         device: "auto" or a device of torch.
@@ -56,6 +60,9 @@ class Settings:
     seed: int | None = None
     workers: int = 2
     frames: int = 8
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    total_pixels: int | None = None
     coordinates: str = "auto"
     template: str = "auto"
     device: str = "auto"
@@ -64,6 +71,14 @@ class Settings:
     max_new_tokens: int | None = None
     retry_failed: bool = False
     upright: bool = True
+
+    def limits(self) -> MediaLimits:
+        """What the processor is told about the size of pictures and videos.
+
+        Raises:
+            ConfigError: limits that cannot be meant.
+        """
+        return MediaLimits(self.frames, None, self.min_pixels, self.max_pixels, self.total_pixels)
 
     @property
     def folder(self) -> Path:
@@ -105,5 +120,6 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')}={value} must be at least 1.")
+        self.limits()
         if self.workers < 0:
             raise ConfigError(f"--workers={self.workers} must be at least 0.")
