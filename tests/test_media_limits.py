@@ -15,6 +15,10 @@ from support import tiny_checkpoints
 
 PATCH = 4  # of the tiny processors; two by two are merged
 FRAMES, SECOND = 24, 8  # of the video: 24 frames, 8 a second
+TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
+    "{% else %}<|vision_start|><|{{ part['type'] }}_pad|><|vision_end|> {% endif %}{% endfor %}{% endfor %}"
+)
 
 
 class Pictures:
@@ -94,6 +98,23 @@ def test_frames_of_a_video_are_brought_between_the_limits(kind):
 def test_frames_by_time(kind):
     assert frames_of(videos(kind), MediaLimits(fps=4))[0] == 6  # three seconds, four frames each, two to a patch
     assert frames_of(videos(kind), MediaLimits(fps=4, frames=4))[0] == 2
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_an_answer_is_about_a_picture_of_that_size(kind, tmp_path):
+    videos(kind)
+    _, processor = tiny_checkpoints.save(kind, tmp_path)
+    processor.chat_template = TEMPLATE
+    processor.save_pretrained(tmp_path)
+    asked = [chats.user([tiny_checkpoints.picture(0, 96, 64)], "w5")]
+    tokens = []
+    for limits in (MediaLimits(), MediaLimits(max_pixels=1024), MediaLimits(min_pixels=6400, max_pixels=25600)):
+        model = Answerer(str(tmp_path), "none", limits=limits, device="cpu", dtype="float32")
+        (answer,) = model.answer(asked, max_new_tokens=1, do_sample=False)
+        tokens.append(answer.vision_tokens * (2 * PATCH) ** 2)
+    assert tokens[0] == 96 * 64
+    assert tokens[1] <= 1024
+    assert tokens[2] >= 6400
 
 
 class Qwen2VLVideoProcessor:
