@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import transformers
@@ -94,6 +96,14 @@ def test_frames_of_a_video_are_brought_between_the_limits(kind):
     assert area(both) <= 1024
 
 
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl"])
+def test_a_video_of_fewer_frames_than_asked_for_gives_what_it_has(kind):
+    assert frames_of(videos(kind), MediaLimits(frames=FRAMES + 8))[0] >= FRAMES // 2
+    processor = videos(kind)
+    for _ in range(2):  # the second call finds what the first left
+        assert frames_of(processor, MediaLimits(frames=6))[0] == 3
+
+
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
 def test_frames_by_time(kind):
     assert frames_of(videos(kind), MediaLimits(fps=4))[0] == 6  # three seconds, four frames each, two to a patch
@@ -121,6 +131,11 @@ class Qwen2VLVideoProcessor:
     """As much of it as the limits ask for: each frame has limits of its own."""
 
     size, num_frames, fps = {"shortest_edge": 256, "longest_edge": 25600}, None, None
+    temporal_patch_size = 2
+
+    def sample_frames(self, metadata, num_frames=None, **_):
+        assert num_frames <= metadata.total_num_frames
+        return list(range(num_frames))
 
 
 class Qwen3VLVideoProcessor(Qwen2VLVideoProcessor):
@@ -155,6 +170,14 @@ def test_one_limit_for_both_ways_of_counting(limits, framewise, whole):
         found = MediaLimits(frames=8, **limits).videos(processor)
         assert (found["size"]["shortest_edge"], found["size"]["longest_edge"]) == edges
         assert ("cap_pixels_per_frame" in found) == (processor is WHOLE)
+
+
+def test_no_more_frames_than_there_are():
+    processor = Videos(Qwen2VLVideoProcessor())
+    MediaLimits(frames=8).sampling(processor)
+    for total, chosen in ((24, 8), (8, 8), (7, 6), (2, 2)):
+        metadata = SimpleNamespace(total_num_frames=total)
+        assert len(processor.video_processor.sample_frames(metadata=metadata, num_frames=8, fps=None)) == chosen
 
 
 def test_one_way_to_sample():

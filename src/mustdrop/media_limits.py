@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ class MediaLimits:
     The areas mean what they mean in lmms-eval's own classes for Qwen models, whichever way a processor counts.
 
     Attributes:
-        frames: of a video: so many, or with `fps` at most so many.
+        frames: of a video: so many, or as many as there are; with `fps` at most so many.
         fps: frames that are taken of a second of a video.
         min_pixels: area of a picture, and of each frame of a video, to which smaller ones are enlarged.
         max_pixels: area of a picture, and of each frame of a video, to which larger ones are shrunk.
@@ -135,8 +136,12 @@ class MediaLimits:
             UnsupportedOptionError: a largest number of frames beside `fps`, which the processor has not.
         """
         part = _part(processor, "video_processor")
+        if self.fps is None and self.frames is not None:
+            if _counted(part, _VIDEOS) == "frame" and not isinstance(part.sample_frames, _AsManyAsThereAre):
+                part.sample_frames = _AsManyAsThereAre(part.sample_frames, part.temporal_patch_size)
+            return _chosen(part, "num_frames", self.frames, "fps")
         if self.fps is None:
-            return {} if self.frames is None else _chosen(part, "num_frames", self.frames, "fps")
+            return {}
         if self.frames is not None:
             if not hasattr(part, "max_frames"):
                 raise UnsupportedOptionError(
@@ -158,6 +163,24 @@ class MediaLimits:
             f"{name}: the {type(part).__name__} of this model limits each {unit}, so this depends on the number of "
             f"frames: give a number of frames, without fps, or {other} instead."
         )
+
+
+@dataclass(frozen=True)
+class _AsManyAsThereAre:
+    """Stands for the method of Qwen2-VL's processor that chooses frames, which refuses more than a video has.
+
+    Attributes:
+        choose: the method.
+        step: frames of a patch; it takes a multiple of them.
+    """
+
+    choose: Callable[..., Any]
+    step: int
+
+    def __call__(self, metadata: Any, num_frames: int | None = None, **settings: Any) -> Any:
+        if num_frames is not None:
+            num_frames = min(num_frames, max(self.step, metadata.total_num_frames // self.step * self.step))
+        return self.choose(metadata=metadata, num_frames=num_frames, **settings)
 
 
 def _part(processor: Any, name: str) -> Any:
