@@ -178,3 +178,5 @@ def test_commands_with_the_values_of_the_table():
     assert "cen-qwen" in call().stdout
     with pytest.raises(ConfigError, match="there is no suite 'cem'"):
         find("cem")
+    with pytest.raises(ConfigError, match=r"cen has no row of 'divprun'.*divprune"):
+        find("cen").steps(["divprun"])

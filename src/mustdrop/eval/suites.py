@@ -111,7 +111,14 @@ class Suite:
 
         Args:
             methods: only these, and what they are compared with; none for all.
+
+        Raises:
+            ConfigError: the table has no row of a method.
         """
+        rows = dict.fromkeys(cell.method for cell in self.cells)
+        for method in methods:
+            if method not in rows:
+                raise ConfigError(f"{self.name} has no row of {method!r}. {did_you_mean(method, rows)}")
         cells = [cell for cell in self.cells if not methods or cell.method in (*_ALWAYS, *methods)]
         written = {"lmms-eval": self._lmms_eval, "VLMEvalKit": self._vlmevalkit, "mustdrop eval": self._own}
         return list(written[self.harness](cells))
