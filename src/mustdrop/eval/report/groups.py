@@ -269,12 +269,13 @@ def _notes(runs: list[EvalResult], plain: list[EvalResult]) -> Iterable[str]:
         yield "Some runs have no score: their answers go to the server of the benchmark."
     if runs[0].data.limit is not None:
         yield "Not all questions were asked (--limit), and published numbers are those of all."
-    unmeasured = [setting(run) for run in runs if run.method_time is None and run.method != UNPRUNED]
+    unmeasured = [run for run in runs if run.method_time is None and run.method != UNPRUNED]
     if unmeasured:
-        which = "no run" if len(unmeasured) == len(runs) - len(plain) else ", ".join(map(repr, unmeasured))
+        names = ", ".join(repr(setting(run)) for run in unmeasured)
+        found = f"not measured in {names}" if any(run.method_time for run in runs) else "measured in no run"
         yield (
-            f"The time of the method was not measured in {which}: the same `mustdrop eval` with --method-time 8, into the "
-            "folder of the run, adds it and asks nothing else again."
+            f"The time of the method was {found}: the same `mustdrop eval` once more, with --method-time 8, adds it to "
+            "the folder of a run that is done."
         )
     for run in runs:
         if run.method != UNPRUNED and not isinstance(run.keep, int) and _row(run, None).published is not None:
