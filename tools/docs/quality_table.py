@@ -100,7 +100,8 @@ def details(record: Record, table: Table, times: Record | None = None) -> str:
     header = ["method", "`keep`", "accuracy", "log-likelihood", "KL", "agreement", "same answer", "tokens per layer"]
     notes = "".join(f"\n{n}. {reason.partition('. ')[0].rstrip('.')}." for n, reason in enumerate(reasons, 1))
     header += ["FLOPs", "KV", *(["method ms"] if own else [])]
-    return table(header, lines) + ("\n" + notes if notes else "") + (_method_time_caption(times) if times and own else "")
+    caption = _method_time_caption(times) if times is not None and own else ""
+    return table(header, lines) + ("\n" + notes if notes else "") + caption
 
 
 def _method_times(record: Record, times: Record) -> dict[tuple[str, float | None], str]:
@@ -118,7 +119,8 @@ def _method_time_caption(times: Record) -> str:
     return (
         f"\n\n*method ms*: {times['clock']} in the method's own code, and its share of the whole time to the first "
         f"token; one prompt of the {times['split']} split at a time, medians of {times['pairs']} calls, mean over the "
-        f"prompts. An empty cell was not measured. {times['hardware']}, torch {versions['torch']}, transformers {versions['transformers']}, commit {commit}."
+        f"prompts. An empty cell was not measured. {times['hardware']}, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}, commit {commit}."
     )
 
 
