@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import itertools
 import sys
 import threading
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -204,6 +207,27 @@ def test_unpatching_inside_takes_all_of_it_out():
     assert not hasattr(model, "_mustdrop")
     assert "generate" not in vars(model)
     assert torch.equal(first_token(model).logits, first_token(plain()).logits)
+
+
+def test_a_copy_of_a_patched_model_is_measured_by_itself(slow):
+    other = copy.deepcopy(slow)
+    with timed(other, hand) as spent:
+        first_token(slow)
+    assert spent.method == 0
+    with timed(other, hand) as spent:
+        first_token(other)
+    assert spent.method == 3
+
+
+def test_nothing_holds_a_model_that_was_measured():
+    """What is remembered of a method's parameters is remembered by its function."""
+    model = clone()
+    with mustdrop.patched(model, "divprune"), timed(model):
+        first_token(model)
+    gone = weakref.ref(model.model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_calls_of_other_threads_are_not_counted(slow):

@@ -65,11 +65,12 @@ def timed(model: nn.Module, clock: Callable[[], float] | None = None) -> Iterato
     """Tell the time of the method from that of the model, for the calls of `model` in this thread, inside the block.
 
     One `generate` with `max_new_tokens=1` is a prompt's pass: the whole is then the time to the first token. Call it
-    once before: the first call after `patch` makes plans that later ones find made.
+    once before: the first call after `patch` makes plans that later ones find made. Patching the model anew, or
+    unpatching it, inside the block ends the measurement of its method.
 
     Args:
         model: a patched model.
-        clock: seconds; by default `mustdrop.clock.now` of the language model's device.
+        clock: seconds; by default `mustdrop.clock.now`, which waits for every device that the model lies on.
 
     Yields:
         Two parts, filled in when the block ends, also by an exception.
@@ -83,7 +84,7 @@ def timed(model: nn.Module, clock: Callable[[], float] | None = None) -> Iterato
         raise NotPatchedError(f"this {type(model).__name__} is not patched: call mustdrop.patch(model) first.")
     _refuse_compiled(model, runtime)
     if clock is None:
-        clock = functools.partial(now, next(runtime.text.parameters()).device)
+        clock = _clock_of(runtime.model)
     with _lock:
         if runtime in _measured:
             raise ConfigError("this model is being measured already: measure one call after the other.")
@@ -101,6 +102,11 @@ def timed(model: nn.Module, clock: Callable[[], float] | None = None) -> Iterato
                 watch.stop()
     finally:
         _measured.discard(runtime)
+
+
+def _clock_of(model: nn.Module) -> Callable[[], float]:
+    devices = list(dict.fromkeys(parameter.device for parameter in model.parameters()))
+    return lambda: max(map(now, devices))
 
 
 class _Watch:

@@ -55,7 +55,7 @@ def test_the_medians_of_each_prompt_are_averaged(monkeypatch):
 
 def test_the_table_of_quality_has_the_column_where_it_was_measured(record):
     interval = {"mean": 0.5, "low": 0.4, "high": 0.6}
-    quality = {name: interval for name in ("correct", "loglik", "kl", "agreement", "same")}
+    quality = dict.fromkeys(("correct", "loglik", "kl", "agreement", "same"), interval)
     costs = {"equal_tokens": 64.0, "flops": 0.2, "kv": 0.1}
     rows = [{"method": "divprune", "keep": keep} | quality | costs for keep in (round(1 / 9, 6), round(1 / 18, 6))]
     shown = quality_table.details({"models": ["bundled"], "rows": rows}, generate.table, record)
