@@ -116,8 +116,12 @@ def test_share_of_the_unpruned_run_and_the_published_number_beside_it(run, saved
     assert "2502.11494" in out
 
 
-def test_a_narrow_terminal_breaks_no_word(saved, monkeypatch, capsys):
-    folder = saved(made("mustdrop", 64, 1530.0), made())
+TIME = {"questions": 8, "method_ms": 3.25, "prefill_ms": 26.0, "device": "cuda"}
+
+
+@pytest.mark.parametrize("time", [None, TIME])
+def test_a_narrow_terminal_breaks_no_word(saved, monkeypatch, capsys, time):
+    folder = saved(made("mustdrop", 64, 1530.0, method_time=time), made())
     monkeypatch.setattr(sys, "argv", ["mustdrop", "report", str(folder)])
     monkeypatch.setattr(cli.common.console, "_width", 80)
     cli.app(standalone_mode=False)
@@ -301,9 +305,6 @@ def test_thresholds_and_shares_belong_to_the_published_budget_that_they_come_out
         "`mustdrop eval` takes --method several times."
     ]
     assert len(group.notes) == 4  # and that the time of the method was not measured
-
-
-TIME = {"questions": 8, "method_ms": 3.25, "prefill_ms": 26.0, "device": "cuda"}
 
 
 def test_the_time_of_the_method_has_a_column_where_a_run_has_it(run, saved):

@@ -119,8 +119,8 @@ def _method_time_caption(times: Record) -> str:
     return (
         f"\n\n*method ms*: {times['clock']} in the method's own code, and its share of the whole time to the first "
         f"token; one prompt of the {times['split']} split at a time, medians of {times['pairs']} calls, mean over the "
-        f"prompts. An empty cell was not measured. {times['hardware']}, load average {times['load_average']} at the start, "
-        f"torch {versions['torch']}, transformers {versions['transformers']}, commit {commit}."
+        f"prompts. An empty cell was not measured. {times['hardware']}, load average {times['load_average']} at the "
+        f"start, torch {versions['torch']}, transformers {versions['transformers']}, commit {commit}."
     )
 
 
