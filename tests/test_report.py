@@ -316,6 +316,7 @@ def test_the_time_of_the_method_has_a_column_where_a_run_has_it(run, saved):
     assert [(row[0], row[place]) for row in rows] == [
         ("| unpruned", "-"), ("| fastv keep=64", "-"), ("| mustdrop keep=64", "3.2 (12.5%)"),
     ]  # fmt: skip
+    assert "those of questions asked one by one; prefill ms is that of the run's own batches" in out
     assert "not measured in 'fastv keep=64': the same `mustdrop eval` once more, with --method-time 8" in out
     _, out, _ = run(folder, "--json")
     (group,) = json.loads(out)["groups"]

@@ -269,6 +269,11 @@ def _notes(runs: list[EvalResult], plain: list[EvalResult]) -> Iterable[str]:
         yield "Some runs have no score: their answers go to the server of the benchmark."
     if runs[0].data.limit is not None:
         yield "Not all questions were asked (--limit), and published numbers are those of all."
+    if any(run.method_time for run in runs):
+        yield (
+            "The time of the method and its share are those of questions asked one by one; prefill ms is that of the "
+            "run's own batches."
+        )
     unmeasured = [run for run in runs if run.method_time is None and run.method != UNPRUNED]
     if unmeasured:
         names = ", ".join(repr(setting(run)) for run in unmeasured)
