@@ -20,6 +20,7 @@ BENCHMARKS = {
     "launches": "operations of a prefill and a decode step by place, waits and copies, of every method, without a GPU",
     "packed_encoder": "time against FLOPs where patches leave a packed encoder: before its layers, inside, after it",
     "page_model": "a second demo model, a Qwen3-VL: trains it, writes its folder, measures it on held-out samples",
+    "method_time": "what every method itself takes of the time to the first token, on both bundled models",
     "peers": "speed and KV bytes beside what pip can install instead, in one run",
     "prompt_length": "first token by length of the prompt, from 144 to 2,880 vision tokens, on a CPU",
     "serving": "time to the first token by parts, decoding and memory, by model, attention, batch and budget",

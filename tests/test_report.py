@@ -116,8 +116,12 @@ def test_share_of_the_unpruned_run_and_the_published_number_beside_it(run, saved
     assert "2502.11494" in out
 
 
-def test_a_narrow_terminal_breaks_no_word(saved, monkeypatch, capsys):
-    folder = saved(made("mustdrop", 64, 1530.0), made())
+TIME = {"questions": 8, "method_ms": 3.25, "prefill_ms": 26.0, "device": "cuda"}
+
+
+@pytest.mark.parametrize("time", [None, TIME])
+def test_a_narrow_terminal_breaks_no_word(saved, monkeypatch, capsys, time):
+    folder = saved(made("mustdrop", 64, 1530.0, method_time=time), made())
     monkeypatch.setattr(sys, "argv", ["mustdrop", "report", str(folder)])
     monkeypatch.setattr(cli.common.console, "_width", 80)
     cli.app(standalone_mode=False)
@@ -300,7 +304,39 @@ def test_thresholds_and_shares_belong_to_the_published_budget_that_they_come_out
         "At keep=11.11% there is no run of random, uniform, downsample: what the budget itself costs is not known. "
         "`mustdrop eval` takes --method several times."
     ]
-    assert len(group.notes) == 3
+    assert len(group.notes) == 4  # and that the time of the method was not measured
+
+
+def test_the_time_of_the_method_has_a_column_where_a_run_has_it(run, saved):
+    """A run without it has an empty cell, and a line says how to get it."""
+    folder = saved(made(), made("mustdrop", 64, 1530.0, method_time=TIME), made("fastv", 64, 1400.0))
+    _, out, _ = run(folder, "--markdown")
+    header, _, *rows = (line.split(" | ") for line in out.splitlines() if line.startswith("| "))
+    place = header.index("method ms (share of prefill)")
+    assert [(row[0], row[place]) for row in rows] == [
+        ("| unpruned", "-"), ("| fastv keep=64", "-"), ("| mustdrop keep=64", "3.2 (12.5%)"),
+    ]  # fmt: skip
+    assert "those of questions asked one by one; prefill ms is that of the run's own batches" in out
+    assert "not measured in 'fastv keep=64': the same `mustdrop eval` once more, with --method-time 8" in out
+    _, out, _ = run(folder, "--json")
+    (group,) = json.loads(out)["groups"]
+    assert [row["method_time"] for row in group["rows"]] == [None, None, TIME | {"share": 0.125}]
+    _, out, _ = run(folder)
+    assert "3.2 (12.5%)" in out
+
+
+def test_without_the_time_of_any_method_there_is_a_line_and_no_column(run, saved):
+    _, out, _ = run(saved(made(), made("mustdrop", 64, 1530.0)), "--markdown")
+    assert "method ms" not in out
+    assert "The time of the method was not measured in no run" not in out
+    assert "The time of the method was measured in no run: the same `mustdrop eval` once more" in out
+
+
+def test_a_result_of_an_older_version_is_read(tmp_path):
+    whole = json.loads(made("mustdrop", 64).model_dump_json())
+    assert whole.pop("method_time") is None
+    (tmp_path / "result.json").write_text(json.dumps(whole))
+    assert EvalResult.read(tmp_path) == made("mustdrop", 64)
 
 
 def test_plot(run, saved, tmp_path):

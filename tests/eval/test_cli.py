@@ -103,6 +103,8 @@ def test_all_other_flags(asked, tmp_path):
         "vicuna_v1",
         "--max-new-tokens",
         "9",
+        "--method-time",
+        "2",
         "--retry-failed",
     )
     assert asked == [
@@ -122,6 +124,7 @@ def test_all_other_flags(asked, tmp_path):
             frames=4,
             template="vicuna_v1",
             max_new_tokens=9,
+            method_time=2,
             retry_failed=True,
         )
     ]

@@ -107,7 +107,9 @@ for _name, _record in (("quality", "quality"), ("quality-pages", "quality_pages"
     renderer(f"{_name}-abilities")(part(quality_pages_table.abilities, _record))
     renderer(f"{_name}-beside")(part(quality_pages_table.beside, _record))
     renderer(f"{_name}-against")(part(quality_pages_table.against, _record))
-    renderer(f"{_name}-details")(part(quality_table.details, _record))
+    renderer(f"{_name}-details")(
+        lambda results, name=_record: quality_table.details(results[name], table, results.get("method_time"))
+    )
 renderer("quality-types")(part(quality_table.types, "quality"))
 renderer("quality-short")(whole(quality_aims.short))
 renderer("quality-aims")(whole(quality_aims.render))

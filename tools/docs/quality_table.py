@@ -76,22 +76,52 @@ def notes(lines: Sequence[Sequence[str]]) -> str:
     return "".join(f"\n\n{note}" for note in found)
 
 
-def details(record: Record, table: Table) -> str:
-    """One row per method and budget: accuracy, likelihood, fidelity, and what it cost."""
+def details(record: Record, table: Table, times: Record | None = None) -> str:
+    """One row per method and budget: accuracy, likelihood, fidelity, and what it cost.
+
+    Args:
+        record: the run.
+        table: makes a Markdown table.
+        times: what each method itself takes (`python -m benchmarks method_time`); None leaves its column out.
+    """
     lines, reasons = [], []
+    own = {} if times is None else _method_times(record, times)
     for row in record["rows"]:
         name, keep = f"`{row['method']}`", "all" if row["keep"] is None else f"{row['keep']:.1%}"
         if "cannot" in row:
             if row["cannot"] not in reasons:
                 reasons.append(row["cannot"])
-            lines.append([name, keep, f"cannot [{reasons.index(row['cannot']) + 1}]", *[""] * 7])
+            lines.append([name, keep, f"cannot [{reasons.index(row['cannot']) + 1}]", *[""] * (7 + bool(own))])
             continue
         quality = [_interval(row["correct"]), _interval(row["loglik"], 2), _interval(row["kl"])]
         costs = [f"{row['equal_tokens']:.1f}", f"{row['flops']:.1%}", f"{row['kv']:.1%}"]
+        costs += [own.get((row["method"], row["keep"]), "")] if own else []
         lines.append([name, keep, *quality, _interval(row["agreement"]), f"{row['same']['mean']:.3f}", *costs])
     header = ["method", "`keep`", "accuracy", "log-likelihood", "KL", "agreement", "same answer", "tokens per layer"]
     notes = "".join(f"\n{n}. {reason.partition('. ')[0].rstrip('.')}." for n, reason in enumerate(reasons, 1))
-    return table([*header, "FLOPs", "KV"], lines) + ("\n" + notes if notes else "")
+    header += ["FLOPs", "KV", *(["method ms"] if own else [])]
+    caption = _method_time_caption(times) if times is not None and own else ""
+    return table(header, lines) + ("\n" + notes if notes else "") + caption
+
+
+def _method_times(record: Record, times: Record) -> dict[tuple[str, float | None], str]:
+    """Method and budget -> milliseconds of the method and their share of the first token, on the model of a run."""
+    return {
+        (row["method"], row["keep"]): f"{row['method_ms']:.1f} ({row['share']:.0%})"
+        for row in times["rows"]
+        if "cannot" not in row and [row["model"]] == record["models"]
+    }
+
+
+def _method_time_caption(times: Record) -> str:
+    """How the column of the methods' own time was measured."""
+    versions, commit = times["versions"], str(times["commit"])[:10] + (" (dirty tree)" if times["dirty"] else "")
+    return (
+        f"\n\n*method ms*: {times['clock']} in the method's own code, and its share of the whole time to the first "
+        f"token; one prompt of the {times['split']} split at a time, medians of {times['pairs']} calls, mean over the "
+        f"prompts. An empty cell was not measured. {times['hardware']}, load average {times['load_average']} at the "
+        f"start, torch {versions['torch']}, transformers {versions['transformers']}, commit {commit}."
+    )
 
 
 def types(record: Record, table: Table) -> str:

@@ -91,6 +91,13 @@ def eval_command(
     dtype: Annotated[str, typer.Option(help="Weights: auto, float32, bfloat16, float16.")] = "auto",
     attn: Annotated[str | None, typer.Option(help="Attention: eager, sdpa, flash_attention_2, ...")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; default: mustdrop-eval/...")] = None,
+    method_time: Annotated[
+        int,
+        typer.Option(
+            help="Measure what the method itself takes of the time to the first token, with this many questions, one "
+            "by one, after the run. In the folder of a run that is done, this alone is added."
+        ),
+    ] = 0,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask again what failed before.")] = False,
     max_failed: Annotated[float, typer.Option(help="Share of questions that may fail.", min=0.0, max=1.0)] = 0.01,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result file instead of a table.")] = False,
@@ -159,6 +166,7 @@ def eval_command(
         max_new_tokens=max_new_tokens,
         retry_failed=retry_failed,
         upright=upright,
+        method_time=method_time,
     )
     if several:
         ok = _several(settings, methods, budgets, max_failed, as_json)

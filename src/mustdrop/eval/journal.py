@@ -133,6 +133,11 @@ class Journal:
         """The lines that the processes wrote when they started."""
         return [line for line in self.lines() if "start" in line]
 
+    def method_time(self) -> Line | None:
+        """What the method took, as it was measured last; None if it never was."""
+        found = [line["method_time"] for line in self.lines() if "method_time" in line]
+        return found[-1] if found else None
+
     def wait(self, number: int) -> dict[int, Line]:
         """All `number` answers, once all processes have written theirs.
 

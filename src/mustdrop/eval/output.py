@@ -46,6 +46,10 @@ def table(result: EvalResult) -> Table:
         step = "" if result.latency.decode_ms is None else f", each further one {result.latency.decode_ms:.2f} ms"
         rows = f"calls of {result.latency.batch_size}"
         shown.add_row("latency", f"first token {result.latency.prefill_ms:.1f} ms{step} (median, {rows})")
+    if result.method_time is not None:
+        own = result.method_time
+        told = f"{own.method_ms:.1f} ms of {own.prefill_ms:.1f} ms to the first token ({own.share:.1%})"
+        shown.add_row("time of the method", f"{told}; median, {own.questions} questions one by one, each turn clocked")
     parts = ("data", "vision", "prefill", "decode", "other")
     shares = ", ".join(f"{name} {getattr(result.time, name):.1%}" for name in parts)
     shown.add_row("time", f"{result.time.seconds:.1f} s: {shares}")

@@ -15,6 +15,7 @@ from mustdrop.eval.result_parts import (
     DataInfo,
     Failure,
     LatencyInfo,
+    MethodTimeInfo,
     ModelInfo,
     Part,
     PromptInfo,
@@ -48,6 +49,7 @@ class EvalResult(Part):
         cost: FLOPs and KV bytes; None if nothing was answered.
         answer: what whole answers took; None if nothing was answered, and in files of older versions.
         latency: medians; None if nothing was answered.
+        method_time: what the method took; None without `--method-time`, and in files of older versions.
         time: where the time went.
         peak_memory_bytes: most memory in use on the device, or of the process on the CPU; largest of all processes.
         failed: items that could not be asked, by name.
@@ -75,6 +77,7 @@ class EvalResult(Part):
     cost: CostInfo | None
     answer: AnswerInfo | None = None
     latency: LatencyInfo | None
+    method_time: MethodTimeInfo | None = None
     time: TimeInfo
     peak_memory_bytes: int
     failed: list[Failure]

@@ -170,6 +170,30 @@ class LatencyInfo(Part):
     decode_ms: float | None
 
 
+class MethodTimeInfo(Part):
+    """What the method took of the time to the first token, measured apart from the run (`mustdrop.method_time`).
+
+    Medians over questions that were asked one by one, after a call of each that nobody clocked. The clock waits for the
+    device at every turn from the model to the method and back, so both take longer than in the run.
+
+    Attributes:
+        questions: how many were measured.
+        method_ms: time of the method.
+        prefill_ms: time to the first token of the same calls, vision tower and method included.
+        device: where they ran.
+    """
+
+    questions: int
+    method_ms: float
+    prefill_ms: float
+    device: str
+
+    @property
+    def share(self) -> float:
+        """`method_ms` / `prefill_ms`."""
+        return self.method_ms / self.prefill_ms if self.prefill_ms else 0.0
+
+
 class TimeInfo(Part):
     """Where the time of the loop went, as shares that add up to 1 (summed over the processes).
 

@@ -9,6 +9,7 @@ from mustdrop.eval.answer_loop import ask_all
 from mustdrop.eval.batches import plan
 from mustdrop.eval.benchmark import Answer, Item
 from mustdrop.eval.journal import Journal, Line
+from mustdrop.eval.method_times import measure
 from mustdrop.eval.prepare import Prepared, prepare
 from mustdrop.eval.processes import share
 from mustdrop.eval.questions import QUESTIONS, Told, write
@@ -101,8 +102,22 @@ def _finish(ready: Prepared, journal: Journal) -> EvalResult:
     written = ready.benchmark.write(answers, folder, ready.engine.name)
     files = [str(path.relative_to(folder)) for path in written]
     write(folder / QUESTIONS, (_told(ready, answer, line) for answer, line in zip(answers, lines, strict=True)))
-    result = summarise(ready, answers, lines, files, journal.starts())
+    result = summarise(ready, answers, lines, files, journal.starts(), journal.method_time())
     result.write(folder / RESULT)
+    return _measured(ready, journal, lines, result) if ready.settings.method_time else result
+
+
+def _measured(ready: Prepared, journal: Journal, lines: Sequence[Line], result: EvalResult) -> EvalResult:
+    """The result with what the method takes; the journal keeps that, so that a later start does not lose it."""
+    info = measure(ready, lines)
+    if info is None:
+        return result
+    try:
+        journal.write([{"method_time": info.model_dump()}])
+    finally:
+        journal.close()
+    result = result.model_copy(update={"method_time": info})
+    result.write(ready.settings.folder / RESULT)
     return result
 
 

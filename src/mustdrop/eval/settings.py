@@ -45,6 +45,7 @@ class Settings:
         max_new_tokens: limit of an answer; None is the benchmark's.
         retry_failed: ask again what failed.
         upright: turn pictures as their EXIF data say.
+        method_time: questions of which the time of the method is measured, apart from the run.
     """
 
     benchmark: str
@@ -71,6 +72,7 @@ class Settings:
     max_new_tokens: int | None = None
     retry_failed: bool = False
     upright: bool = True
+    method_time: int = 0
 
     def limits(self) -> MediaLimits:
         """What the processor is told about the size of pictures and videos.
@@ -121,5 +123,6 @@ class Settings:
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')}={value} must be at least 1.")
         self.limits()
-        if self.workers < 0:
-            raise ConfigError(f"--workers={self.workers} must be at least 0.")
+        for name in ("workers", "method_time"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"--{name.replace('_', '-')}={getattr(self, name)} must be at least 0.")

@@ -16,6 +16,7 @@ from mustdrop.eval.result_parts import (
     CostInfo,
     Failure,
     LatencyInfo,
+    MethodTimeInfo,
     ModelInfo,
     Spread,
     TimeInfo,
@@ -26,7 +27,12 @@ _PARTS = ("data", "vision", "prefill", "decode", "other")
 
 
 def summarise(
-    ready: Prepared, answers: Sequence[Answer], lines: Sequence[Line], files: list[str], starts: Sequence[Line]
+    ready: Prepared,
+    answers: Sequence[Answer],
+    lines: Sequence[Line],
+    files: list[str],
+    starts: Sequence[Line],
+    method_time: Line | None = None,
 ) -> EvalResult:
     """The result.
 
@@ -36,6 +42,7 @@ def summarise(
         lines: the journal's line of each answer.
         files: answer files.
         starts: the journal's lines of all starts of a process.
+        method_time: what the journal says about the time of the method, if it was measured.
     """
     failed = [
         Failure(name=str(answer.item.id), reason=line["failed"])
@@ -64,6 +71,7 @@ def summarise(
         cost=_cost(said),
         answer=_answer(said),
         latency=_latency(said, settings.batch_size),
+        method_time=None if method_time is None else MethodTimeInfo(**method_time),
         time=_time(lines, starts),
         peak_memory_bytes=max((line["peak"] for line in said), default=0),
         failed=[*broken, *failed],

@@ -60,6 +60,7 @@ class Row:
             "kv_ratio": result.cost and result.cost.kv_ratio,
             "prefill_ms": result.latency and result.latency.prefill_ms,
             "decode_ms": result.latency and result.latency.decode_ms,
+            "method_time": result.method_time and result.method_time.model_dump() | {"share": result.method_time.share},
             "peak_memory_bytes": result.peak_memory_bytes,
             "failed_share": result.failed_share,
             "published": self.published and {"score": self.published.score, "source": self.published.source},
@@ -268,6 +269,19 @@ def _notes(runs: list[EvalResult], plain: list[EvalResult]) -> Iterable[str]:
         yield "Some runs have no score: their answers go to the server of the benchmark."
     if runs[0].data.limit is not None:
         yield "Not all questions were asked (--limit), and published numbers are those of all."
+    if any(run.method_time for run in runs):
+        yield (
+            "The time of the method and its share are those of questions asked one by one; prefill ms is that of the "
+            "run's own batches."
+        )
+    unmeasured = [run for run in runs if run.method_time is None and run.method != UNPRUNED]
+    if unmeasured:
+        names = ", ".join(repr(setting(run)) for run in unmeasured)
+        found = f"not measured in {names}" if any(run.method_time for run in runs) else "measured in no run"
+        yield (
+            f"The time of the method was {found}: the same `mustdrop eval` once more, with --method-time 8, adds it to "
+            "the folder of a run that is done."
+        )
     for run in runs:
         if run.method != UNPRUNED and not isinstance(run.keep, int) and _row(run, None).published is not None:
             yield f"{setting(run)!r} names no number of tokens: its published number is that of {budget(run)} tokens."

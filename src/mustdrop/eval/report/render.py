@@ -16,17 +16,38 @@ BESIDE = (
     "prompt tokens", "answer tokens", "FLOPs of an answer",
 )  # fmt: skip
 HEADER = ("setting", "score", "retained", "tokens per layer", "FLOPs", "KV", "prefill ms", "decode ms", "published")
+METHOD_TIME = "method ms (share of prefill)"  # a column of its own where a run of the table has it
 AVERAGES = ("model", "setting", "mean retained", "benchmarks")
 _NOTHING = "-"
 _FRAME = 3  # what a column takes beside its cells: a blank on both sides, and a line
 
 
+def comparison(group: Group, sources: list[str]) -> list[tuple[str, ...]]:
+    """Header and rows of the table of a group.
+
+    Args:
+        group: the runs.
+        sources: of the published numbers so far; a new one is added, and its number stands beside the score.
+    """
+    rows = [HEADER, *(cells(row, sources) for row in group.rows)]
+    if all(row.result.method_time is None for row in group.rows):
+        return rows
+    place = HEADER.index("decode ms")
+    added = [METHOD_TIME, *(_method_time(row) for row in group.rows)]
+    return [(*row[:place], own, *row[place:]) for row, own in zip(rows, added, strict=True)]
+
+
+def _method_time(row: Row) -> str:
+    own = row.result.method_time
+    return _NOTHING if own is None else f"{_number(own.method_ms)} ({_share(own.share)})"
+
+
 def cells(row: Row, sources: list[str]) -> tuple[str, ...]:
-    """The cells of one run.
+    """The cells of one run, without the time of the method.
 
     Args:
         row: the run.
-        sources: of the published numbers so far; a new one is added, and its number stands beside the score.
+        sources: see `comparison`.
     """
     result = row.result
     tokens, cost, latency = result.tokens, result.cost, result.latency
@@ -122,7 +143,7 @@ def rich_table(group: Group, width: int) -> tuple[Table, list[str]]:
         width: of the terminal; in a narrow one every word of a cell gets a line of its own.
     """
     sources: list[str] = []
-    table = _drawn([HEADER, *(cells(row, sources) for row in group.rows)], group.title, width)
+    table = _drawn(comparison(group, sources), group.title, width)
     return table, footnotes(group, sources)
 
 
@@ -159,9 +180,9 @@ def markdown(groups: Sequence[Group], means: Sequence[Average]) -> str:
     blocks = []
     for group in groups:
         sources: list[str] = []
-        rows = [cells(row, sources) for row in group.rows]
+        header, *rows = comparison(group, sources)
         notes = "\n".join(f"- {note}" for note in footnotes(group, sources))
-        blocks.append(f"### {group.title}\n\n{_table(HEADER, rows)}" + (f"\n\n{notes}" if notes else ""))
+        blocks.append(f"### {group.title}\n\n{_table(header, rows)}" + (f"\n\n{notes}" if notes else ""))
         if own := beside_rows(group):
             blocks.append(f"Beside the unpruned run, question by question:\n\n{_table(BESIDE, own)}")
         if own := ability_rows(group):
