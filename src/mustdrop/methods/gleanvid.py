@@ -181,8 +181,5 @@ class GleanVid(Comparing, Recipe):
 
     def build(self) -> Method:
         """Only the vision socket is filled."""
-        return Method(
-            vision=VisionStagePruner(
-                window=None, key_share=0, keep=self.keep, score=NovelAndLocal(geometry=self.geometry)
-            )
-        )
+        rule = NovelAndLocal(geometry=self.geometry)
+        return Method(vision=VisionStagePruner(window=None, key_share=0, keep=self.keep, score=rule))

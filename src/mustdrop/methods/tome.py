@@ -58,7 +58,7 @@ class SoftMatching(Comparing, InnerRule):
         return kernels.bipartite_slots(self.metric(keys, protected, lengths), 0, protected, numbers, lengths)
 
     def metric(self, keys: Tensor, protected: int, lengths: Tensor | None = None) -> Tensor:
-        """Keys of one layer as `join` gets them, (B, H, N, D) or (B, N, D); but for "raw", (B, N, D) around their mean."""
+        """What is compared of the keys that `join` gets: these for "raw", else (B, N, D) around their mean."""
         if self.geometry == "raw":
             return keys
         mean = keys.float().mean(1) if keys.ndim == 4 else keys
@@ -91,8 +91,8 @@ class ToMe(Comparing, Recipe):
             flash attention.
         select_layer: encoder layer after which tokens merge, all at once, in an encoder of packed patches; None merges
             what such an encoder gives, and it saves nothing.
-        geometry: how keys, and features after the layers, are compared: "raw" as they are, "centered" around their mean,
-            "standardized" around it and with channels of equal variance.
+        geometry: how keys, and features after the layers, are compared: "raw" as they are, "centered" around their
+            mean, "standardized" around it and with channels of equal variance.
         compat: "released" hands the tokens on in the order of the released code, with new positions; it has no `keep`.
     """
 
