@@ -35,8 +35,7 @@ class TemporalPruning(ComparingRule):
 
     Attributes:
         group: frames per whole frame, a power of two.
-        geometry: how features are compared; the mean is that of all frames, so that a place that stays what it is has
-            no less of a likeness with itself.
+        geometry: how features are compared; the mean is that of all places and frames.
     """
 
     by_view: ClassVar[bool] = False
@@ -107,6 +106,8 @@ class DyCoke(Comparing, Recipe):
 
     Attributes:
         keep: tokens (int) or share of the prompt's vision tokens; the paper's rate of 0.7 is 0.475.
+        geometry: "raw" compares features as they are; "centered" around the mean of all frames; "standardized" those of
+            the encoder, around it and with channels of equal variance.
         group: frames per whole frame, a power of two; more where the budget is too small for as many whole frames.
     """
 

@@ -175,6 +175,8 @@ class GleanVid(Comparing, Recipe):
 
     Attributes:
         keep: tokens (int) or share of the prompt's vision tokens.
+        geometry: in which coordinates features are novel: "raw" as they are, "centered" around their mean,
+            "standardized" those of the encoder, around their mean and with channels of equal variance.
     """
 
     keep: Budget = DEFAULT_KEEP

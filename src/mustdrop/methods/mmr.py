@@ -20,7 +20,8 @@ from mustdrop.rules.scores import min_max
 class MarginalRelevance(ComparingRule, WeighingRule):
     """The most important feature, then always the one with the highest balance * importance - (1 - balance) * likeness.
 
-    Importance is spread from 0 to 1 in each view; likeness is the cosine with the nearest pick.
+    Importance is spread from 0 to 1 in each view; likeness is the cosine with the nearest pick alone. So this is
+    farthest-first with a bonus, and no coverage, which adds up what a pick explains of all features.
 
     Attributes:
         importance: what makes a feature important.

@@ -255,12 +255,12 @@ STATES = (Read(what="states", **LAST),)
 
 
 class Comparing(Settings):
-    """The knob of methods that compare features with each other.
+    """The knob of methods that compare features with each other. Source: Cen-Prune (arXiv 2608.30263).
 
     Attributes:
-        geometry: "raw" compares features as they are; "centered" around their mean; "standardized" compares those of
-            the encoder, around their mean and with channels of equal variance (for Qwen's encoders). But for "raw", an
-            importance is multiplied with how distinct a feature is, as in Cen-Prune (arXiv 2608.30263).
+        geometry: "raw" compares features as they are; "centered" around their mean; "standardized" those of the
+            encoder, around their mean and with channels of equal variance (for Qwen's encoders). But for "raw",
+            importance is multiplied with how distinct a feature is.
     """
 
     geometry: Geometry = "raw"
