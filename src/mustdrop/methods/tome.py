@@ -64,7 +64,9 @@ class SoftMatching(Comparing, InnerRule):
         mean = keys.float().mean(1) if keys.ndim == 4 else keys
         place = torch.arange(mean.shape[1], dtype=torch.long, device=mean.device).expand(mean.shape[:2])
         merges = place >= protected
-        return around_mean(mean, self.geometry, merges if lengths is None else merges & (place < lengths[:, None]))
+        if lengths is not None:
+            merges = merges & (place < lengths.to(mean.device)[:, None])
+        return around_mean(mean, self.geometry, merges)
 
     def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`: what the layers left is matched again, as often as it takes."""

@@ -112,6 +112,11 @@ class VisionStagePruner(Comparing):
                 f'VisionStagePruner.taper={self.taper} splits the budget of the prefill stage: it needs keep="auto", '
                 f"got keep={self.keep}: leave one out."
             )
+        if self.geometry != "raw" and self.window is None:
+            raise ConfigError(
+                f'VisionStagePruner.geometry="{self.geometry}" is how the tokens of windows are compared, but '
+                "window=None has none: give geometry= to the rule in score=, or leave it out."
+            )
         if self.select_layer is not None and self.window is not None and not self.inside:
             raise ConfigError(
                 f"VisionStagePruner.select_layer={self.select_layer} selects inside the encoder, and inside=False "

@@ -4,8 +4,9 @@ Source: Cen-Prune (arXiv 2608.30263). Features of one picture share a large mean
 around that mean they differ. How far a feature lies from the mean direction says, in turn, how distinct it is.
 
 The mean is that of what is compared: of a view or, where all views of an image or video compete, of the image or video,
-its frames together. What is compared with a mean (a feature with its frame, a frame with the next) is compared as it
-is, like Cen-Prune's distinctiveness: centring would take away the very thing that it is compared with.
+its frames together. Features that are compared with the mean of their frame or video, and frames that are compared by
+their means, stay as they are, as in Cen-Prune's distinctiveness: of the mean itself, and of a still video's frames,
+centring leaves nothing to compare.
 """
 
 from __future__ import annotations
