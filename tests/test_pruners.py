@@ -345,6 +345,7 @@ BAD = [
     (VisionStagePruner, {"threshold": 1.5}, ConfigError, "threshold"),
     (VisionStagePruner, {"key_share": -0.1}, ConfigError, "key_share"),
     (VisionStagePruner, {"layer": -1}, ConfigError, "layer"),
+    (VisionStagePruner, {"geometry": "centered", "window": None}, ConfigError, "geometry.*window=None"),
     (VisionStagePruner, {"keep": 0}, BudgetError, "keep"),
     (VisionStagePruner, {"keep": 1.5}, BudgetError, "keep"),
     (VisionStagePruner, {"score": "entropy"}, ConfigError, "attention"),

@@ -24,6 +24,7 @@ NOT_STRAIGHT = {
     "sparsevlm": "clusters, whose number the data decide",
 }
 STRAIGHT = [name for name in BUDGETED if name not in NOT_STRAIGHT]
+COMPARES = ("dart", "mustdrop+")  # hidden states, between decoder layers
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +39,11 @@ def in_place(model):
     model.model.language_model.compile(fullgraph=True, backend="eager")
 
 
-@pytest.mark.parametrize("method", STRAIGHT)
-def test_every_method(method):
-    model, inputs = mustdrop.patch(clone(LLAMA), method, keep=16), batch(LLAMA, (1, 1))
+@pytest.mark.parametrize(
+    ("method", "knobs"), [*((name, {}) for name in STRAIGHT), *((name, {"geometry": "centered"}) for name in COMPARES)]
+)
+def test_every_method(method, knobs):
+    model, inputs = mustdrop.patch(clone(LLAMA), method, keep=16, **knobs), batch(LLAMA, (1, 1))
     other = batch(LLAMA, (1, 1), seed=5)
     plainly = [left(model, given) for given in (inputs, other)]
     in_place(model)

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from transformers.models.llava import modeling_llava
 
 import mustdrop
+from mustdrop.method import registry as recipes
 from mustdrop.runtime.language import vision_tokens
 from mustdrop.runtime.session import Runtime
 from mustdrop.runtime.vision.features import FeaturesWrapper
@@ -88,11 +89,19 @@ ASKS = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in BUDGETED if name not in ASKS])
-def test_nothing_in_a_prompts_pass_depends_on_data(name, monkeypatch):
+STRAIGHT = [name for name in BUDGETED if name not in ASKS]
+CENTRED = [name for name in STRAIGHT if "geometry" in recipes()[name].model_fields]
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs"),
+    [*((name, {}) for name in STRAIGHT), *((name, {"geometry": "standardized"}) for name in CENTRED)],
+    ids=[*STRAIGHT, *(f"{name}-standardized" for name in CENTRED)],
+)
+def test_nothing_in_a_prompts_pass_depends_on_data(name, knobs, monkeypatch):
     """Tensors without data go through the whole pass: shapes follow from the prompt, and nobody asks for a number."""
     model = clone(LLAMA)
-    mustdrop.patch(model, name, keep=16)
+    mustdrop.patch(model, name, keep=16, **knobs)
     inputs = batch(LLAMA, (1, 1))
     with torch.no_grad():
         expected = model(**inputs).logits.shape  # answers are looked at in the first call

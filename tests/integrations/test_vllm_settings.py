@@ -126,9 +126,10 @@ def test_knobs_that_cannot_work_are_named(given, text):
 
 
 def test_mustdrop_spends_its_budget_in_the_vision_stage():
-    serving = settings.parse({"method": "mustdrop", "keep": 64, "window": 2, "merge_share": 0.25})
-    assert (serving.pruner.keep, serving.pruner.window, serving.pruner.merge_share) == (64, 2, 0.25)
-    assert not serving.pruner.inside  # the encoder is vLLM's, and runs whole
+    knobs = {"keep": 64, "window": 2, "merge_share": 0.25, "geometry": "centered"}
+    pruner = settings.parse({"method": "mustdrop", **knobs}).pruner
+    assert {name: getattr(pruner, name) for name in knobs} == knobs
+    assert not pruner.inside  # the encoder is vLLM's, and runs whole
     assert settings.parse({}).count(576) == 192
 
 

@@ -1,22 +1,32 @@
-"""Cen-Prune's coordinates and distinctiveness, written out, and what they change in DivPrune and CDPruner."""
+"""Cen-Prune's coordinates and distinctiveness, written out, and what they change in every method that has them."""
 
 from __future__ import annotations
+
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 import mustdrop
+from mustdrop import VisionStagePruner
 from mustdrop.adapters import registry
 from mustdrop.errors import ConfigError
 from mustdrop.method import find
+from mustdrop.method import registry as recipes
+from mustdrop.methods import cdpruner, divprune, mustdrop_plus, scope
 from mustdrop.methods.cdpruner import ConditionalDeterminant
+from mustdrop.methods.dart import Duplication
 from mustdrop.methods.divprune import MaxMinDiversity
+from mustdrop.methods.mustdrop_plus import AttendedAndDiverse
+from mustdrop.methods.tome import SoftMatching
 from mustdrop.methods.vispruner import ImportantAndDiverse
-from mustdrop.pruners import Features
+from mustdrop.pruners import Features, Seen, vision_rules
 from mustdrop.rules.geometry import around_mean, distinctiveness
 from mustdrop.rules.scores import min_max
 from support.builders import answer
-from support.families import assert_dropping_equals_masking, batch, clone
+from support.edges import share
+from support.families import assert_dropping_equals_masking, batch, clone, plain
 
 
 def random(*shape, seed=0):
@@ -125,14 +135,205 @@ def test_standardized_compares_what_the_encoder_hands_over():
         rule(Features.of_grid(torch.ones(1, 20, 3), (4, 5), {}), 6)
 
 
-@pytest.mark.parametrize(
-    ("family", "kind"), [("llava", "image"), ("qwen2_5_vl", "image"), ("qwen3_vl", "video"), ("internvl", "image")]
-)
+@pytest.mark.parametrize(("family", "kind"), [("qwen2_5_vl", "image"), ("internvl", "image")])
 @pytest.mark.parametrize("method", ["divprune", "cdpruner", "scope", "mmr", "vispruner"])
 def test_dropping_equals_masking(family, kind, method):
     assert_dropping_equals_masking(
         family, ((kind,), (), (kind, kind)), method=method, keep=0.4, geometry="standardized"
     )
+
+
+# -- every method that has the knob ------------------------------------------------------------------------------------
+
+RECIPES = {name: recipe for name, recipe in recipes().items() if name in mustdrop.methods()}
+KNOWN = sorted(name for name, recipe in RECIPES.items() if "geometry" in recipe.model_fields)
+PLACES = [("llava", "image", "centered"), ("qwen3_vl", "video", "standardized")]
+every = pytest.mark.parametrize("method", KNOWN)
+somewhere = pytest.mark.parametrize(("family", "kind", "geometry"), PLACES, ids=[place[0] for place in PLACES])
+
+
+def knobs(method, family, geometry):
+    recipe = RECIPES[method]
+    return {"method": method, "keep": share(method, family), "geometry": geometry} | recipe.unmerged()
+
+
+@every
+@somewhere
+def test_dropping_equals_masking_everywhere(method, family, kind, geometry):
+    rows = ((kind,), (), (kind, kind))
+    assert_dropping_equals_masking(family, rows, steps=2, **knobs(method, family, geometry))
+
+
+@every
+@somewhere
+@pytest.mark.filterwarnings("ignore::mustdrop.errors.NothingDroppedWarning")
+def test_keeping_everything_changes_no_bit(method, family, kind, geometry):
+    model = mustdrop.patch(clone(family), **knobs(method, family, geometry) | {"keep": 1.0})
+    inputs = batch(registry()[family], model, ((kind,), (kind, kind)))
+    assert torch.equal(answer(model, inputs, 1).logits, answer(plain(family), inputs, 1).logits)
+
+
+@every
+@somewhere
+def test_a_padded_row_is_the_row_alone(method, family, kind, geometry):
+    adapter, model = registry()[family], mustdrop.patch(clone(family), **knobs(method, family, geometry))
+    together = answer(model, batch(adapter, model, ((kind,), (kind, kind))), 1)
+    kept = mustdrop.trace(model)
+    alone = answer(model, batch(adapter, model, ((kind,),)), 1)
+    trace = mustdrop.trace(model)
+    assert trace.dropped_anything
+    assert all(torch.equal(trace.kept(layer), kept.kept(layer, 0)) for layer in range(len(kept.tokens) + 1))
+    assert (alone.logits[0] - together.logits[0]).abs().max() <= 1e-5
+
+
+def test_a_method_has_the_knob_or_the_document_says_why_not():
+    page = (Path(__file__).parents[2] / "docs" / "fidelity.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ") and "no `geometry=`" in line]
+    named = [name for row in rows for name in re.findall(r"`([^`]+)`", row[0])]
+    assert sorted(named) == sorted(set(RECIPES) - set(KNOWN))
+
+
+# -- what it changes, on plain tensors ---------------------------------------------------------------------------------
+
+#: Not among them: `mustdrop` compares windows, `dart` and the filter of `mustdrop+` hidden states (see below), and
+#: what `gleanvid` calls local is likeness with means.
+RULES = [name for name in KNOWN if name not in ("mustdrop", "mustdrop+", "dart", "gleanvid")]
+
+
+WIDE = 24
+OFFSET = 4 * random(WIDE, seed=5)
+SCALE = 2.0 ** (torch.arange(WIDE) % 5)
+COUNTS = (5, 9, 14, 20)
+
+
+def rule_of(method, geometry):
+    weighs = {"importance": "attention"} if "importance" in RECIPES[method].model_fields else {}
+    more = {"learned": {"coverage": 1.0}, "prumerge": {"neighbours": 4}}.get(method, {})
+    return find(method, keep=0.5, geometry=geometry, **weighs, **more).vision.rule
+
+
+def seen_by(rule, offset=0.0, scale=1.0):
+    """Twelve features in each of three frames that change slowly, all moved or stretched alike."""
+    x = (random(2, 1, 12, WIDE) + 0.7 * random(2, 3, 12, WIDE, seed=1)).flatten(1, 2)
+    moved = x * scale + offset
+    read = {}
+    for number, one in enumerate(rule.reads):
+        vector = one.what in ("states", "keys", "joint_keys")
+        read[one] = moved.flip(2) if vector else random(2, 36, seed=7 + number).sigmoid()
+    inside = any(one.what == "states" for one in rule.reads)
+    return Features.of_grid(x if inside and torch.is_tensor(scale) else moved, (3, 3, 4), read, (x[0, :0], x[1, :0]))
+
+
+def same(a, b):
+    """Whether two selections keep the same features, and merge the same ones into them in the same way."""
+    merged = [x.blend(torch.eye(36).expand(2, -1, -1)) for x in (a, b) if x.blend is not None]
+    return torch.equal(a.keep, b.keep) and (not merged or torch.allclose(*merged, atol=1e-4))
+
+
+@pytest.fixture
+def alike(monkeypatch):
+    """All features are equally distinct: what is left is how they are compared."""
+    for module in (vision_rules, divprune, cdpruner, scope, mustdrop_plus):
+        monkeypatch.setattr(module, "distinctiveness", lambda x, *_: torch.ones_like(x[..., 0]))
+
+
+@pytest.mark.parametrize("method", RULES)
+def test_a_common_offset_changes_what_is_compared_raw_and_not_what_is_centred(method, alike):
+    for geometry, unchanged in (("raw", False), ("centered", True)):
+        rule = rule_of(method, geometry)
+        found = [same(rule(seen_by(rule), n), rule(seen_by(rule, OFFSET), n)) for n in COUNTS]
+        assert all(found) == unchanged
+
+
+@pytest.mark.parametrize("method", [*RULES, "gleanvid"])
+def test_the_scale_of_a_channel_changes_what_is_compared_raw_and_not_what_is_standardized(method):
+    for geometry, unchanged in (("raw", False), ("standardized", True)):
+        rule = rule_of(method, geometry)
+        found = [same(rule(seen_by(rule), n), rule(seen_by(rule, scale=SCALE), n)) for n in COUNTS]
+        assert all(found) == unchanged
+
+
+def test_novelty_is_told_around_the_mean_and_what_is_local_is_not():
+    x = random(1, 16, WIDE) + OFFSET
+    cell = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]).flatten()
+    own = torch.stack([x[0, cell == i].mean(0) for i in range(4)])[cell]
+    cosine = torch.nn.functional.cosine_similarity
+    local = torch.nn.functional.softplus(4 * (cosine(x[0], own) - cosine(x[0], x[0].mean(0), dim=1))) / 4
+    centred = x[0] - x[0].mean(0)
+    direction = torch.linalg.svd(centred).Vh[0]
+    novel = (centred - (centred @ direction)[:, None] * direction).norm(dim=1)
+    score = min_max(local[None]) + min_max(novel[None])
+    rule = rule_of("gleanvid", "centered")
+    for count in (3, 7):
+        kept = rule(Features.of_grid(x, (4, 4), {}), count).keep
+        assert kept.tolist() == [sorted(score[0].argsort(descending=True)[:count].tolist())]
+
+
+def test_an_importance_is_multiplied_with_distinctiveness_wherever_one_is_weighed():
+    for method in set(RULES) - {"divprune", "cdpruner", "scope", "mmtok", "dycoke", "tome"}:
+        rule = rule_of(method, "centered")
+        seen = seen_by(rule)
+        attention = random(2, 36, seed=3).sigmoid()
+        expected = min_max(attention) * distinctiveness(seen.values, "centered")
+        torch.testing.assert_close(rule.weighed(attention, seen), expected)
+        assert rule_of(method, "raw").weighed(attention, seen) is attention
+
+
+def hidden(offset=0.0, padding=0.0):
+    """States and keys of two rows of eighteen tokens: three that stand for nothing, twelve of vision, three of text."""
+    states = random(2, 18, WIDE) + offset
+    states[:, :3] = padding
+    alive = (torch.arange(18) >= 3) & (torch.arange(18) < 15)
+    text = torch.arange(18) >= 15
+    attention = random(2, 3, 18, seed=2).softmax(2)
+    return Seen(attention, alive.expand(2, -1), text.expand(2, -1), keys=random(2, 18, 4, seed=3), hidden=states)
+
+
+@pytest.mark.parametrize("scorer", [Duplication, AttendedAndDiverse])
+def test_hidden_states_are_compared_around_the_mean_of_the_vision_tokens(scorer, alike):
+    counts = [torch.tensor([n, n]) for n in (4, 6, 9)]
+    for geometry, unchanged in (("raw", False), ("centered", True), ("standardized", True)):
+        rule = scorer(geometry=geometry)
+        found = [torch.equal(rule.choose(hidden(), n), rule.choose(hidden(OFFSET), n)) for n in counts]
+        assert all(found) == unchanged
+        # what stands beside the vision tokens says nothing of their mean
+        assert all(torch.equal(rule.choose(hidden(), n), rule.choose(hidden(padding=1e6), n)) for n in counts)
+
+
+def test_distinctiveness_of_some_is_that_of_the_rest_left_out():
+    x = random(2, 11, 6) + 1
+    real = (torch.arange(11) % 3 > 0).expand(2, -1)
+    for geometry in ("centered", "standardized"):
+        some = distinctiveness(x, geometry, real)[real].view(2, -1)
+        torch.testing.assert_close(some, distinctiveness(x[real].view(2, -1, 6), geometry))
+        around = around_mean(x, geometry, real)[real].view(2, -1, 6)
+        torch.testing.assert_close(around, around_mean(x[real].view(2, -1, 6), geometry))
+
+
+def test_keys_of_an_encoder_layer_are_compared_around_the_mean_of_those_that_may_merge():
+    keys = random(2, 3, 13, WIDE)
+    raw, centred = SoftMatching(), SoftMatching(geometry="centered")
+    moved = keys + OFFSET
+    assert torch.equal(centred.join(keys, 4, 1)[0], centred.join(moved, 4, 1)[0])
+    assert not torch.equal(raw.join(keys, 4, 1)[0], raw.join(moved, 4, 1)[0])
+    moved[:, :, 0] = 1e4  # CLS, which does not merge
+    assert torch.equal(centred.join(keys, 4, 1)[0], centred.join(moved, 4, 1)[0])
+    lengths, numbers = torch.tensor([13, 9]), torch.tensor([4, 3])
+    uneven = centred.join_uneven(keys, numbers, lengths, 1)
+    assert torch.equal(uneven[1:, :9], centred.join(keys[1:, :, :9], 3, 1)[0])
+
+
+def test_windows_are_compared_around_the_mean_of_the_picture():
+    x, gone = random(1, 36, WIDE), torch.zeros(36, dtype=torch.bool)
+    for geometry, unchanged in (("raw", False), ("centered", True), ("standardized", True)):
+        pruner = VisionStagePruner(window=3, geometry=geometry)
+        likeness, moved = (pruner.similarity(y, (6, 6)) for y in (x, x + OFFSET))
+        assert torch.allclose(likeness, moved, atol=1e-4) == unchanged
+    gone[0] = True
+    moved = x.clone()
+    moved[0, 0] = 1e4  # no part of the picture that the encoder sees
+    pruner = VisionStagePruner(window=3, geometry="centered")
+    torch.testing.assert_close(pruner.similarity(x, (6, 6), gone=gone), pruner.similarity(moved, (6, 6), gone=gone))
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])

@@ -86,6 +86,9 @@ def test_a_picture_that_repeats_the_one_before_is_a_reference_to_it():
     assert kept[1].sum() == 1  # its first cell
     assert kept[1][0, 0, 0]
     assert kept[2].nonzero()[:, 1:].tolist() == [[0, 0], [2, 2]]
+    back = unpredicted_media([first, other, first])  # one picture before it, and no earlier one
+    assert torch.equal(back[2], unpredicted_media([other, first])[1])
+    assert back[2].sum() > 1
     alone = unpredicted_media([first, first], previous=False)
     assert torch.equal(alone[0], alone[1])
     assert torch.equal(kept[4], unpredicted(page(3, 3, 1)[None])[0])  # of another size: on its own

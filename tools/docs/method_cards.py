@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-METHODS = Path(__file__).parents[2] / "src" / "mustdrop" / "methods"
+PACKAGE = Path(__file__).parents[2] / "src" / "mustdrop"
+METHODS = PACKAGE / "methods"
+SHARED = {"Comparing": PACKAGE / "pruners" / "vision_rules.py"}  # bases that give several recipes a knob
 RUNS = ("quality", "quality_fixed", "quality_earlier")  # runs of the quality benchmark, the newest first
 STAGES = {"input": "before the encoder", "vision": "vision encoder", "prefill": "prefill", "decode": "KV cache"}
 
@@ -29,10 +31,12 @@ def card(name: str, results: Mapping[str, Mapping[str, Any]], table: Table) -> s
     (recipe,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and _bases(node) & {"Recipe"}]
     facts = [_paper(ast.get_docstring(tree) or ""), f"Stages: {', '.join(_stages(recipe))}."]
     constants = dict(_constants(tree))
-    meanings = _attributes(ast.get_docstring(recipe) or "")
+    shared = [_class(SHARED[base], base) for base in sorted(_bases(recipe) & SHARED.keys())]
+    meanings = {k: v for node in (*shared, recipe) for k, v in _attributes(ast.get_docstring(node) or "").items()}
     knobs = [
         (f"`{_named(node)}`", f"`{_default(node, constants)}`", meanings.get(_named(node), ""))
-        for node in recipe.body
+        for owner in (recipe, *shared)
+        for node in owner.body
         if isinstance(node, ast.AnnAssign) and "ClassVar" not in ast.unparse(node.annotation)
     ]
     called = next(
@@ -53,6 +57,11 @@ def _constants(tree: ast.Module) -> Iterator[tuple[str, str]]:
             several = isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
             pairs = zip(target.elts, node.value.elts, strict=True) if several else [(target, node.value)]
             yield from ((name.id, ast.unparse(value)) for name, value in pairs if isinstance(name, ast.Name))
+
+
+def _class(path: Path, name: str) -> ast.ClassDef:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
 
 
 def _bases(node: ast.ClassDef) -> set[str]:

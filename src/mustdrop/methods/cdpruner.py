@@ -7,16 +7,16 @@ from pydantic import Field
 from torch import Tensor
 
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Features, Importance, Read, Selection, VisionStagePruner
+from mustdrop.pruners import Features, Importance, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
 from mustdrop.pruners.importance import Question
-from mustdrop.pruners.vision_rules import STATES, compared
+from mustdrop.pruners.vision_rules import Comparing, ComparingRule
 from mustdrop.pruners.weighing import ImportanceKnob, WeighingRule, importance_of
 from mustdrop.rules.diversity import greedy_determinant
-from mustdrop.rules.geometry import Geometry, around_mean, distinctiveness
+from mustdrop.rules.geometry import distinctiveness
 
 
-class ConditionalDeterminant(WeighingRule):
+class ConditionalDeterminant(ComparingRule, WeighingRule):
     """A conditional determinantal point process: the largest determinant of relevance x cosine x relevance, greedily.
 
     The relevance of a feature is its mean cosine with the words of the question, scaled to 0 ... 1 over the view.
@@ -31,20 +31,13 @@ class ConditionalDeterminant(WeighingRule):
 
     importance: Importance = Question()
     theta: float | None = Field(None, ge=0, lt=1)
-    geometry: Geometry = "raw"
-
-    @property
-    def own_reads(self) -> tuple[Read, ...]:
-        """What the encoder hands over, if that is what is compared."""
-        return STATES if self.geometry == "standardized" else ()
 
     def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`."""
         assert count is not None
         quality = self.quality(self.importance.score(seen).float())
-        values = compared(seen, self.geometry)
-        quality = quality * distinctiveness(values, self.geometry)
-        return Selection.picked(greedy_determinant(around_mean(values, self.geometry), quality, count))
+        quality = quality * distinctiveness(self.compared(seen), self.geometry)
+        return Selection.picked(greedy_determinant(self.centred(seen), quality, count))
 
     def quality(self, relevant: Tensor) -> Tensor:
         """(B, N) positive, from relevances (B, N); equal ones where all relevances of a view are equal."""
@@ -57,21 +50,18 @@ class ConditionalDeterminant(WeighingRule):
         return (self.theta / (2 * (1 - self.theta)) * (scaled - scaled.amax(1, keepdim=True))).clamp(min=-40).exp()
 
 
-class CDPruner(Recipe):
+class CDPruner(Comparing, Recipe):
     """Relevance to the question times diversity, per view.
 
     Attributes:
         keep: tokens (int) or share of the prompt's vision tokens.
         theta: weight of relevance against diversity, in [0, 1); None leaves relevance unscaled, as the paper does.
-        geometry: "raw" compares features as they are; "centered" around their mean, and distinct ones count more;
-            "standardized" does so with those of the encoder, with channels of equal variance (for Qwen's encoders).
         importance: what takes the place of the likeness with the "question": "attention" of the encoder, what is
             "distinct" from the mean, the folder of a scorer, a module, or an `Importance` of your own.
     """
 
     keep: Budget = DEFAULT_KEEP
     theta: float | None = Field(None, ge=0, lt=1)
-    geometry: Geometry = "raw"
     importance: ImportanceKnob = "question"
 
     def build(self) -> Method:

@@ -13,10 +13,12 @@ from mustdrop.errors import ConfigError
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import PrefillPruner, Seen, TextScorer
 from mustdrop.pruners.base import Budget
+from mustdrop.pruners.vision_rules import Comparing
+from mustdrop.rules.geometry import around_mean
 from mustdrop.rules.ranking import keep_best
 
 
-class Duplication(TextScorer):
+class Duplication(Comparing, TextScorer):
     """Keep pivots among the vision tokens, and for each pivot the tokens that resemble it least.
 
     A choice, not a ranking: pivots choose in turn among what is left, those of the image first, then those of the text,
@@ -25,6 +27,8 @@ class Duplication(TextScorer):
     Attributes:
         image_pivots: vision tokens of the largest key norm (L1, all heads); they stay.
         text_pivots: text tokens after the last image of the largest key norm.
+        geometry: how hidden states are compared; the mean, of text pivots too, is that of the row's vision tokens. Key
+            norms are those of the keys as they are.
     """
 
     rows: ClassVar[Literal["text", "last", "none"]] = "none"
@@ -44,7 +48,8 @@ class Duplication(TextScorer):
         """See `TextScorer.choose`."""
         if seen.keys is None or seen.hidden is None:
             raise ConfigError("DART compares keys and hidden states: call filter() with Seen(keys=..., hidden=...).")
-        norm, unit = seen.keys.float().abs().sum(2), F.normalize(seen.hidden.float(), dim=2)
+        norm = seen.keys.float().abs().sum(2)
+        unit = F.normalize(around_mean(seen.hidden.float(), self.geometry, seen.alive), dim=2)
         first = keep_best(norm, torch.full_like(count, self.image_pivots), seen.alive)
         stay = first if protected is None else first | (protected & seen.alive)
         stay = keep_best(norm, count, stay, protected, importance)
@@ -90,7 +95,7 @@ def _falling(norm: Tensor, mask: Tensor, most: int) -> tuple[Tensor, Tensor]:
     return index, mask.gather(1, index)
 
 
-class DART(Recipe):
+class DART(Comparing, Recipe):
     """Drop, once and early, the vision tokens that resemble the pivots; reads no attention.
 
     Attributes:
@@ -98,6 +103,8 @@ class DART(Recipe):
         layer: K, the first layer that runs on fewer tokens.
         image_pivots: pivots among the vision tokens.
         text_pivots: pivots among the text.
+        geometry: how hidden states are compared: "raw" as they are, "centered" around the mean of the prompt's vision
+            tokens, "standardized" around it and with channels of equal variance.
     """
 
     keep: Budget = DEFAULT_KEEP
@@ -109,5 +116,5 @@ class DART(Recipe):
         """Only the prefill socket is filled."""
         if not self.image_pivots + self.text_pivots:
             raise ConfigError("dart needs a pivot to compare with: image_pivots and text_pivots are both 0.")
-        score = Duplication(image_pivots=self.image_pivots, text_pivots=self.text_pivots)
+        score = Duplication(image_pivots=self.image_pivots, text_pivots=self.text_pivots, geometry=self.geometry)
         return Method(prefill=PrefillPruner(layers=(self.layer - 1,), keep=self.keep, score=score))

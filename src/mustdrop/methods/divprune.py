@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import ClassVar
 
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Features, Read, Selection, VisionRule, VisionStagePruner
+from mustdrop.pruners import Features, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
-from mustdrop.pruners.vision_rules import STATES, compared
+from mustdrop.pruners.vision_rules import Comparing, ComparingRule
 from mustdrop.rules.diversity import farthest_first
-from mustdrop.rules.geometry import Geometry, around_mean, distinctiveness
+from mustdrop.rules.geometry import distinctiveness
 
 
-class MaxMinDiversity(VisionRule):
+class MaxMinDiversity(ComparingRule):
     """Of all features of an image or video, those whose nearest kept feature is farthest, picked greedily.
 
     Attributes:
@@ -21,26 +21,19 @@ class MaxMinDiversity(VisionRule):
     """
 
     by_view: ClassVar[bool] = False
-    geometry: Geometry = "raw"
-
-    @property
-    def reads(self) -> tuple[Read, ...]:
-        """What the encoder hands over, if that is what is compared."""
-        return STATES if self.geometry == "standardized" else ()
 
     def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`."""
         assert count is not None
-        values = compared(seen, self.geometry)
+        centred = self.centred(seen)
         if self.geometry == "raw":
-            return Selection.picked(farthest_first(values, count))
-        distinct = distinctiveness(values, self.geometry)
-        centred = around_mean(values, self.geometry)
+            return Selection.picked(farthest_first(centred, count))
+        distinct = distinctiveness(self.compared(seen), self.geometry)
         first = farthest_first(centred, 1)[:, 0]
         return Selection.picked(farthest_first(centred, count, weight=distinct, first=first))
 
 
-class DivPrune(Recipe):
+class DivPrune(Comparing, Recipe):
     """Max-min diversity of the features that enter the language model. It reads neither attention nor the question.
 
     Attributes:
@@ -50,7 +43,6 @@ class DivPrune(Recipe):
     """
 
     keep: Budget = DEFAULT_KEEP
-    geometry: Geometry = "raw"
 
     def build(self) -> Method:
         """Only the vision socket is filled."""

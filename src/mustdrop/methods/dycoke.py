@@ -11,8 +11,9 @@ from torch import Tensor
 from mustdrop.constants import highest, on_host
 from mustdrop.errors import ConfigError
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Features, Selection, VisionRule, VisionStagePruner
+from mustdrop.pruners import Features, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
+from mustdrop.pruners.vision_rules import Comparing, ComparingRule
 from mustdrop.rules.baselines import uniform_scores
 from mustdrop.rules.groups import rank_in_group, sizes
 
@@ -22,7 +23,7 @@ GROUP = 4
 SPARSEST = 0.1
 
 
-class TemporalPruning(VisionRule):
+class TemporalPruning(ComparingRule):
     """Every `group`-th frame stays whole; of the others stay the features least like the same place of another frame.
 
     In a group of four, frames 1 and 2 are compared with frame 0, and frame 3 with frame 2. Longer groups go on like
@@ -34,6 +35,7 @@ class TemporalPruning(VisionRule):
 
     Attributes:
         group: frames per whole frame, a power of two.
+        geometry: how features are compared; the mean is that of all places and frames.
     """
 
     by_view: ClassVar[bool] = False
@@ -51,8 +53,9 @@ class TemporalPruning(VisionRule):
         assert count is not None
         number = seen.frame if seen.first is None else seen.frame - seen.first
         earlier = earlier_features(seen, number)
-        there = seen.values.gather(1, earlier.clamp(min=0)[..., None].expand_as(seen.values))
-        change = (-torch.cosine_similarity(seen.values, there, dim=-1)).masked_fill(earlier < 0, torch.inf)
+        values = self.centred(seen)
+        there = values.gather(1, earlier.clamp(min=0)[..., None].expand_as(values))
+        change = (-torch.cosine_similarity(values, there, dim=-1)).masked_fill(earlier < 0, torch.inf)
         place = rank_in_group(torch.zeros_like(change), seen.frame)
         even = uniform_scores(place.shape[1], place.device).float()[place]
         rank = rank_in_group(torch.where(number == 0, even, change), seen.frame)
@@ -98,11 +101,13 @@ def earlier_features(seen: Features, number: Tensor) -> Tensor:
     return found.masked_fill(number == 0, -1)
 
 
-class DyCoke(Recipe):
+class DyCoke(Comparing, Recipe):
     """Keep every fourth frame, and of the others what changed; before the first decoder layer.
 
     Attributes:
         keep: tokens (int) or share of the prompt's vision tokens; the paper's rate of 0.7 is 0.475.
+        geometry: "raw" compares features as they are; "centered" around the mean of all frames; "standardized" those of
+            the encoder, around it and with channels of equal variance.
         group: frames per whole frame, a power of two; more where the budget is too small for as many whole frames.
     """
 
@@ -111,5 +116,5 @@ class DyCoke(Recipe):
 
     def build(self) -> Method:
         """Only the vision socket is filled."""
-        rule = TemporalPruning(group=self.group)
+        rule = TemporalPruning(group=self.group, geometry=self.geometry)
         return Method(vision=VisionStagePruner(window=None, key_share=0, keep=self.keep, score=rule))

@@ -13,6 +13,7 @@ from mustdrop.constants import count_up, highest, numbers
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Features, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
+from mustdrop.pruners.vision_rules import Comparing, ComparingRule
 from mustdrop.pruners.weighing import ImportanceKnob, WeighingRule, importance_of
 from mustdrop.rules.clusters import density_peaks, tie_noise
 from mustdrop.rules.groups import best_in_groups, largest_remainder, share_of, sizes, the_rest
@@ -22,7 +23,7 @@ CONTEXT, CUT, FEWEST, STRIDE, OWN = 0.4, 0.9, 8, 4, 0.6
 NEIGHBOURS = 4
 
 
-class SalientAndContext(WeighingRule):
+class SalientAndContext(ComparingRule, WeighingRule):
     """The most attended features of each frame; the rest of a segment joins dense features of every few frames.
 
     Attributes:
@@ -33,6 +34,8 @@ class SalientAndContext(WeighingRule):
         stride: frames from one frame with contexts to the next, counted from the end of the segment.
         own: least part of a context that is its own value, in [0, 1].
         seed: of the noise that breaks ties between densities; None gives them to the lower index.
+        geometry: how features are compared; the mean is that of all frames, and changes no density. Segments are cut by
+            the frames' means as they are: around the mean of a still video nothing but noise is left.
     """
 
     by_view: ClassVar[bool] = False
@@ -46,16 +49,15 @@ class SalientAndContext(WeighingRule):
     def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`. All frames have the same share; each grid of an image is a video of one frame."""
         assert count is not None
+        values, attention = self.centred(seen), self.weighed(self.importance.score(seen), seen)
         if not highest(seen.frame):
-            attention = self.importance.score(seen)
-            pictures = [self._of_picture(*row, count) for row in zip(seen.values, attention, seen.frame, strict=True)]
+            pictures = [self._of_picture(*row, count) for row in zip(values, attention, seen.frame, strict=True)]
             keep, into = map(torch.stack, zip(*pictures, strict=True))
             return Selection(keep, merge_into=into, blend=lambda values: blended(values, keep, into, self.own))
         means, size = frame_means(seen.values, seen.frame)
         parts = segments(means, videos(seen.frame, seen.first, size.shape[1]), self.cut, self.fewest)
         budget = largest_remainder(size, count, size)
-        attention = self.importance.score(seen)
-        rows = zip(seen.values, attention, seen.frame, parts, budget, strict=True)
+        rows = zip(values, attention, seen.frame, parts, budget, strict=True)
         keep, into = map(torch.stack, zip(*(self._of_video(*row) for row in rows), strict=True))
         return Selection(keep, merge_into=into, blend=lambda values: blended(values, keep, into, self.own))
 
@@ -134,7 +136,7 @@ def blended(values: Tensor, keep: Tensor, into: Tensor, own: float) -> Tensor:
     return torch.where(count[..., None] > 0, share * mine + (1 - share) * mean, mine)
 
 
-class FastVid(Recipe):
+class FastVid(Comparing, Recipe):
     """Salient features and contexts of segments; before the first decoder layer.
 
     Attributes:
@@ -168,5 +170,6 @@ class FastVid(Recipe):
             stride=self.stride,
             own=self.own,
             seed=self.seed,
+            geometry=self.geometry,
         )
         return Method(vision=VisionStagePruner(window=None, key_share=0, keep=self.keep, score=rule))

@@ -15,7 +15,7 @@ from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Features, LastRow, PrefillPruner, Read, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
 from mustdrop.pruners.importance import Attention, Importance
-from mustdrop.pruners.vision_rules import LAST
+from mustdrop.pruners.vision_rules import LAST, Comparing, ComparingRule
 from mustdrop.pruners.weighing import ImportanceKnob, WeighingRule, importance_of
 from mustdrop.rules.clusters import density_peaks, tie_noise
 from mustdrop.rules.diversity import farthest_first
@@ -37,7 +37,7 @@ class Received(Attention):
         return (Read(what="received", **LAST),)
 
 
-class DiverseAndTrees(WeighingRule):
+class DiverseAndTrees(ComparingRule, WeighingRule):
     """Of each frame, attended features that differ; the rest joins its like in the frame before, and then clusters.
 
     Attributes:
@@ -47,6 +47,8 @@ class DiverseAndTrees(WeighingRule):
         cut: cosine of two frames' means below which a segment ends, over which nothing joins.
         fewest: least number of segments, or the number of frames if that is smaller.
         seed: of the noise that breaks ties between densities; None gives them to the lower index.
+        geometry: how features are compared, and what `like` is a cosine of; the mean is that of all frames. Segments
+            are cut by the frames' means as they are: around the mean of a still video nothing but noise is left.
     """
 
     by_view: ClassVar[bool] = False
@@ -60,16 +62,15 @@ class DiverseAndTrees(WeighingRule):
     def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`. All frames have the same share; each grid of an image is a video of one frame."""
         assert count is not None
+        values, attention = self.centred(seen), self.weighed(self.importance.positive(seen), seen)
         if not highest(seen.frame):
-            attention = self.importance.positive(seen)
-            pictures = [self._of_picture(*row, count) for row in zip(seen.values, attention, seen.frame, strict=True)]
+            pictures = [self._of_picture(*row, count) for row in zip(values, attention, seen.frame, strict=True)]
             keep, into = map(torch.stack, zip(*pictures, strict=True))
             return Selection.merged(keep, into, torch.ones(into.shape, dtype=torch.float32, device=into.device))
         means, size = frame_means(seen.values, seen.frame)
         parts = segments(means, videos(seen.frame, seen.first, size.shape[1]), self.cut, self.fewest)
         budget = largest_remainder(size, count, size)
-        attention = self.importance.positive(seen)
-        rows = zip(seen.values, attention, seen.frame, parts, budget, strict=True)
+        rows = zip(values, attention, seen.frame, parts, budget, strict=True)
         keep, into, weight = map(torch.stack, zip(*(self._of_video(*row) for row in rows), strict=True))
         return Selection.merged(keep, into, weight)
 
@@ -184,7 +185,7 @@ class DiverseAndTrees(WeighingRule):
         return torch.where(rest, of_root[joined.clamp(min=0)], -1)
 
 
-class FlashVid(Recipe):
+class FlashVid(Comparing, Recipe):
     """Choose and merge frame by frame, and filter once late in the language model by the last word's attention.
 
     Attributes:
@@ -220,6 +221,7 @@ class FlashVid(Recipe):
             cut=self.cut,
             fewest=self.fewest,
             seed=self.seed,
+            geometry=self.geometry,
         )
         if self.taper is None:
             return Method(vision=VisionStagePruner(window=None, key_share=0, keep=self.keep, score=rule))

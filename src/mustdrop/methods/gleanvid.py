@@ -11,8 +11,10 @@ from torch import Tensor
 from mustdrop import kernels
 from mustdrop.constants import highest, on_host, sent
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Features, Selection, VisionRule, VisionStagePruner
+from mustdrop.pruners import Features, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
+from mustdrop.pruners.vision_rules import Comparing, ComparingRule
+from mustdrop.rules.geometry import scaled
 from mustdrop.rules.groups import largest_remainder, sizes, spread
 from mustdrop.rules.scores import min_max
 from mustdrop.rules.segments import frame_means, videos
@@ -25,11 +27,15 @@ SPANNED = 1e-4  # residual, beside the largest of its frame, below which a pick 
 _STEPS = 64  # of the power iteration
 
 
-class NovelAndLocal(VisionRule):
+class NovelAndLocal(ComparingRule):
     """Frames share the budget by what they add at each place; in a frame stay novel and local features.
 
     Novel is what the features chosen in earlier frames do not span; local is what resembles its square of four more
     than its frame. The direction in which features vary most is taken out of them first.
+
+    Attributes:
+        geometry: "centered" also takes the mean of the image or video out of what is novel. What is local is told by
+            means of squares and of frames, with the mean of all still in them.
     """
 
     by_view: ClassVar[bool] = False
@@ -37,14 +43,14 @@ class NovelAndLocal(VisionRule):
     def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`. Each grid of an image is a video of one frame."""
         assert count is not None
-        values = debiased(seen.values)
+        values, features = debiased(self.centred(seen)), scaled(self.compared(seen), self.geometry)
         cell, cells = squares(seen)
         added = self.added(values, seen, kernels.merge_tokens(values, cell, cells), cell)
-        means, size = frame_means(seen.values, seen.frame)
+        means, size = frame_means(features, seen.frame)
         budget = largest_remainder(shares(added, size), count, size)
-        own = kernels.merge_tokens(seen.values, cell, cells)
-        closer = torch.cosine_similarity(seen.values, spread(own, cell), dim=2) - torch.cosine_similarity(
-            seen.values, spread(means, seen.frame), dim=2
+        own = kernels.merge_tokens(features, cell, cells)
+        closer = torch.cosine_similarity(features, spread(own, cell), dim=2) - torch.cosine_similarity(
+            features, spread(means, seen.frame), dim=2
         )
         local = torch.nn.functional.softplus(SHARPNESS * closer) / SHARPNESS
         if size.shape[1] == 1:
@@ -164,15 +170,18 @@ def _extended(basis: Tensor, x: Tensor) -> Tensor:
     return torch.cat([basis, own], 1)[:, : basis.shape[0]]
 
 
-class GleanVid(Recipe):
+class GleanVid(Comparing, Recipe):
     """Keep what is new and local in each frame, more of frames that add much; before the first decoder layer.
 
     Attributes:
         keep: tokens (int) or share of the prompt's vision tokens.
+        geometry: in which coordinates features are novel: "raw" as they are, "centered" around their mean,
+            "standardized" those of the encoder, around their mean and with channels of equal variance.
     """
 
     keep: Budget = DEFAULT_KEEP
 
     def build(self) -> Method:
         """Only the vision socket is filled."""
-        return Method(vision=VisionStagePruner(window=None, key_share=0, keep=self.keep, score=NovelAndLocal()))
+        rule = NovelAndLocal(geometry=self.geometry)
+        return Method(vision=VisionStagePruner(window=None, key_share=0, keep=self.keep, score=rule))

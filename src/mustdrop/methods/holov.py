@@ -11,6 +11,7 @@ from mustdrop.constants import numbers
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Features, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
+from mustdrop.pruners.vision_rules import Comparing, ComparingRule
 from mustdrop.pruners.weighing import ImportanceKnob, WeighingRule, importance_of
 from mustdrop.rules.diversity import unit
 from mustdrop.rules.groups import best_in_groups, largest_remainder
@@ -20,7 +21,7 @@ WEIGHT = 0.09
 CROPS = 1024 / 576
 
 
-class CropsByContext(WeighingRule):
+class CropsByContext(ComparingRule, WeighingRule):
     """The most attended features of each crop, a run of features in raster order; attended and varied crops keep more.
 
     Attributes:
@@ -35,14 +36,15 @@ class CropsByContext(WeighingRule):
     def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`. What a full crop cannot take goes to the others."""
         assert count is not None
-        attention = self.importance.positive(seen)
+        attention = self.weighed(self.importance.positive(seen), seen)
         n = attention.shape[1]
         crops = self.crops_of(n, count)
         place = torch.arange(n, dtype=torch.long, device=attention.device)
         crop = place * crops // n
         sides = np.bincount(np.arange(n) * crops // n, minlength=crops).tolist()
         size = numbers(sides, attention.device)
-        pieces = zip(attention.split_with_sizes(sides, 1), unit(seen.values).split_with_sizes(sides, 1), strict=True)
+        directions = unit(self.centred(seen))
+        pieces = zip(attention.split_with_sizes(sides, 1), directions.split_with_sizes(sides, 1), strict=True)
         given, varied = (torch.stack(made, 1) for made in zip(*(_context(*piece) for piece in pieces), strict=True))
         # the variance in the unit of the attention: by means over the picture, so that it tells crops apart
         scale = given.mean(1, keepdim=True) / varied.mean(1, keepdim=True).clamp(min=1e-12)
@@ -67,7 +69,7 @@ def _context(attention: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
     return attention.mean(1), variance.mean(1)
 
 
-class HoloV(Recipe):
+class HoloV(Comparing, Recipe):
     """Crops share the budget by attention and context, and keep what is attended; before the first decoder layer.
 
     Attributes:
@@ -86,5 +88,5 @@ class HoloV(Recipe):
     def build(self) -> Method:
         """Only the vision socket is filled."""
         weighed = importance_of(self.importance)
-        rule = CropsByContext(importance=weighed, crops=self.crops, weight=self.weight)
+        rule = CropsByContext(importance=weighed, crops=self.crops, weight=self.weight, geometry=self.geometry)
         return Method(vision=VisionStagePruner(window=None, key_share=0, keep=self.keep, score=rule))

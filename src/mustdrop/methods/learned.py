@@ -12,12 +12,13 @@ from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Features, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
 from mustdrop.pruners.scored import FromModel
+from mustdrop.pruners.vision_rules import Comparing, ComparingRule
 from mustdrop.pruners.weighing import ImportanceKnob, WeighingRule, importance_of
 from mustdrop.rules.diversity import unit
 from mustdrop.rules.scores import min_max
 
 
-class Important(WeighingRule):
+class Important(ComparingRule, WeighingRule):
     """The most important features of an image or video; all its views compete.
 
     Attributes:
@@ -35,7 +36,8 @@ class Important(WeighingRule):
         power = self.coverage
         if power is None:
             power = float(getattr(getattr(self.importance, "module", None), "coverage", 0.0))
-        return choice(seen.values, self.importance.score(seen).float(), count, power)
+        score = self.weighed(self.importance.score(seen).float(), seen)
+        return choice(self.centred(seen), score, count, power)
 
 
 def choice(values: Tensor, score: Tensor, count: int, coverage: float) -> Selection:
@@ -55,7 +57,7 @@ def choice(values: Tensor, score: Tensor, count: int, coverage: float) -> Select
     )
 
 
-class Learned(Recipe):
+class Learned(Comparing, Recipe):
     """The features that a trained scorer ranks highest; before the first decoder layer.
 
     Attributes:
@@ -74,5 +76,5 @@ class Learned(Recipe):
     def build(self) -> Method:
         """Only the vision socket is filled."""
         weighed: Any = FromModel() if self.importance is None else importance_of(self.importance)
-        rule = Important(importance=weighed, coverage=self.coverage)
+        rule = Important(importance=weighed, coverage=self.coverage, geometry=self.geometry)
         return Method(vision=VisionStagePruner(window=None, key_share=0, keep=self.keep, score=rule))

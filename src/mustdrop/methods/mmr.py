@@ -9,19 +9,19 @@ import torch
 from pydantic import Field
 
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Features, Read, Selection, VisionStagePruner
+from mustdrop.pruners import Features, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
-from mustdrop.pruners.vision_rules import STATES, compared
+from mustdrop.pruners.vision_rules import Comparing, ComparingRule
 from mustdrop.pruners.weighing import ImportanceKnob, WeighingRule, importance_of
 from mustdrop.rules.diversity import farthest_first
-from mustdrop.rules.geometry import Geometry, around_mean, distinctiveness
 from mustdrop.rules.scores import min_max
 
 
-class MarginalRelevance(WeighingRule):
+class MarginalRelevance(ComparingRule, WeighingRule):
     """The most important feature, then always the one with the highest balance * importance - (1 - balance) * likeness.
 
-    Importance is spread from 0 to 1 in each view; likeness is the cosine with the nearest pick.
+    Importance is spread from 0 to 1 in each view; likeness is the cosine with the nearest pick alone. So this is
+    farthest-first with a bonus, and no coverage, which adds up what a pick explains of all features.
 
     Attributes:
         importance: what makes a feature important.
@@ -30,20 +30,13 @@ class MarginalRelevance(WeighingRule):
     """
 
     balance: float = Field(0.5, ge=0, le=1)
-    geometry: Geometry = "raw"
-
-    @property
-    def own_reads(self) -> tuple[Read, ...]:
-        """What leaves the encoder, if that is compared."""
-        return STATES if self.geometry == "standardized" else ()
 
     def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`."""
         assert count is not None
-        values = compared(seen, self.geometry)
-        worth = min_max(self.importance.score(seen).float()) * distinctiveness(values, self.geometry)
+        worth = self.weighed(min_max(self.importance.score(seen).float()), seen)
         picks = farthest_first(
-            around_mean(values, self.geometry),
+            self.centred(seen),
             count,
             weight=torch.full_like(worth, 1 - self.balance),
             bonus=self.balance * worth,
@@ -52,7 +45,7 @@ class MarginalRelevance(WeighingRule):
         return Selection.picked(picks)
 
 
-class MMR(Recipe):
+class MMR(Comparing, Recipe):
     """Important features that differ from each other, greedily per view; before the first decoder layer.
 
     Attributes:
@@ -61,14 +54,11 @@ class MMR(Recipe):
             folder of a scorer, a module, or an `Importance` of your own.
         balance: weight of importance against likeness, in [0, 1]; IDPruner has 0.5, UniAttn 1 / 1.3, and 1 keeps the
             most important.
-        geometry: "raw" compares features as they are; "centered" around their mean, and distinct ones count more;
-            "standardized" does so with the encoder's, with channels of equal variance.
     """
 
     keep: Budget = DEFAULT_KEEP
     importance: ImportanceKnob = "attention"
     balance: float = Field(0.5, ge=0, le=1)
-    geometry: Geometry = "raw"
 
     def build(self) -> Method:
         """Only the vision socket is filled."""

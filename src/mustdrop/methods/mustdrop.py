@@ -10,10 +10,11 @@ from mustdrop.errors import ConfigError
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from mustdrop.pruners.base import Budget, Compat
+from mustdrop.pruners.vision_rules import Comparing
 from mustdrop.pruners.weighing import ImportanceKnob
 
 
-class MustDrop(Recipe):
+class MustDrop(Comparing, Recipe):
     """Merge similar neighbours in the encoder, filter by dual attention in the prefill, cut the cache for decoding.
 
     Attributes:
@@ -29,6 +30,9 @@ class MustDrop(Recipe):
             given.
         merge_share: share of the windows that "budget" merges at most.
         threshold: similarity from which a window merges.
+        geometry: how the tokens of a window are compared: "raw" as they are, "centered" around the mean of the picture
+            (of a video's frame, where an encoder sees frames one by one), "standardized" around it and with channels of
+            equal variance. `threshold` is then one of these cosines.
         key_share: share of protected tokens.
         importance: what they are protected by: "attention" of the encoder; or in its place the likeness with the
             "question", what is "distinct" from the mean, the folder of a scorer, a module, or an `Importance` of your
@@ -76,6 +80,7 @@ class MustDrop(Recipe):
                 merge_count=self._merge_count(data_decide),
                 merge_share=self.merge_share,
                 threshold=self.threshold,
+                geometry=self.geometry,
                 key_share=self.key_share,
                 key_importance=self.importance,
                 key_layer=-1 if self.select_layer is None else self.select_layer,

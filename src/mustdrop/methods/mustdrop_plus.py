@@ -28,9 +28,11 @@ from mustdrop.pruners import (
 )
 from mustdrop.pruners.base import Budget
 from mustdrop.pruners.vision import Taper
+from mustdrop.pruners.vision_rules import Comparing
 from mustdrop.pruners.weighing import ImportanceKnob
 from mustdrop.rules.diversity import greedy_determinant
 from mustdrop.rules.dual_attention import dual_score, dual_statistics
+from mustdrop.rules.geometry import around_mean, distinctiveness
 from mustdrop.rules.ranking import keep_best
 
 # Of 32 layers; early, because what passes them is paid for in all later layers.
@@ -43,7 +45,7 @@ TAPER = ((1 / 9, 0.2), (2 / 9, 0.52), (1 / 3, 0.73), (1 / 2, 0.9))
 PROTECTED = 1e3
 
 
-class AttendedAndDiverse(TextScorer):
+class AttendedAndDiverse(Comparing, TextScorer):
     """Tokens that the text attends to and that differ from each other: a determinantal process over dual attention.
 
     A ranking takes the best token and then its neighbours, which say the same. Here each pick multiplies the
@@ -53,6 +55,8 @@ class AttendedAndDiverse(TextScorer):
 
     Attributes:
         power: of the quality: 0 is diversity alone, a large one the ranking.
+        geometry: how hidden states are compared; but for "raw", around the mean of the row's vision tokens, and the
+            quality is multiplied with how distinct a token is.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"hidden"})
@@ -71,12 +75,15 @@ class AttendedAndDiverse(TextScorer):
             raise ConfigError("AttendedAndDiverse compares hidden states: call filter() with Seen(hidden=...).")
         score = self.score(seen)  # 0 where nothing is alive
         quality = (score / score.amax(1, keepdim=True).clamp(min=1e-30)).clamp(min=1e-6) ** self.power
+        if self.geometry != "raw":
+            quality = quality * distinctiveness(seen.hidden, self.geometry, seen.alive)
         must = None
         if protected is not None:
             must = keep_best(score, count, seen.alive & protected, protected, importance)
             quality = quality.masked_fill(must, PROTECTED)
         most = highest(count) if seen.most is None else seen.most
-        picks = greedy_determinant(seen.hidden, quality, most, seen.alive, count)
+        hidden = around_mean(seen.hidden, self.geometry, seen.alive)
+        picks = greedy_determinant(hidden, quality, most, seen.alive, count)
         # earlier picks rank higher; protected tokens that others explain wholly stay all the same
         n = score.shape[1]
         rank = torch.zeros(picks.shape[0], n + 1, dtype=torch.float32, device=score.device)
@@ -89,7 +96,7 @@ class AttendedAndDiverse(TextScorer):
         return keep_best(rank, count, seen.alive, must)
 
 
-class MergedOrSelected(InnerRule):
+class MergedOrSelected(Comparing, InnerRule):
     """Tokens merge inside the encoder's layers and after them; where the layers cannot, a rule chooses after it.
 
     An encoder of packed patches, or one whose features are made of several patches, cannot merge in its layers. Merging
@@ -97,6 +104,7 @@ class MergedOrSelected(InnerRule):
 
     Attributes:
         share: largest share of its tokens that a layer merges, see `SoftMatching`.
+        geometry: how what merges is compared, see there.
         rule: after an encoder that has not merged; one that reads no question.
     """
 
@@ -114,7 +122,7 @@ class MergedOrSelected(InnerRule):
     @functools.cached_property
     def matching(self) -> SoftMatching:
         """What merges in the layers."""
-        return SoftMatching(share=self.share, weighs=self.weighs)
+        return SoftMatching(share=self.share, weighs=self.weighs, geometry=self.geometry)
 
     def amounts(self, patches: int, target: int, layers: int) -> list[int]:
         """See `InnerRule.amounts`."""
@@ -133,7 +141,7 @@ class MergedOrSelected(InnerRule):
         return (self.rule if seen.size is None else self.matching).choose(seen, count)
 
 
-class MustDropPlus(Recipe):
+class MustDropPlus(Comparing, Recipe):
     """Merging or a choice in the encoder, an attended and diverse choice in the prefill, output-aware eviction.
 
     How the stages share the budget was searched on training scenes of the first bundled model, and what comes behind a
@@ -156,6 +164,9 @@ class MustDropPlus(Recipe):
             without flash attention.
         decode_keep: vision entries per layer that stay in the cache while decoding; None keeps what the filter left.
         interval: decode steps between two evictions.
+        geometry: how what merges in the encoder, and what the filter chooses from, is compared: "raw" as it is,
+            "centered" around its mean, "standardized" around it and with channels of equal variance. But for "raw", the
+            filter multiplies attention with how distinct a token is.
     """
 
     called: ClassVar[str | None] = "mustdrop+"
@@ -178,7 +189,7 @@ class MustDropPlus(Recipe):
 
     def build(self) -> Method:
         """Fill all three sockets."""
-        rule = MergedOrSelected(share=self.merge, weighs=self.proportional)
+        rule = MergedOrSelected(share=self.merge, weighs=self.proportional, geometry=self.geometry)
         score = rule if self.behind == "choose" else rule.matching
         return Method(
             vision=VisionStagePruner(
@@ -189,7 +200,10 @@ class MustDropPlus(Recipe):
                 score=score,
             ),
             prefill=PrefillPruner(
-                layers=self.layers, paper_layers=LAYERS, keep=self.keep, score=AttendedAndDiverse(power=self.power)
+                layers=self.layers,
+                paper_layers=LAYERS,
+                keep=self.keep,
+                score=AttendedAndDiverse(power=self.power, geometry=self.geometry),
             ),
             decode=DecodeCachePruner(keep=self.decode_keep, interval=self.interval),
         )

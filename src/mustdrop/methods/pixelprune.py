@@ -19,8 +19,8 @@ class PixelPrune(Recipe):
     Attributes:
         tolerance: how much similar cells may differ, in the unit of the normalised pixels; 0: not at all.
         metric: how the difference is measured: "max", "mae" or "rmse".
-        previous: whether a cell may also repeat the same place of the previous frame, or of the previous picture of the
-            prompt if that is as large. False looks at each frame alone, as the authors' code does.
+        previous: whether a cell may also repeat the same place of the previous frame, or of the picture just before it
+            in the same prompt, if that is as large. False looks at each frame alone, as the authors' code does.
     """
 
     tolerance: float = Field(0.0, ge=0)

@@ -13,7 +13,9 @@ from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Features, Read, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget, Compat
 from mustdrop.pruners.importance import Attention, Importance
+from mustdrop.pruners.vision_rules import Comparing, ComparingRule
 from mustdrop.pruners.weighing import EncoderWeighingRule, ImportanceKnob, importance_of
+from mustdrop.rules.geometry import around_mean
 
 
 class JointAttention(Attention):
@@ -25,7 +27,7 @@ class JointAttention(Attention):
         return (Read(what="joint_attention", layer=-1),)
 
 
-class PruneAndMerge(EncoderWeighingRule):
+class PruneAndMerge(ComparingRule, EncoderWeighingRule):
     """Kept features take in their nearest ones, weighted with attention; the last of them takes in all that goes.
 
     Attributes:
@@ -50,7 +52,8 @@ class PruneAndMerge(EncoderWeighingRule):
 
     def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`. One of `count` is the sum of what goes, weighted with attention."""
-        attention, keys = self.importance.positive(seen), seen.of(self.own_reads[0])
+        attention = self.weighed(self.importance.positive(seen), seen)
+        keys = around_mean(seen.of(self.own_reads[0]), self.geometry)
         n = attention.shape[1]
         if count == 1:
             return Selection.best(attention, 1)
@@ -142,7 +145,7 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 
 
-class PruMerge(Recipe):
+class PruMerge(Comparing, Recipe):
     """Keep the outliers of encoder attention, and merge what resembles them into them.
 
     Attributes:
@@ -151,6 +154,8 @@ class PruMerge(Recipe):
         ratio: share of the features of a view that is kept by attention, in place of `keep`.
         plus: PruMerge+: evenly spaced features stay too.
         neighbours: features that each kept one takes in.
+        geometry: how keys are compared: "raw" as they are, "centered" around their mean, "standardized" around it and
+            with channels of equal variance. But for "raw", importance is multiplied with how distinct a feature is.
         compat: "released" has the features in the order of their attention, with new positions; it has no `keep`.
         importance: "attention" of the encoder; or in its place the likeness with the "question", what is "distinct"
             from the mean, the folder of a scorer, a module, or an `Importance` of your own, spread from 0 to 1 where
@@ -180,7 +185,12 @@ class PruMerge(Recipe):
             )
         weighed = importance_of(self.importance, attention=JointAttention())
         rule = PruneAndMerge(
-            importance=weighed, plus=self.plus, neighbours=self.neighbours, ratio=self.ratio, compat=self.compat
+            importance=weighed,
+            plus=self.plus,
+            neighbours=self.neighbours,
+            ratio=self.ratio,
+            compat=self.compat,
+            geometry=self.geometry,
         )
         keep: Budget | Literal["rule"] = DEFAULT_KEEP if self.keep is None else self.keep
         if self.adaptive or self.ratio is not None or self.compat == "released":

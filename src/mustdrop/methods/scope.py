@@ -6,15 +6,15 @@ from pydantic import Field
 
 from mustdrop import kernels
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Features, Read, Selection, VisionStagePruner
+from mustdrop.pruners import Features, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
-from mustdrop.pruners.vision_rules import STATES, compared
+from mustdrop.pruners.vision_rules import Comparing, ComparingRule
 from mustdrop.pruners.weighing import ImportanceKnob, WeighingRule, importance_of
 from mustdrop.rules.diversity import unit
-from mustdrop.rules.geometry import Geometry, around_mean, distinctiveness
+from mustdrop.rules.geometry import distinctiveness
 
 
-class AttendedCoverage(WeighingRule):
+class AttendedCoverage(ComparingRule, WeighingRule):
     """Each pick adds the most coverage times attention.
 
     A feature is covered as well as it resembles the pick that it resembles most, and not at all below 0.
@@ -26,26 +26,19 @@ class AttendedCoverage(WeighingRule):
     """
 
     alpha: float = Field(1.0, ge=0)
-    geometry: Geometry = "raw"
-
-    @property
-    def own_reads(self) -> tuple[Read, ...]:
-        """What leaves the encoder, if that is compared."""
-        return STATES if self.geometry == "standardized" else ()
 
     def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`."""
         assert count is not None
-        values = compared(seen, self.geometry)
         attention = self.importance.positive(seen)
         # a common factor changes no choice, and keeps small numbers from vanishing
         share = attention / attention.amax(1, keepdim=True).clamp(min=1e-30)
-        quality = share**self.alpha * distinctiveness(values, self.geometry)
-        directions = unit(around_mean(values, self.geometry))
+        quality = share**self.alpha * distinctiveness(self.compared(seen), self.geometry)
+        directions = unit(self.centred(seen))
         return Selection.picked(kernels.greedy_coverage(directions @ directions.mT, count, quality=quality))
 
 
-class Scope(Recipe):
+class Scope(Comparing, Recipe):
     """Encoder attention times what a feature adds to the coverage of its view; before the first decoder layer.
 
     Attributes:
@@ -53,13 +46,10 @@ class Scope(Recipe):
         alpha: exponent of the importance; 0 goes by coverage alone.
         importance: "attention" of the encoder, the likeness with the "question", what is "distinct" from the mean, the
             folder of a scorer, a module, or an `Importance` of your own.
-        geometry: "raw" compares features as they are; "centered" around their mean, and distinct ones count more;
-            "standardized" does so with the encoder's, with channels of equal variance.
     """
 
     keep: Budget = DEFAULT_KEEP
     alpha: float = Field(1.0, ge=0)
-    geometry: Geometry = "raw"
     importance: ImportanceKnob = "attention"
 
     def build(self) -> Method:

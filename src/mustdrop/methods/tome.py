@@ -13,10 +13,12 @@ from mustdrop.errors import ConfigError
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Features, InnerRule, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget, Compat
+from mustdrop.pruners.vision_rules import Comparing
 from mustdrop.rules import bipartite
+from mustdrop.rules.geometry import around_mean
 
 
-class SoftMatching(InnerRule):
+class SoftMatching(Comparing, InnerRule):
     """Bipartite soft matching, in the encoder's layers by their keys, and after it by the features themselves.
 
     Attributes:
@@ -26,6 +28,9 @@ class SoftMatching(InnerRule):
         share: how it is spread: "even", as many in each layer, or a number: the same share of each layer's tokens,
             at most this one, up to 1/2. What is left over merges after the encoder.
         slope: with one number, -1 to 1: from (1 - slope) times it in the first layer to (1 + slope) in the last.
+        geometry: how keys, and features after the layers, are compared: as they are, around the mean of those that may
+            merge, or with channels of equal variance too. To attention, keys around their mean are the same keys: its
+            softmax does not see what they have in common.
     """
 
     space: ClassVar[Literal["encoder", "language"]] = "encoder"
@@ -46,18 +51,29 @@ class SoftMatching(InnerRule):
 
     def join(self, keys: Tensor, number: int, protected: int) -> tuple[Tensor, int]:
         """See `InnerRule.join`."""
-        return bipartite.join(keys, number, protected)
+        return bipartite.join(self.metric(keys, protected), number, protected)
 
     def join_uneven(self, keys: Tensor, numbers: Tensor, lengths: Tensor, protected: int) -> Tensor:
         """See `InnerRule.join_uneven`."""
-        return kernels.bipartite_slots(keys, 0, protected, numbers, lengths)
+        return kernels.bipartite_slots(self.metric(keys, protected, lengths), 0, protected, numbers, lengths)
+
+    def metric(self, keys: Tensor, protected: int, lengths: Tensor | None = None) -> Tensor:
+        """What is compared of the keys that `join` gets: these for "raw", else (B, N, D) around their mean."""
+        if self.geometry == "raw":
+            return keys
+        mean = keys.float().mean(1) if keys.ndim == 4 else keys
+        place = torch.arange(mean.shape[1], dtype=torch.long, device=mean.device).expand(mean.shape[:2])
+        merges = place >= protected
+        if lengths is not None:
+            merges = merges & (place < lengths.to(mean.device)[:, None])
+        return around_mean(mean, self.geometry, merges)
 
     def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`: what the layers left is matched again, as often as it takes."""
         values, size, names = seen.values, seen.size, None
         moves: list[Tensor] = []
         while count is not None and values.shape[1] > count:
-            into, slots = bipartite.join(values, values.shape[1] - count)
+            into, slots = bipartite.join(around_mean(values, self.geometry), values.shape[1] - count)
             values, size, _, names = kernels.merge_sized(values, into, slots, size, names)
             moves.append(into)
         if names is None:
@@ -65,7 +81,7 @@ class SoftMatching(InnerRule):
         return Selection.merged(names, kernels.followed(moves) if moves else names, seen.size)
 
 
-class ToMe(Recipe):
+class ToMe(Comparing, Recipe):
     """Merge patches that resemble each other, step by step, in the vision encoder.
 
     Attributes:
@@ -77,6 +93,8 @@ class ToMe(Recipe):
             flash attention.
         select_layer: encoder layer after which tokens merge, all at once, in an encoder of packed patches; None merges
             what such an encoder gives, and it saves nothing.
+        geometry: how keys, and features after the layers, are compared: "raw" as they are, "centered" around their
+            mean, "standardized" around it and with channels of equal variance.
         compat: "released" hands the tokens on in the order of the released code, with new positions; it has no `keep`.
     """
 
@@ -99,7 +117,7 @@ class ToMe(Recipe):
         if self.compat == "released" and self.r is None:
             raise ConfigError('tome(compat="released") needs r=: the authors\' code has no budget.')
         keep: Budget | Literal["rule"] = DEFAULT_KEEP if self.keep is None else self.keep
-        rule = SoftMatching(number=self.r, slope=self.slope, weighs=self.proportional)
+        rule = SoftMatching(number=self.r, slope=self.slope, weighs=self.proportional, geometry=self.geometry)
         if self.r is not None:
             keep = "rule"
         stage = VisionStagePruner(

@@ -9,14 +9,15 @@ from mustdrop import kernels
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Features, Read, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
-from mustdrop.pruners.vision_rules import LAST
+from mustdrop.pruners.vision_rules import LAST, Comparing, ComparingRule
 from mustdrop.pruners.weighing import EncoderWeighingRule, ImportanceKnob, importance_of
+from mustdrop.rules.geometry import around_mean
 
 # The published split at every budget: 54 dominant tokens and 10 contextual ones of 64.
 CONTEXTUAL = 10 / 64
 
 
-class DominantAndContextual(EncoderWeighingRule):
+class DominantAndContextual(ComparingRule, EncoderWeighingRule):
     """The most attended features stay; the others join evenly spaced ones among them that resemble them in their keys.
 
     Attributes:
@@ -33,7 +34,8 @@ class DominantAndContextual(EncoderWeighingRule):
 
     def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`. A contextual token is its own value plus the mean of those that join it."""
-        attention, keys = self.importance.score(seen), seen.of(self.own_reads[0])
+        attention = self.weighed(self.importance.score(seen), seen)
+        keys = around_mean(seen.of(self.own_reads[0]), self.geometry)
         batch, n = attention.shape
         assert count is not None
         targets = min(round(count * self.contextual), count - 1)
@@ -61,12 +63,14 @@ class DominantAndContextual(EncoderWeighingRule):
         return Selection(torch.cat([dominant, centre], 1), merge_into=into, blend=blend)
 
 
-class VisionZip(Recipe):
+class VisionZip(Comparing, Recipe):
     """Dominant tokens by encoder attention, contextual tokens by merging; before the first decoder layer.
 
     Attributes:
         keep: tokens (int) or share of the prompt's vision tokens, dominant and contextual together.
         contextual: share of `keep` that is contextual.
+        geometry: how keys are compared: "raw" as they are, "centered" around their mean, "standardized" around it and
+            with channels of equal variance. But for "raw", importance is multiplied with how distinct a feature is.
         importance: "attention" of the encoder; or in its place the likeness with the "question", what is "distinct"
             from the mean, the folder of a scorer, a module, or an `Importance` of your own. One that reads the features
             of the language model moves the choice after the projector.
@@ -78,5 +82,7 @@ class VisionZip(Recipe):
 
     def build(self) -> Method:
         """Only the vision socket is filled."""
-        rule = DominantAndContextual(importance=importance_of(self.importance), contextual=self.contextual)
+        rule = DominantAndContextual(
+            importance=importance_of(self.importance), contextual=self.contextual, geometry=self.geometry
+        )
         return Method(vision=VisionStagePruner(window=None, key_share=0, keep=self.keep, score=rule))

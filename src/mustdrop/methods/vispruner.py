@@ -6,16 +6,14 @@ import torch
 from pydantic import Field
 
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
-from mustdrop.pruners import Features, Read, Selection, VisionStagePruner
+from mustdrop.pruners import Features, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
-from mustdrop.pruners.vision_rules import STATES, compared
+from mustdrop.pruners.vision_rules import Comparing, ComparingRule
 from mustdrop.pruners.weighing import EncoderWeighingRule, ImportanceKnob, importance_of
 from mustdrop.rules.diversity import without_duplicates
-from mustdrop.rules.geometry import Geometry, around_mean, distinctiveness
-from mustdrop.rules.scores import min_max
 
 
-class ImportantAndDiverse(EncoderWeighingRule):
+class ImportantAndDiverse(ComparingRule, EncoderWeighingRule):
     """The most attended features stay; of the others, duplicates leave until the count is met.
 
     Attributes:
@@ -26,34 +24,24 @@ class ImportantAndDiverse(EncoderWeighingRule):
     """
 
     important: float = Field(0.5, ge=0, le=1)
-    geometry: Geometry = "raw"
-
-    @property
-    def own_reads(self) -> tuple[Read, ...]:
-        """What leaves the encoder, if that is compared."""
-        return STATES if self.geometry == "standardized" else ()
 
     def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`."""
         assert count is not None
-        attention, values = self.importance.score(seen), compared(seen, self.geometry)
-        if self.geometry != "raw":
-            attention = min_max(attention) * distinctiveness(values, self.geometry)
+        attention = self.weighed(self.importance.score(seen), seen)
         ranked = attention.argsort(dim=1, descending=True, stable=True)
         # a hair above the product: 0.29 * 100 is 28.999999999999996 in floating point and must be 29
         top = int(count * self.important + 1e-9)
-        diverse = without_duplicates(around_mean(values, self.geometry), ranked[:, top:], count - top)
+        diverse = without_duplicates(self.centred(seen), ranked[:, top:], count - top)
         return Selection(torch.cat([ranked[:, :top], diverse], 1).sort(1).values)
 
 
-class VisPruner(Recipe):
+class VisPruner(Comparing, Recipe):
     """Important tokens by encoder attention, diverse ones by removing duplicates; before the first decoder layer.
 
     Attributes:
         keep: tokens (int) or share of the prompt's vision tokens, important and diverse together.
         important: share of `keep` that is important.
-        geometry: "raw" compares features as they are; "centered" around their mean, and distinct ones count more;
-            "standardized" does so with those of the encoder, with channels of equal variance.
         importance: "attention" of the encoder; or in its place the likeness with the "question", what is "distinct"
             from the mean, the folder of a scorer, a module, or an `Importance` of your own. One that reads the features
             of the language model moves the choice after the projector.
@@ -61,7 +49,6 @@ class VisPruner(Recipe):
 
     keep: Budget = DEFAULT_KEEP
     important: float = Field(0.5, ge=0, le=1)
-    geometry: Geometry = "raw"
     importance: ImportanceKnob = "attention"
 
     def build(self) -> Method:

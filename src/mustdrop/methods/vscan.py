@@ -11,6 +11,7 @@ from mustdrop import kernels
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Features, LastRow, PrefillPruner, Read, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
+from mustdrop.pruners.vision_rules import Comparing, ComparingRule
 from mustdrop.pruners.weighing import ImportanceKnob, WeighingRule, importance_of
 from mustdrop.rules.groups import rank_in_group, windows
 
@@ -22,7 +23,7 @@ LAYERS = (15,)
 TAPER = 1 / 3
 
 
-class TwoScans(WeighingRule):
+class TwoScans(ComparingRule, WeighingRule):
     """Half is the best of each window by a shallow layer, the rest the best of the picture by a deep one.
 
     What is not kept joins the kept feature that resembles it most, which becomes the mean.
@@ -40,12 +41,12 @@ class TwoScans(WeighingRule):
 
     @property
     def reads(self) -> tuple[Read, ...]:
-        """Attention of the shallow layer, and what the importance reads."""
-        return tuple(dict.fromkeys((Read(layer=self.layer, of=DEPTH), *self.importance.reads)))
+        """Attention of the shallow layer, what the importance reads, and what is compared."""
+        return tuple(dict.fromkeys((Read(layer=self.layer, of=DEPTH), *super().reads)))
 
     def choose(self, seen: Features, count: int | None) -> Selection:
         """See `VisionRule.choose`. What does not divide by the windows goes to those with the strongest candidates."""
-        shallow, deep = seen.of(self.reads[0]), self.importance.score(seen).float()
+        shallow, deep = seen.of(self.reads[0]), self.weighed(self.importance.score(seen).float(), seen)
         assert count is not None
         kept = torch.zeros_like(shallow, dtype=torch.bool)
         best = shallow.argsort(dim=1, descending=True, stable=True)
@@ -56,7 +57,7 @@ class TwoScans(WeighingRule):
         kept.scatter_(1, local, True)
         everywhere = deep.masked_fill(kept, torch.inf).argsort(dim=1, descending=True, stable=True)
         keep = everywhere[:, :count].sort(1).values
-        return Selection.merged(keep, nearest(seen.values, keep))
+        return Selection.merged(keep, nearest(self.centred(seen), keep))
 
 
 def nearest(values: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
@@ -65,7 +66,7 @@ def nearest(values: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     return into.scatter(1, keep, torch.arange(keep.shape[1], dtype=torch.long, device=keep.device).expand_as(keep))
 
 
-class VScan(Recipe):
+class VScan(Comparing, Recipe):
     """Scan windows and the whole picture, merge the rest, and cut once in the middle by the last word's attention.
 
     Attributes:
@@ -92,7 +93,9 @@ class VScan(Recipe):
     def build(self) -> Method:
         """Vision and prefill socket share the budget."""
         weighed = importance_of(self.importance)
-        rule = TwoScans(importance=weighed, window=self.window, local=self.local, layer=self.layer)
+        rule = TwoScans(
+            importance=weighed, window=self.window, local=self.local, layer=self.layer, geometry=self.geometry
+        )
         return Method(
             vision=VisionStagePruner(window=None, key_share=0, score=rule, taper=self.taper),
             prefill=PrefillPruner(layers=self.layers, paper_layers=LAYERS, keep=self.keep, score=LastRow()),

@@ -46,8 +46,8 @@ class Predictable(InputRule):
             normalised them, one of 256 steps of brightness is 1 / (255 * image_std), such as 0.0078 for image_std=0.5.
             0: not at all.
         metric: "max" (no value differs by more), "mae" (mean absolute difference) or "rmse".
-        previous: whether a cell that repeats the same place of the previous frame, or of the previous picture of the
-            prompt if that is as large, need not be seen either.
+        previous: whether a cell that repeats the same place of the previous frame, or of the picture just before it in
+            the same prompt, if that is as large, need not be seen either.
     """
 
     tolerance: float = Field(0.0, ge=0)

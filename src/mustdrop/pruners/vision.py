@@ -16,11 +16,12 @@ from torch import Tensor
 
 from mustdrop.budget import tokens_of
 from mustdrop.errors import ConfigError
-from mustdrop.pruners.base import Budget, Compat, Settings
+from mustdrop.pruners.base import Budget, Compat
 from mustdrop.pruners.importance import Importance
-from mustdrop.pruners.vision_rules import Read, VisionRule
+from mustdrop.pruners.vision_rules import Comparing, Read, VisionRule
 from mustdrop.pruners.weighing import ImportanceKnob, importance_of
 from mustdrop.rules.baselines import random_scores, uniform_scores
+from mustdrop.rules.geometry import around_mean
 from mustdrop.rules.ranking import keep_best
 from mustdrop.rules.windows import (
     check_window,
@@ -37,7 +38,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Taper = Share | Annotated[tuple[tuple[Share, Share], ...], Field(min_length=1)]
 
 
-class VisionStagePruner(Settings):
+class VisionStagePruner(Comparing):
     """Local spatial merging, a protected key set, and selection inside the vision encoder.
 
     Source: MustDrop (arXiv 2411.10803), vision encoding stage; defaults are those of the released code.
@@ -53,6 +54,9 @@ class VisionStagePruner(Settings):
             with compat="released".
         merge_share: share of the windows that merge_count="budget" merges at most, in (0, 1].
         threshold: mean pairwise cosine similarity in [-1, 1] from which a window becomes its mean.
+        geometry: how the tokens of a window are compared: "raw" as they are, "centered" around the mean of what the
+            encoder sees at once (a picture, a tile, a frame; after the encoder the whole video), "standardized" around
+            it and with channels of equal variance. `threshold` is then one of these cosines.
         layer: encoder layer (0-based) after which windows merge; later encoder layers run on fewer tokens.
         inside: whether windows merge inside the encoder, where it can run on fewer tokens; False merges the features
             that it gives, by how similar these are, and the encoder saves nothing.
@@ -107,6 +111,11 @@ class VisionStagePruner(Settings):
             raise ConfigError(
                 f'VisionStagePruner.taper={self.taper} splits the budget of the prefill stage: it needs keep="auto", '
                 f"got keep={self.keep}: leave one out."
+            )
+        if self.geometry != "raw" and self.window is None:
+            raise ConfigError(
+                f'VisionStagePruner.geometry="{self.geometry}" is how the tokens of windows are compared, but '
+                "window=None has none: give geometry= to the rule in score=, or leave it out."
             )
         if self.select_layer is not None and self.window is not None and not self.inside:
             raise ConfigError(
@@ -225,7 +234,8 @@ class VisionStagePruner(Settings):
 
         Windows in which a token is `gone` (N,) merge under no threshold.
         """
-        found = window_similarity(features, grid, self._window(scale))
+        real = None if gone is None or self.geometry == "raw" else ~gone[None].to(features.device)
+        found = window_similarity(around_mean(features, self.geometry, real), grid, self._window(scale))
         if gone is None:
             return found
         windows = window_index(grid, self._window(scale), gone.device)

@@ -13,7 +13,8 @@ from torch import Tensor
 from mustdrop.errors import ConfigError
 from mustdrop.pruners import answers
 from mustdrop.pruners.base import Settings
-from mustdrop.rules.geometry import Geometry
+from mustdrop.rules.geometry import Geometry, around_mean, distinctiveness
+from mustdrop.rules.scores import min_max
 from mustdrop.selection import Selection
 
 
@@ -246,13 +247,44 @@ class InnerRule(VisionRule):
         return None
 
 
-# -- what rules compare features by: what enters the language model, or what the encoder hands over --------------------
+# -- rules that compare features with each other -----------------------------------------------------------------------
 
 # Of the encoder's layer that features are read from: in LLaVA, layer 22 of the 23 that run.
 LAST = {"layer": 22, "of": 23}
 STATES = (Read(what="states", **LAST),)
 
 
-def compared(seen: Features, geometry: Geometry) -> Tensor:
-    """(B, N, C): a rule's features, or for "standardized" the encoder's, averaged over the patches of each feature."""
-    return seen.of(STATES[0]) if geometry == "standardized" else seen.values
+class Comparing(Settings):
+    """The knob of methods that compare features with each other. Source: Cen-Prune (arXiv 2608.30263).
+
+    Attributes:
+        geometry: "raw" compares features as they are; "centered" around their mean; "standardized" those of the
+            encoder, around their mean and with channels of equal variance (for Qwen's encoders). But for "raw",
+            importance is multiplied with how distinct a feature is.
+    """
+
+    geometry: Geometry = "raw"
+
+
+class ComparingRule(Comparing, VisionRule):
+    """Base of the vision rules that compare features with each other: see `mustdrop.rules.geometry`."""
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        """What else the rule reads, and what the encoder hands over where that is compared."""
+        found = super().reads
+        return tuple(dict.fromkeys((*found, *STATES))) if self.geometry == "standardized" else found
+
+    def compared(self, seen: Features) -> Tensor:
+        """(B, N, C): the rule's features, or for "standardized" the encoder's, of the patches of each in the mean."""
+        return seen.of(STATES[0]) if self.geometry == "standardized" else seen.values
+
+    def centred(self, seen: Features) -> Tensor:
+        """(B, N, C): what is compared, around its mean; "raw": the features as they are."""
+        return around_mean(self.compared(seen), self.geometry)
+
+    def weighed(self, importance: Tensor, seen: Features) -> Tensor:
+        """(B, N) importances; but for "raw", from 0 to 1 in each row, and times how distinct each feature is."""
+        if self.geometry == "raw":
+            return importance
+        return min_max(importance.float()) * distinctiveness(self.compared(seen), self.geometry)

@@ -22,7 +22,7 @@ from mustdrop.pruners.scored import FromModel
 REQUEST = "mustdrop_keep"  # in a request's `mm_processor_kwargs`
 
 # Stages of this method can work alone; these are the knobs of its vision stage, as far as it works after an encoder.
-ALONE = {"mustdrop": ("keep", "window", "merge", "merge_share", "threshold", "key_share")}
+ALONE = {"mustdrop": ("keep", "window", "merge", "merge_share", "threshold", "geometry", "key_share")}
 
 # What to take in place of a method that cannot work here.
 NEAREST = {
