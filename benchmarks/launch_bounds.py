@@ -23,12 +23,6 @@ LAUNCHES = {
 # A decode step waits for nothing and starts what the untouched model starts.
 FIGURES = ("launches", "host", "waits", "copies", "step_launches", "step_waits")
 UNTIL_THEN: dict[str, dict[str, dict[str, int]]] = {
-    "sparsevlm": {  # the data say which words score, and clusters take the place of what a filter drops
-        "growing 1": {"host": 110, "waits": 22, "copies": 33},
-        "static 1": {"host": 110, "waits": 22, "copies": 33},
-        "growing 8": {"host": 126, "waits": 99, "copies": 33},
-        "static 8": {"host": 126, "waits": 99, "copies": 33},
-    },
     # How many entries each layer keeps is decided by what all layers have read, and tensors must have their sizes.
     "tgvkv": {f"{cache} {batch}": {"waits": 2} for cache in ("growing", "static") for batch in (1, 8)},
 }

@@ -11,6 +11,8 @@ import pytest
 import torch
 from benchmarks import __main__ as command
 from benchmarks import common, end_to_end
+from benchmarks.packed import PackedPatches, pack
+from torch import nn
 
 import generate
 
@@ -62,6 +64,22 @@ def test_every_row_reports_both_scopes_and_exact_bytes(result):
             measured = row[scope]["speed_up"]["median"] / row[scope]["flops_ratio"]
             assert row[scope]["share_of_flops_ratio"] == pytest.approx(measured, rel=1e-4)
     assert result["promises"]["kv_bytes_exact"]["met"]
+
+
+def test_packed_weights_change_nothing_but_how_they_lie():
+    patches, pictures = nn.Conv3d(3, 32, (2, 4, 4), (2, 4, 4)), nn.Conv3d(3, 8, 3, 1, padding=1)
+    model = nn.ModuleList([patches, pictures, nn.Linear(32, 5, bias=False)])
+    before = [module.weight for module in model]
+    x, several, rows = torch.randn(10, 3, 2, 4, 4), torch.randn(1, 3, 4, 8, 8), torch.randn(7, 32)
+    with torch.inference_mode():
+        expected = patches(x), patches(several), model[2](rows)
+        assert pack(model) == 2
+        assert isinstance(model[0], PackedPatches)
+        assert model[1] is pictures, "it overlaps: no linear layer"
+        got = model[0](x), model[0](several), model[2](rows)
+    assert all(module.weight is weight for module, weight in zip(model, before, strict=True))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_the_roofline_starts_at_the_whole_prompt(result):

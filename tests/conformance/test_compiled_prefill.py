@@ -21,7 +21,6 @@ NOT_STRAIGHT = {
     "h2o": "the cache is cut by what each layer has read",
     "snapkv": "likewise",
     "tgvkv": "likewise",
-    "sparsevlm": "clusters, whose number the data decide",
 }
 STRAIGHT = [name for name in BUDGETED if name not in NOT_STRAIGHT]
 COMPARES = ("dart", "mustdrop+")  # hidden states, between decoder layers
@@ -54,6 +53,17 @@ def test_every_method(method, knobs):
     assert not differences(plainly[1], again)
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize("images", [(1, 1), (1, 2)], ids=str)
+def test_words_that_score_and_clusters(images):
+    """Which words score is told by their embeddings, inside the graph; what is dropped becomes a few means."""
+    model = mustdrop.patch(clone(LLAMA), "sparsevlm", keep=0.5, layers=(0, 2), per_cluster=2)
+    inputs = batch(LLAMA, images)
+    plainly = left(model, inputs)
+    in_place(model)
+    assert not differences(plainly, left(model, inputs))
+    assert not counters["graph_break"]
 
 
 @pytest.mark.parametrize("method", ["mustdrop", "fastv"])

@@ -8,7 +8,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from transformers.models.llava import modeling_llava
 
 import mustdrop
+from mustdrop import VisionStagePruner
+from mustdrop.method import Method, find
 from mustdrop.method import registry as recipes
+from mustdrop.pruners import PrefillPruner, Raters, Recycling
 from mustdrop.runtime.language import vision_tokens
 from mustdrop.runtime.session import Runtime
 from mustdrop.runtime.vision.features import FeaturesWrapper
@@ -60,6 +63,38 @@ def test_the_device_decides_what_the_host_would(name, images, looks):
     assert torch.equal(trace.kv_lengths, other.kv_lengths)
 
 
+def clusters_behind_a_selection():
+    """Words are chosen from embeddings of which a part is marked as dropped, and what filters drop is clustered."""
+    prefill = PrefillPruner(keep=0.3, score=Raters(), recycle=Recycling(per_cluster=3), layers=(1, 2))
+    return Method(vision=VisionStagePruner(window=None, keep=0.7), prefill=prefill)
+
+
+def clusters_of_attention():
+    """As many as the dual attention wants."""
+    return Method(prefill=PrefillPruner(keep=0.4, recycle=Recycling(share=0.9, per_cluster=4), layers=(0, 2)))
+
+
+CLUSTERS = {
+    "sparsevlm": lambda: find("sparsevlm", keep=0.5, layers=(0, 2), per_cluster=2),
+    "behind a selection": clusters_behind_a_selection,
+    "dual attention": clusters_of_attention,
+}
+
+
+@pytest.mark.parametrize("images", [(1,), (1, 1), (1, 2)], ids=str)
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_clusters_are_those_that_the_host_would_make(name, images, looks):
+    model = clone(LLAMA)
+    mustdrop.patch(model, CLUSTERS[name]())
+    inputs = batch(LLAMA, images)
+    logits, kept, _ = answered(model, inputs)
+    assert len(kept[0][-1]) < len(kept[0][0])
+    looks()
+    theirs, same, _ = answered(model, inputs)
+    assert kept == same
+    assert torch.allclose(logits, theirs, atol=1e-5)
+
+
 @pytest.mark.parametrize("share", [0.25, 1.0])
 @pytest.mark.parametrize("variant", [LLAMA, SIGLIP], ids=str)
 def test_merging_counts(share, variant, looks):
@@ -82,7 +117,6 @@ ASKS = {
     "flashvid": "a loop over frames",
     "gleanvid": "a loop over frames",
     "holov": "what a full crop cannot take goes to others, in rounds",
-    "sparsevlm": "which words score, and how many clusters there are, depends on the question",
     "h2o": "the cache is cut by what each layer read",
     "snapkv": "likewise",
     "tgvkv": "likewise",
@@ -100,8 +134,17 @@ CENTRED = [name for name in STRAIGHT if "geometry" in recipes()[name].model_fiel
 )
 def test_nothing_in_a_prompts_pass_depends_on_data(name, knobs, monkeypatch):
     """Tensors without data go through the whole pass: shapes follow from the prompt, and nobody asks for a number."""
+    asks_nothing(find(name, keep=16, **knobs), monkeypatch)
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_no_cluster_depends_on_data(name, monkeypatch):
+    asks_nothing(CLUSTERS[name](), monkeypatch)
+
+
+def asks_nothing(method, monkeypatch):
     model = clone(LLAMA)
-    mustdrop.patch(model, name, keep=16, **knobs)
+    mustdrop.patch(model, method)
     inputs = batch(LLAMA, (1, 1))
     with torch.no_grad():
         expected = model(**inputs).logits.shape  # answers are looked at in the first call

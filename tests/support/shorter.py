@@ -74,6 +74,9 @@ class ShorterOracle:
             full[b, left[b]] = out.last_hidden_state[0]
         if cache is not None:
             self._count(cache, torch.zeros(rows, 1, length, 1))
+            for layer, made in zip(cache.layers, own[0].layers, strict=False):  # says whether drafts can be taken back
+                if hasattr(made, "is_conv_states_initialized"):
+                    layer.is_conv_states_initialized = made.is_conv_states_initialized
         out.last_hidden_state, out.past_key_values = full, cache  # a mixture of experts says more
         return out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -12,7 +13,7 @@ from mustdrop.budget import check_layers, scaled_layers, schedule
 from mustdrop.errors import ConfigError
 from mustdrop.pruners import answers
 from mustdrop.pruners.base import Budget, Compat, Settings
-from mustdrop.pruners.recycling import Recycling
+from mustdrop.pruners.recycling import Group, Recycling
 from mustdrop.pruners.text_scorers import Seen, TextScorer
 from mustdrop.rules.dual_attention import dual_filter, dual_score, dual_statistics, rank_counts, shares
 from mustdrop.rules.ranking import keep_best
@@ -20,6 +21,7 @@ from mustdrop.selection import Selection
 
 # Filter layers of the released code, for the 32 layers of LLaVA-1.5-7B.
 PAPER_LAYERS, PAPER_DEPTH = (2, 6, 10, 14), 32
+_NO_HIDDEN = "PrefillPruner(recycle=...) clusters hidden states: call filter() with Seen(hidden=...)."
 
 
 class PrefillPruner(Settings):
@@ -262,6 +264,35 @@ class PrefillPruner(Settings):
             return answers.stays(self.score, seen, count=count, protected=protected, importance=importance)
         return keep_best(self._score(seen), count, seen.alive, protected, importance)
 
+    def joined(
+        self,
+        seen: Seen,
+        count: Tensor,
+        groups: Sequence[Group],
+        *,
+        protected: Tensor | None = None,
+        importance: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `filter` with `keep` and `recycle`, where it is known how many of each row do what; nothing waits.
+
+        Args:
+            seen: what the layer knows, with `hidden`.
+            count: (B,) long, tokens that stay as they are (see `Recycling.plan`).
+            groups: what is recycled (see `mustdrop.pruners.recycling.groups`).
+            protected: see the call.
+            importance: see the call.
+
+        Returns:
+            (B, n) bool, the vision tokens that stay, and those that stand for clusters; (B, n) long, the token that
+            each one becomes part of (see `Recycling.join`).
+        """
+        if self.recycle is None or seen.hidden is None:
+            raise ConfigError(_NO_HIDDEN)
+        keep = self.stays(seen, count, protected=protected, importance=importance)
+        score = self._score(seen) if self.score is None else answers.scores(self.score, seen)
+        into = self.recycle.join(keep, seen.alive, score, seen.hidden, groups)
+        return keep | (into == torch.arange(into.shape[1], dtype=torch.long, device=into.device)), into
+
     def _score(self, seen: Seen) -> Tensor:
         """(B, n) dual attention."""
         statistics = dual_statistics(seen.attention, seen.alive)
@@ -270,7 +301,7 @@ class PrefillPruner(Settings):
     def _recycled(self, seen: Seen, wanted: Tensor, protected: Tensor | None, importance: Tensor | None) -> Selection:
         """What stays, and clusters of what does not."""
         if self.recycle is None or seen.hidden is None:
-            raise ConfigError("PrefillPruner(recycle=...) clusters hidden states: call filter() with Seen(hidden=...).")
+            raise ConfigError(_NO_HIDDEN)
         alive, choose = seen.alive, partial(self.stays, seen, protected=protected, importance=importance)
         score = self._score(seen) if self.score is None else answers.scores(self.score, seen)
         kept = wanted

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from mustdrop.constants import numbers
 from mustdrop.pruners.base import Settings
 from mustdrop.selection import Selection
+
+#: Rows with as many tokens to recycle, (b,) long, None for all of them; how many these are, and how many clusters.
+Group = tuple[Tensor | None, int, int]
+
+
+def groups(sizes: Sequence[tuple[int, int]], device: torch.device) -> list[Group]:
+    """The rows that recycle, those of one size together.
+
+    Args:
+        sizes: per row, recycled tokens and clusters (see `Recycling.sizes`).
+        device: of the rows' numbers.
+    """
+    made: list[Group] = []
+    for size in sorted(set(sizes)):
+        rows = [b for b, own in enumerate(sizes) if own == size]
+        if size[1]:
+            made.append((None if len(rows) == len(sizes) else numbers(rows, device), *size))
+    return made
 
 
 class Recycling(Settings):
@@ -46,6 +67,41 @@ class Recycling(Settings):
             middle = (low + high + 1) // 2
             low, high = (middle, high) if middle + self.sizes(present - middle)[1] <= count else (low, middle - 1)
         return low
+
+    def plan(self, present: int, count: int) -> tuple[int, int, int]:
+        """(kept, recycled, clusters) of `present` tokens of which at most `count` are left, clusters counted."""
+        kept = self.kept(present, count)
+        return (kept, *self.sizes(present - kept)) if kept else (count, 0, 0)
+
+    def join(self, keep: Tensor, alive: Tensor, score: Tensor, hidden: Tensor, groups: Sequence[Group]) -> Tensor:
+        """Which tokens become one, where it is known how many of each row do; nothing waits for the device.
+
+        Args:
+            keep: (B, n) bool, tokens that stay as they are.
+            alive: (B, n) bool, candidates.
+            score: (B, n), orders the dropped ones.
+            hidden: (B, n, C), what is clustered.
+            groups: see `groups`.
+
+        Returns:
+            (B, n) long: for each recycled token the one that stands for its cluster, itself at that one; -1 elsewhere.
+        """
+        from mustdrop.rules.clusters import density_peaks, tie_noise  # of recycling alone
+
+        into = torch.full(keep.shape, -1, dtype=torch.long, device=keep.device)
+        gone = score.double().masked_fill(~alive | keep, -torch.inf)
+        order = gone.argsort(dim=1, descending=True, stable=True)
+        for rows, recycled, clusters in groups:
+            mine, x = (order, hidden) if rows is None else (order[rows], hidden[rows])
+            best = mine[:, :recycled]
+            noise = None if self.seed is None else tie_noise(recycled, self.seed, hidden.device)
+            x = x.gather(1, best[..., None].expand(-1, -1, hidden.shape[2]))
+            centres, member = density_peaks(x, clusters, noise)
+            stands = best.gather(1, centres).gather(1, member)
+            if rows is None:
+                return into.scatter(1, best, stands)
+            into = into.index_copy(0, rows, into[rows].scatter(1, best, stands))
+        return into
 
     def __call__(self, keep: Tensor, alive: Tensor, score: Tensor, hidden: Tensor, released: bool = False) -> Selection:
         """The survivors of a filter and the clusters of what it drops.

@@ -14,6 +14,9 @@ from mustdrop.pruners import answers
 from mustdrop.pruners.base import Settings
 from mustdrop.rules.ranking import keep_best
 
+# Pairs of tokens whose inner products may exist at once.
+_PAIRS = 1 << 24
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -114,13 +117,13 @@ class Raters(MeanOverText):
 
     def raters(self, embeds: Tensor, vision: Tensor, text: Tensor) -> Tensor:
         """Each batch row by itself, so that padding changes nothing. Text that is all alike stays as it is."""
-        chosen = torch.zeros_like(text)
-        for b in range(len(text)):
-            rows = text[b].nonzero()[:, 0]
-            if not len(rows) or not bool(vision[b].any()):
-                chosen[b] = text[b]
-                continue
-            affinity = (embeds[b, vision[b]].float() @ embeds[b, rows].float().T).softmax(1).mean(0)
-            above = affinity > affinity.mean()
-            chosen[b, rows[above] if bool(above.any()) else rows] = True
-        return chosen
+        x = embeds.float()
+        length, total = x.shape[1], x.new_zeros(text.shape)
+        at_once = max(1, _PAIRS // max(1, len(x) * length))
+        for start in range(0, length, at_once):
+            some = slice(start, start + at_once)
+            affinity = (x[:, some] @ x.mT).masked_fill(~text[:, None], -torch.inf).softmax(2)
+            total = total + affinity.masked_fill(~vision[:, some, None], 0.0).sum(1)
+        total = total.masked_fill(~text, 0.0)
+        above = text & (total > total.sum(1, keepdim=True) / text.sum(1, keepdim=True))
+        return torch.where(above.any(1, keepdim=True), above, text)

@@ -167,8 +167,10 @@ class DecoderLayers(Copied):
             forward.record.hear(self.runtime.filters[k], attention, forward.rows)
         if media.fixed is not None and media.counts is not None:
             rows, wanted = media.fixed, media.counts[k]
-            index = filter_step.kept(self.runtime, prefill, forward, media, rows, hidden, attention, wanted)
-            return self._taken(forward, rows, rows.take(index, wanted, self.runtime.filters[k] + 1, hidden))
+            index, left, hidden = filter_step.kept(
+                self.runtime, prefill, forward, media, rows, hidden, attention, wanted
+            )
+            return self._taken(forward, rows, rows.take(index, left, self.runtime.filters[k] + 1, hidden))
         vision = forward.current(media.vision)
         selection = filter_step.choose(self.runtime, prefill, forward, media, hidden, attention, k)
         keep = selection.mask(vision.shape[1]).to(HOST) | ~vision
@@ -242,7 +244,7 @@ class DecoderLayers(Copied):
             first = asked.k.shape[2] - q.shape[2]
             fixed = media.fixed
             if fixed is not None and not first and asked.mask is None:
-                seen = fixed.scoring.visible(fixed.scoring.rows(q.shape[2], q.device), q.shape[2])
+                seen = fixed.seen_by_scorers(q.device)
                 asked = replace(asked, seen=None if seen is None else seen[:, seen.shape[1] - rows.shape[1] :])
             if needs_rows(prefill):
                 forward.attention = asked.probabilities(rows, first)

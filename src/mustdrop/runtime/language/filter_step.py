@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mustdrop import kernels
 from mustdrop.constants import numbers
 from mustdrop.errors import ConfigError
 from mustdrop.indices import HOST, Sent, on, pack, take
 from mustdrop.pruners import PrefillPruner, Seen
+from mustdrop.pruners.recycling import groups
 from mustdrop.runtime import tensor_parallel
 from mustdrop.runtime.language.fixed_rows import FixedRows
 from mustdrop.runtime.language.vision_tokens import VisionTokens
@@ -33,7 +35,7 @@ def rows(prefill: PrefillPruner | None, forward: Forward, media: VisionTokens, a
         asked: the layer's attention; the rows of this pass are the last of its keys.
     """
     if media.fixed is not None:
-        text = media.fixed.scoring.rows(asked.q.shape[2], asked.q.device)
+        text = media.fixed.scorers(asked.q.device)
     else:
         text = pack(forward.current(media.raters & media.valid))
     scorer = None if prefill is None else prefill.score
@@ -60,7 +62,7 @@ def seen(
     """
     keys, forward.keys = forward.keys, None
     if media.fixed is not None:
-        vision, text = media.fixed.vision, media.fixed.scoring.flags(media.fixed.n, hidden.device)
+        vision, text = media.fixed.vision, media.fixed.scoring_flags(hidden.device)
     else:
         vision, text = forward.current(media.vision), forward.current(media.raters & media.valid)
     features: Tensor | None = None
@@ -118,18 +120,37 @@ def kept(
     hidden: Tensor,
     attention: Tensor | Sent,
     wanted: list[int],
-) -> Tensor:
-    """(B, M) long, the rows that stay after a filter layer where `wanted` vision tokens of each prompt do.
+) -> tuple[Tensor, list[int], Tensor]:
+    """What stays after a filter layer where at most `wanted` vision tokens of each prompt do.
 
     Arguments as for `choose`; on the device, and nothing waits for it.
+
+    Returns:
+        (B, M) long, the rows that stay; how many vision tokens of each prompt are among them; (B, n, C) `hidden`, with
+        each cluster's mean in the row of the token that stands for it.
     """
     if isinstance(attention, Sent):
         gamma, alpha = prefill.global_threshold or 1.0, prefill.individual_threshold or 1.0
-        return rows.select(attention.tensor, wanted, gamma, alpha)
+        return rows.select(attention.tensor, wanted, gamma, alpha), wanted, hidden
     here = attention.device
-    known, count = seen(runtime, prefill, forward, media, hidden, attention), numbers(wanted, here)
-    protected, importance = (None if x is None else on(x, here) for x in (rows.protected, rows.importance))
-    return rows.among(prefill.stays(known, count, protected=protected, importance=importance), wanted)
+    known = seen(runtime, prefill, forward, media, hidden, attention)
+    first: dict[str, Any] = {
+        name: None if x is None else on(x, here)
+        for name, x in (("protected", rows.protected), ("importance", rows.importance))
+    }
+    if prefill.recycle is None:
+        return rows.among(prefill.stays(known, numbers(wanted, here), **first), wanted), wanted, hidden
+    plans = [prefill.recycle.plan(*pair) for pair in zip(rows.left, wanted, strict=True)]
+    left = [n + clusters for n, _, clusters in plans]
+    some = groups([plan[1:] for plan in plans], here)
+    stays, into = prefill.joined(known, numbers([n for n, _, _ in plans], here), some, **first)
+    return rows.among(stays, left), left, clustered(on(into, hidden.device), hidden)
+
+
+def clustered(into: Tensor, hidden: Tensor) -> Tensor:
+    """Hidden states (B, n, C) with the mean of each cluster in the row that `into` (see `Recycling.join`) names."""
+    own = into == torch.arange(into.shape[1], dtype=torch.long, device=into.device)
+    return torch.where(own[..., None], kernels.merge_tokens(hidden, into, into.shape[1]), hidden)
 
 
 def with_ends(selection: Selection, ends: Tensor, counted: bool) -> Selection:

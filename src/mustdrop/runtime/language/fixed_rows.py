@@ -19,7 +19,7 @@ from mustdrop import kernels, kv
 from mustdrop.constants import constant, count_up, numbers, sent
 from mustdrop.indices import PAD, on
 from mustdrop.kv.cut import Cut, cut_alike
-from mustdrop.pruners import PrefillPruner, TextScorer
+from mustdrop.pruners import PrefillPruner, TextScorer, answers
 from mustdrop.runtime.records import FlatMarks
 from mustdrop.runtime.state import Call
 
@@ -35,26 +35,31 @@ class ScoringRows:
     Attributes:
         from_end: (B, R) tokens that are not padding from each scoring one on, itself included; PAD in front fills up.
         alike: whether they are the same rows one after the other in every prompt.
+        places: (B, R) where they are while all rows are there, if padding follows a prompt; None: as `from_end` says.
     """
 
     from_end: np.ndarray
     alike: bool
+    places: np.ndarray | None = None
 
     @classmethod
     def of(cls, raters: np.ndarray, valid: np.ndarray) -> ScoringRows:
         """From (B, S) bool each: the rows that score, and what is not padding."""
         behind = valid[:, ::-1].cumsum(1)[:, ::-1]
-        rows = [own[which] for own, which in zip(behind, raters, strict=True)]
-        most = max((len(row) for row in rows), default=0)
-        table = np.full((len(rows), most), PAD, dtype=np.int64)
-        for b, row in enumerate(rows):
-            table[b, most - len(row) :] = row
-        alike = most > 0 and bool((table == np.arange(table[0, 0], table[0, 0] - most, -1)).all())
-        return cls(table, alike)
+        most = int(raters.sum(1).max(initial=0))
+        from_end, places = (np.full((len(raters), most), PAD, dtype=np.int64) for _ in range(2))
+        for b, which in enumerate(raters):
+            own = np.flatnonzero(which)
+            places[b, most - len(own) :], from_end[b, most - len(own) :] = own, behind[b, own]
+        alike = most > 0 and bool((from_end == np.arange(from_end[0, 0], from_end[0, 0] - most, -1)).all())
+        follows = bool((places != _counted(from_end, valid.shape[1])).any())
+        return cls(from_end, alike, places if follows else None)
 
-    def rows(self, n: int, device: torch.device) -> Tensor:
-        """(B, R) long, the scoring ones of n rows, PAD on padding."""
+    def rows(self, n: int, device: torch.device, whole: bool) -> Tensor:
+        """(B, R) long, the scoring ones of n rows, PAD on padding; `whole`: all rows are there."""
         batch, most = self.from_end.shape
+        if whole and self.places is not None:
+            return on(torch.from_numpy(self.places), device)
         if self.alike:
             first = n - int(self.from_end[0, 0])
             return constant(
@@ -62,31 +67,58 @@ class ScoringRows:
                 device,
                 lambda: torch.arange(first, first + most, dtype=torch.long, device=device).repeat(batch, 1),
             )
-        table = torch.from_numpy(np.where(self.from_end == PAD, PAD, n - self.from_end))
-        return on(table, device)
+        return on(torch.from_numpy(_counted(self.from_end, n)), device)
 
-    def visible(self, rows: Tensor, n: int) -> Tensor | None:
-        """(B, R, n) bool, what the rows see of n rows in a causal pattern, if it follows from shapes alone."""
-        if not self.alike:
+    def visible(self, n: int, device: torch.device, whole: bool) -> Tensor | None:
+        """(B, R, n) bool, what they see of n rows in a causal pattern, if it follows from shapes alone."""
+        if not self.alike or (whole and self.places is not None):
             return None
         batch, most = self.from_end.shape
         first = n - int(self.from_end[0, 0])
+        rows = self.rows(n, device, whole)
         return constant(
             ("seen", batch, first, most, n),
-            rows.device,
-            lambda: torch.arange(n, dtype=torch.long, device=rows.device) <= rows[..., None],
+            device,
+            lambda: torch.arange(n, dtype=torch.long, device=device) <= rows[..., None],
         )
 
-    def flags(self, n: int, device: torch.device) -> Tensor:
-        """(B, n) bool, True at the scoring rows."""
-        rows = self.rows(n, device)
-        if self.alike:
+    def flags(self, n: int, device: torch.device, whole: bool, some: Tensor | None = None) -> Tensor:
+        """(B, n) bool, True at the scoring rows, or at `some` of them, (B, R) bool."""
+        rows = self.rows(n, device, whole)
+        if some is not None:
+            rows = rows.masked_fill(~some, PAD)
+        elif self.alike and not (whole and self.places is not None):
             first, most = n - int(self.from_end[0, 0]), rows.shape[1]
             return constant(("flags", first, most, n), device, lambda: _between(n, first, most, device)).expand(
                 len(rows), -1
             )
-        out = torch.zeros(len(rows), n + 1, dtype=torch.bool, device=device)
-        return out.scatter(1, rows.masked_fill(rows == PAD, n), True)[:, :n]
+        return flags_of(rows, n)
+
+
+def flags_of(rows: Tensor, n: int) -> Tensor:
+    """(B, n) bool, True at `rows` (B, R) long, PAD on padding."""
+    out = torch.zeros(len(rows), n + 1, dtype=torch.bool, device=rows.device)
+    return out.scatter(1, rows.masked_fill(rows == PAD, n), True)[:, :n]
+
+
+def raters(scorer: TextScorer, embeds: Tensor, entering: Tensor, given: Tensor, places: Tensor) -> Tensor:
+    """(B, R) bool, which of the scoring rows the scorer names.
+
+    Args:
+        scorer: of the prefill stage.
+        embeds: (B, S, C), rows of NaN where the vision stage has dropped a feature.
+        entering: (B, S) bool, vision tokens that enter.
+        given: (B, S) bool, the scoring rows.
+        places: (B, R) long, the same, PAD on padding.
+    """
+    named = answers.raters(scorer, embeds.nan_to_num(0.0), entering, given)
+    return named.gather(1, places.clamp(min=0)) & (places != PAD)
+
+
+def _counted(from_end: np.ndarray, n: int) -> np.ndarray:
+    """(B, R) rows of n, counted from the end; PAD stays."""
+    table: np.ndarray = np.where(from_end == PAD, PAD, n - from_end)
+    return table
 
 
 def _between(n: int, first: int, most: int, device: torch.device) -> Tensor:
@@ -107,6 +139,7 @@ class FixedRows:
         text: per prompt, how many these are.
         left: per prompt, vision tokens that are there.
         scoring: the rows that score.
+        raters: (B, R) bool, which of these do, where the scorer says so from the data; None: all.
         padding: (B, S) bool, rows that are padding, while all rows are there; None without any.
         rows: (B, n) long, chunk index of each row, PAD on padding; None while all are there.
         entry: (B, M) long, the rows that the vision stage left; None where it has not been asked, or all are.
@@ -128,6 +161,7 @@ class FixedRows:
     entry: Tensor | None = None
     cuts: list[int] = field(default_factory=list)
     inside: list[Tensor] = field(default_factory=list)
+    raters: Tensor | None = None
 
     @classmethod
     def looked(cls, media: VisionTokens, device: torch.device) -> FixedRows:
@@ -152,6 +186,26 @@ class FixedRows:
     def n(self) -> int:
         """Rows per prompt, padding included."""
         return self.vision.shape[1]
+
+    def ask_raters(self, scorer: TextScorer, embeds: Tensor) -> None:
+        """Let the scorer say which rows score; (B, S, C) embeddings, while all rows are there."""
+        given = self.scoring.flags(self.n, embeds.device, True)
+        places = self.scoring.rows(self.n, embeds.device, True)
+        self.raters = raters(scorer, embeds, on(self.alive, embeds.device), given, places)
+
+    def scorers(self, device: torch.device) -> Tensor:
+        """(B, R) long, the rows that score among those that are left, PAD on padding."""
+        rows = self.scoring.rows(self.n, device, self.rows is None)
+        return rows if self.raters is None else rows.masked_fill(~on(self.raters, device), PAD)
+
+    def scoring_flags(self, device: torch.device) -> Tensor:
+        """(B, n) bool, True at these."""
+        some = None if self.raters is None else on(self.raters, device)
+        return self.scoring.flags(self.n, device, self.rows is None, some)
+
+    def seen_by_scorers(self, device: torch.device) -> Tensor | None:
+        """(B, R, n) bool, what these see in a causal pattern, if it follows from shapes alone."""
+        return self.scoring.visible(self.n, device, self.rows is None)
 
     def _besides(self, device: torch.device) -> dict[str, Any]:
         """What `kernels.select` is told, on `device`, of the rows of text, which stay."""
@@ -257,28 +311,31 @@ def possible(runtime: Runtime, call: Call | None, kinds: Tensor, ends: bool) -> 
         return False
     if method.marks and (call.unmarked or not call.marks or not set(call.flat) >= set(call.marks)):
         return False
-    return method.prefill is None or counts_are_known(method.prefill, ends)
+    return method.prefill is None or leaves_a_number(method.prefill, ends)
 
 
-def counts_are_known(prefill: PrefillPruner, ends: bool) -> bool:
-    """Whether it is known how many tokens each filter leaves once it is known how many enter, and which rows score.
+def names_raters(prefill: PrefillPruner | None) -> TextScorer | None:
+    """The scorer, where which rows score is its own decision, from the embeddings."""
+    scorer = None if prefill is None else prefill.score
+    return None if scorer is None or type(scorer).raters is TextScorer.raters else scorer
+
+
+def leaves_a_number(prefill: PrefillPruner, ends: bool) -> bool:
+    """Whether it is known how many tokens each filter leaves once it is known how many enter.
 
     Args:
         prefill: the prefill stage.
         ends: whether a prompt ends with a vision token.
     """
-    # which rows score may be the scorer's own decision, from the data
-    own = prefill.score is not None and type(prefill.score).raters is not TextScorer.raters
-    return not own and leaves_a_number(prefill, ends)
-
-
-def leaves_a_number(prefill: PrefillPruner, ends: bool) -> bool:
-    """As `counts_are_known`, once it is known which rows score."""
-    if type(prefill).__call__ is not PrefillPruner.__call__ or prefill.recycle is not None:
+    if type(prefill).__call__ is not PrefillPruner.__call__:
         return False
-    if prefill.keep is None and prefill.survivors is None:
+    names = names_raters(prefill)
+    if names is not None and names.rows != "text":
+        return False  # the last of them is wanted, or none
+    if prefill.keep is None and (prefill.survivors is None or prefill.recycle is not None):
         return False
-    return prefill.score is None or not ends  # a rule of somebody's own may let go of what must stay
+    # a rule of somebody's own may let go of what must stay
+    return not ends or (prefill.score is None and prefill.recycle is None)
 
 
 def entering(flat: FlatMarks, feature_of: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -20,7 +20,7 @@ from mustdrop.runtime.calls import TEXT, raised
 from mustdrop.runtime.compile import engine
 from mustdrop.runtime.compile.decode_steps import outside_steps
 from mustdrop.runtime.copied import Copied
-from mustdrop.runtime.language import cache_policy, filter_step, old_pictures, vision_tokens
+from mustdrop.runtime.language import cache_policy, filter_step, fixed_rows, old_pictures, vision_tokens
 from mustdrop.runtime.language.decoder_layers import DecoderLayers
 from mustdrop.runtime.language.later_tokens import LaterTokens
 from mustdrop.runtime.language.vision_tokens import VisionTokens
@@ -142,6 +142,9 @@ class TextStage(Copied):
             local.straight = engine.ready(runtime, forward, media)
             if local.straight is not None:
                 return (), kwargs
+        scorer = fixed_rows.names_raters(runtime.method.prefill)
+        if scorer is not None and media.fixed is not None:
+            media.fixed.ask_raters(scorer, embeds)
         if not media.whole:
             stay = media.alive if media.fixed is None else media.fixed.arrive()
             kwargs["inputs_embeds"] = where(on(stay, embeds.device)[..., None], embeds, 0.0)

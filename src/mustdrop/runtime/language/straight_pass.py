@@ -21,14 +21,17 @@ from mustdrop.indices import PAD
 from mustdrop.kv.cut import AT_ONCE
 from mustdrop.pruners import PrefillPruner, Seen
 from mustdrop.pruners.prefill import needs_rows
+from mustdrop.pruners.recycling import Group
 from mustdrop.runtime.language.attention_call import AttentionCall
-from mustdrop.runtime.language.fixed_rows import FixedRows
+from mustdrop.runtime.language.filter_step import clustered
+from mustdrop.runtime.language.fixed_rows import FixedRows, flags_of, names_raters, raters
 from mustdrop.runtime.language.layer_arguments import position_axes
 from mustdrop.runtime.masks import RowMap, physical_mask
 from mustdrop.runtime.masks_flex import Mask
 
 _FACTS = (
     "length", "depth", "full", "before", "reads", "vision", "alive", "protected", "importance", "others", "padding",
+    "given", "places",
 )  # fmt: skip
 _NOBODY = ("", -1)  # whose attention is read next, where nobody's is
 
@@ -47,6 +50,8 @@ class FilterPlan:
         rows: (B, R) long, rows whose attention is read in the layer before, PAD on padding; None: it is not read.
         visible: (B, R, n) bool, what these see, where that follows from shapes.
         text: (B, n) bool, the text rows that score; None where nobody asks.
+        kept: (B,) long, tokens that stay as they are, where clusters of others stay too; None: no clusters.
+        groups: what is recycled (see `mustdrop.pruners.recycling.groups`).
     """
 
     layer: int
@@ -58,6 +63,8 @@ class FilterPlan:
     rows: Tensor | None = None
     visible: Tensor | None = None
     text: Tensor | None = None
+    kept: Tensor | None = None
+    groups: tuple[Group, ...] = ()
 
 
 @dataclass(eq=False)
@@ -80,6 +87,8 @@ class Straight:
         importance: see `FixedRows`.
         others: (B, S) bool, tokens that are neither vision tokens nor padding.
         padding: (B, S) bool, padding; None without any.
+        given: (B, S) bool, the text among which the scorer names what scores; None where all of it does.
+        places: (B, R) long, the same as rows, PAD on padding.
         rows: (B, n) long, chunk index of each row, PAD on padding; None while all are there.
         inside: per cut of the caches, where the rows that are left were among those before it.
         history: per choice, the rows and the vision tokens among them afterwards, and the attention that was read.
@@ -87,6 +96,7 @@ class Straight:
         entry: (B, M) long, the rows that enter the first layer, once they are chosen.
         attention: what was read for the next choice.
         keys: what was read of the keys for it, where the scorer reads them.
+        raters: (B, R) bool, which of `places` score; None: all.
         layout: of the rows that are left; None while all are there.
         inner: the cache of the pass; None without one.
         left: whether the pass has ended.
@@ -108,6 +118,8 @@ class Straight:
     importance: Tensor | None
     others: Tensor
     padding: Tensor | None
+    given: Tensor | None = None
+    places: Tensor | None = None
     rows: Tensor | None = None
     inside: list[Tensor] = field(default_factory=list)
     history: list[tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=list)
@@ -115,6 +127,7 @@ class Straight:
     entry: Tensor | None = None
     attention: Tensor | None = None
     keys: Tensor | None = None
+    raters: Tensor | None = None
     layout: RowMap | None = None
     inner: Any = None
     left: bool = False
@@ -144,6 +157,10 @@ class Straight:
 
     def arrive(self, embeds: Tensor) -> Tensor:
         """Choose the rows that enter the first layer; (B, S, C) embeddings without the marks of those that do not."""
+        scorer = names_raters(self.runtime.method.prefill)
+        if scorer is not None and self.given is not None and self.places is not None:
+            entering = self.vision if self.alive is None else self.alive
+            self.raters = raters(scorer, embeds, entering, self.given, self.places)
         if self.alive is None:
             return embeds
         choice = self.choices[0]
@@ -171,10 +188,14 @@ class Straight:
         assert choice.rows is not None, "a layer that is not read"
         scaling = kwargs.get("scaling") or getattr(module, "scaling", None) or q.shape[-1] ** -0.5
         asked = AttentionCall(q, k, mask, scaling, kwargs.get("softcap"), seen=choice.visible)
-        given = asked.arguments(choice.rows)
+        given = asked.arguments(self._scorers(choice.rows))
         self.attention = kernels.row_probabilities(*given) if needs_rows(prefill) else kernels.text_statistics(*given)
         if prefill.score is not None and "keys" in prefill.score.reads:
             self.keys = k.transpose(1, 2).flatten(2).float()
+
+    def _scorers(self, rows: Tensor) -> Tensor:
+        """Of the rows that may score, (B, R), those that do; PAD elsewhere."""
+        return rows if self.raters is None else rows.masked_fill(~self.raters, PAD)
 
     def add(self, hidden: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
         """What a text model adds to its vision tokens between layers (see `mustdrop.runtime.language.deepstack`)."""
@@ -202,7 +223,8 @@ class Straight:
             assert self.entry is not None, "embeddings that have not arrived"
             index, attention = self.entry, None
         else:
-            index, attention = self._chosen(choice, hidden), self.attention
+            index, hidden = self._chosen(choice, hidden)
+            attention = self.attention
         self.entry = self.attention = self.keys = None
         rest = [self.protected, self.importance, self.rows]
         known = [x for x in rest if x is not None]
@@ -221,8 +243,8 @@ class Straight:
         self.layout, self.memo = RowMap(rows, rows, rows, choice.padded, self.length), []
         return hidden
 
-    def _chosen(self, choice: FilterPlan, hidden: Tensor) -> Tensor:
-        """(B, M) long, the rows that stay, by what the layer before has given."""
+    def _chosen(self, choice: FilterPlan, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, M) long, the rows that stay, by what the layer before has given; `hidden`, with its clusters as means."""
         prefill: PrefillPruner = self.runtime.method.prefill
         if self.attention is None:
             raise MustDropError(
@@ -231,14 +253,24 @@ class Straight:
             )
         if not needs_rows(prefill):
             weights = prefill.global_threshold or 1.0, prefill.individual_threshold or 1.0
-            return self._best(self.attention, choice, self.protected, self.importance, *weights)
+            return self._best(self.attention, choice, self.protected, self.importance, *weights), hidden
         features = None
         if prefill.score is not None and "hidden" in prefill.score.reads:
             norm = getattr(self.runtime.text, "norm", None)
             features = (hidden if norm is None else norm(hidden)).detach().float()
-        seen = Seen(self.attention, self.vision, choice.text, self.keys, features, choice.most)
-        stays = prefill.stays(seen, choice.count, protected=self.protected, importance=self.importance)
-        return self._best(stays.float(), choice, None, None)
+        elif prefill.recycle is not None:
+            features = hidden.detach()
+        text = choice.text
+        if text is not None and self.raters is not None and choice.rows is not None:
+            text = flags_of(self._scorers(choice.rows), text.shape[1])
+        seen = Seen(self.attention, self.vision, text, self.keys, features, choice.most)
+        first = {"protected": self.protected, "importance": self.importance}
+        if choice.kept is None:
+            stays = prefill.stays(seen, choice.count, **first)
+        else:
+            stays, into = prefill.joined(seen, choice.kept, choice.groups, **first)
+            hidden = clustered(into, hidden)
+        return self._best(stays.float(), choice, None, None), hidden
 
     def _best(
         self,

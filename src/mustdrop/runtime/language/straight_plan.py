@@ -11,9 +11,10 @@ from mustdrop.compat import attention_function
 from mustdrop.constants import numbers
 from mustdrop.pruners import PrefillPruner
 from mustdrop.pruners.prefill import needs_rows
+from mustdrop.pruners.recycling import groups
 from mustdrop.runtime import attention_capture
 from mustdrop.runtime.language import filter_step
-from mustdrop.runtime.language.fixed_rows import FixedRows, leaves_a_number
+from mustdrop.runtime.language.fixed_rows import FixedRows, ScoringRows, leaves_a_number, names_raters
 from mustdrop.runtime.language.straight_pass import FilterPlan, Straight
 from mustdrop.runtime.masks_flex import FLEX
 
@@ -53,14 +54,15 @@ def straight_of(runtime: Runtime, forward: Forward, media: VisionTokens, device:
     choices, text, ragged, n = list[FilterPlan](), fixed.text, fixed.padding is not None, forward.length
     before, reads = [-1] * runtime.depth, [-1] * runtime.depth
     functions: dict[int, Any] = {}
+    left = fixed.left
 
-    def choice(layer: int, wanted: list[int], tables: dict[str, Tensor | None]) -> None:
-        nonlocal ragged, n
-        sizes = [own + left for own, left in zip(text, wanted, strict=True)]
+    def choice(layer: int, wanted: list[int], tables: dict[str, Any]) -> None:
+        nonlocal ragged, n, left
+        sizes = [own + seen for own, seen in zip(text, wanted, strict=True)]
         padded = len(set(sizes)) > 1
         count = numbers(wanted, device)
         choices.append(FilterPlan(layer, count, max(wanted), max(sizes), ragged, padded, **tables))
-        ragged, n = padded, max(sizes)
+        ragged, n, left = padded, max(sizes), wanted
         before[layer] = len(choices) - 1
 
     if not media.whole:
@@ -71,12 +73,17 @@ def straight_of(runtime: Runtime, forward: Forward, media: VisionTokens, device:
         assert media.counts is not None, "counts that are not known"
         reads[layer] = len(choices)
         functions[layer] = _function(runtime, layer)
-        choice(layer + 1, media.counts[k], _tables(prefill, fixed.scoring, n, device))
+        tables = _tables(prefill, fixed.scoring, n, device, not choices)
+        wanted, clusters = _clusters(prefill, left, media.counts[k], device)
+        choice(layer + 1, wanted, {**tables, **clusters})
     cascade = decode is not None and decode.cascade
+    given = places = None
+    if media.fixed is not None and names_raters(prefill) is not None:
+        given, places = (make(forward.length, device, True) for make in (fixed.scoring.flags, fixed.scoring.rows))
     return Straight(
         runtime, fixed, forward.length, runtime.depth, decode.full_layers if decode is not None and cascade else
         runtime.depth, choices, before, reads, functions, fixed.vision, None if media.whole else fixed.alive,
-        fixed.protected, fixed.importance, fixed.is_text, fixed.padding,
+        fixed.protected, fixed.importance, fixed.is_text, fixed.padding, given, places,
     )  # fmt: skip
 
 
@@ -88,11 +95,23 @@ def _function(runtime: Runtime, layer: int) -> Any:
     return attention_function(module, attention_capture.implementation_of(runtime.layers[layer]))
 
 
-def _tables(prefill: PrefillPruner, scoring: Any, n: int, device: torch.device) -> dict[str, Tensor | None]:
-    """What a filter reads of `n` rows."""
-    scorer, rows = prefill.score, scoring.rows(n, device)
-    visible = scoring.visible(rows, n)
+def _tables(
+    prefill: PrefillPruner, scoring: ScoringRows, n: int, device: torch.device, whole: bool
+) -> dict[str, Tensor | None]:
+    """What a filter reads of `n` rows; `whole`: none has left yet."""
+    scorer, rows, visible = prefill.score, scoring.rows(n, device, whole), scoring.visible(n, device, whole)
     wanted = "text" if scorer is None else scorer.rows
     part = {"text": slice(None), "last": slice(-1, None), "none": slice(0)}[wanted]
-    flags = scoring.flags(n, device) if needs_rows(prefill) else None
+    flags = scoring.flags(n, device, whole) if needs_rows(prefill) else None
     return {"rows": rows[:, part], "visible": None if visible is None else visible[:, part], "text": flags}
+
+
+def _clusters(
+    prefill: PrefillPruner, present: list[int], wanted: list[int], device: torch.device
+) -> tuple[list[int], dict[str, Any]]:
+    """How many vision tokens of each prompt are left, and, where a part of them stands for clusters, how many do."""
+    if prefill.recycle is None:
+        return wanted, {}
+    plans = [prefill.recycle.plan(*pair) for pair in zip(present, wanted, strict=True)]
+    kept, some = numbers([n for n, _, _ in plans], device), groups([plan[1:] for plan in plans], device)
+    return [n + clusters for n, _, clusters in plans], {"kept": kept, "groups": tuple(some)}

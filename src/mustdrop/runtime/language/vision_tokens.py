@@ -12,7 +12,7 @@ from torch import Tensor
 from mustdrop import kernels
 from mustdrop.constants import sent
 from mustdrop.indices import HOST, on
-from mustdrop.pruners import TextScorer, answers
+from mustdrop.pruners import answers
 from mustdrop.runtime.language import fixed_rows
 from mustdrop.runtime.language.fixed_rows import FixedRows
 from mustdrop.runtime.language.prompt_media import PromptMedia
@@ -105,8 +105,10 @@ def counted(runtime: Runtime, device: torch.device, kinds: Tensor, mask: Tensor 
     if fixed_rows.possible(runtime, call, kinds, media.ends is not None):
         _fixed(runtime, media, device, tables, call)
         return media
+    if fixed_rows.names_raters(prefill) is not None:
+        return None
     marked = not runtime.method.marks or (media.shown.media and call is not None and call.marks and not call.unmarked)
-    if not marked or (prefill is not None and not fixed_rows.counts_are_known(prefill, media.ends is not None)):
+    if not marked or (prefill is not None and not fixed_rows.leaves_a_number(prefill, media.ends is not None)):
         return None
     _look(runtime, media, torch.empty(0, dtype=torch.float32, device=device), call)
     return media
@@ -149,9 +151,10 @@ def _look(runtime: Runtime, media: VisionTokens, embeds: Tensor, call: Call | No
         media.alive = ~(media.places & embeds[..., 0].isnan().to(HOST))
     media.whole = bool(media.alive.all())
     prefill = runtime.method.prefill
-    if prefill is not None and prefill.score is not None and type(prefill.score).raters is not TextScorer.raters:
+    scorer = fixed_rows.names_raters(prefill)
+    if scorer is not None:
         entering, given = on(media.vision & media.alive, embeds.device), on(media.raters, embeds.device)
-        media.raters = answers.raters(prefill.score, embeds.nan_to_num(0.0), entering, given).to(HOST)
+        media.raters = answers.raters(scorer, embeds.nan_to_num(0.0), entering, given).to(HOST)
     if media.marks:
         _spread_marks(media, reorder=runtime.method.reorder)
     if media.ends is not None:
