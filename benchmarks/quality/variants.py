@@ -8,9 +8,10 @@
     python -m benchmarks quality --variants merging    # the same: how many windows merge in mustdrop
     python -m benchmarks quality --variants last_row   # the same: why is fastv behind random?
     python -m benchmarks quality --variants inside --model pages   # held-out: inside a packed encoder, or behind
+    python -m benchmarks quality --variants tolerance --model pages   # held-out: what need not be encoded
 
-All are of the first edition of `mustdrop+`. Each writes a result file of its own. None but `inside`, by which nothing
-was chosen, looks at held-out scenes. Sets whose names begin with plus2_ are in `benchmarks.quality.second`; one of
+All are of the first edition of `mustdrop+`. Each writes a result file of its own. None but `inside` and `tolerance`, by
+which nothing was chosen, looks at held-out scenes. Sets whose names begin with plus2_ are in `benchmarks.quality.second`; one of
 them is a reported run.
 """
 
@@ -52,6 +53,7 @@ SPLITS = {
     "merging": "selection",
     "last_row": "selection",
     "inside": "heldout",
+    "tolerance": "heldout",
     **dict.fromkeys(second.SETS, "selection"),
     second.REPORTED: "heldout",
 }
@@ -64,11 +66,14 @@ SEEDS = {
     "merging": (3001, 3002),
     "last_row": (3001,),
     "inside": (6002, 6003),
+    "tolerance": (6002, 6003),
 }
+FREE = ("tolerance",)  # sets of compositions without a budget
 COMPARING = ("divprune", "cdpruner", "scope", "mmr", "vispruner")  # methods that compare features
 REFERENCES = {
     "inside": ["mustdrop; windows merge behind", "selected behind", "tome; merges behind"],
     "geometry": [f"{name}; raw" for name in COMPARING],
+    "tolerance": [],  # beside the unpruned model alone
 }
 
 Stages = Mapping[str, Any]
@@ -92,8 +97,7 @@ class Variant(Cell):
 
     def patched(self, model: Any, seed: int) -> AbstractContextManager[Any]:
         """See `Cell.patched`."""
-        assert self.keep is not None
-        return mustdrop.patched(model, **SETS[self.which]()[self.method](self.keep))
+        return mustdrop.patched(model, **SETS[self.which]()[self.method](1.0 if self.keep is None else self.keep))
 
 
 def plan(which: str, budgets: Sequence[float] | None, model: str = "pages") -> list[Cell]:
@@ -102,10 +106,8 @@ def plan(which: str, budgets: Sequence[float] | None, model: str = "pages") -> l
         own = second.reported()
         runs = [(name, keep) for name, keeps in second.RUNS[model].items() for keep in budgets or keeps]
         return [Cell("none", None), *(Variant(n, k, which) if n in own else Cell(n, k) for n, k in runs)]
-    return [
-        Cell("none", None),
-        *(Variant(name, keep, which) for name in SETS[which]() for keep in budgets or BUDGETS[which]),
-    ]
+    keeps: Sequence[float | None] = (None,) if which in FREE else budgets or BUDGETS[which]
+    return [Cell("none", None), *(Variant(name, keep, which) for name in SETS[which]() for keep in keeps)]
 
 
 def search() -> dict[str, Callable[[float], Stages]]:
@@ -257,6 +259,16 @@ def inside() -> dict[str, Callable[[float], Stages]]:
     }
 
 
+def tolerance() -> dict[str, Callable[[float], Stages]]:
+    """`pixelprune` on drawn paper, which is not of one colour: how much may patches differ that count as equal?"""
+
+    def predicted(**knobs: Any) -> Callable[[float], Stages]:
+        return lambda keep: {"input": mustdrop.method.find("pixelprune", **knobs).input}
+
+    found = {f"tolerance {value:g}": predicted(tolerance=value) for value in (0.0, 0.1, 0.2, 0.3, 0.5)}
+    return found | {"tolerance 0.2, each picture alone": predicted(tolerance=0.2, previous=False)}
+
+
 def _whole(keep: float) -> dict[str, Any]:
     method = MustDropPlus(keep=keep, behind="merge").build()
     return {"vision": method.vision, "prefill": method.prefill, "decode": method.decode}
@@ -271,5 +283,6 @@ SETS: dict[str, Callable[[], dict[str, Callable[[float], Stages]]]] = {
     "merging": merging,
     "last_row": last_row,
     "inside": inside,
+    "tolerance": tolerance,
     **second.SETS,
 }
