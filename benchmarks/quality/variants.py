@@ -11,8 +11,8 @@
     python -m benchmarks quality --variants tolerance --model pages   # held-out: what need not be encoded
 
 All are of the first edition of `mustdrop+`. Each writes a result file of its own. None but `inside` and `tolerance`, by
-which nothing was chosen, looks at held-out scenes. Sets whose names begin with plus2_ are in `benchmarks.quality.second`; one of
-them is a reported run.
+which nothing was chosen, looks at held-out scenes. Sets whose names begin with plus2_ are in
+`benchmarks.quality.second`; one of them is a reported run.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ SEEDS = {
     "tolerance": (6002, 6003),
 }
 FREE = ("tolerance",)  # sets of compositions without a budget
+PAGES = ("inside", "tolerance")  # sets for an encoder of packed patches
 COMPARING = ("divprune", "cdpruner", "scope", "mmr", "vispruner")  # methods that compare features
 REFERENCES = {
     "inside": ["mustdrop; windows merge behind", "selected behind", "tome; merges behind"],

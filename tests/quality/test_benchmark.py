@@ -99,8 +99,8 @@ def test_two_processes_measure_what_one_does(whole, tmp_path):
 def test_compositions_travel_to_other_processes_and_can_be_built(which):
     plan = variants.plan(which, None)
     assert pickle.loads(pickle.dumps(plan)) == plan
-    model, _ = load("pages" if which == "inside" or which.startswith("plus2_") else "scenes")
-    for cell in plan[1 :: len(variants.BUDGETS[which])]:
+    model, _ = load("pages" if which in variants.PAGES or which.startswith("plus2_") else "scenes")
+    for cell in plan[1 :: len(variants.BUDGETS.get(which, (None,)))]:
         with cell.patched(model, seed=0):
             pass
 
