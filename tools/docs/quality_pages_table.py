@@ -192,6 +192,24 @@ def inside(record: Record, table: Table) -> str:
     return setting(record) + "\n\n" + table([*header, "gained / lost beside *after the encoder*"], lines)
 
 
+def tolerance(record: Record, table: Table) -> str:
+    """How much patches that count as equal may differ: what is retained, accuracy, what is lost beside unpruned."""
+    lines = []
+    for row in record["rows"]:
+        test = row.get("against_unpruned", {}).get("mcnemar")
+        lines.append(
+            [
+                "nothing is dropped" if test is None else row["method"],
+                f"{row['equal_share']:.1%}",
+                f"{row['flops']:.1%}",
+                _interval(row["correct"]),
+                "" if test is None else f"{test['gained']} / {test['lost']}, p {test['p']:.2g}",
+            ]
+        )
+    header = ["`pixelprune`", "retained", "FLOPs of the prompt", "accuracy", "gained / lost beside the unpruned"]
+    return setting(record) + "\n\n" + table(header, lines)
+
+
 def _beside(record: Record) -> list[str]:
     """The compositions that others are compared with."""
     return list(dict.fromkeys(row["reference"] for row in record["differences"]))
