@@ -165,8 +165,8 @@ class MustDropPlus(Comparing, Recipe):
         decode_keep: vision entries per layer that stay in the cache while decoding; None keeps what the filter left.
         interval: decode steps between two evictions.
         geometry: how what merges in the encoder, and what the filter chooses from, is compared: "raw" as it is,
-            "centered" around its mean, "standardized" around it and with channels of equal variance. But for "raw", the
-            filter multiplies attention with how distinct a token is.
+            "centered" around its mean, "standardized" around it and with channels of equal variance. Except for "raw",
+            the filter multiplies attention with how distinct a token is.
     """
 
     called: ClassVar[str | None] = "mustdrop+"

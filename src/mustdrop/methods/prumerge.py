@@ -155,7 +155,7 @@ class PruMerge(Comparing, Recipe):
         plus: PruMerge+: evenly spaced features stay too.
         neighbours: features that each kept one takes in.
         geometry: how keys are compared: "raw" as they are, "centered" around their mean, "standardized" around it and
-            with channels of equal variance. But for "raw", importance is multiplied with how distinct a feature is.
+            with channels of equal variance. Except for "raw", importance is multiplied with how distinct a feature is.
         compat: "released" has the features in the order of their attention, with new positions; it has no `keep`.
         importance: "attention" of the encoder; or in its place the likeness with the "question", what is "distinct"
             from the mean, the folder of a scorer, a module, or an `Importance` of your own, spread from 0 to 1 where

@@ -70,7 +70,7 @@ class VisionZip(Comparing, Recipe):
         keep: tokens (int) or share of the prompt's vision tokens, dominant and contextual together.
         contextual: share of `keep` that is contextual.
         geometry: how keys are compared: "raw" as they are, "centered" around their mean, "standardized" around it and
-            with channels of equal variance. But for "raw", importance is multiplied with how distinct a feature is.
+            with channels of equal variance. Except for "raw", importance is multiplied with how distinct a feature is.
         importance: "attention" of the encoder; or in its place the likeness with the "question", what is "distinct"
             from the mean, the folder of a scorer, a module, or an `Importance` of your own. One that reads the features
             of the language model moves the choice after the projector.

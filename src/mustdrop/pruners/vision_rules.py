@@ -259,7 +259,7 @@ class Comparing(Settings):
 
     Attributes:
         geometry: "raw" compares features as they are; "centered" around their mean; "standardized" those of the
-            encoder, around their mean and with channels of equal variance (for Qwen's encoders). But for "raw",
+            encoder, around their mean and with channels of equal variance (for Qwen's encoders). Except for "raw",
             importance is multiplied with how distinct a feature is.
     """
 
