@@ -21,6 +21,7 @@ from mustdrop.runtime.vision import attention
 from mustdrop.runtime.vision.encoder import layers_read
 from mustdrop.runtime.vision.encoder_run import EncoderRun
 from mustdrop.runtime.vision.marks import FeatureMarks, decide
+from mustdrop.runtime.vision.media_plan import MediaPlan
 from mustdrop.runtime.vision.selection import PlacedSelections, VisionSelector, Weigher
 
 
@@ -108,7 +109,7 @@ class PlainStage:
             features: (F, C) of all media, before they are projected.
             counts: features of each medium that stay.
         """
-        chooser = self._chooser(run, layouts, counts)
+        chooser = self._chooser(run, MediaPlan(layouts, counts, counts))
         assert chooser is not None
         return chooser(features)
 
@@ -132,17 +133,14 @@ class PlainStage:
             rows: (F, D) what is handed on, if that is more than the features (DeepStack); merged like them.
         """
         most = [min(count, layout.size) for count, layout in zip(counts, layouts, strict=True)]
-        chooser = self._chooser(run, layouts, most)
-        weighs = self.pruner.weighs
-        weigh = None if weighs is None else Weigher(weighs, run, layouts, ())
-        decided = decide(self.pruner, run, layouts, features, most, most, {}, None, chooser, choice, weigh)
+        plan, weighs = MediaPlan(layouts, most, most), self.pruner.weighs
+        weigh = None if weighs is None else Weigher(weighs, run, plan)
+        decided = decide(self.pruner, run, plan, features, self._chooser(run, plan), choice, weigh)
         values = decided.write(features if rows is None else rows)
         return _kept(decided, values, [layout.size for layout in layouts])
 
-    def _chooser(self, run: EncoderRun, layouts: Sequence[Layout], counts: Sequence[int]) -> VisionSelector | None:
-        return (
-            None if self.pruner.rule is None else VisionSelector(self.pruner.rule, run, layouts, counts, {}, None, ())
-        )
+    def _chooser(self, run: EncoderRun, plan: MediaPlan) -> VisionSelector | None:
+        return None if self.pruner.rule is None else VisionSelector(self.pruner.rule, run, plan)
 
 
 def _kept(decided: FeatureMarks, values: Tensor, sizes: Sequence[int]) -> list[Kept]:

@@ -14,7 +14,7 @@ from mustdrop.method import registry as recipes
 from mustdrop.pruners import PrefillPruner, Raters, Recycling
 from mustdrop.runtime.language import vision_tokens
 from mustdrop.runtime.session import Runtime
-from mustdrop.runtime.vision.features import FeaturesWrapper
+from mustdrop.runtime.vision.encoding import Encoding
 from support.builders import LLAMA, SIGLIP, batch, clone
 from support.edges import BUDGETED
 
@@ -28,7 +28,7 @@ def looks(monkeypatch):
     def switch(windows: bool = False) -> None:
         monkeypatch.setattr(vision_tokens.fixed_rows, "possible", lambda *_: False)
         if not windows:
-            monkeypatch.setattr(FeaturesWrapper, "_counts", lambda *_: None)
+            monkeypatch.setattr(Encoding, "_counts", lambda *_: None)
 
     return switch
 

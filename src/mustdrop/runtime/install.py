@@ -14,7 +14,6 @@ from mustdrop.runtime.calls import BASE, MODEL, TEXT, DirectForward, PrepareWrap
 from mustdrop.runtime.generate import GenerateWrapper
 from mustdrop.runtime.language.decoder_layers import AttentionCapture, LayerHook
 from mustdrop.runtime.language.recurrent import RowByRow
-from mustdrop.runtime.vision.block_merging import BlockMergingHooks
 from mustdrop.runtime.vision.encoder import EncoderStage
 from mustdrop.runtime.vision.encoder_hooks import (
     EncoderCapture,
@@ -113,6 +112,8 @@ class Installation:
                     self.handles.append(attention.register_forward_pre_hook(MaskHook(stage), with_kwargs=True))
             self.handles.append(tower.module.register_forward_hook(stage.after_tower, prepend=True))
         if stage.inner is not None and tower.halves is not None:
+            from mustdrop.runtime.vision.block_merging import BlockMergingHooks
+
             for i in range(stage.last + 1):
                 self.handles += BlockMergingHooks(runtime.local, i).install(tower.blocks[i], tower.halves)
         if isinstance(stage.pruner.rule, PictureRule):

@@ -1,22 +1,18 @@
-"""What a method asks of one prompt and of each of its media: budgets turned into numbers, before any work is done."""
+"""What a method asks of one prompt: budgets turned into numbers, before any work is done.
+
+The part of each of its media is worked out in `mustdrop.runtime.vision.media_plan`.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
-
-import torch
-from torch import Tensor
 
 from mustdrop import budget
-from mustdrop.budget import keep_text, share_out
+from mustdrop.budget import keep_text
 from mustdrop.errors import BudgetError
 from mustdrop.method import Method
-
-if TYPE_CHECKING:
-    from mustdrop.runtime.state import Call
 
 
 @dataclass(frozen=True)
@@ -186,97 +182,3 @@ def _merge_floor(tokens: float, total: int) -> int:
     budget and image where that is less, and the filters choose from that; at a budget of everything nothing may merge.
     """
     return math.ceil(min(2 * tokens, (tokens + total) / 2) - 1e-6)
-
-
-def rows_of_media(sizes: Sequence[int], totals: Sequence[int]) -> list[int] | None:
-    """Which prompt each medium belongs to: media fill the prompts' placeholders in order. None if they do not fit.
-
-    Args:
-        sizes: features per medium; empty ones (a row without an image) go with the row before.
-        totals: placeholders per prompt.
-    """
-    rows, medium = [], 0
-    for row, total in enumerate(totals):
-        while medium < len(sizes) and (total > 0 or not sizes[medium]):
-            rows.append(row)
-            total -= sizes[medium]
-            medium += 1
-        if total:
-            return None
-    return rows if medium == len(sizes) else None
-
-
-@dataclass(frozen=True)
-class MediaShare:
-    """How a prompt's tokens are split over kinds of media.
-
-    Attributes:
-        tokens: of the prompt, per kind of media.
-        own: which of the kinds is being encoded.
-        end: the kind whose token ends the prompt, or None.
-    """
-
-    tokens: Sequence[int]
-    own: int = 0
-    end: int | None = None
-
-    @property
-    def ends(self) -> bool:
-        """Whether the kind that is being encoded ends the prompt."""
-        return self.end == self.own
-
-
-def media_shares(call: Call, kind: str) -> list[MediaShare]:
-    """One per prompt."""
-    names = list(call.totals_of)
-    ends = [None if end is None else names.index(end) for end in call.open_ended]
-    counts = [_seen(call, name) for name in names]
-    return [MediaShare([count[row] for count in counts], names.index(kind), end) for row, end in enumerate(ends)]
-
-
-def _seen(call: Call, kind: str) -> list[int]:
-    """Tokens of one kind per prompt that no mask hides."""
-    if kind not in call.shown_of:
-        return call.totals_of[kind]
-    return [int(row.sum()) for row in call.shown_of[kind]]
-
-
-def shown_features(call: Call, kind: str, sizes: Sequence[int]) -> list[Tensor] | None:
-    """Per medium (N,) bool, features that no mask hides; None: all."""
-    if kind not in call.shown_of:
-        return None
-    return list(torch.split(torch.cat(call.shown_of[kind]), list(sizes)))
-
-
-def ending_features(
-    shares: Sequence[MediaShare], owners: Sequence[int], sizes: Sequence[int], shown: Sequence[Tensor] | None
-) -> dict[int, int]:
-    """Medium -> its feature that ends a prompt; that one predicts what follows."""
-    found: dict[int, tuple[int, int]] = {}  # the last one of each prompt counts
-    for i, row in enumerate(owners):
-        if not shares[row].ends:
-            continue
-        seen = range(sizes[i]) if shown is None else shown[i].nonzero()[:, 0].tolist()
-        if len(seen):
-            found[row] = i, seen[-1]
-    return dict(found.values())
-
-
-def limits_of_media(
-    sizes: Sequence[int], owners: Sequence[int], shares: Sequence[MediaShare], amounts: Sequence[int]
-) -> list[int]:
-    """Per medium, its part of its prompt's `amounts`: shared among the kinds of media first, then among the media.
-
-    The parts of all kinds, each of which is worked out in a call of its own, add up. Where the tokens go round, each
-    medium has one at least (an icon among large pictures); what ends the prompt has one in any case.
-    """
-    out = [0] * len(sizes)
-    for row, amount in enumerate(amounts):
-        media = [i for i, owner in enumerate(owners) if owner == row and sizes[i]]
-        if media:
-            share = shares[row]
-            part = share_out(amount, share.tokens, share.end, each=True)[share.own]
-            needs = len(media) - 1 if share.ends else None
-            for i, n in zip(media, share_out(part, [sizes[i] for i in media], needs, each=True), strict=True):
-                out[i] = n
-    return out

@@ -280,10 +280,9 @@ class TextStage(Copied):
             cache_policy.after_prompt(self._decode, forward, later)
         remembers = self._decode.reads_steps or self._decode.old_pictures is not None
         layers = [] if forward.cache is None or remembers else forward.cache.layers
-        if (
-            made is None and not forward.free and all(layer.whole for layer in layers)
-        ):  # all or none: a model without hooks is then refused
-            for layer in layers:  # at its first layer
+        # all or none: a model without hooks is then refused at its first layer
+        if made is None and not forward.free and all(layer.whole for layer in layers):
+            for layer in layers:
                 layer.forget()
         return made
 

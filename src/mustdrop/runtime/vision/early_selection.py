@@ -38,7 +38,7 @@ class EarlySelection:
     def __call__(self, output: Any) -> Any:
         """The encoder's output with the rule's values in the patches that stay."""
         run, final = self.chooser.run, output.last_hidden_state
-        table = stacked(self.chooser.layouts)
+        table = stacked(self.chooser.plan.layouts)
         if not run.item or table.shape[1] > 1 or int(table.max()) >= len(final) * run.item:
             return output
         as_read = plain(table)

@@ -14,10 +14,10 @@ from mustdrop.adapters.base import Tower
 from mustdrop.compat import eager
 from mustdrop.runtime.masks_flex import Mask
 from mustdrop.runtime.state import Local
-from mustdrop.runtime.vision.packed import Packed
 
 if TYPE_CHECKING:
     from mustdrop.runtime.vision.encoder import EncoderStage
+    from mustdrop.runtime.vision.packed import Packed
 
 
 @dataclass

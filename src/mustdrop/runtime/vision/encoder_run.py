@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,9 +12,11 @@ from torch import Tensor
 from mustdrop.adapters.base import Tower
 from mustdrop.pruners import Read
 from mustdrop.runtime.masks_flex import Mask
-from mustdrop.runtime.vision.block_merging import BlockMerging
-from mustdrop.runtime.vision.packed import Packed
 from mustdrop.selection import Selection
+
+if TYPE_CHECKING:
+    from mustdrop.runtime.vision.block_merging import BlockMerging
+    from mustdrop.runtime.vision.packed import Packed
 
 
 @dataclass
@@ -42,7 +44,6 @@ class EncoderRun:
         rated: what attention was read of which layer, as a place in `lengths` -> whether that of every query was.
         borders: those of a packed sequence, by the id of the borders that they are of.
         packed: what is left of the patches of a packed tower where some may leave inside, or None.
-        gone: (F,) bool, features whose patches the input stage did not let in, or None.
         merges_packed: whether windows merge inside a packed tower.
         uncut: as `lengths`, had no patch left; kept for such a tower only.
     """
@@ -66,7 +67,6 @@ class EncoderRun:
     counted: tuple[Selection, Sequence[int] | Tensor] | None = None
     borders: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     packed: Packed | None = None
-    gone: Tensor | None = None
     merges_packed: bool = False
     uncut: list[Sequence[int] | Tensor] = field(default_factory=list)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from mustdrop.indices import on
 from mustdrop.layout import Layout
 from mustdrop.pruners import Read
 from mustdrop.runtime.vision.encoder_run import EncoderRun
+from mustdrop.runtime.vision.media_plan import MediaPlan
 
 
 def patches_left(layouts: Sequence[Layout], most: Sequence[int], item: int) -> list[int]:
@@ -113,9 +114,7 @@ def owners(run: EncoderRun, patches: Tensor, as_read: bool = False) -> Tensor:
     return torch.where(structural, index, table[key] % number)
 
 
-def named(
-    owner: Tensor, layouts: Sequence[Layout], ends: Mapping[int, int], shown: Sequence[Tensor] | None = None
-) -> Tensor:
+def named(owner: Tensor, plan: MediaPlan) -> Tensor:
     """What names each merged window, so that no token that must be there is gone.
 
     A feature that ends a prompt names the window that it is part of; one that a mask hides names none that others are
@@ -123,19 +122,17 @@ def named(
 
     Args:
         owner: (F,) long, for each feature of all media the one that names its window.
-        layouts: one per medium.
-        ends: medium -> its feature that ends a prompt.
-        shown: per medium (N,) bool, features that no mask hides; None: all.
+        plan: what is asked of each medium.
     """
-    if not ends and shown is None:
+    if plan.by_shapes:
         return owner
     index, device = torch.arange(len(owner), dtype=torch.long, device=owner.device), owner.device
     turn = (owner != index).long()  # whose turn it is to name: the end, what does so far, others that are seen
-    if shown is not None:
-        turn = torch.where(torch.cat(list(shown)).to(device), turn, 2)
-    for i, start in enumerate(itertools.accumulate((layout.size for layout in layouts), initial=0)):
-        if i in ends:
-            turn[start + ends[i]] = -1
+    if plan.shown is not None:
+        turn = torch.where(torch.cat(list(plan.shown)).to(device), turn, 2)
+    for i, start in enumerate(itertools.accumulate((layout.size for layout in plan.layouts), initial=0)):
+        if i in plan.ends:
+            turn[start + plan.ends[i]] = -1
     key = (turn + 1) * len(owner) + index
     best = torch.full_like(owner, 4 * len(owner)).scatter_reduce(0, owner, key, "amin")
     return best[owner] % len(owner)

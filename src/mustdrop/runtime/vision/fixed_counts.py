@@ -14,6 +14,7 @@ from mustdrop.budget import share_out
 from mustdrop.layout import Layout
 from mustdrop.pruners import VisionRule, VisionStagePruner
 from mustdrop.runtime.vision.encoder_run import EncoderRun
+from mustdrop.runtime.vision.media_plan import MediaPlan
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,12 @@ class FeatureCounts:
     kept: list[int]
 
 
-def windows_inside(
-    pruner: VisionStagePruner, layouts: Sequence[Layout], floor: Sequence[int], run: EncoderRun
-) -> list[int]:
-    """Per item of the encoder's batch, how many windows merge, so that each medium has `floor` features or a few more.
+def windows_inside(pruner: VisionStagePruner, plan: MediaPlan, run: EncoderRun) -> list[int]:
+    """Per item of the encoder's batch, how many windows merge, so that each medium has its least or a few more.
 
     Args:
         pruner: the vision stage.
-        layouts: one per medium.
-        floor: features per medium that merging leaves at least.
+        plan: what is asked of each medium.
         run: the pass through the encoder.
     """
     assert run.grid is not None
@@ -45,7 +43,7 @@ def windows_inside(
     patches, most = run.grid[0] * run.grid[1], pruner.most_windows(run.grid, run.pool)
     lost = pruner.window**2 - 1  # features of a window that merges
     out: dict[int, int] = {}
-    for layout, fewest in zip(layouts, floor, strict=True):
+    for layout, fewest in zip(plan.layouts, plan.least, strict=True):
         items, counts = layout.items(patches)
         gone = min(max(0, layout.size - fewest), sum(counts))
         shares = share_out(gone, counts) if items else []
@@ -66,24 +64,16 @@ def windows_behind(pruner: VisionStagePruner, layout: Layout, fewest: int) -> li
     return out
 
 
-def counts_of(
-    pruner: VisionStagePruner,
-    run: EncoderRun,
-    layouts: Sequence[Layout],
-    floor: Sequence[int],
-    most: Sequence[int],
-    item: int,
-) -> FeatureCounts | None:
+def counts_of(pruner: VisionStagePruner, run: EncoderRun, plan: MediaPlan, item: int) -> FeatureCounts | None:
     """Features of each medium that are left after merging and after the choice; None where only the data tell.
 
     Args:
         pruner: the vision stage.
         run: the pass through the encoder that begins.
-        layouts: one per medium.
-        floor: features per medium that merging leaves at least.
-        most: features per medium that may enter the language model.
+        plan: what is asked of each medium.
         item: patches of one item of the encoder's batch.
     """
+    layouts = plan.layouts
     sizes = [layout.size for layout in layouts]
     if run.inside is not None:
         gone = [sum(own) for own in run.inside.amounts]
@@ -100,12 +90,12 @@ def counts_of(
         merged = _after_windows(pruner, run, layouts, run.windows)
     else:
         merged = []
-        for layout, fewest in zip(layouts, floor, strict=True):
+        for layout, fewest in zip(plan.layouts, plan.least, strict=True):
             lost = [pruner.window_tokens(grid) - 1 for grid in layout.grids]
             merged.append(
                 layout.size - sum(n * k for n, k in zip(windows_behind(pruner, layout, fewest), lost, strict=True))
             )
-    return FeatureCounts(merged, [min(pair) for pair in zip(merged, most, strict=True)])
+    return FeatureCounts(merged, [min(pair) for pair in zip(merged, plan.most, strict=True)])
 
 
 def _after_windows(

@@ -21,15 +21,15 @@ from mustdrop.runtime.vision.encoder_run import EncoderRun
 from mustdrop.runtime.vision.feature_tables import of_features, owners, plain, stacked
 from mustdrop.runtime.vision.fixed_counts import FeatureCounts, windows_behind
 from mustdrop.runtime.vision.marks import FeatureMarks, means
+from mustdrop.runtime.vision.media_plan import MediaPlan
 from mustdrop.runtime.vision.selection import PlacedSelections, VisionSelector, Weigher
 
 
 def decide(
     pruner: VisionStagePruner,
     run: EncoderRun,
-    layouts: Sequence[Layout],
+    plan: MediaPlan,
     features: Tensor,
-    floor: Sequence[int],
     counts: FeatureCounts,
     chooser: VisionSelector | None,
     choice: PlacedSelections | None,
@@ -40,15 +40,15 @@ def decide(
     Args:
         pruner: the vision stage.
         run: what the encoder did.
-        layouts: one per medium.
+        plan: what is asked of each medium.
         features: (F, C) of all media, one after the other.
-        floor: features per medium that merging leaves at least.
         counts: how many there are when it is done.
         chooser: asks the pruner's rule, if it has one.
         choice: what the rule has decided already, as the features left the encoder.
         weigh: says what is important in place of the encoder's attention, or None.
     """
-    device, table = features.device, stacked(layouts)
+    layouts, device = plan.layouts, features.device
+    table = stacked(layouts)
     as_read = plain(table)
     patches = sent(table, device)
     importance = of_features(run, pruner.importance, patches, as_read) if pruner.needs_attention else None
@@ -58,7 +58,7 @@ def decide(
     # each medium is an item, and each feature a patch of it
     simple = run.names is not None and as_read and all(own.size == run.names[0].shape[1] for own in layouts)
     if behind:
-        owner = _owners_behind(pruner, layouts, features, floor)
+        owner = _owners_behind(pruner, plan, features)
     elif simple and chooser is None:
         pass
     elif run.merged is not None:
@@ -108,14 +108,12 @@ def _nothing(n: int, device: torch.device) -> Tensor:
     return constant(("none", n), device, lambda: torch.zeros(n, dtype=torch.bool, device=device))
 
 
-def _owners_behind(
-    pruner: VisionStagePruner, layouts: Sequence[Layout], features: Tensor, floor: Sequence[int]
-) -> Tensor | None:
-    """(F,) long as `_owners`, for windows over the cells of each grid of features; None if none merges."""
+def _owners_behind(pruner: VisionStagePruner, plan: MediaPlan, features: Tensor) -> Tensor | None:
+    """(F,) long as `owners`, for windows over the cells of each grid of features; None if none merges."""
     device = features.device
     owner, start = count_up(1, len(features), device)[0], 0
     changed: Tensor | None = None
-    for layout, fewest in zip(layouts, floor, strict=True):
+    for layout, fewest in zip(plan.layouts, plan.least, strict=True):
         cells = layout.cell_table
         place = np.zeros(layout.offsets[-1], dtype=np.int64)
         place[cells[cells >= 0]] = np.flatnonzero(cells >= 0) + start  # cell -> feature
@@ -266,7 +264,7 @@ def _candidates(
         return
     groups: dict[tuple[int, int], list[tuple[int, np.ndarray]]] = {}
     start = 0
-    for i, layout in enumerate(chooser.layouts):
+    for i, layout in enumerate(chooser.plan.layouts):
         mine, structural = np.arange(start, start + layout.size), layout.gaps
         start += layout.size
         first, free = mine[structural][: counts.kept[i]], mine[~structural]
@@ -282,7 +280,7 @@ def _after_merging(
     chooser: VisionSelector, owner: Tensor, counts: FeatureCounts, device: torch.device
 ) -> Iterator[tuple[list[int], Tensor, int]]:
     """As `_candidates`, of the features that name what they and others have become part of."""
-    layouts = chooser.layouts
+    layouts = chooser.plan.layouts
     for group, starts in _by_size(layouts):
         begins = sent(np.array(starts, dtype=np.int64)[:, None], device)
         here = _rows(owner, layouts, group, starts) - begins == count_up(len(group), layouts[group[0]].size, device)

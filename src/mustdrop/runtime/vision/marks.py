@@ -16,6 +16,7 @@ from mustdrop.pruners import VisionStagePruner
 from mustdrop.runtime.records import FlatMarks, Marks
 from mustdrop.runtime.vision.encoder_run import EncoderRun
 from mustdrop.runtime.vision.feature_tables import named, of_features, owners, stacked
+from mustdrop.runtime.vision.media_plan import MediaPlan
 from mustdrop.runtime.vision.selection import PlacedSelections, VisionSelector, Weigher
 
 
@@ -63,18 +64,18 @@ def means(features: Tensor, into: Tensor) -> Tensor:
     return torch.where(alone, features, (total / size.clamp(min=1)[:, None]).to(features.dtype))
 
 
-def must_remain(pruner: VisionStagePruner, layouts: Sequence[Layout], least: Sequence[int], run: EncoderRun) -> Tensor:
-    """(items,) long, patches of each encoder item that merging must leave, so that `least` features of each medium do.
+def must_remain(pruner: VisionStagePruner, plan: MediaPlan, run: EncoderRun) -> Tensor:
+    """(items,) long, patches of each encoder item that merging must leave, so that each medium has its least features.
 
     Merging a window of w x w features takes w * w - 1 of them, and (w * pool) ** 2 - 1 patches.
     """
     assert run.grid is not None
     assert pruner.window is not None
     patches = run.grid[0] * run.grid[1]
-    items = max(int(layout.patches.max()) for layout in layouts if layout.size) // patches + 1
+    items = max(int(layout.patches.max()) for layout in plan.layouts if layout.size) // patches + 1
     remain = torch.zeros(items, dtype=torch.long, device=HOST)
     window, square = pruner.window**2 - 1, (pruner.window * run.pool) ** 2 - 1
-    for layout, fewest in zip(layouts, least, strict=True):
+    for layout, fewest in zip(plan.layouts, plan.least, strict=True):
         item, count = layout.items(patches)
         gone = max(0, layout.size - fewest)
         for i, n in zip(item, share_out(min(gone, sum(count)), count), strict=True):
@@ -85,12 +86,8 @@ def must_remain(pruner: VisionStagePruner, layouts: Sequence[Layout], least: Seq
 def decide(
     pruner: VisionStagePruner,
     run: EncoderRun,
-    layouts: Sequence[Layout],
+    plan: MediaPlan,
     features: Tensor,
-    least: Sequence[int],
-    most: Sequence[int],
-    ends: Mapping[int, int],
-    shown: Sequence[Tensor] | None = None,
     chooser: VisionSelector | None = None,
     choice: PlacedSelections | None = None,
     weigh: Weigher | None = None,
@@ -100,21 +97,18 @@ def decide(
     Args:
         pruner: the vision stage.
         run: what the encoder did.
-        layouts: one per medium.
+        plan: what is asked of each medium.
         features: (F, C) of all media, one after the other.
-        least: features per medium that merging must leave.
-        most: features per medium that may enter the language model.
-        ends: medium -> its feature that ends a prompt, predicts what follows, and must stay.
-        shown: per medium (N,) bool, features that no mask hides; None: all.
         chooser: asks the pruner's rule, if it has one.
         choice: what the rule has decided already, as the features left the encoder.
         weigh: says what is important in place of the encoder's attention, or None.
     """
+    layouts, ends, shown, gone = plan.layouts, plan.ends, plan.shown, plan.gone
     patches = torch.from_numpy(stacked(layouts))
     importance = _importance(pruner, run, patches) if weigh is None else weigh(features).to(HOST)
     behind = run.grid is None and pruner.window is not None and not run.merges_packed
-    owner = merge_behind(pruner, layouts, features, least, run.gone) if behind else owners(run, patches)
-    owner = named(owner, layouts, ends, shown)
+    owner = merge_behind(pruner, plan, features) if behind else owners(run, patches)
+    owner = named(owner, plan)
     starts = [0]
     for layout in layouts:
         starts.append(starts[-1] + layout.size)
@@ -131,10 +125,10 @@ def decide(
             structural=torch.stack([layouts[i].structural for i in group]),
             importance=torch.stack([importance[starts[i] : starts[i + 1]] for i in group]),
             owner=torch.stack([owner[starts[i] : starts[i + 1]] - starts[i] for i in group]),
-            most=torch.tensor([most[i] for i in group], dtype=torch.long, device=HOST),
+            most=torch.tensor([plan.most[i] for i in group], dtype=torch.long, device=HOST),
             ends=_marked([layouts[i].size for i in group], {group.index(i): k for i, k in ends.items() if i in group}),
             shown=None if shown is None else torch.stack([shown[i] for i in group]),
-            gone=None if run.gone is None else torch.stack([run.gone[starts[i] : starts[i + 1]] for i in group]),
+            gone=None if gone is None else torch.stack([gone[starts[i] : starts[i + 1]] for i in group]),
         )
         for i, mark in zip(group, part.marks(pruner), strict=True):
             marks[i] = mark
@@ -230,20 +224,15 @@ def _importance(pruner: VisionStagePruner, run: EncoderRun, patches: Tensor) -> 
     return of_features(run, pruner.importance, patches)
 
 
-def merge_behind(
-    pruner: VisionStagePruner,
-    layouts: Sequence[Layout],
-    features: Tensor,
-    least: Sequence[int],
-    gone: Tensor | None = None,
-) -> Tensor:
+def merge_behind(pruner: VisionStagePruner, plan: MediaPlan, features: Tensor) -> Tensor:
     """(F,) long as `owners`, for windows over the cells of each grid of features.
 
-    Windows with a feature that is `gone` (F,) do not merge.
+    Windows with a feature that is gone do not merge.
     """
+    gone = plan.gone
     owner = torch.arange(len(features), dtype=torch.long, device=HOST)
     start = 0
-    for layout, fewest in zip(layouts, least, strict=True):
+    for layout, fewest in zip(plan.layouts, plan.least, strict=True):
         cells = layout.cells
         place = torch.empty(layout.offsets[-1], dtype=torch.long, device=HOST)
         place[cells[cells >= 0]] = (cells >= 0).nonzero()[:, 0] + start  # cell -> feature

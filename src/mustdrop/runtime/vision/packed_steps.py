@@ -18,10 +18,11 @@ from mustdrop.pruners import InputPruner, VisionStagePruner
 from mustdrop.runtime.attention_capture import implementation_of
 from mustdrop.runtime.vision.encoder_run import EncoderRun
 from mustdrop.runtime.vision.marks import FeatureMarks, merge_behind
-from mustdrop.runtime.vision.packed import Decision, Packed
+from mustdrop.runtime.vision.media_plan import MediaPlan
 
 if TYPE_CHECKING:
     from mustdrop.runtime.vision.encoder import EncoderStage
+    from mustdrop.runtime.vision.packed import Decision
 
 
 def check(pruner: InputPruner | None, adapter: Adapter, tower: Tower | None) -> None:
@@ -135,16 +136,14 @@ class PackedSteps:
     Attributes:
         stage: of the encoder.
         run: the pass.
-        layouts: one per medium.
-        least: features per medium that merging must leave.
-        decide: decides about features (F, C), as `marking.decide` does.
+        plan: what is asked of each medium.
+        decide: decides about features (F, C), as `marks.decide` does.
         decided: what was decided inside, or None.
     """
 
     stage: EncoderStage
     run: EncoderRun
-    layouts: Sequence[Layout]
-    least: Sequence[int]
+    plan: MediaPlan
     decide: Callable[[Tensor], FeatureMarks]
     decided: FeatureMarks | None = None
 
@@ -155,15 +154,17 @@ class PackedSteps:
             cells: (F, k) patches of each feature.
             pixel_rows: (P,) long, the row of pixels that each patch is made of; None: in the same order.
         """
-        run, stage = self.run, self.stage
+        from mustdrop.runtime.vision.packed import Packed  # here: most encoders are not packed
+
+        run, stage, gone = self.run, self.stage, self.plan.gone
         packed = Packed(cells)
         if stage.tower.padded:
             from mustdrop.runtime.vision.padded import Padded
 
             packed = Padded(cells, attention=implementation_of(stage.tower.blocks[0]))
-        if run.gone is not None and bool(run.gone.any()):
-            packed.add(0, lambda states: (torch.where(_gone(run), -1, packed.owner), None))
-            lost = cells[run.gone]
+        if gone is not None and bool(gone.any()):
+            packed.add(0, lambda states: (packed.owner.masked_fill(gone, -1), None))
+            lost = cells[gone]
             lost = lost[lost >= 0]
             packed.unmade = lost if pixel_rows is None else pixel_rows[lost]
         if stage.merges_packed:
@@ -176,8 +177,8 @@ class PackedSteps:
 
     def _merge(self, states: Callable[[], Tensor]) -> Decision:
         assert self.stage.pruner is not None
-        owner = merge_behind(self.stage.pruner, self.layouts, states(), self.least, self.run.gone)
-        return owner if self.run.gone is None else owner.masked_fill(self.run.gone, -1), None
+        owner, gone = merge_behind(self.stage.pruner, self.plan, states()), self.plan.gone
+        return owner if gone is None else owner.masked_fill(gone, -1), None
 
     def _select(self, states: Callable[[], Tensor]) -> Decision | None:
         packed, seen = self.run.packed, states()
@@ -189,15 +190,3 @@ class PackedSteps:
         owner = torch.where(alive, torch.arange(len(alive), dtype=torch.long, device=HOST), -1)
         blends = choice is not None and any(chosen.blend is not None for _, chosen in choice.parts)
         return owner, choice.blend if choice is not None and blends else None
-
-
-def _gone(run: EncoderRun) -> Tensor:
-    assert run.gone is not None
-    return run.gone
-
-
-def left(shown: list[Tensor] | None, gone: list[Tensor] | None) -> list[Tensor] | None:
-    """Per medium (N,) bool, features that neither a mask hides nor the input stage took away; None: all."""
-    if gone is None:
-        return shown
-    return [~lost if shown is None else seen & ~lost for lost, seen in zip(gone, shown or gone, strict=True)]

@@ -1,4 +1,4 @@
-"""A `PictureRule` at work in a model: smaller pictures for the encoder, and features of the usual number behind it."""
+"""A `PictureRule` at work in a model: smaller pictures for the encoder, and features of the usual number after it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from mustdrop.layout import Layout
 from mustdrop.pruners import PictureRule
 from mustdrop.runtime.state import Local
 from mustdrop.runtime.vision.encoder_run import EncoderRun
+from mustdrop.runtime.vision.media_plan import MediaPlan
 
 
 @dataclass
@@ -30,8 +31,7 @@ class SmallerPictures:
         adapter: of the family.
         model: the model.
         kind: of media.
-        layouts: one per medium.
-        most: features per medium that may stay.
+        plan: what is asked of each medium.
         item: patches of one item of a dense tower; 0 where each medium is an item.
         run: what the encoder is asked to do.
     """
@@ -40,8 +40,7 @@ class SmallerPictures:
     adapter: Adapter
     model: Any
     kind: str
-    layouts: Sequence[Layout]
-    most: Sequence[int]
+    plan: MediaPlan
     item: int
     run: EncoderRun
 
@@ -52,13 +51,13 @@ class SmallerPictures:
 
         Each feature of the usual grid has the value of the one of the smaller grid that lies at its place.
         """
-        grids = [self._smaller(layout, most) for layout, most in zip(self.layouts, self.most, strict=True)]
+        grids = [self._smaller(layout, most) for layout, most in zip(self.plan.layouts, self.plan.most, strict=True)]
         changed = self.adapter.resized(self.model, self.kind, arguments, [grid[1:] for grid in grids])
         if changed is None:  # the tower takes pictures of one size
             self.run.seen = self.seen
             return function(*args, **kwargs)
         output = function(**_replaced(function, args, kwargs, changed))
-        index = torch.cat(_places(self.layouts, grids))
+        index = torch.cat(_places(self.plan.layouts, grids))
         for name in (self.adapter.features, *self.adapter.added_features):
             value = getattr(output, name)
             levels = name in self.adapter.added_features
@@ -69,7 +68,7 @@ class SmallerPictures:
     def seen(self, pixels: Tensor) -> Tensor:
         """(items, channels, rows, columns) of a dense tower at the resolution of what may stay, in their usual size."""
         out = pixels
-        for i, (layout, most) in enumerate(zip(self.layouts, self.most, strict=True)):
+        for i, (layout, most) in enumerate(zip(self.plan.layouts, self.plan.most, strict=True)):
             if not layout.size or most >= layout.size:
                 continue
             patches = layout.patch_table[~layout.gaps, 0]
@@ -95,7 +94,7 @@ class SmallerPictures:
         if isinstance(value, Tensor):
             return value.flatten(0, -2)[index.to(value.device)]
         rows = torch.cat([part.flatten(0, -2) for part in value])
-        pieces = torch.split(rows[index.to(rows.device)], [layout.size for layout in self.layouts])
+        pieces = torch.split(rows[index.to(rows.device)], [layout.size for layout in self.plan.layouts])
         if len(pieces) != len(value):
             raise MustDropError(
                 f"the {self.adapter.name} model returned features in {len(value)} pieces for {len(pieces)} media: "

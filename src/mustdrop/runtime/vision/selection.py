@@ -8,7 +8,7 @@ is about, until marks are made of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,6 +21,7 @@ from mustdrop.layout import Layout
 from mustdrop.pruners import Features, Importance, Selection, VisionRule
 from mustdrop.runtime.vision.encoder_run import EncoderRun
 from mustdrop.runtime.vision.feature_tables import named, of_features, places, plain, stacked
+from mustdrop.runtime.vision.media_plan import MediaPlan
 
 
 @dataclass
@@ -60,22 +61,16 @@ class VisionSelector:
     Attributes:
         rule: the rule.
         run: what the encoder did.
-        layouts: one per medium.
-        most: features per medium that may stay; None leaves it to the rule.
-        ends: medium -> its feature that ends a prompt, predicts what follows, and must stay.
-        shown: per medium (N,) bool, features that a mask does not hide; None: all.
-        questions: per medium (T, C), embeddings of its prompt's words, if the rule asks for them.
+        plan: what is asked of each medium.
+        limited: whether the plan says how many features may stay; otherwise that is left to the rule.
         released: whether what merged in the encoder is shown in the encoder's order, as released codes have it.
         fixed: decides in place of this, where all counts are known beforehand.
     """
 
     rule: VisionRule
     run: EncoderRun
-    layouts: Sequence[Layout]
-    most: Sequence[int] | None
-    ends: Mapping[int, int]
-    shown: Sequence[Tensor] | None
-    questions: Sequence[Tensor]
+    plan: MediaPlan
+    limited: bool = True
     released: bool = False
     fixed: Callable[[VisionSelector, Tensor, Tensor | None], PlacedSelections] | None = None
 
@@ -90,14 +85,14 @@ class VisionSelector:
             return self.fixed(self, features, owner)
         device = features.device
         index = torch.arange(len(features), dtype=torch.long, device=device)
-        owner = index if owner is None else named(owner, self.layouts, self.ends, self.shown)
+        owner = index if owner is None else named(owner, self.plan)
         into = torch.full_like(index, -1)
         choice = PlacedSelections(torch.zeros(len(features), dtype=torch.bool, device=device), into, index)
         choice.order = index.clone()
         size = None if torch.equal(owner, index) else torch.bincount(owner, minlength=len(owner)).float()
         groups: dict[tuple[int, int | None], list[tuple[int, Tensor]]] = {}
         start = 0
-        for i, layout in enumerate(self.layouts):
+        for i, layout in enumerate(self.plan.layouts):
             mine = index[start : start + layout.size]
             free, room = self._room(i, layout, mine, owner, choice)
             for part, count in self._views(free - start, layout, room):
@@ -123,17 +118,17 @@ class VisionSelector:
 
         That is the feature that ends the prompt, then rows that stand for no part of the picture.
         """
-        alive = owner[mine] == mine
-        if self.run.gone is not None:
-            alive &= ~self.run.gone[mine.to(self.run.gone.device)].to(alive.device)
-        most = None if self.most is None else self.most[i]
-        if self.shown is not None and most is not None:  # what is hidden takes no place from others
-            seen = alive & self.shown[i].to(mine.device)
+        plan, alive = self.plan, owner[mine] == mine
+        if plan.gone is not None:
+            alive &= ~plan.gone[mine.to(plan.gone.device)].to(alive.device)
+        most = plan.most[i] if self.limited else None
+        if plan.shown is not None and most is not None:  # what is hidden takes no place from others
+            seen = alive & plan.shown[i].to(mine.device)
             alive, most = (alive, int(alive.sum())) if most >= int(seen.sum()) else (seen, most)
         structural = layout.structural.to(mine.device)
         first = mine[structural & alive]
-        if i in self.ends:
-            end = mine[self.ends[i]]
+        if i in plan.ends:
+            end = mine[plan.ends[i]]
             first = torch.cat([end[None], first[first != end]])
         first = first if most is None else first[:most]
         assert choice.into is not None  # as the caller has made it
@@ -204,15 +199,13 @@ class VisionSelector:
             count: how many of each stay; None leaves it to the rule.
             whole: whether the views are all features in their order.
         """
-        asked = self.questions if self.rule.asks else ()
-        return self.rule(shown_to(self.rule, self.run, self.layouts, asked, features, size, media, index, whole), count)
+        return self.rule(shown_to(self.rule, self.run, self.plan, features, size, media, index, whole), count)
 
 
 def shown_to(
     reader: VisionRule | Importance,
     run: EncoderRun,
-    layouts: Sequence[Layout],
-    questions: Sequence[Tensor],
+    plan: MediaPlan,
     features: Tensor,
     size: Tensor | None,
     media: list[int],
@@ -224,8 +217,7 @@ def shown_to(
     Args:
         reader: who reads.
         run: what the encoder did.
-        layouts: one per medium.
-        questions: per medium (T, C), embeddings of its prompt's words; empty if nobody asks for them.
+        plan: what is asked of each medium.
         features: (F, C) of all media.
         size: (F,) float, how many features each stands for; None: one.
         media: the medium of each view.
@@ -236,12 +228,12 @@ def shown_to(
     def of_views(x: Tensor) -> Tensor:
         return x.view(*index.shape, *x.shape[1:]) if whole else x[index]
 
-    table, known = np.concatenate([places(own) for own in layouts], 1), host_table(index)
+    table, known = np.concatenate([places(own) for own in plan.layouts], 1), host_table(index)
     if known is None:
         frame, row, column, first = (of_views(x) for x in sent(table, features.device))
     else:  # where features lie is known to the host, and stays so
         frame, row, column, first = (sent(x[known], features.device) for x in table)
-    patches = stacked(layouts)
+    patches, words = stacked(plan.layouts), plan.words if reader.asks and plan.words else ()
     read = {one: of_features(run, one, sent(patches, features.device), plain(patches)) for one in reader.reads}
     return Features(
         of_views(features).float(),
@@ -249,7 +241,7 @@ def shown_to(
         row,
         column,
         {one: of_views(found) for one, found in read.items()},
-        tuple(questions[i].to(features.device) for i in media) if questions else (),
+        tuple(words[i].to(features.device) for i in media) if words else (),
         None if size is None else of_views(size),
         first,
     )
@@ -262,24 +254,23 @@ class Weigher:
     Attributes:
         importance: who says.
         run: what the encoder did.
-        layouts: one per medium.
-        questions: per medium (T, C), embeddings of its prompt's words; empty if nobody asks for them.
+        plan: what is asked of each medium.
     """
 
     importance: Importance
     run: EncoderRun
-    layouts: Sequence[Layout]
-    questions: Sequence[Tensor]
+    plan: MediaPlan
 
     def __call__(self, features: Tensor) -> Tensor:
         """(F,) float32 from 0 up, of features (F, C) of all media; 0 for structural rows."""
-        starts = np.cumsum([0, *(layout.size for layout in self.layouts)])
-        places = [np.flatnonzero(~layout.gaps) + start for layout, start in zip(self.layouts, starts[:-1], strict=True)]
+        layouts = self.plan.layouts
+        starts = np.cumsum([0, *(layout.size for layout in layouts)])
+        places = [np.flatnonzero(~layout.gaps) + start for layout, start in zip(layouts, starts[:-1], strict=True)]
         out = torch.zeros(len(features), dtype=torch.float32, device=features.device)
         size = torch.ones_like(out)
         for length in sorted({len(own) for own in places if len(own)}):
             media = [i for i, own in enumerate(places) if len(own) == length]
             index = sent(np.stack([places[i] for i in media]), features.device)
-            seen = shown_to(self.importance, self.run, self.layouts, self.questions, features, size, media, index)
+            seen = shown_to(self.importance, self.run, self.plan, features, size, media, index)
             out = out.index_copy(0, index.flatten(), self.importance.positive(seen).flatten().float())
         return out
