@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import itertools
 import math
+import pkgutil
+import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from benchmarks.imitated_device import FIRST, Places, where
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, Selection, VisionStagePruner
 from mustdrop.errors import BudgetError, ConfigError, MustDropError, UnknownKnobError
+from mustdrop.pruners.base import Settings
 
 examples = settings(max_examples=60, deadline=None, derandomize=True)
 seeds = st.integers(0, 10_000)
@@ -384,6 +390,34 @@ def test_bad_settings_raise_mustdrops_own_errors_and_name_the_setting(kind, knob
     assert isinstance(raised.value, ValueError)
 
 
+def settings_of(folder):
+    """Every class of settings in the modules of a folder of the package."""
+    place = Path(mustdrop.__file__).parent / folder
+    for module in pkgutil.iter_modules([str(place)], f"mustdrop.{folder}."):
+        for kind in vars(importlib.import_module(module.name)).values():
+            if isinstance(kind, type) and issubclass(kind, Settings) and kind.__module__ == module.name:
+                yield kind
+
+
+def number_knobs(kind):
+    """Names of the settings whose type is written with a number and without a bool."""
+    written = {
+        name: text
+        for base in kind.__mro__
+        for name, text in vars(base).get("__annotations__", {}).items()
+        if name in kind.model_fields
+    }
+    return [name for name, text in written.items() if re.search(r"\b(int|float|Budget)\b", text) and "bool" not in text]
+
+
+@pytest.mark.parametrize("kind", [*settings_of("pruners"), *settings_of("methods")], ids=lambda kind: kind.__name__)
+def test_true_is_no_number(kind):
+    for name in number_knobs(kind):
+        for value in (True, np.bool_(True), (True, False)):
+            with pytest.raises(MustDropError, match=rf"{name}\b.* (number|tuple)"):
+                kind(**{name: value})
+
+
 def test_wrong_shapes_are_named():
     with pytest.raises(ConfigError, match="shape"):
         PrefillPruner(keep=0.5)(torch.rand(3, 4))
@@ -399,6 +433,17 @@ def test_a_selection_moves_with_all_that_it_holds():
     for name in ("keep", "valid", "merge_into", "score"):
         assert getattr(made, name).device == there, name
     assert Selection(torch.zeros(1, 2, dtype=torch.long)).to(there).score is None
+
+
+def test_a_selection_that_moved_still_blends():
+    """The values are those of before, on the device of the states: what a rule closed over stays where it was."""
+    states, into = torch.rand(1, 4, 2), torch.tensor([[0, 0, 1, 1]])
+    made = Selection.merged(torch.tensor([[0, 2]]), into, weight=torch.rand(1, 4))
+    with Places():
+        moved = made.to(FIRST)
+        blended = moved.apply(states.to(FIRST))
+        assert where(moved.keep) == where(blended) == FIRST
+    assert torch.equal(blended, made.apply(states))
 
 
 def test_pruners_rules_and_reference_kernels_know_no_hugging_face():

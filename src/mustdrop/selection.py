@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -79,9 +80,12 @@ class Selection:
         return self.valid.sum(1)
 
     def to(self, device: torch.device) -> Selection:
-        """The same on another device."""
+        """The same on another device; `blend` still computes where its own tensors are."""
         into, score = (None if x is None else x.to(device) for x in (self.merge_into, self.score))
-        return replace(self, keep=self.keep.to(device), valid=self.valid.to(device), merge_into=into, score=score)
+        moved = replace(self, keep=self.keep.to(device), valid=self.valid.to(device), merge_into=into, score=score)
+        if self.blend is None or moved.keep.device == self.keep.device:
+            return moved
+        return replace(moved, blend=functools.partial(_blended_on, self.keep.device, self.blend))
 
     def mask(self, n: int) -> Tensor:
         """(B, n) bool, True at surviving tokens."""
@@ -122,3 +126,8 @@ class Selection:
         slot = self.assignment(n)
         out = x.gather(1, slot.clamp(min=0)[..., None].expand(-1, -1, x.shape[-1]))
         return out.masked_fill((slot < 0)[..., None], 0)
+
+
+def _blended_on(device: torch.device, blend: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+    """What `blend`, whose tensors are on `device`, makes of values on any device, on theirs."""
+    return blend(values.to(device)).to(values.device)

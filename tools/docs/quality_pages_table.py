@@ -126,13 +126,6 @@ def abilities(record: Record, table: Table) -> str:
     return table(["method", "`keep`", *header], lines)
 
 
-def types(record: Record, table: Table) -> str:
-    """The unpruned model's accuracy by type of question."""
-    row = _rows(record)["none", None]
-    lines = [[f"`{name}`", record["abilities"][name], _interval(own["correct"])] for name, own in row["types"].items()]
-    return table(["question", "ability", "unpruned accuracy"], lines)
-
-
 def against(record: Record, table: Table) -> str:
     """mustdrop+ and each other method at the same budget: difference, exact test, FLOPs."""
     lines = []

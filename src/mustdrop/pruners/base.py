@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import functools
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidationInfo
 
@@ -36,10 +37,49 @@ class Settings(BaseModel):
         for name in data:
             if name not in known:
                 raise UnknownKnobError(f"{type(self).__name__} has no setting {name!r}. {did_you_mean(name, known)}")
+        data = {name: plain(value) for name, value in data.items()}
+        for name in _numbers(type(self)) & data.keys():
+            if _has_bool(data[name]):
+                raise ConfigError(
+                    f"{type(self).__name__}.{name}: expected a number, got {data[name]!r}. Write the number itself, or "
+                    "leave it out for the default."
+                )
         try:
-            super().__init__(**{name: plain(value) for name, value in data.items()})
+            super().__init__(**data)
         except ValidationError as error:
             raise translated(type(self).__name__, error) from error
+
+
+@functools.cache
+def _numbers(kind: type[Settings]) -> frozenset[str]:
+    """Settings that are numbers, or hold some: pydantic would take True for 1."""
+    fields = kind.model_fields.items()
+    return frozenset(name for name, field in fields if not _checks(field.metadata) and _is_number(field.annotation))
+
+
+def _checks(metadata: Any) -> bool:
+    """Whether a type looks at what comes by itself, as `Budget` does."""
+    return any(isinstance(note, BeforeValidator) for note in metadata)
+
+
+def _is_number(annotation: Any) -> bool:
+    """Whether a type is, or holds, an int or a float, and nowhere a bool."""
+    kinds = set(_kinds(annotation))
+    return bool(kinds & {int, float}) and bool not in kinds
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """What a union, a tuple or an annotated type is made of."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Literal or (origin is Annotated and _checks(inner[1:])):
+        return []
+    if origin is Annotated:
+        inner = inner[:1]
+    return [kind for one in inner for kind in _kinds(one)] if inner else [annotation]
+
+
+def _has_bool(value: Any) -> bool:
+    return any(map(_has_bool, value)) if isinstance(value, list | tuple) else isinstance(value, bool)
 
 
 def translated(owner: str, error: ValidationError) -> MustDropError:
