@@ -54,7 +54,7 @@ def test_keeping_everything_changes_no_bit_on_a_device():
 
 
 METHODS = [name for name, recipe in mustdrop.method.registry().items() if "keep" in recipe.model_fields]
-FAMILIES = [(name, kind) for name, adapter in registry().items() if adapter.available() for kind in adapter.media]
+FAMILIES = families.PAIRS
 TURNS = [(name, kind, METHODS[i % len(METHODS)]) for i, (name, kind) in enumerate(FAMILIES)]
 TURNS += [("llava", "image", method) for method in METHODS] + [("qwen2_5_vl", "image", method) for method in METHODS]
 

@@ -12,6 +12,7 @@ import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner
 from mustdrop.adapters import registry
 from mustdrop.method import registry as recipes
+from support import families
 from support.edges import (
     BUDGETED,
     cut_behind_media,
@@ -22,7 +23,7 @@ from support.edges import (
 )
 from support.families import assert_dropping_equals_masking, batch, clone, compare, plain
 
-FAMILIES = [(name, kind) for name, adapter in registry().items() if adapter.available() for kind in adapter.media]
+FAMILIES = families.PAIRS
 PAIRS = [(name, kind, method) for name, kind in FAMILIES for method in BUDGETED if not refusal(method, name)]
 
 
@@ -81,7 +82,7 @@ def test_the_smallest_budget_is_the_end(name, kind, breadth):
         assert both.trace.tokens[0].tolist() == [1, 1]
 
 
-TWO_KINDS = [name for name, adapter in registry().items() if adapter.available() and len(adapter.media) > 1]
+TWO_KINDS = [name for name, adapter in families.AVAILABLE.items() if len(adapter.media) > 1]
 
 
 @pytest.mark.parametrize("name", TWO_KINDS)

@@ -20,7 +20,7 @@ from support.builders import answer
 from support.families import assert_dropping_equals_masking, batch, clone, fitting, plain
 
 #: (family, kind of media) for all that are known.
-KNOWN = [(name, kind) for name, adapter in registry().items() if adapter.available() for kind in adapter.media]
+KNOWN = families.PAIRS
 FAMILIES = [(name, kind) for name, kind in KNOWN if "vision" not in registry()[name].lacks]
 LACKING = [pair for pair in KNOWN if pair not in FAMILIES]
 each = pytest.mark.parametrize(("name", "kind"), FAMILIES, ids=map("-".join, FAMILIES))

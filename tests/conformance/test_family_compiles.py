@@ -16,7 +16,7 @@ from support.edges import share
 from support.masking_check import TOLERANCE
 from support.passes import differences, left
 
-FAMILIES = [(name, kind) for name, adapter in registry().items() if adapter.available() for kind in adapter.media]
+FAMILIES = families.PAIRS
 #: Of the default tests: full attention, packed patches, layers with a window, layers that keep a state.
 SOME = [("llava", "image"), ("qwen2_5_vl", "image"), ("gemma3", "image"), ("lfm2_vl", "image")]
 

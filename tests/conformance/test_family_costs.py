@@ -28,13 +28,14 @@ from mustdrop import PrefillPruner, VisionStagePruner
 from mustdrop.adapters import registry
 from mustdrop.cost import TextCost, causal_pairs, linear_flops
 from mustdrop.runtime.vision import attention
+from support import families
 from support.builders import answer
 from support.families import batch, clone
 from tests.families import build
 
 NAME = "counts_nothing"
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
-KNOWN = [name for name, adapter in registry().items() if adapter.available()]
+KNOWN = list(families.AVAILABLE)
 
 
 def no_attention(module: nn.Module, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> tuple[Any, None]:

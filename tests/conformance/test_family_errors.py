@@ -11,10 +11,11 @@ from transformers import DynamicCache
 import mustdrop
 from mustdrop import PrefillPruner, VisionStagePruner, errors
 from mustdrop.adapters import registry
+from support import families
 from support.builders import answer
 from support.families import batch, clone, fitting, new_cache, plain
 
-FAMILIES = [(name, kind) for name, adapter in registry().items() if adapter.available() for kind in adapter.media]
+FAMILIES = families.PAIRS
 HALF = {"prefill": PrefillPruner(keep=0.5)}
 each = pytest.mark.parametrize(("name", "kind"), FAMILIES, ids=map("-".join, FAMILIES))
 

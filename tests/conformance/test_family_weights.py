@@ -19,7 +19,7 @@ from support.families import assert_dropping_equals_masking, batch, cast, clone,
 from support.masking_check import assert_up_to_rounding, distance
 from support.packed import PackedLinear, pack
 
-FAMILIES = [(name, kind) for name, adapter in registry().items() if adapter.available() for kind in adapter.media]
+FAMILIES = families.PAIRS
 #: All tests of one family in a row: its model is built once.
 each = pytest.mark.parametrize(("name", "kind"), FAMILIES, ids=map("-".join, FAMILIES), scope="module")
 

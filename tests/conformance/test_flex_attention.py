@@ -45,8 +45,8 @@ SETUPS = {"select": SELECT, "merge": MERGE, "prefill": PREFILL, "thresholds": TH
 #: Families whose text model transformers runs with flex attention.
 KNOWN = [
     (name, kind)
-    for name, adapter in registry().items()
-    if adapter.available() and adapter.text(families.plain(name))._supports_flex_attn
+    for name, adapter in families.AVAILABLE.items()
+    if adapter.text(families.plain(name))._supports_flex_attn
     for kind in adapter.media
 ]
 FAMILIES = [(name, kind) for name, kind in KNOWN if not registry()[name].lacks]

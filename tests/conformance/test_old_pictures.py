@@ -17,11 +17,12 @@ from mustdrop.adapters import registry
 from mustdrop.compat import spans, static_cache
 from mustdrop.errors import BudgetError, ConfigError, UnsupportedModelError
 from mustdrop.pruners import GeneratedRows, ObservationWindow
+from support import families
 from support.builders import CACHE, answer
 from support.chats import answered_by_the_oracle, chat
 from support.families import batch, clone, fitting, plain, vision_positions
 
-KNOWN = [(name, kind) for name, adapter in registry().items() if adapter.available() for kind in adapter.media]
+KNOWN = families.PAIRS
 FAMILIES = [(name, kind) for name, kind in KNOWN if "decode" not in registry()[name].lacks]
 
 SHRINK = {"decode": DecodeCachePruner(old_pictures=3, cascade=False)}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from support import fake_flash
-from support.builders import LLAMA, QWEN2, SIGLIP, VARIANTS, answer, batch, plain, vision_positions
+from support.builders import LLAMA, QWEN2, SIGLIP, VARIANTS, answer, batch, clone, plain, vision_positions
+from support.copies import copy_of
 from support.masking_check import distance
 from support.oracle import CacheWatch, Hidden, MaskedOracle
 
@@ -91,3 +94,30 @@ def test_the_stand_in_for_flash_attention_equals_sdpa(variant, monkeypatch):
     assert fake_flash.calls["fixed"]
     assert distance(got.logits, expected.logits) <= 1e-5
     assert torch.equal(got.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("variant", [LLAMA, QWEN2], ids=str)
+def test_a_copy_is_one_of_its_own(variant):
+    """Copies are made another way than by `copy.deepcopy`: equal, tied alike, and none shares anything that changes."""
+    model = plain(variant)
+    first, second = clone(variant), clone(variant)
+    expected = copy.deepcopy(model)
+    for made in (first, second):
+        assert answer(made, batch(variant)).logits.equal(answer(expected, batch(variant)).logits)
+        for own, other in zip(made.modules(), expected.modules(), strict=True):
+            assert (type(own), vars(own).keys()) == (type(other), vars(other).keys())
+    first.config.text_config.vocab_size = 3
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.zero_()
+    for other in (model, second):
+        assert other.config.text_config.vocab_size == expected.config.text_config.vocab_size != 3
+        assert all(a.equal(b) for a, b in zip(other.parameters(), expected.parameters(), strict=True))
+
+
+def test_tied_weights_of_a_copy_are_tied():
+    model = torch.nn.ModuleDict({"first": torch.nn.Linear(2, 2), "second": torch.nn.Linear(2, 2)})
+    model["second"].weight = model["first"].weight
+    made = copy_of(model)
+    assert made["second"].weight is made["first"].weight
+    assert made["first"].weight is not model["first"].weight

@@ -11,10 +11,11 @@ import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner, errors
 from mustdrop.adapters import registry
 from mustdrop.method import Method
+from support import families
 from support.builders import answer
 from support.families import batch, clone, plain
 
-FAMILIES = [(name, kind) for name, adapter in registry().items() if adapter.available() for kind in adapter.media]
+FAMILIES = families.PAIRS
 TOLERANCE = 1e-5
 
 

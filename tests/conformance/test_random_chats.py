@@ -18,13 +18,12 @@ from mustdrop.adapters import registry
 from mustdrop.compat import static_cache
 from mustdrop.errors import MustDropError
 from mustdrop.pruners import ObservationWindow
+from support import families
 from support.chats import answered_by_the_oracle, chat
 from support.families import batch, clone, plain
 from support.hidden_patches import TOLERANCE, Drawn
 
-FAMILIES = [
-    name for name, adapter in registry().items() if adapter.available() and not {"vision", "decode"} <= {*adapter.lacks}
-]
+FAMILIES = [name for name, adapter in families.AVAILABLE.items() if not {"vision", "decode"} <= {*adapter.lacks}]
 SEEDS = {"turns": 1, "more": 3, "product": 6}  # cases of each family, by --breadth
 STEPS = 1
 

@@ -12,6 +12,7 @@ import mustdrop
 from mustdrop import VisionStagePruner
 from mustdrop.adapters import registry
 from mustdrop.errors import CacheStateError
+from support import families
 from support.builders import answer
 from support.chats import answered_by_the_oracle, chat
 from support.conversations import continued
@@ -19,8 +20,8 @@ from support.families import assert_dropping_equals_masking, batch, clone, plain
 
 FAMILIES = [
     (name, kind)
-    for name, adapter in registry().items()
-    if adapter.available() and adapter.recurrent(plain(name))
+    for name, adapter in families.AVAILABLE.items()
+    if adapter.recurrent(plain(name))
     for kind in adapter.media
 ]
 each = pytest.mark.parametrize(("name", "kind"), FAMILIES, ids=map("-".join, FAMILIES))

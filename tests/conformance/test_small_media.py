@@ -16,6 +16,7 @@ from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner, errors
 from mustdrop.adapters import registry
 from mustdrop.method import find
 from mustdrop.method import registry as recipes
+from support import families
 from support.builders import answer
 from support.edges import BUDGETED, share, skip_where_the_plain_model_fails, small_sizes, with_sizes
 from support.families import (
@@ -32,7 +33,7 @@ from support.families import (
 )
 from tests.families import fixture_of
 
-FAMILIES = [(name, kind) for name, adapter in registry().items() if adapter.available() for kind in adapter.media]
+FAMILIES = families.PAIRS
 each = pytest.mark.parametrize(("name", "kind"), FAMILIES, ids=map("-".join, FAMILIES))
 
 

@@ -18,6 +18,7 @@ from mustdrop.budget import keep_text, knob_text, parse_keep
 from mustdrop.cli.common import budget
 from mustdrop.demo.model import load
 from mustdrop.runtime.plan import plan_row
+from support import families
 from support.builders import answer, batch, clone, plain
 from support.families import plain as plain_family
 from support.masking_check import distance
@@ -168,7 +169,7 @@ def test_copies_and_weights_need_no_unpatching(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "family", [name for name, adapter in registry().items() if adapter.available() and "prefill" not in adapter.lacks]
+    "family", [name for name, adapter in families.AVAILABLE.items() if "prefill" not in adapter.lacks]
 )
 def test_a_share_that_no_prompt_can_meet_is_refused_when_patching(family):
     model = plain_family(family)

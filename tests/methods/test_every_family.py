@@ -27,7 +27,7 @@ from support.builders import answer
 from support.edges import BUDGETED, refusal, share
 from support.families import assert_dropping_equals_masking, batch, clone
 
-FAMILIES = [(name, kind) for name, adapter in registry().items() if adapter.available() for kind in adapter.media]
+FAMILIES = families.PAIRS
 BACKENDS = ("sdpa", "eager", fake_flash.NAME)
 
 

@@ -10,6 +10,7 @@ import torch
 
 import mustdrop
 from mustdrop.adapters import registry
+from support import families
 from support.families import clone, picture, plain
 from support.largest import Largest
 from tests.families import fixture_of
@@ -17,9 +18,7 @@ from tests.families import fixture_of
 METHODS = ("vcast", "gleanvid", "flashvid", "fastvid")
 FRAMES = 64
 FAMILIES = [
-    name
-    for name, adapter in registry().items()
-    if adapter.available() and "video" in adapter.media and "vision" not in adapter.lacks
+    name for name, adapter in families.AVAILABLE.items() if "video" in adapter.media and "vision" not in adapter.lacks
 ]
 #: Frames as a batch, with and without a CLS token, and padded; packed, with and without windows, DeepStack.
 FEW = ("llava_onevision", "video_llava", "llava_next_video", "gemma4", "qwen2_5_vl", "qwen3_vl", "video_llama_3")

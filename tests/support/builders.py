@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from .copies import copy_of
 from .scorers import given
 from .versions import CACHE
 
@@ -115,7 +115,7 @@ def fresh(variant: Variant = LLAMA, attn: str = "sdpa") -> Any:
     return model
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache
 def plain(variant: Variant = LLAMA, attn: str = "sdpa") -> Any:
     """The shared plain model of a variant. It is never patched: patch a :func:`clone`."""
     return given(fresh(variant, attn))
@@ -123,7 +123,7 @@ def plain(variant: Variant = LLAMA, attn: str = "sdpa") -> Any:
 
 def clone(variant: Variant = LLAMA, attn: str = "sdpa") -> Any:
     """An independent copy of :func:`plain`, made to be patched."""
-    return copy.deepcopy(plain(variant, attn))
+    return copy_of(plain(variant, attn))
 
 
 def image(variant: Variant, seed: int) -> Tensor:

@@ -30,6 +30,7 @@ from tests.families.base import Family
 
 from . import eager_flex, fake_flash
 from .builders import Answer, anatomy, answer
+from .copies import copy_of
 from .fake_devices import eager_experts
 from .oracle import Beams, CacheWatch, Hidden, MaskedOracle, _gone
 from .scorers import given
@@ -38,13 +39,17 @@ from .versions import BEAMS_MIX_IMAGES
 
 PAD, BOS = 0, 1
 
+#: The families that the installed transformers has: name -> adapter, and with each kind of media.
+AVAILABLE = {name: adapter for name, adapter in registry().items() if adapter.available()}
+PAIRS = [(name, kind) for name, adapter in AVAILABLE.items() for kind in adapter.media]
+
 #: Backends whose kernels do not run everywhere -> what takes their place.
 STAND_INS = {fake_flash.NAME: fake_flash, eager_flex.NAME: eager_flex}
 
 Row = tuple[str, ...]
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
 def plain(name: str, attention: str = "sdpa") -> Any:
     """The shared unpatched tiny model of a family; patch a :func:`clone`."""
     return given(build(registry()[name], attention))
@@ -53,8 +58,8 @@ def plain(name: str, attention: str = "sdpa") -> Any:
 def clone(name: str, attention: str = "sdpa") -> Any:
     """An independent copy of :func:`plain`; the backends with a stand-in need the fixture that installs it."""
     if attention in STAND_INS:
-        return STAND_INS[attention].use(copy.deepcopy(plain(name)))
-    return copy.deepcopy(plain(name, attention))
+        return STAND_INS[attention].use(copy_of(plain(name)))
+    return copy_of(plain(name, attention))
 
 
 def oracles(attention: str) -> str:
