@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import pickle
 
 import numpy as np
@@ -105,10 +107,24 @@ def test_compositions_travel_to_other_processes_and_can_be_built(which):
             pass
 
 
-def test_a_process_that_fails_ends_the_run(tmp_path):
-    found, subject = cells.plan(["none"], None), subjects.Scenes("selection", [5], 2, 1, "no such device")
-    with pytest.raises(RuntimeError, match="a process failed; what was measured is in the journal"):
-        measure.measure(subject, found, Journal(tmp_path / "journal.jsonl", {}), jobs=2)
+class Broken:
+    """A subject whose batches cannot be made."""
+
+    def names(self):
+        return ["5:0", "5:1"]
+
+    def batches(self, wanted):
+        raise OSError(f"no space left for {wanted}")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_that_fails_ends_the_run(tmp_path, monkeypatch):
+    """Forks of this process, which spares them the imports; that others start too is what the test before shows."""
+    forks = multiprocessing.get_context("fork")
+    monkeypatch.setattr(torch.multiprocessing, "get_context", lambda method: forks)
+    with pytest.raises(RuntimeError, match="a process failed; what was measured is in the journal") as failed:
+        measure.measure(Broken(), cells.plan(["none"], None), Journal(tmp_path / "journal.jsonl", {}), jobs=2)
+    assert "OSError: no space left for ['5:" in str(failed.value)
 
 
 def test_the_result_says_what_was_measured_and_where(whole):
@@ -231,7 +247,7 @@ def test_a_place_is_right_anywhere_within_its_box():
 def test_a_budget_that_cannot_be_met_is_a_row(tmp_path):
     out = tmp_path / "out.json"
     family = ["--family", "llava", "--family", "idefics2", "--seeds", "1", "--threads", str(torch.get_num_threads())]
-    methods = ["--method", "fastv", "--method", "uniform", "--reference", "uniform"]
+    methods = ["--method", "fastv", "--method", "uniform", "--reference", "uniform", "--jobs", "1"]
     files = ["--journal", str(tmp_path / "journal.jsonl"), "--out", str(out)]
     assert command.main(["quality", *family, *methods, "--keep", "0.2", *files]) == 0
     rows = {(row["model"], row["method"]): row for row in json.loads(out.read_text())["rows"]}
