@@ -8,8 +8,9 @@ from torch import nn
 
 from mustdrop.errors import ConfigError, NotPatchedError, UnsupportedOptionError
 from mustdrop.patching import _runtime
-from mustdrop.runtime.compile.graphs import Compiled, Graphs
+from mustdrop.runtime.compile.graphs import Graphs
 from mustdrop.runtime.compile.recording import CudaGraphs
+from mustdrop.runtime.compile.torch_compile import Compiled
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -17,7 +17,8 @@ import yaml
 from PIL import Image
 
 import mustdrop
-from mustdrop.app.session import Limits, Session
+from mustdrop.app.requests import Limits
+from mustdrop.app.session import Session
 from support import browser
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from mustdrop.app import session as app
-from mustdrop.app.session import Limits, Request, Session
+from mustdrop.app.requests import Limits, Request, read
+from mustdrop.app.session import Session
 from mustdrop.demo.model import CHECKPOINT
 from mustdrop.errors import BudgetError, ConfigError, MustDropError, PictureError
 from mustdrop.loading import load_model
@@ -144,7 +145,7 @@ def test_a_file_that_cannot_be_taken_is_one_message_without_folders(name, make, 
     video = name.endswith("mp4")
     request = Request("what ?", [] if video else [tmp_path / name], video=tmp_path / name if video else None)
     with pytest.raises(PictureError, match=says) as raised:
-        Session(limits=SMALL).prompt(request)
+        read(request, SMALL)
     assert str(tmp_path) not in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -152,7 +153,7 @@ def test_a_file_that_cannot_be_taken_is_one_message_without_folders(name, make, 
 def test_a_video_is_its_frames(tmp_path):
     frames = [Image.new("RGB", (16, 12), (40 * i, 0, 0)) for i in range(5)]
     frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
-    prompt = Session().prompt(Request("what ?", video=tmp_path / "film.gif", frames=3))
+    prompt = read(Request("what ?", video=tmp_path / "film.gif", frames=3), Limits())
     assert prompt.video.shape == (3, 12, 16, 3)
 
 

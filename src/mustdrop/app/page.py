@@ -9,7 +9,8 @@ from typing import Any
 
 import gradio as gr
 
-from mustdrop.app.session import Outcome, Request, Row, Session, message, scene
+from mustdrop.app.requests import Request
+from mustdrop.app.session import Outcome, Row, Session, message, scene
 from mustdrop.errors import MustDropError
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""What the app does, without what it looks like: reads uploads, asks with and without pruning, reports the outcome."""
+"""What the app does, without what it looks like: asks with and without pruning, and reports the outcome."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,65 +14,16 @@ from PIL import Image
 
 import mustdrop
 from mustdrop import trace_page
+from mustdrop.app.requests import Limits, Request, read
 from mustdrop.budget import Keep, check_keep
 from mustdrop.demo import model as bundled
-from mustdrop.errors import ConfigError, MustDropError, PictureError, did_you_mean
-from mustdrop.eval.media import Clip, MediaError
-from mustdrop.explain import Prompt, compare
+from mustdrop.errors import ConfigError, MustDropError, did_you_mean
+from mustdrop.explain import compare
 from mustdrop.loading import load_model, place
-from mustdrop.pictures import read_picture, size_of
 from mustdrop.trace_page import MethodRun
 from mustdrop.trace_table import quantity
 
 BASELINE = "none"  # the unpruned model, whose tokens are counted too
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one question may bring. An app may stand where anybody can reach it.
-
-    Attributes:
-        picture_bytes: size of a file with a picture.
-        pixels: of a picture.
-        video_bytes: size of a file with a video.
-        frames: taken of a video.
-        pictures: of one question.
-        methods: asked with one after another.
-        letters: of a question.
-        new_tokens: of an answer.
-    """
-
-    picture_bytes: int = 20_000_000
-    pixels: int = 50_000_000
-    video_bytes: int = 100_000_000
-    frames: int = 32
-    pictures: int = 4
-    methods: int = 4
-    letters: int = 1000
-    new_tokens: int = 256
-
-
-@dataclass(frozen=True)
-class Request:
-    """A question, and how to answer it.
-
-    Attributes:
-        question: text.
-        pictures: files, or pictures.
-        video: a file in place of pictures.
-        methods: names.
-        keep: budget of each of them.
-        frames: taken of the video.
-        new_tokens: most of an answer.
-    """
-
-    question: str
-    pictures: Sequence[Any] = ()
-    video: str | Path | None = None
-    methods: Sequence[str] = ("mustdrop",)
-    keep: Keep = 0.25
-    frames: int = 8
-    new_tokens: int = 32
 
 
 @dataclass(frozen=True)
@@ -181,7 +131,7 @@ class Session:
             MustDropError: a file that is too large or cannot be read, too many of something, or what the model or a
                 method does not support. The message names files without their folder.
         """
-        prompt, settings = self.prompt(request), self.settings(request)
+        prompt, settings = read(request, self.limits), self.settings(request)
         with self._lock:
             model, processor, fresh = self._model(name)
             watch = Watch(self.device)
@@ -206,46 +156,6 @@ class Session:
         if unknown:
             raise ConfigError(f"there is no method {unknown[0]!r}. {did_you_mean(unknown[0], self.methods())}")
         return [(BASELINE, None), *((name, check_keep(request.keep)) for name in request.methods)]
-
-    def prompt(self, request: Request) -> Prompt:
-        """The prompt of a request, read and checked.
-
-        Raises:
-            MustDropError: see `ask`.
-        """
-        limits, question = self.limits, request.question.strip()
-        if not question:
-            raise ConfigError("ask something: the question is empty.")
-        if len(question) > limits.letters:
-            raise ConfigError(f"the question has {len(question)} letters: {limits.letters} are the most.")
-        if not 1 <= request.new_tokens <= limits.new_tokens:
-            raise ConfigError(f"an answer of {request.new_tokens} tokens: choose 1 to {limits.new_tokens}.")
-        if request.video is not None and request.pictures:
-            raise ConfigError("give a picture or a video, not both.")
-        if request.video is not None:
-            return Prompt(question, video=self._video(Path(request.video), request.frames))
-        if not request.pictures:
-            raise ConfigError("give a picture or a video.")
-        if len(request.pictures) > limits.pictures:
-            raise ConfigError(f"{len(request.pictures)} pictures: {limits.pictures} are the most.")
-        return Prompt(question, [self._picture(one) for one in request.pictures])
-
-    def _picture(self, source: Any) -> Image.Image:
-        if isinstance(source, str | Path):
-            path = Path(source)
-            _check_size(path, self.limits.picture_bytes)
-            _check_pixels(path, self.limits.pixels)
-            return read_picture(path, name=path.name)
-        return read_picture(source)
-
-    def _video(self, path: Path, frames: int) -> Any:
-        if not 1 <= frames <= self.limits.frames:
-            raise ConfigError(f"{frames} frames: choose 1 to {self.limits.frames}.")
-        _check_size(path, self.limits.video_bytes)
-        try:
-            return Clip(path, frames).load()
-        except MediaError as error:
-            raise PictureError(str(error).replace(str(path), path.name)) from None
 
     def _model(self, name: str) -> tuple[Any, Any, bool]:
         """A model, its processor, and whether it was loaded just now. One is held at a time."""
@@ -278,21 +188,6 @@ def scene(seed: int) -> tuple[Image.Image, str]:
     maker = SceneMaker("heldout", seed=seed)
     drawn = maker.scene()
     return Image.fromarray(drawn.image), maker.questions(drawn)[0].text
-
-
-def _check_size(path: Path, most: int) -> None:
-    if not path.is_file():
-        raise PictureError(f"there is no file {path.name}.")
-    size = path.stat().st_size
-    if size > most:
-        raise PictureError(f"{path.name} has {quantity(size, 'B')}: {quantity(most, 'B')} are the most.")
-
-
-def _check_pixels(path: Path, most: int) -> None:
-    """Refuse a small file that becomes a huge picture, before it is decoded."""
-    width, height = size_of(path)
-    if width * height > most:
-        raise PictureError(f"{path.name} has {width} x {height} pixels: {most / 1e6:.0f} million are the most.")
 
 
 def _row(run: MethodRun, seconds: float, peak: int | None) -> Row:

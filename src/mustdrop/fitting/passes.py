@@ -19,7 +19,7 @@ from mustdrop.errors import ConfigError, UnsupportedModelError, UnsupportedOptio
 from mustdrop.fidelity import lengths_of, respond
 from mustdrop.fitting.gates import gated
 from mustdrop.pruners.scored import mean_words
-from mustdrop.runtime.language.vision_tokens import words
+from mustdrop.runtime.language.text_rows import words
 
 BACKENDS = ("eager", "sdpa")
 

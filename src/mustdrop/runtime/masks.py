@@ -199,8 +199,12 @@ def attended_keys(mask: Tensor | BlockMask) -> Tensor:
         return masks_flex.whole(mask)[:, 0].any(1)
     if mask.ndim == 2:
         return mask.bool()
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return seen.flatten(1, 2).any(1)
+    return shows(mask).flatten(1, 2).any(1)
+
+
+def shows(mask: Tensor) -> Tensor:
+    """Where a mask shows a key to a query, of the same shape: a bool one says it, an additive one is not its lowest."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def _cast(visible: Tensor, rows: int | None, implementation: str, dtype: torch.dtype) -> Tensor:
@@ -231,6 +235,4 @@ def visible_keys(rows: Tensor, mask: Mask, queries: int, keys: int) -> tuple[Ten
         causal = count_up(1, keys, rows.device) <= place[..., None]
         return (causal if mask is None else causal & mask[:, None, :keys].bool()), None
     picked = take(mask.expand(rows.shape[0], -1, -1, -1), rows, 2)[..., :keys]
-    if picked.dtype == torch.bool:
-        return picked[:, 0], None
-    return picked[:, 0] > torch.finfo(picked.dtype).min / 2, picked
+    return shows(picked[:, 0]), None if picked.dtype == torch.bool else picked

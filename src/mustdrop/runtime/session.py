@@ -23,7 +23,7 @@ from mustdrop.runtime.compile.engine import Engine
 from mustdrop.runtime.copied import Copied
 from mustdrop.runtime.install import Installation
 from mustdrop.runtime.language.stage import TextStage
-from mustdrop.runtime.language.vision_tokens import last_token, valid_tokens, words
+from mustdrop.runtime.language.text_rows import last_token, valid_tokens, words
 from mustdrop.runtime.ledger import Ledger, now
 from mustdrop.runtime.plan import RowPlan, plan_row, plan_rows
 from mustdrop.runtime.state import Call, Local, PromptOnHost

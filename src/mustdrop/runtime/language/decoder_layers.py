@@ -17,7 +17,7 @@ from mustdrop.pruners import DecodeCachePruner
 from mustdrop.pruners.prefill import needs_rows
 from mustdrop.runtime.compile.decode_steps import compiled_step
 from mustdrop.runtime.copied import Copied
-from mustdrop.runtime.language import cache_policy, filter_step, old_pictures, vision_tokens
+from mustdrop.runtime.language import cache_policy, filter_step, text_rows
 from mustdrop.runtime.language.attention_call import AttentionCall
 from mustdrop.runtime.language.fixed_rows import FixedRows
 from mustdrop.runtime.language.later_tokens import LaterTokens
@@ -235,7 +235,7 @@ class DecoderLayers(Copied):
         if media is None:
             tokens = torch.empty(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
             cache_policy.read_step(
-                decode.scorer, layer, asked, vision_tokens.valid_tokens(tokens, forward.mask, forward.start)
+                decode.scorer, layer, asked, text_rows.valid_tokens(tokens, forward.mask, forward.start)
             )
             return
         if self._filters_after(i, media):
@@ -255,7 +255,11 @@ class DecoderLayers(Copied):
             self._note(forward, i, rows)
         if layer is not None and self._reads_prompt(forward):
             later = LaterTokens.of(self._spans, forward, self.local.call)
-            reader = decode if decode.reads_prompt else old_pictures.reader(decode)
+            reader = decode
+            if not decode.reads_prompt:
+                from mustdrop.runtime.language import old_pictures
+
+                reader = old_pictures.reader(decode)
             self._note(forward, i, cache_policy.read_prompt(reader, i, layer, forward, media, asked, later))
 
     @staticmethod

@@ -20,7 +20,7 @@ from mustdrop.runtime.calls import TEXT, raised
 from mustdrop.runtime.compile import engine
 from mustdrop.runtime.compile.decode_steps import outside_steps
 from mustdrop.runtime.copied import Copied
-from mustdrop.runtime.language import cache_policy, filter_step, fixed_rows, old_pictures, vision_tokens
+from mustdrop.runtime.language import cache_policy, filter_step, fixed_rows, text_rows, vision_tokens
 from mustdrop.runtime.language.decoder_layers import DecoderLayers
 from mustdrop.runtime.language.later_tokens import LaterTokens
 from mustdrop.runtime.language.vision_tokens import VisionTokens
@@ -130,11 +130,13 @@ class TextStage(Copied):
             forward.idle = self._idle(forward)
             if self._is_recorded(forward):
                 nothing = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=HOST)
-                valid = vision_tokens.valid_tokens(nothing, mask, forward.start)
+                valid = text_rows.valid_tokens(nothing, mask, forward.start)
                 self._record(forward, Prefill(nothing, forward.start, valid))
             return (), kwargs
         media = forward.media = vision_tokens.read(runtime, embeds, kinds, mask)
         if self._decode.old_pictures is not None:
+            from mustdrop.runtime.language import old_pictures
+
             media.pictures, forward.shrinks = old_pictures.numbers(media), old_pictures.due(self._decode, cache, media)
         if self._is_recorded(forward):
             self._record_media(forward)
@@ -275,6 +277,8 @@ class TextStage(Copied):
             cache_policy.settle(self._decode, forward, later)
         made = None if forward.rows is None else self._scatter(forward, forward.rows, call, output)
         if forward.shrinks:
+            from mustdrop.runtime.language import old_pictures
+
             old_pictures.shrink(self._decode, forward, LaterTokens.of(self.spans, forward, self.local.call))
         if later is not None:
             cache_policy.after_prompt(self._decode, forward, later)

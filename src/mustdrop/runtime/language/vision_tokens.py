@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mustdrop import kernels
 from mustdrop.constants import sent
 from mustdrop.indices import HOST, on
 from mustdrop.pruners import answers
 from mustdrop.runtime.language import fixed_rows
 from mustdrop.runtime.language.fixed_rows import FixedRows
 from mustdrop.runtime.language.prompt_media import PromptMedia
+from mustdrop.runtime.language.text_rows import last_token, prompt_tokens, raters, valid_tokens
 from mustdrop.runtime.plan import survivors_of
 from mustdrop.runtime.records import FlatMarks, Marks
 from mustdrop.runtime.state import Call
@@ -34,7 +34,7 @@ class VisionTokens:
         valid: bool, tokens that the attention mask does not hide (padding, mostly).
         whole: whether the vision stage dropped none of them.
         prompt: bool, valid tokens of the prompt itself.
-        text: bool, text after the row's last vision token (see `_raters`).
+        text: bool, text after the row's last vision token (see `text_rows.raters`).
         raters: bool, those of them that score.
         totals: vision tokens per row.
         padded: whether any token is padding.
@@ -129,8 +129,8 @@ def _tokens(runtime: Runtime, kinds: Tensor, mask: Tensor | None) -> tuple[Visio
         valid = valid_tokens(kinds, mask, forward.start if forward is not None else 0)
         own, shown = kinds.numpy(), valid.numpy()
     places = own >= 0
-    vision, prompt = places & shown, _prompt(shown, call)
-    text, ends = _raters(vision, prompt), vision & last_token(prompt)
+    vision, prompt = places & shown, prompt_tokens(shown, None if call is None else call.length)
+    text, ends = raters(vision, prompt), vision & last_token(prompt)
     found = PromptMedia.of(call, [modality.name for modality in runtime.modalities], own)
     made = [torch.from_numpy(x) for x in (vision, places, prompt, text)]
     media = VisionTokens(
@@ -229,76 +229,11 @@ def _entering(call: Call, runtime: Runtime, batch: int) -> list[int]:
     return present
 
 
-def valid_tokens(tokens: Tensor, mask: Any, start: int = 0) -> Tensor:
-    """(B, length) bool, tokens of this pass that are not padding, as the attention mask says (all without one).
-
-    Args:
-        tokens: (B, length), for the shape.
-        mask: None, (B, keys), or what `generate` makes of that for a static cache: (B or 1, 1, length, keys), or a dict
-            of such. There, padding is what no token sees.
-        start: logical position of the first token; a mask may cover keys after the last one, as for a static cache.
-    """
-    if isinstance(mask, dict):
-        mask = next((m for m in mask.values() if m is not None), None)
-    if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[3] >= start + tokens.shape[1]:
-        here = mask[:, 0, :, start : start + tokens.shape[1]]
-        seen = here if here.dtype == torch.bool else here > torch.finfo(here.dtype).min / 2
-        return seen.any(1).to(tokens.device).expand(tokens.shape[0], -1)
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        end = start + tokens.shape[1]
-        here = mask[:, start:end] if mask.shape[1] > end else mask[:, -tokens.shape[1] :]
-        return here.to(tokens.device, torch.bool, copy=True)  # the caller's mask may change before a trace is made
-    return torch.ones_like(tokens, dtype=torch.bool)
-
-
-def last_token(valid: np.ndarray) -> np.ndarray:
-    """(B, length) bool, True at the last valid token of each row."""
-    last: np.ndarray = valid & (valid[:, ::-1].cumsum(1)[:, ::-1] == 1)
-    return last
-
-
-def words(embeds: Tensor, vision: np.ndarray, valid: np.ndarray) -> list[Tensor]:
-    """Per row (T, C), embeddings of the text after the last vision token; of all text where none follows.
-
-    Args:
-        embeds: (B, length, C) embeddings of the prompt's tokens, of which those of vision tokens are not looked at.
-        vision: (B, length) bool.
-        valid: (B, length) bool, tokens that are not padding.
-    """
-    text = valid & ~vision
-    behind = text & (vision[:, ::-1].cumsum(1)[:, ::-1] == 0)  # no vision token here or later
-    text = np.where(behind.any(1, keepdims=True), behind, text)
-    places = [np.flatnonzero(row) for row in text]
-    if len({len(place) for place in places}) == 1:
-        return list(kernels.gather_rows([embeds], sent(np.stack(places), embeds.device))[0].unbind(0))
-    return [row[sent(place, embeds.device)] for row, place in zip(embeds, places, strict=True)]
-
-
-def _prompt(valid: np.ndarray, call: Call | None) -> np.ndarray:
-    """(B, length) bool, valid tokens of the prompt.
-
-    What `generate` appended to it (drafts, or its answer so far where there is no cache) decides nothing.
-    """
-    if call is None or call.length is None:
-        return valid
-    return valid & (np.arange(valid.shape[1]) < call.length)
-
-
 def _pin_the_end(media: VisionTokens, end: Tensor) -> None:
     """Where a prompt ends with a vision token, that token predicts what follows: it stays, before all others."""
     nothing = torch.zeros_like(end)
     media.protected = end | (nothing if media.protected is None else media.protected)
     media.importance = (nothing.float() if media.importance is None else media.importance).masked_fill(end, torch.inf)
-
-
-def _raters(vision: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Text after the row's last vision token; without text the last token.
-
-    `valid` marks the tokens of the prompt. Labels decide nothing: what is dropped is the same with and without them.
-    """
-    behind = vision[:, ::-1].cumsum(1)[:, ::-1] == 0  # no vision token here or later
-    text = valid & ~vision & behind
-    return np.where(text.any(1, keepdims=True), text, last_token(valid))
 
 
 def _spread_marks(media: VisionTokens, reorder: bool) -> None:

@@ -12,6 +12,7 @@ from mustdrop.adapters.base import Tower
 from mustdrop.constants import numbers
 from mustdrop.kernels import received_attention, row_probabilities
 from mustdrop.pruners import Read
+from mustdrop.runtime.masks import shows
 from mustdrop.runtime.vision.encoder_run import EncoderRun
 
 
@@ -52,8 +53,7 @@ def of_segments(
     borders = kwargs.get("cu_seq_lens_q")
     edges = [0, q.shape[2]] if borders is None else borders.tolist()
     if borders is None and mask is not None and mask.ndim == 4:  # one call with a block-diagonal mask
-        seen = mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] > torch.finfo(mask.dtype).min / 2
-        first = seen.int().argmax(1)  # each token's segment starts at the first token that it sees
+        first = shows(mask[0, 0]).int().argmax(1)  # each token's segment starts at the first token that it sees
         edges = [*torch.unique(first).tolist(), q.shape[2]]
     scores = []
     for start, end in itertools.pairwise(edges):
