@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -147,6 +149,21 @@ def measure(model: LlavaForConditionalGeneration, inputs: dict[str, Tensor], clo
         "decode": (times[-1] - times[1]) / max(1, new - 1),
         "stored": sum(t.untyped_storage().nbytes() for layer in layers for t in (layer.keys, layer.values)),
     }
+
+
+def first_token(model: Any, inputs: dict[str, Tensor]) -> float:
+    """Processor seconds of one `generate` of one token."""
+    start = time.process_time()
+    with torch.inference_mode():
+        model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    return time.process_time() - start
+
+
+def add_pairs(parser: argparse.ArgumentParser, out: Path) -> None:
+    """The options of a benchmark that runs with pruning and without, side by side."""
+    parser.add_argument("--pairs", type=int, default=3, help="runs with and without, side by side")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=out)
 
 
 def save(path: Path, result: dict[str, Any]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,10 +55,7 @@ def measure(model: Any, inputs: dict[str, Tensor], patch: dict[str, Any], pairs:
     ]
 
     def once() -> tuple[float, float]:
-        start = time.process_time()
-        with torch.inference_mode():
-            model.generate(**inputs, max_new_tokens=1, do_sample=False)
-        return time.process_time() - start, spent["encoder"]
+        return common.first_token(model, inputs), spent["encoder"]
 
     whole, encoder = [], []
     for _ in range(pairs):
@@ -88,9 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m benchmarks packed_encoder`."""
     parser.add_argument("--model", default="qwen2.5-vl-wide", choices=tuple(models.QWEN_SIZES))
     parser.add_argument("--weights", choices=("packed", "plain"), default="packed", help="packed: laid out once")
-    parser.add_argument("--pairs", type=int, default=3, help="runs with and without, side by side")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=OUT)
+    common.add_pairs(parser, OUT)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -8,9 +8,7 @@ of the linear layers are laid out for the processor once (`benchmarks/packed.py`
 from __future__ import annotations
 
 import argparse
-import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,25 +36,17 @@ def prompt(pictures: int, seed: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
 
 
-def first_token(model: Any, inputs: dict[str, Tensor]) -> float:
-    """Processor seconds of one `generate` of one token."""
-    start = time.process_time()
-    with torch.inference_mode():
-        model.generate(**inputs, max_new_tokens=1, do_sample=False)
-    return time.process_time() - start
-
-
 def measure(model: Any, inputs: dict[str, Tensor], method: str, keep: float, pairs: int) -> dict[str, Any]:
     """One row: times of the first token, the ratio of neighbours beside that of FLOPs, and the share of the cache."""
     plain, pruned = [], []
     for k in range(pairs):
         if k % 2 == 0:
-            plain.append(first_token(model, inputs))
+            plain.append(common.first_token(model, inputs))
         with mustdrop.patched(model, method, keep=keep):
-            pruned.append(first_token(model, inputs))
+            pruned.append(common.first_token(model, inputs))
             trace = mustdrop.trace(model)
         if k % 2:
-            plain.append(first_token(model, inputs))
+            plain.append(common.first_token(model, inputs))
     return {
         "seconds_unpatched": common.spread(plain),
         "speed_up": common.ratios(plain, pruned),
@@ -70,9 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="small", choices=tuple(common.SIZES))
     parser.add_argument("--method", default="mustdrop")
     parser.add_argument("--pictures", type=int, action="append", help=f"of a prompt (default: {PICTURES})")
-    parser.add_argument("--pairs", type=int, default=3, help="runs with and without, side by side")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=OUT)
+    common.add_pairs(parser, OUT)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -85,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
     pack(model)
     for pictures in options.pictures or PICTURES:
         inputs = prompt(pictures, options.seed)
-        first_token(model, inputs)  # the first run of a shape is slower
+        common.first_token(model, inputs)  # the first run of a shape is slower
         for keep in KEEPS:
             measured = measure(model, inputs, options.method, keep, options.pairs)
             row = {"pictures": pictures, "vision_tokens": pictures * EACH, "keep": keep, **measured}

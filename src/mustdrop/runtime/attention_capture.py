@@ -2,8 +2,8 @@
 
 An attention module looks up its function by `self.config._attn_implementation` at every call. While a model is patched,
 the modules that may be read have a proxy in place of their config. It answers like the config itself; only while a
-capture
-is wanted, in this thread, does it name a function that calls the model's own attention and then hands over q and k.
+capture is wanted, in this thread, does it name a function that calls the model's own attention and then hands over q
+and k.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,15 +13,13 @@ from mustdrop.pruners import PictureRule
 from mustdrop.runtime import attention_capture
 from mustdrop.runtime.calls import BASE, MODEL, TEXT, DirectForward, PrepareWrapper
 from mustdrop.runtime.generate import GenerateWrapper
-from mustdrop.runtime.language.decoder_layers import AttentionCapture, LayerHook
+from mustdrop.runtime.language.decoder_layers import LayerHook
 from mustdrop.runtime.language.recurrent import RowByRow
 from mustdrop.runtime.vision.encoder import EncoderStage
 from mustdrop.runtime.vision.encoder_hooks import (
-    EncoderCapture,
     LengthHook,
     MaskHook,
     PackedHooks,
-    StatesHook,
     takes_mask,
 )
 from mustdrop.runtime.vision.features import FeaturesWrapper, MarksHook
@@ -91,7 +90,7 @@ class Installation:
                 self._override(layer, "forward", RowByRow(runtime.local, i, layer.forward))
         for i in range(runtime.depth) if decode is not None and decode.reads_layers else runtime.filters:
             self._hook_attention(
-                runtime, runtime.layers[i], ("text", i), AttentionCapture(layers, i), f"decoder layer {i}"
+                runtime, runtime.layers[i], ("text", i), functools.partial(layers.capture, i), f"decoder layer {i}"
             )
 
     def _encoder(self, runtime: Runtime, stage: EncoderStage) -> None:
@@ -121,10 +120,10 @@ class Installation:
 
             self.handles.append(tower.module.register_forward_pre_hook(PicturesHook(runtime.local), with_kwargs=True))
         for i in stage.stated:
-            self.handles.append(tower.blocks[i].register_forward_hook(StatesHook(stage, i)))
+            self.handles.append(tower.blocks[i].register_forward_hook(functools.partial(stage.after_block, i)))
         for i in stage.tapped:
             self._hook_attention(
-                runtime, tower.blocks[i], (stage.key, i), EncoderCapture(stage, i), f"encoder layer {i}"
+                runtime, tower.blocks[i], (stage.key, i), functools.partial(stage.capture, i), f"encoder layer {i}"
             )
 
     def _methods(self, runtime: Runtime) -> None:

@@ -63,18 +63,6 @@ class LayerHook:
         return self.layers.before_layer(self.index, args, kwargs)
 
 
-@dataclass
-class AttentionCapture:
-    """Capture point of one decoder layer's attention."""
-
-    layers: DecoderLayers
-    index: int
-
-    def __call__(self, module: nn.Module, q: Tensor, k: Tensor, mask: Mask, kwargs: dict[str, Any]) -> None:
-        """See `DecoderLayers.capture`."""
-        self.layers.capture(self.index, module, q, k, mask, kwargs)
-
-
 class DecoderLayers(Copied):
     """What is done before each decoder layer of one patched model, and in the attention of those that are read."""
 

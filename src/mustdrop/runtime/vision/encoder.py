@@ -253,7 +253,7 @@ class EncoderStage(Copied):
             pieces.append(run.whole(attention.of_items(read, self.tower, q, k, visible, scaling)))
 
     @eager
-    def after_block(self, index: int, output: Any) -> None:
+    def after_block(self, index: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Read the hidden states of one layer."""
         run: EncoderRun | None = self.local.encoder
         if run is None:

@@ -8,11 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from mustdrop.adapters.base import Tower
 from mustdrop.compat import eager
-from mustdrop.runtime.masks_flex import Mask
 from mustdrop.runtime.state import Local
 
 if TYPE_CHECKING:
@@ -31,18 +30,6 @@ class MaskHook:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """See `EncoderStage.masked`."""
         return self.stage.masked(args[0] if args else kwargs["hidden_states"], module, args, kwargs)
-
-
-@dataclass
-class EncoderCapture:
-    """What is called with queries and keys of one encoder layer."""
-
-    stage: EncoderStage
-    index: int
-
-    def __call__(self, module: nn.Module, q: Tensor, k: Tensor, mask: Mask, kwargs: dict[str, Any]) -> None:
-        """See `EncoderStage.capture`."""
-        self.stage.capture(self.index, module, q, k, mask, kwargs)
 
 
 @dataclass
@@ -78,18 +65,6 @@ class LengthHook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """See `EncoderStage.passed`."""
         self.stage.passed(args[0] if args else kwargs[parameters(type(module).forward)[1]], kwargs)
-
-
-@dataclass
-class StatesHook:
-    """Hook of one encoder layer whose hidden states are read."""
-
-    stage: EncoderStage
-    index: int
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """See `EncoderStage.after_block`."""
-        self.stage.after_block(self.index, output)
 
 
 @dataclass
