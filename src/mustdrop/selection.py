@@ -12,6 +12,7 @@ from torch import Tensor
 from mustdrop import kernels
 from mustdrop.constants import every
 from mustdrop.errors import ConfigError
+from mustdrop.indices import take
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Selection:
         if self.blend is not None:
             out = self.blend(x)
         elif self.merge_into is None:
-            out = x.gather(1, self.keep[..., None].expand(-1, -1, x.shape[-1]))
+            out = take(x, self.keep, 1, padded=False)
         else:
             out = kernels.merge_tokens(x, self.merge_into, self.keep.shape[1])
         return out.masked_fill(~self.valid[..., None], 0)
@@ -124,7 +125,7 @@ class Selection:
     def expand(self, x: Tensor, n: int) -> Tensor:
         """Inverse of `apply`: (B, M, C) -> (B, n, C), every token gets its slot's row (zero where it is gone)."""
         slot = self.assignment(n)
-        out = x.gather(1, slot.clamp(min=0)[..., None].expand(-1, -1, x.shape[-1]))
+        out = take(x, slot, 1)
         return out.masked_fill((slot < 0)[..., None], 0)
 
 

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mustdrop.errors import ConfigError
+from mustdrop.indices import take
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import PrefillPruner, Seen, TextScorer
 from mustdrop.pruners.base import Budget
@@ -62,7 +63,7 @@ class Duplication(Comparing, TextScorer):
         ]
         pivots, real = (torch.cat(parts, 1) for parts in zip(*falling, strict=True))
         real[:, -1] &= ~real[:, :-1].any(1)
-        similarity = unit @ unit.gather(1, pivots[..., None].expand(-1, -1, unit.shape[2])).transpose(1, 2)
+        similarity = unit @ take(unit, pivots, 1, padded=False).transpose(1, 2)
         return _grown(stay, seen.alive, similarity, real, count)
 
 

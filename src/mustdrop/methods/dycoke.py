@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mustdrop.constants import highest, on_host
 from mustdrop.errors import ConfigError
+from mustdrop.indices import take
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Features, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
@@ -54,7 +55,7 @@ class TemporalPruning(ComparingRule):
         number = seen.frame if seen.first is None else seen.frame - seen.first
         earlier = earlier_features(seen, number)
         values = self.centred(seen)
-        there = values.gather(1, earlier.clamp(min=0)[..., None].expand_as(values))
+        there = take(values, earlier, 1)
         change = (-torch.cosine_similarity(values, there, dim=-1)).masked_fill(earlier < 0, torch.inf)
         place = rank_in_group(torch.zeros_like(change), seen.frame)
         even = uniform_scores(place.shape[1], place.device).float()[place]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mustdrop import kernels
 from mustdrop.constants import count_up, highest, numbers
+from mustdrop.indices import take
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Features, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
@@ -128,7 +129,7 @@ def blended(values: Tensor, keep: Tensor, into: Tensor, own: float) -> Tensor:
         into: (B, N) long, column of `keep` that each feature joins; -1: none.
         own: least share of its own value.
     """
-    mine = values.gather(1, keep[..., None].expand(-1, -1, values.shape[2]))
+    mine = take(values, keep, 1, padded=False)
     joined = into.scatter(1, keep, -1)
     count = torch.zeros_like(keep).scatter_add_(1, joined.clamp(min=0), (joined >= 0).long())
     mean = kernels.merge_tokens(values, joined, keep.shape[1])

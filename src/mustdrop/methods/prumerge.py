@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mustdrop.errors import ConfigError
+from mustdrop.indices import take
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Features, Read, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget, Compat
@@ -132,17 +133,13 @@ class PruneAndMerge(ComparingRule, EncoderWeighingRule):
         """(B, k, N) weights: 1 for the feature itself, their attention for its nearest neighbours by keys."""
         keys = torch.nn.functional.normalize(keys, dim=2)
         others = torch.cat([names, gone], 1)  # a feature that is named twice can be taken in twice
-        similar = _rows(keys, names) @ _rows(keys, others).transpose(1, 2)
+        similar = take(keys, names, 1, padded=False) @ take(keys, others, 1, padded=False).transpose(1, 2)
         similar.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
         near = similar.topk(min(self.neighbours, others.shape[1] - 1), dim=2).indices
         index = others[:, None].expand_as(similar).gather(2, near)
         weights = keys.new_zeros(*names.shape, keys.shape[1])
         weights.scatter_add_(2, index, attention[:, None].expand_as(weights).gather(2, index))
         return weights.scatter_add(2, names[..., None], torch.ones_like(weights[..., :1]))
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 
 
 class PruMerge(Comparing, Recipe):

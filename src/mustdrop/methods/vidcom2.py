@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mustdrop import kernels
 from mustdrop.constants import highest
+from mustdrop.indices import take
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Features, Selection, VisionRule, VisionStagePruner
 from mustdrop.pruners.base import Budget
@@ -39,7 +40,7 @@ class FrameUniqueness(VisionRule):
         frames = highest(frame) + 1
         own = kernels.merge_tokens(values, frame, frames)
         of_video = _likeness(values, values.mean(1, keepdim=True))
-        of_frame = _likeness(values, own.gather(1, frame[..., None].expand_as(values)))
+        of_frame = _likeness(values, take(own, frame, 1, padded=False))
         size = sizes(frame, frames)
         usual = kernels.merge_tokens(of_video[..., None], frame, frames)[..., 0]
         room = self.weights(-usual, size) * size

@@ -6,6 +6,7 @@ import torch
 from pydantic import Field
 
 from mustdrop import kernels
+from mustdrop.indices import take
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Features, Read, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
@@ -46,7 +47,7 @@ class DominantAndContextual(ComparingRule, EncoderWeighingRule):
         rest = ranked[:, count - targets :].sort(1).values
         step = rest.shape[1] // targets
         target = torch.arange(0, step * targets, step, dtype=torch.long, device=rest.device)
-        keys = keys.gather(1, rest[..., None].expand(-1, -1, keys.shape[2]))
+        keys = take(keys, rest, 1, padded=False)
         _, slot = kernels.best_match(keys, keys[:, target])
         slot[:, target] = torch.arange(targets, dtype=torch.long, device=slot.device)
         into = torch.full((batch, n), -1, dtype=torch.long, device=rest.device)
@@ -57,7 +58,7 @@ class DominantAndContextual(ComparingRule, EncoderWeighingRule):
         joined = into.scatter(1, centre, -1).scatter(1, dominant, -1)
 
         def blend(values: torch.Tensor) -> torch.Tensor:
-            own = values.gather(1, torch.cat([dominant, centre], 1)[..., None].expand(-1, -1, values.shape[2]))
+            own = take(values, torch.cat([dominant, centre], 1), 1, padded=False)
             return own + kernels.merge_tokens(values, joined, count)
 
         return Selection(torch.cat([dominant, centre], 1), merge_into=into, blend=blend)

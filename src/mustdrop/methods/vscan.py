@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 
 from mustdrop import kernels
+from mustdrop.indices import take
 from mustdrop.method import DEFAULT_KEEP, Method, Recipe
 from mustdrop.pruners import Features, LastRow, PrefillPruner, Read, Selection, VisionStagePruner
 from mustdrop.pruners.base import Budget
@@ -62,7 +63,7 @@ class TwoScans(ComparingRule, WeighingRule):
 
 def nearest(values: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """(B, N) long, column of `keep` (B, M) that each feature (B, N, C) resembles most; a kept one, its own."""
-    _, into = kernels.best_match(values, values.gather(1, keep[..., None].expand(-1, -1, values.shape[2])))
+    _, into = kernels.best_match(values, take(values, keep, 1, padded=False))
     return into.scatter(1, keep, torch.arange(keep.shape[1], dtype=torch.long, device=keep.device).expand_as(keep))
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mustdrop import kernels
 from mustdrop.constants import highest, numbers
+from mustdrop.indices import take
 
 _UNSEEN = 16  # groups up to which a device shares out without being asked whether it is done
 
@@ -58,7 +59,7 @@ def spread(values: Tensor, group: Tensor) -> Tensor:
     """(B, N) or (B, N, C): what each entry's group has, of values (B, groups) or (B, groups, C)."""
     if values.ndim == 2:
         return values.gather(1, group)
-    return values.gather(1, group[..., None].expand(-1, -1, values.shape[2]))
+    return take(values, group, 1, padded=False)
 
 
 def largest_remainder(weight: Tensor, amount: int, size: Tensor, least: int = 0) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mustdrop import kernels
 from mustdrop.constants import count_up
-from mustdrop.indices import HOST, on
+from mustdrop.indices import HOST, on, take
 from mustdrop.pruners import VisionStagePruner
 from mustdrop.runtime.attention_capture import implementation_of
 from mustdrop.runtime.masks import cut_encoder_mask, encoder_mask
@@ -80,5 +80,5 @@ class Whole:
         if state is None or state.ndim != 3 or state.shape[1] != self.length:
             return state
         self.row = on(self.row, state.device)
-        out = state.gather(1, self.row[..., None].expand(-1, -1, state.shape[2]))
+        out = take(state, self.row, 1, padded=False)
         return out if self.gone is None else out.masked_fill(on(self.gone, state.device)[..., None], 0)
