@@ -8,6 +8,7 @@ released code), the host has to look, and `mustdrop.runtime.language.decoder_lay
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -89,9 +90,8 @@ class ScoringRows:
             rows = rows.masked_fill(~some, PAD)
         elif self.alike and not (whole and self.places is not None):
             first, most = n - int(self.from_end[0, 0]), rows.shape[1]
-            return constant(("flags", first, most, n), device, lambda: _between(n, first, most, device)).expand(
-                len(rows), -1
-            )
+            make = functools.partial(_between, n, first, most, device)
+            return constant(("flags", first, most, n), device, make).expand(len(rows), -1)
         return flags_of(rows, n)
 
 
