@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from transformers.models.llava import modeling_llava
 
 import mustdrop
@@ -142,6 +147,16 @@ def test_no_cluster_depends_on_data(name, monkeypatch):
     asks_nothing(CLUSTERS[name](), monkeypatch)
 
 
+def skip_if_the_unpatched_model_asks(inputs):
+    """In older transformers it looks its placeholders up as it goes."""
+    plain = clone(LLAMA)
+    try:
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            plain(**inputs)
+    except DynamicOutputShapeException:
+        pytest.skip("the unpatched model of these transformers asks for data itself")
+
+
 def asks_nothing(method, monkeypatch):
     model = clone(LLAMA)
     mustdrop.patch(model, method)
@@ -156,6 +171,7 @@ def asks_nothing(method, monkeypatch):
 
     monkeypatch.setattr(Runtime, "begin", with_data)
     monkeypatch.setattr(modeling_llava, "torch_compilable_check", lambda *_, **__: None)  # the model's own question
+    skip_if_the_unpatched_model_asks(inputs)
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         out = model(**inputs)
     assert type(out.logits) is FakeTensor
