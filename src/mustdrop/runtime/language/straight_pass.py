@@ -48,7 +48,7 @@ class FilterPlan:
         ragged: whether prompts kept different numbers of rows before.
         padded: whether they do now.
         rows: (B, R) long, rows whose attention is read in the layer before, PAD on padding; None: it is not read.
-        visible: (B, R, n) bool, what these see, where that follows from shapes.
+        visible: (B, R, n) bool, what these see where no mask says it, if that follows from shapes.
         text: (B, n) bool, the text rows that score; None where nobody asks.
         kept: (B,) long, tokens that stay as they are, where clusters of others stay too; None: no clusters.
         groups: what is recycled (see `mustdrop.pruners.recycling.groups`).
@@ -187,7 +187,8 @@ class Straight:
         choice, prefill = self.choices[self.reads[i]], self.runtime.method.prefill
         assert choice.rows is not None, "a layer that is not read"
         scaling = kwargs.get("scaling") or getattr(module, "scaling", None) or q.shape[-1] ** -0.5
-        asked = AttentionCall(q, k, mask, scaling, kwargs.get("softcap"), seen=choice.visible)
+        seen = choice.visible if mask is None else None  # a mask may hide more: a window, or what the caller's own says
+        asked = AttentionCall(q, k, mask, scaling, kwargs.get("softcap"), seen=seen)
         given = asked.arguments(self._scorers(choice.rows))
         self.attention = kernels.row_probabilities(*given) if needs_rows(prefill) else kernels.text_statistics(*given)
         if prefill.score is not None and "keys" in prefill.score.reads:
