@@ -25,6 +25,7 @@ from support import fake_flash
 from support.builders import answer
 from support.conversations import continued, skip_where_transformers_cannot_go_on, with_a_new_picture
 from support.families import batch, clone, plain
+from support.passes import differences, left
 from support.versions import CACHE, RECORDS_PAST, TRANSFORMERS
 from tests.families import fixture_of
 
@@ -343,3 +344,13 @@ def test_flash_attention_is_refused_where_a_window_is_shorter_than_the_sequence(
             answer(model, inputs, steps)
         if steps:
             assert answer(model, inputs, 0).logits.isfinite().all()
+
+
+def test_a_compiled_pass_scores_what_the_window_shows(name):
+    """Words see a part of the picture where a layer has a window: what they do not see has no score."""
+    model = seeing(clone(name), 12)
+    mustdrop.patch(model, prefill=PrefillPruner(survivors=(0.8, 0.6), layers=(0, 2)))
+    inputs = prompt(name, model)  # of one row, so that the same rows score in every prompt
+    plainly = left(model, inputs)
+    mustdrop.compile(model, backend="eager")
+    assert not differences(plainly, left(model, inputs), TOLERANCE)

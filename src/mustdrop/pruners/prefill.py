@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import accumulate
 
 import torch
 from pydantic import Field, model_validator
@@ -45,7 +46,7 @@ class PrefillPruner(Settings):
         scale: tokens kept per unit of the attention matrix' numerical rank.
         bias: tokens kept on top of scale * rank.
         survivors: tokens left after each filter layer, int or share of those that entered (rounded), in place of
-            `keep`.
+            `keep`. A filter that finds fewer keeps them.
         paper_layers: layers published for a model of 32 layers; where `layers` is None they are scaled to the model.
         score: how tokens are ranked; None is the dual attention.
         recycle: what becomes of the tokens that go; None lets them go.
@@ -129,9 +130,9 @@ class PrefillPruner(Settings):
         return layers
 
     def left(self, entering: int) -> tuple[int, ...]:
-        """Tokens after each filter by `survivors`, of `entering` tokens."""
+        """Tokens after each filter by `survivors`, of `entering` tokens; never more than the filter before left."""
         asked = [round(s * entering) if isinstance(s, float) else s for s in self.survivors or ()]
-        return tuple(max(1, min(n, entering)) for n in asked)
+        return tuple(max(1, n) for n in accumulate(asked, min, initial=entering))[1:]
 
     def counts(self, total: int, n_layers: int) -> tuple[int, ...]:
         """Survivors after each filter layer for `total` vision tokens under `keep` (see `mustdrop.budget.schedule`)."""
