@@ -11,7 +11,8 @@ import torch
 from torch._dynamo.utils import counters
 
 import mustdrop
-from support.builders import LLAMA, answer, batch, clone
+from mustdrop import PrefillPruner
+from support.builders import LLAMA, answer, batch, clone, vision_positions
 from support.edges import BUDGETED
 from support.masking_check import TOLERANCE
 from support.passes import differences, left
@@ -71,6 +72,20 @@ def test_padding_and_a_module_around_the_text_model(method):
     model, inputs = mustdrop.patch(clone(LLAMA), method, keep=0.4), batch(LLAMA, (1, 2))
     plainly = left(model, inputs)
     model.model.language_model = torch.compile(model.model.language_model, fullgraph=True, backend="eager")
+    assert not differences(plainly, left(model, inputs))
+    assert not counters["graph_break"]
+
+
+def test_a_mask_of_the_callers_own():
+    """Words that may not see the first half of a picture do not score it."""
+    model = mustdrop.patch(clone(LLAMA), prefill=PrefillPruner(survivors=(12,), layers=(1,)))
+    inputs = batch(LLAMA, (1,))
+    where = vision_positions(inputs["input_ids"], 0)
+    mask = torch.ones(inputs["input_ids"].shape[1], inputs["input_ids"].shape[1], dtype=torch.bool).tril()
+    mask[where[-1] + 1 :, where[:18]] = False
+    inputs["attention_mask"] = mask[None, None]
+    plainly = left(model, inputs)
+    in_place(model)
     assert not differences(plainly, left(model, inputs))
     assert not counters["graph_break"]
 
