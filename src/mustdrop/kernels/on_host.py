@@ -250,5 +250,5 @@ def merge_sized(
     for row, places, name in zip(first, there, own, strict=True):
         np.minimum.at(row, places, name)
     first[first == np.iinfo(np.int64).max] = 0
-    bias = whole.log().clamp(min=torch.finfo(x.dtype).min).to(x.dtype)
+    bias = whole.log().to(x.dtype).clamp(min=torch.finfo(x.dtype).min)
     return mean.to(x.dtype), whole, bias, torch.from_numpy(first)

@@ -116,7 +116,7 @@ def merge_sized(
     goes = slot.masked_fill(slot < 0, slots)
     each = x.new_ones(goes.shape, dtype=torch.float32) if size is None else size.float()
     mean, whole = means(x, goes, slots, each)
-    bias = whole.log().clamp(min=torch.finfo(x.dtype).min).to(x.dtype)
+    bias = whole.log().to(x.dtype).clamp(min=torch.finfo(x.dtype).min)
     most = torch.iinfo(torch.long).max
     own = torch.arange(x.shape[1], dtype=torch.long, device=x.device).expand_as(goes) if names is None else names
     first = torch.full((len(goes), slots + 1), most, dtype=torch.long, device=x.device)

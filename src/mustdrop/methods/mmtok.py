@@ -56,12 +56,11 @@ class TwoCoverages(ComparingRule):
 
     def _words(self, seen: Features) -> Tensor:
         """(B, T, N) what each word spreads over the features; rows of 0 where a view has fewer words."""
-        most = max((len(words) for words in seen.question), default=0)
-        out = seen.values.new_zeros(len(seen.values), most, seen.values.shape[1])
-        for row, words, values in zip(out, seen.question, unit(seen.values), strict=True):
-            if len(words):
-                row[: len(words)] = (unit(words) @ values.mT / self.text_temperature).softmax(1) / len(words)
-        return out
+        spread = [
+            (unit(words) @ values.mT / self.text_temperature).softmax(1) / max(1, len(words))
+            for words, values in zip(seen.question, unit(seen.values), strict=True)
+        ]
+        return torch.nn.utils.rnn.pad_sequence(spread, batch_first=True)
 
 
 class MMTok(Comparing, Recipe):
