@@ -9,6 +9,7 @@ import transformers
 import mustdrop
 from mustdrop import DecodeCachePruner, PrefillPruner, VisionStagePruner, errors
 from support.builders import IMAGE, LLAMA, SIGLIP, anatomy, batch, clone
+from support.edges import BUDGETED
 from support.masking_check import TOLERANCE, distance, merged_features, patched
 from support.oracle import MaskedOracle, hidden_by
 
@@ -59,6 +60,26 @@ def test_gradients_are_those_of_the_masked_model(setup, variant, training):
         assert distance(parameter.grad, other.grad) <= TOLERANCE * scale, name
         reached.add(name.split(".")[1])
     assert reached >= {"vision_tower", "multi_modal_projector", "language_model"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", BUDGETED)
+def test_every_method_trains_on_what_it_keeps_without_gradients(name, dtype):
+    model, inputs = patched(LLAMA, "sdpa", name, keep=16).to(dtype), labelled(images=(1, 1))
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    with torch.no_grad():
+        loss = model(**inputs).loss
+    kept = mustdrop.trace(model).tokens
+    ours = model(**inputs).loss
+    ours.backward()
+    assert torch.equal(mustdrop.trace(model).tokens, kept)
+    assert torch.equal(ours.detach(), loss)
+    gradients = [
+        part.grad
+        for part in (*model.model.multi_modal_projector.parameters(), *model.model.language_model.parameters())
+    ]
+    assert all(g is None or bool(g.isfinite().all()) for g in gradients)
+    assert any(g is not None and bool(g.abs().max() > 0) for g in gradients)
 
 
 def test_scores_carry_no_gradient():
