@@ -16,10 +16,14 @@ _PACKAGES = ("mustdrop", "torch", "transformers")
 
 
 def provenance(seed: int) -> dict[str, Any]:
-    """Versions, hardware, seed, date, commit and whether the tree was dirty (None outside a checkout of mustdrop)."""
+    """Versions, hardware, seed, date, commit and whether the tree was dirty (None outside a checkout of mustdrop).
+
+    Result files are no part of what is measured: those of an earlier benchmark make no tree dirty.
+    """
     root = Path(__file__).parents[2]
     commit = _git(root, "rev-parse", "HEAD") if (root / "pyproject.toml").exists() else None
-    status = _git(root, "status", "--porcelain", "--untracked-files=no") if commit else None
+    others = (".", ":(exclude)benchmarks/results")
+    status = _git(root, "status", "--porcelain", "--untracked-files=no", "--", *others) if commit else None
     return {
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
         "hardware": _hardware(),
