@@ -138,6 +138,7 @@ renderer("scorers")(part(learned_table.scorers, "scorers"))
 renderer("quality-merging")(part(quality_table.variants, "quality_merging"))
 renderer("quality-geometry")(part(quality_table.geometry, "quality_geometry"))
 renderer("packed-encoder")(part(packed_table.rows, "packed-encoder"))
+renderer("packed-encoder-plain")(part(packed_table.rows, "packed-encoder-plain"))
 renderer("prompt-length")(part(packed_table.lengths, "prompt_length"))
 
 

@@ -58,7 +58,8 @@ def _met(record: Mapping[str, Any]) -> str:
 
 
 def _setting(record: Mapping[str, Any]) -> str:
-    return f"`{record['model']}` ({record['patches']} patches), {_run(record)}"
+    laid = {"packed": "once", "plain": "at every product"}[record["weights"]]
+    return f"`{record['model']}` ({record['patches']} patches), weights laid out {laid}, {_run(record)}"
 
 
 def _run(record: Mapping[str, Any]) -> str:
